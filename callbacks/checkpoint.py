@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save the block in progress at the end of each pass over the data, so that a kill costs one pass at most."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+from omniq.files import load_state, save_state
+from omniq.stages.base import BlockModule
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints beside their name, flushed, sealed by a checksum and renamed.
+
+    Lightning's own writer moves files from a temporary folder, which is a copy, not a rename, when that folder is on
+    another filesystem.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        save_state(Path(path), checkpoint)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        state: dict[str, Any] = load_state(Path(path), map_location or "cpu")
+        return state
+
+
+class PassCheckpoint(Callback):
+    """One checkpoint, replaced at the end of each pass but the last, which the finished block makes superfluous.
+
+    Args:
+        path: where it lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, BlockModule)
+        step, total = batch_idx + 1, trainer.num_training_batches
+        if step < total and pl_module.batches.ends_pass(step) and not trainer.should_stop:
+            trainer.save_checkpoint(self.path)

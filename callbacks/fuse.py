@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fold what a stage learned into the block's result, so that the deployed model carries no overhead."""
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from omniq.stages.base import BlockModule
+
+
+class Fuse(Callback):
+    """Round for the last time when the fit has ended.
+
+    NOTE: ``on_fit_end``, never ``on_train_end``: a fit that is resumed after its last step skips the training hooks.
+    """
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BlockModule)
+        pl_module.task.result = pl_module.finish()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unattended runs do not stop at a NaN: go back, slow down, and after three tries keep the initial grid."""
+
+import copy
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from omniq.stages.base import BlockModule
+
+
+class NonFiniteGuard(Callback):
+    """Watch the losses of each pass on the device; look at them once, when the pass ends.
+
+    If one was not finite, or a learned value is not, the state at the end of the last good pass comes back and the
+    learning rates are multiplied by ``factor``. After ``tries`` such passes the stage is abandoned for its initial
+    grid, and the block's summary says so.
+
+    Args:
+        tries: bad passes before giving up.
+        factor: on the learning rates after each.
+    """
+
+    def __init__(self, tries: int = 3, factor: float = 0.5) -> None:
+        self.tries, self.factor = tries, factor
+        self.failed = 0
+        self._bad: Tensor | None = None
+        self._good: dict[str, Any] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"failed": self.failed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.failed = state_dict["failed"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remember(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, BlockModule)
+        for _, value in pl_module.tracked[-1:]:
+            bad = ~torch.isfinite(value)
+            self._bad = bad if self._bad is None else self._bad | bad
+        if not pl_module.batches.ends_pass(batch_idx + 1):
+            return
+        flags = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
+        bad_values = [~torch.isfinite(value).all() for value in flags] + ([] if self._bad is None else [self._bad])
+        self._bad = None
+        if not bad_values or not torch.stack([flag.reshape(()) for flag in bad_values]).any():
+            self._remember(trainer, pl_module)
+            return
+        self._go_back(trainer, pl_module)
+
+    def _remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        states = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in trainer.optimizers]}
+        self._good = copy.deepcopy(states)
+
+    def _go_back(self, trainer: L.Trainer, module: BlockModule) -> None:
+        self.failed += 1
+        module.load_state_dict(self._good["module"])
+        for optimizer, state in zip(trainer.optimizers, self._good["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+            for group in optimizer.param_groups:
+                group["lr"] *= self.factor
+        for config in trainer.lr_scheduler_configs:
+            base_lrs = getattr(config.scheduler, "base_lrs", [])
+            config.scheduler.base_lrs = [rate * self.factor for rate in base_lrs]
+        note = f"non-finite loss in {self.failed} pass(es): learning rate x {self.factor**self.failed:g}"
+        if self.failed >= self.tries:
+            note = f"non-finite loss in {self.failed} passes: kept {module.abandon()}"
+            trainer.should_stop = True
+        module.task.notes["guard"] = note
+        self._remember(trainer, module)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-block losses: every step to a CSV file of the block, and to the Trainer's loggers under stable names."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from omniq.stages.base import BlockModule
+
+HEADER = b"stage,step,pass,name,value\n"
+
+
+class BlockLosses(Callback):
+    """Write what the module tracks, once a pass, without a host synchronisation in between.
+
+    The CSV file is long: one value a row, floats written so that they read back exactly. Its length is part of the
+    checkpoint: a resumed fit cuts the file there and continues, so that no row is lost or doubled. Loggers get the
+    same values as ``block/007/loss``.
+
+    Args:
+        path: the CSV file of this block and stage.
+        stage: name of the stage, for the first column.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+        self.length = 0
+        self.first_pass: dict[str, float] = {}
+        self.last_pass: dict[str, float] = {}
+        self._waiting: list[tuple[int, str, Tensor]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"length": self.length, "first_pass": self.first_pass, "last_pass": self.last_pass}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.length = state_dict["length"]
+        self.first_pass, self.last_pass = state_dict["first_pass"], state_dict["last_pass"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with self.path.open("ab") as file:
+            file.truncate(self.length)
+            if self.length == 0:
+                file.write(HEADER)
+                self.length = len(HEADER)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, BlockModule)
+        step = batch_idx + 1
+        self._waiting += [(step, name, value) for name, value in pl_module.tracked]
+        pl_module.tracked.clear()
+        if pl_module.batches.ends_pass(step) or step == trainer.num_training_batches:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
+        if not self._waiting:
+            return
+        values = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).tolist()
+        rows, sums = [], {}
+        for (step, name, _), value in zip(self._waiting, values, strict=True):
+            turn = (step - 1) // module.batches.steps_per_pass
+            rows.append(f"{self.stage},{step},{turn},{name},{value!r}\n")
+            sums.setdefault(name, []).append(value)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{module.task.name}/{name}": value}, step)
+        self._waiting.clear()
+        with self.path.open("ab") as file:
+            file.write("".join(rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self.length = file.tell()
+        self.last_pass = {name: sum(series) / len(series) for name, series in sums.items()}
+        self.first_pass = self.first_pass or self.last_pass

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show the passes of a block's fit on the run's one display."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from omniq.callbacks.losses import BlockLosses
+from omniq.display import Display
+from omniq.stages.base import BlockModule
+
+
+class BlockProgress(Callback):
+    """Advance the display by steps, and show the mean loss of the last pass.
+
+    Args:
+        display: of the run; Lightning's own bars clear rich's live stack and cannot be nested.
+        stage: name of the stage.
+        losses: the callback that knows the losses.
+    """
+
+    def __init__(self, display: Display, stage: str, losses: BlockLosses) -> None:
+        self.display, self.stage, self.losses = display, stage, losses
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BlockModule)
+        done = pl_module.batches.position
+        self.display.stage(pl_module.task.index, self.stage, done, int(trainer.num_training_batches))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.display.step(batch_idx + 1, self.losses.last_pass)

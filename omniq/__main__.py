@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m omniq`` is ``omniq``."""
+
+import sys
+
+from omniq.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

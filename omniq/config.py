@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run may say: the sections of a YAML file as typed classes, checked before any long work."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from omniq.data import Calibration, Evaluation
+from omniq.errors import UserError
+from omniq.quantizers.grid import Grid, parse_scheme
+from omniq.stages.base import Stage
+
+TrainerFactory = Callable[[], L.Trainer]
+CallbackFactory = Callable[[], Callback]
+
+# What omniq decides for each block's fit, and what to use instead.
+OWNED_TRAINER_ARGUMENTS = {
+    "callbacks": "the callbacks section",
+    "max_epochs": "a stage's epochs",
+    "min_epochs": "a stage's epochs",
+    "max_steps": "a stage's epochs and data.samples",
+    "min_steps": "a stage's epochs and data.samples",
+    "default_root_dir": "out",
+    "plugins": "nothing: checkpoints are always atomic",
+}
+COMPUTE_DTYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's own
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to read.
+
+    Args:
+        path: a folder, a GGUF file, a name on the hub, or ``package:name/file.gguf`` inside an installed package.
+        gguf_file: the GGUF file to take when ``path`` is a folder or a hub name that has several.
+        dtype: of the weights; ``auto`` takes what the checkpoint says (float32 for GGUF).
+        attention: attention implementation of transformers.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What the deployed model looks like.
+
+    Args:
+        name: as the field writes it: ``W4A16`` per-channel, ``W3A16g128`` with groups of 128.
+        symmetric: zero points fixed in the middle of the code range.
+        dtype: of scales and of everything that is not quantized, as deployed.
+    """
+
+    name: str = "W4A16"
+    symmetric: bool = False
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        _, activation, kv, _ = parse_scheme(self.name)
+        if activation != 16 or kv != 16:
+            raise UserError(f"scheme.name {self.name!r} quantizes activations, which no stage does yet: use A16")
+        self.grid  # noqa: B018 (refuses bad bits and group sizes)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the weights."""
+        bits, _, _, group_size = parse_scheme(self.name)
+        return Grid(bits, group_size, self.symmetric, self.deploy_dtype)
+
+    @property
+    def deploy_dtype(self) -> torch.dtype:
+        """Dtype of scales, norms, biases and embeddings in the checkpoint."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Export:
+    """The checkpoint to write.
+
+    Args:
+        format: how codes are packed; ``none`` writes no checkpoint.
+        max_shard_size: gigabytes of one safetensors file.
+        verify: reopen the checkpoint, compare every code, and compare logits through transformers.
+    """
+
+    format: str = "compressed-tensors"
+    max_shard_size: float = 5.0
+    verify: bool = True
+
+
+@dataclass
+class Run:
+    """One quantization run.
+
+    Args:
+        model: what to quantize.
+        data: calibration text.
+        stages: the methods, in order; each block goes through all of them.
+        scheme: the deployed model's bits.
+        trainer: arguments of Lightning's Trainer (accelerator, devices, precision, logger, …).
+        callbacks: further Lightning callbacks, made anew for every block.
+        evaluation: text for the perplexity before and after; none if not given.
+        export: the checkpoint to write when all blocks are done.
+        out: the run directory; the same command continues what it finds there.
+        seed: of the calibration windows and of everything random.
+        save_streams_every: blocks between two saves of the activation streams (resuming recomputes from the last
+            save); 0 never saves them.
+        batch: samples at once where no gradients are needed.
+    """
+
+    model: Model
+    data: Calibration
+    stages: list[Stage]
+    scheme: Scheme = field(default_factory=Scheme)
+    trainer: TrainerFactory = L.Trainer
+    callbacks: list[CallbackFactory] = field(default_factory=list)
+    evaluation: Evaluation | None = None
+    export: Export = field(default_factory=Export)
+    out: Path = Path("checkpoints/run")
+    seed: int = 2
+    save_streams_every: int = 1
+    batch: int = 4
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Raises:
+            UserError: names the field, the value and the remedy.
+        """
+        if not self.stages:
+            raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
+        for position, stage in enumerate(self.stages):
+            stage.check(self.stages[:position])
+        if self.batch < 1:
+            raise UserError(f"batch {self.batch} is too small: give 1 or more")
+        if self.save_streams_every < 0:
+            raise UserError(f"save_streams_every {self.save_streams_every} is negative: give 0 to never save them")
+
+
+def trainer_arguments(factory: TrainerFactory) -> Mapping[str, Any]:
+    """What the user set for the Trainer."""
+    return getattr(factory, "keywords", {})
+
+
+def check_trainer(factory: TrainerFactory) -> None:
+    """Refuse Trainer arguments that omniq decides, a GPU that is absent, and precisions that would round what is learned.
+
+    Raises:
+        UserError: names the argument, its value and what to use instead.
+    """
+    given = trainer_arguments(factory)
+    for name, instead in OWNED_TRAINER_ARGUMENTS.items():
+        if given.get(name) not in (None, -1):
+            raise UserError(f"trainer.{name} {given[name]!r} is decided for each block: use {instead}")
+    if given.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator {given['accelerator']!r}: no GPU is present; use cpu or auto")
+    precision = _precision(factory)
+    if precision not in COMPUTE_DTYPES:
+        raise UserError(
+            f"trainer.precision {precision!r} would round what is learned: use one of {', '.join(COMPUTE_DTYPES)}"
+        )
+
+
+def compute_dtype(factory: TrainerFactory) -> torch.dtype:
+    """The dtype of frozen weights and activations during calibration."""
+    return COMPUTE_DTYPES[_precision(factory)]
+
+
+def _precision(factory: TrainerFactory) -> str:
+    given = str(trainer_arguments(factory).get("precision"))
+    return _PRECISION_ALIASES.get(given, given)

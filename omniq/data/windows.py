@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of tokens: random ones to calibrate on, consecutive ones to evaluate on.
+
+The documents of a source are joined by a blank line and tokenized once, as one string; special tokens that the
+tokenizer adds on its own (LLaMA's begin-of-text) stand at the very start and nowhere else. From these ``n`` tokens:
+
+* calibration: ``samples`` windows at uniformly random offsets, which may overlap each other (OmniQuant, arXiv
+  2308.13137, and GPTQ before it: 128 windows of 2048);
+* held-out: the last ``held_out * length`` tokens, cut into consecutive windows. Calibration windows are drawn from what
+  lies before them, so that a loss on the held-out windows is one on unseen text;
+* evaluation: all ``floor(n / length)`` consecutive windows, the tail dropped (the protocol of GPTQ and OmniQuant).
+
+Different from the published code: offsets come from a generator of their own, not from Python's global one, so they
+depend on nothing but text, tokenizer, sizes and seed; the last possible offset can be drawn; the tokenizer is the one
+the model comes with (the paper used the slow variant, which transformers no longer has).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omniq.data.text import TextSource
+from omniq.errors import UserError
+
+
+class Windows(NamedTuple):
+    """What a block is calibrated and watched with.
+
+    Args:
+        calibration: int64 ``[samples, length]``.
+        held_out: int64 ``[held_out, length]``; no token of it is in ``calibration``.
+        available: how many tokens the text has.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    available: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that stages see.
+
+    Args:
+        source: where the text comes from.
+        samples: number of random windows. The paper uses 128; 16 do as well for weights alone (its Table A11: 6.47
+            at W3A16 with 16 and with 128).
+        length: tokens a window.
+        held_out: windows kept apart to watch the loss on unseen text.
+        seed: of the random offsets; the seed of the run if not given.
+        add_special_tokens: let the tokenizer put its own special tokens around the whole text, as it does by default.
+    """
+
+    source: TextSource
+    samples: int = 128
+    length: int = 2048
+    held_out: int = 0
+    seed: int | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("data.samples", self.samples, 1)
+        _at_least("data.length", self.length, 2)  # one token predicts the next
+        _at_least("data.held_out", self.held_out, 0)
+
+    def windows(self, tokenizer: Any, seed: int) -> Windows:
+        """Draw the windows.
+
+        Args:
+            tokenizer: of the model, from transformers.
+            seed: of the run; used unless the calibration has one of its own.
+
+        Raises:
+            UserError: the text cannot be read, or is too short for one calibration window beside the held-out ones.
+        """
+        tokens = tokenize(self.source, tokenizer, self.add_special_tokens)
+        needed = (1 + self.held_out) * self.length
+        if len(tokens) < needed:
+            parts = f"one window of {self.length} and {self.held_out} held out" if self.held_out else "one window"
+            raise UserError(
+                f"data.source: the text is too short: {parts} needs {needed} tokens, found {len(tokens)}; "
+                "give more text, or lower data.length or data.held_out"
+            )
+        tail = len(tokens) - self.held_out * self.length
+        generator = torch.Generator().manual_seed(seed if self.seed is None else self.seed)
+        offsets = torch.randint(tail - self.length + 1, (self.samples, 1), generator=generator)
+        return Windows(
+            calibration=tokens[offsets + torch.arange(self.length)],  # [samples, length]
+            held_out=tokens[tail:].view(self.held_out, self.length).clone(),
+            available=len(tokens),
+        )
+
+    def describe(self) -> str:
+        """One line for the model card."""
+        return f"{self.samples} random windows of {self.length} tokens from {self.source.describe()}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The text that perplexity is measured on.
+
+    Args:
+        source: where the text comes from.
+        length: tokens a window; published numbers use 2048.
+        max_windows: how many windows to use, from the front; all if not given.
+        add_special_tokens: let the tokenizer put its own special tokens around the whole text, as it does by default.
+    """
+
+    source: TextSource
+    length: int = 2048
+    max_windows: int | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.length", self.length, 2)
+        if self.max_windows is not None:
+            _at_least("evaluation.max_windows", self.max_windows, 1)
+
+    def windows(self, tokenizer: Any) -> Tensor:
+        """Cut the text into consecutive windows, int64 ``[n, length]``; the tail is dropped.
+
+        Raises:
+            UserError: the text cannot be read, or is too short for one window.
+        """
+        tokens = tokenize(self.source, tokenizer, self.add_special_tokens)
+        count = len(tokens) // self.length
+        if not count:
+            raise UserError(
+                f"evaluation.source: the text is too short: one window needs {self.length} tokens, found {len(tokens)};"
+                " give more text, or lower evaluation.length"
+            )
+        if self.max_windows is not None:
+            count = min(count, self.max_windows)
+        return tokens[: count * self.length].view(count, self.length).clone()
+
+    def describe(self) -> str:
+        """One line for the model card."""
+        some = f"the first {self.max_windows}" if self.max_windows else "all"
+        return f"{some} consecutive windows of {self.length} tokens of {self.source.describe()}"
+
+
+def tokenize(source: TextSource, tokenizer: Any, add_special_tokens: bool = True) -> Tensor:
+    """The whole text of a source as int64 ``[n]``."""
+    encoded = tokenizer(
+        source.text(),
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # or it warns that the text is longer than the model's context, which is the point here
+    )
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of the shape and the little-endian int64 values of ``tokens``, in hex."""
+    sha = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    sha.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
+    return sha.hexdigest()
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name}: {value} is too few; give {least} or more")

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception that is the user's to mend."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done as asked.
+
+    The message is one line that names the field, the value and the remedy. The command line prints it and exits with
+    status 2, without a traceback; nothing long-running has started by then unless the message says so.
+    """

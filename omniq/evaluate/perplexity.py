@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Perplexity of a causal language model over windows of tokens.
+
+For ``m`` windows ``x`` of ``t`` tokens each, every window on its own (no context from the one before),
+
+    PPL = exp( 1 / (m (t - 1)) * sum_w sum_{i=1}^{t-1} -log p(x[w, i] | x[w, :i]) ).
+
+This is the protocol of GPTQ and OmniQuant (arXiv 2308.13137): they take the mean over the ``t - 1`` targets of each
+window, then the mean of the ``m`` means. All windows have one length, so the two averages are the same number. The
+published code divides by ``m * t`` after having multiplied by ``t``, which cancels, and keeps dividing by all ``m``
+windows when told to evaluate fewer; here only what was evaluated counts.
+
+Numerics: logits come in the dtype of the model and are brought to float32 a few rows at a time, so the vocabulary is
+never held twice; log-softmax in float32; sums in float64. The metric that torchmetrics ships takes the softmax in the
+dtype of the logits and the logarithm afterwards, which in bfloat16 is 2.7 % off and infinite for a target far below
+the top.
+
+``evaluate_model`` runs a model that fits in memory. ``evaluate_streamed`` reads a checkpoint block by block, once, and
+measures several variants of it side by side (full precision, rounded to nearest, learned).
+
+Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torchmetrics import Metric
+from typing_extensions import override
+
+from omniq.errors import UserError
+from omniq.streams import propagate
+
+CHUNK = 2**24
+"""Logits brought to float32 at once: 64 MiB, and as much again for their log-softmax."""
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What was measured.
+
+    Args:
+        perplexity: ``exp(nll)``; infinite where that overflows.
+        nll: mean negative log-likelihood of a token, in nats.
+        tokens: number of predicted tokens, ``m (t - 1)``.
+        windows: number of windows, ``m``.
+        seconds: wall time of the pass that measured it; variants of one streamed pass share it.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    seconds: float
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The fields, None where a number is not finite (JSON has no infinity)."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "PerplexityResult":
+        """Read what ``to_json`` gave; a perplexity that was not finite comes back as infinity or as not a number."""
+        if fields["nll"] is None:
+            return cls(**{**fields, "perplexity": math.nan, "nll": math.nan})
+        return cls(**{**fields, "perplexity": math.inf if fields["perplexity"] is None else fields["perplexity"]})
+
+
+class Perplexity(Metric):
+    """Perplexity as a metric: exact sums, mergeable over batches and processes.
+
+    ``update`` takes the logits of whole windows and shifts them itself. The two sums stay float64 and int64 when the
+    module that holds the metric is cast to another dtype.
+
+    Args:
+        chunk: logits brought to float32 at once.
+        **kwargs: for ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self, chunk: int = CHUNK, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chunk = chunk
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, logits: Tensor, tokens: Tensor) -> None:
+        """Add a batch of windows.
+
+        Args:
+            logits: ``[b, t, v]``; position ``i`` predicts token ``i + 1``.
+            tokens: ``[b, t]`` int64.
+        """
+        rows = max(1, self.chunk // logits.shape[-1])
+        for window, target in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # [t - 1, v], [t - 1]
+            for part, wanted in zip(window.split(rows), target.split(rows), strict=True):
+                # one loss per token: float32 is enough for each of them, but not for their sum
+                losses = F.cross_entropy(part.float(), wanted, reduction="none")
+                self.nll += losses.double().sum()
+        self.tokens += tokens[:, 1:].numel()
+
+    @override
+    def compute(self) -> Tensor:
+        """The perplexity, a float64 scalar."""
+        return torch.exp(self.nll / self.tokens)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # ``parent.to(torch.bfloat16)`` ends here and would cast the sum: let it follow to the device only.
+        nll = self.nll
+        super()._apply(fn, exclude_state)
+        self.nll = nll.to(self.nll.device)
+        self._defaults["nll"] = torch.zeros_like(self.nll)
+        self._computed = None
+        return self
+
+
+class BlockSource(Protocol):
+    """What ``evaluate_streamed`` needs of ``omniq.models.source.SourceModel``."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks."""
+
+    def embed(self, tokens: Tensor, device: Any) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states that enter block 0, and the keyword arguments of every block."""
+
+    def block(self, index: int, device: Any, dtype: Any) -> nn.Module:
+        """A fresh block."""
+
+    def logits(self, hidden: Tensor, device: Any) -> Tensor:
+        """Final norm and head."""
+
+
+Variant = Callable[[int, nn.Module], nn.Module]
+"""From the index of a block and a fresh full-precision copy of it to the block to run; it may change the copy."""
+
+
+def evaluate_model(
+    model: nn.Module, windows: Tensor, batch_size: int = 1, device: torch.device | str | None = None
+) -> PerplexityResult:
+    """Measure a causal language model of transformers.
+
+    Args:
+        model: called as ``model(input_ids=…).logits``.
+        windows: int64 ``[m, t]``.
+        batch_size: windows at once.
+        device: where to move model and tokens; where the model is, if not given.
+
+    Raises:
+        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+    """
+    _check(windows, model.config)
+    started, training = time.perf_counter(), model.training
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    metric = Perplexity(sync_on_compute=False).to(device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in windows.split(batch_size):
+                tokens = batch.to(device)
+                metric.update(model(input_ids=tokens, use_cache=False).logits, tokens.to(metric.device))
+    finally:
+        model.train(training)
+    return _result(metric, windows, started)
+
+
+def evaluate_streamed(
+    source: BlockSource,
+    windows: Tensor,
+    variants: Mapping[str, Variant],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    offload: bool = False,
+) -> dict[str, PerplexityResult]:
+    """Measure several variants of a checkpoint in one pass over its blocks.
+
+    Memory: one activation ``[m, t, h]`` a variant, the embedding, the head and two blocks.
+
+    Args:
+        source: the checkpoint.
+        windows: int64 ``[m, t]``.
+        variants: by the name each result gets; ``lambda index, block: block`` is the model as it is.
+        device: where blocks run.
+        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
+        batch_size: windows at once.
+        progress: called with the number of finished steps and of all steps: one a block, and one for the head.
+        offload: keep the activations in host memory and bring a batch at a time to ``device``.
+
+    Raises:
+        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+    """
+    started = time.perf_counter()
+    with torch.no_grad():
+        hidden, kwargs = source.embed(windows, device)
+        dtype = dtype or hidden.dtype
+        streams = {name: hidden.to("cpu" if offload else device, dtype, copy=True) for name in variants}
+        del hidden
+        for index in range(source.num_blocks):
+            fresh = source.block(index, device, dtype)
+            arguments = _cast(kwargs[index], dtype)
+            for name, variant in variants.items():
+                propagate(variant(index, deepcopy(fresh)), streams[name], arguments, nullcontext, batch_size)
+            _report(progress, index + 1, source.num_blocks + 1)
+        metrics = {name: _head(source, stream, windows, device, batch_size) for name, stream in streams.items()}
+    results = {name: _result(metric, windows, started) for name, metric in metrics.items()}
+    _report(progress, source.num_blocks + 1, source.num_blocks + 1)
+    return results
+
+
+def _check(windows: Tensor, config: Any) -> None:
+    """Refuse windows that the model cannot take: a GPU would only say that an assertion failed."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and windows.shape[1] > positions:
+        raise UserError(
+            f"evaluation.length: windows of {windows.shape[1]} tokens exceed the model's {positions} positions; "
+            f"give {positions} or less"
+        )
+    largest = int(windows.max())
+    if largest >= text.vocab_size:
+        raise UserError(
+            f"evaluation: token {largest} is outside the model's vocabulary of {text.vocab_size}; "
+            "use the tokenizer that came with the model"
+        )
+
+
+def _cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """Rotary tables and masks in the dtype of the activations."""
+    cast: Mapping[str, Any] = apply_to_collection(
+        dict(kwargs), Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )
+    return cast
+
+
+def _head(source: BlockSource, stream: Tensor, windows: Tensor, device: Any, batch_size: int) -> Perplexity:
+    metric = Perplexity(sync_on_compute=False).to(device)
+    for hidden, tokens in zip(stream.split(batch_size), windows.split(batch_size), strict=True):
+        metric.update(source.logits(hidden.to(device), device), tokens.to(device))
+    return metric
+
+
+def _result(metric: Perplexity, windows: Tensor, started: float) -> PerplexityResult:
+    return PerplexityResult(
+        perplexity=metric.compute().item(),
+        nll=(metric.nll / metric.tokens).item(),
+        tokens=int(metric.tokens),
+        windows=len(windows),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)

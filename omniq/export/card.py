@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card: what a stranger must know to load the checkpoint, judge it, and make it again.
+
+A pure function of facts; the same facts give the same text, so there is no date in it. A section whose facts are not
+given is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import yaml
+
+_SHOWN = 16  # blocks listed one by one; of more, the first and last eight
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Write the card.
+
+    Args:
+        facts: any of
+
+            ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
+            ``license``: of the source model; ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
+            ``format`` and ``requires``: the layout, and packages that a reader needs beside transformers;
+            ``bits_per_weight``: of the quantized linears, with scales and zero points;
+            ``perplexity``: by text, then by model, lower is better;
+            ``blocks``: the summary of each block, numbers by name (losses, seconds);
+            ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: of the source model;
+            ``data``: origin, digest and sizes of the calibration text; ``versions``: of the packages used.
+
+    Returns:
+        Markdown with a YAML front matter.
+    """
+    sections = [
+        _front_matter(facts),
+        _heading(facts),
+        _loading(facts),
+        _perplexity(facts.get("perplexity", {})),
+        _origin(facts),
+        _blocks(facts.get("blocks", ())),
+        f"## Recipe\n\n```yaml\n{str(facts['recipe']).strip()}\n```" if facts.get("recipe") else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    tags = ["omniq", "quantized", facts.get("format"), facts.get("scheme")]
+    head["tags"] = [tag for tag in tags if tag]
+    if _is_hub_name(base := str(facts.get("base_model", ""))):
+        head |= {"base_model": base, "base_model_relation": "quantized"}
+    if "license" in facts:
+        head["license"] = facts["license"]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def _is_hub_name(base: str) -> bool:
+    """``owner/name``; a folder on someone's machine is nobody's business."""
+    owner, _, name = base.partition("/")
+    return bool(owner and name) and "/" not in name and not base.startswith((".", "~"))
+
+
+def _heading(facts: Mapping[str, Any]) -> str:
+    base = str(facts.get("base_model", "")).rstrip("/")
+    base = base if _is_hub_name(base) else base.rpartition("/")[2]
+    how = [f"in {facts['scheme']}"] if "scheme" in facts else []
+    how += [f"with {facts['method']}"] if "method" in facts else []
+    text = f"{base or 'A language model'}, quantized by omniq" + (f" {' '.join(how)}" if how else "") + "."
+    if "bits_per_weight" in facts:
+        text += (
+            f" The quantized linears take {facts['bits_per_weight']:.3f} bits per weight, scales and zero points "
+            "included; everything else is kept in the dtype of deployment."
+        )
+    return f"# {facts.get('name', 'model')}\n\n{text}"
+
+
+def _loading(facts: Mapping[str, Any]) -> str:
+    folder = facts.get("name", "path/to/this/folder")
+    packages = " ".join(["transformers", *facts.get("requires", ())])
+    return (
+        f"## Use\n\n`pip install {packages}`, then\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'
+    )
+
+
+def _perplexity(perplexity: Mapping[str, Mapping[str, float]]) -> str:
+    if not perplexity:
+        return ""
+    models = list(dict.fromkeys(model for row in perplexity.values() for model in row))
+    rows = [[text, *(_number(row.get(model)) for model in models)] for text, row in perplexity.items()]
+    return f"## Perplexity\n\n{_table(['text', *models], rows)}"
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    rows = [["base model digest", facts["source_digest"]]] if "source_digest" in facts else []
+    rows += [[f"calibration {key}", value] for key, value in facts.get("data", {}).items()]
+    rows += [["seed", facts["seed"]]] if "seed" in facts else []
+    rows += [[package, version] for package, version in facts.get("versions", {}).items()]
+    return f"## Origin\n\n{_table(['', ''], rows)}" if rows else ""
+
+
+def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
+    kinds = [{key for key, value in block.items() if _is_number(value)} for block in blocks]
+    columns = [key for key in dict.fromkeys(key for block in blocks for key in block) if any(key in k for k in kinds)]
+    if not columns:
+        return ""
+    rows = [[str(index), *(_number(block.get(key)) for key in columns)] for index, block in enumerate(blocks)]
+    if len(rows) > _SHOWN:
+        rows = [*rows[: _SHOWN // 2], ["…"] * (len(columns) + 1), *rows[-_SHOWN // 2 :]]
+    return f"## Blocks\n\n{_table(['block', *columns], rows)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if _is_number(value) else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

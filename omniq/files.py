@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or not there, and that know when they were altered.
+
+Everything is written beside its final name, flushed and renamed. Tensors go to safetensors files whose metadata holds
+a SHA-256 over all of their content; Python state goes to a digest followed by what ``torch.save`` writes.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from omniq.errors import UserError
+
+
+class CorruptFile(Exception):
+    """A file of the run directory is truncated or altered; the message names it."""
+
+
+def atomic_write(path: Path, *parts: bytes) -> None:
+    """Write beside ``path``, flush to disk, rename: ``path`` never holds half a file.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; nothing is left under either name.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
+    """Write tensors and a few strings, sealed by a checksum."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, save(tensors, {**head, "sha256": _digest(tensors, head)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what ``save_tensors`` wrote.
+
+    Raises:
+        CorruptFile: truncated, altered, or never such a file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            head = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path}: {error}") from error
+    if head.pop("sha256", None) != _digest(tensors, head):
+        raise CorruptFile(f"{path}: the checksum does not match its content")
+    return tensors, head
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write Python state (tensors, numbers, strings, containers), sealed by a checksum."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> Any:
+    """Read what ``save_state`` wrote; only plain containers and tensors are unpickled.
+
+    Raises:
+        CorruptFile: truncated or altered.
+    """
+    data = path.read_bytes()
+    if hashlib.sha256(memoryview(data)[32:]).digest() != data[:32]:
+        raise CorruptFile(f"{path}: the checksum does not match its content")
+    return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(head), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ``Trainer.fit`` for one stage of one block, resumable at the end of every pass.
+
+A stage before the last leaves its result, and the block it transformed, in the run directory, so that an interrupted
+later stage does not repeat it.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint
+from omniq.config import Run, trainer_arguments
+from omniq.display import Display
+from omniq.run_dir import RunDir
+from omniq.stages.base import BlockTask, Stage
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Where a fit happens.
+
+    Args:
+        run: the configuration.
+        folder: the run directory.
+        display: of the run.
+        number: position of the stage in the list.
+    """
+
+    run: Run
+    folder: RunDir
+    display: Display
+    number: int
+
+
+def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
+    """Run one stage on one block; its result is then ``task.result``, its notes are in ``task.notes``."""
+    if _restore(task, where):
+        return
+    name = type(stage).__name__
+    module = stage.module(task)
+    losses = BlockLosses(where.folder.block_path(task.index, f"{where.number}.csv"), name)
+    last = where.folder.current(task.index, where.number, "last.ckpt")
+    callbacks = [
+        NonFiniteGuard(),
+        losses,
+        BlockProgress(where.display, name, losses),
+        *[make() for make in where.run.callbacks],
+        Fuse(),
+        PassCheckpoint(last),
+    ]
+    resume = last if where.folder.load_current(last) is not None else None
+    trainer = make_trainer(where, task, callbacks)
+    trainer.fit(module, module.batches, ckpt_path=resume)
+    task.notes |= {f"{name}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
+    if where.number + 1 < len(where.run.stages):
+        _keep(task, where)
+
+
+def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
+    """A fresh Trainer: one epoch, our checkpoints, the user's arguments for everything else."""
+    arguments: dict[str, Any] = {
+        "max_epochs": 1,
+        "callbacks": callbacks,
+        "plugins": [AtomicCheckpointIO()],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": where.folder.path,
+    }
+    if trainer_arguments(where.run.trainer).get("logger") is None:
+        arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
+    return where.run.trainer(**arguments)
+
+
+def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:
+    version = f"{task.index:03d}.{where.number}"
+    return TensorBoardLogger(where.folder.path, name="tensorboard", version=version)
+
+
+def _pass(losses: BlockLosses, when: str) -> dict[str, float]:
+    return losses.first_pass if when == "first" else losses.last_pass
+
+
+def _paths(task: BlockTask, where: Fitting) -> tuple[Path, Path]:
+    """The result of a finished stage, and the block it leaves for the next one (written last: its presence counts)."""
+    return (
+        where.folder.current(task.index, where.number, "result.safetensors"),
+        where.folder.current(task.index, where.number, "block"),
+    )
+
+
+def _keep(task: BlockTask, where: Fitting) -> None:
+    """Write a finished stage: its codes as a block result, the transformed block and the notes as state."""
+    result, block = _paths(task, where)
+    if task.result is not None:
+        task.result.save(result)
+        tensors = {name: value.cpu() for name, value in task.block.state_dict().items()}
+        where.folder.save_current(block, {"block": tensors, "notes": task.notes})
+
+
+def _restore(task: BlockTask, where: Fitting) -> bool:
+    """Take up a stage that finished before an interruption, if its files are whole."""
+    result, block = _paths(task, where)
+    state = where.folder.load_current(block)
+    finished = where.folder.load_result(result) if state is not None else None
+    if finished is None:
+        return False
+    task.result = finished
+    task.block.load_state_dict(state["block"])
+    task.notes = dict(state["notes"])
+    return True

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family omniq knows. A new one is a file beside this one, and its name in ``FAMILIES``."""
+
+from transformers import PretrainedConfig
+
+from omniq.errors import UserError
+from omniq.models.family import Family
+from omniq.models.llama import LLAMA
+from omniq.models.opt import OPT
+from omniq.models.qwen3 import QWEN3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, OPT)
+
+
+def family_of_type(model_type: str | None) -> Family:
+    """The family that covers a ``model_type`` of transformers.
+
+    Raises:
+        UserError: none does; the message lists those there are.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise UserError(f"model type {model_type!r} is not supported: choose a model of type {supported}")
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        UserError: no family covers its type, or the family refuses this variant of it.
+    """
+    family = family_of_type(config.model_type)
+    if reason := family.refuse(config):
+        raise UserError(reason)
+    return family

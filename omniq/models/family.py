@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What omniq must know of a model family: where its blocks are, and which linears share an input.
+
+Everything else is read from the model's own code, which runs untouched. A new family is one short file beside this
+one, and its name in ``omniq.models.families``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class NormToLinears:
+    """A norm whose output only these linears read: its scale can be divided there and multiplied here."""
+
+    norm: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ValueToOutput:
+    """Rows of the value projection against columns of the output projection (softmax rows sum to one)."""
+
+    value: str
+    output: str
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Rows of the query projection against rows of the key projection, within one head.
+
+    Args:
+        rotary: how rotary embedding pairs the channels of a head: ``half`` (i with i + d/2), ``interleaved``
+            (2i with 2i + 1), or None where there is none. Paired channels must share one scale.
+        query_norm, key_norm: norms between projection and rotary embedding, if the family has them; they take the
+            scale in place of the projections' rows.
+    """
+
+    query: str
+    key: str
+    rotary: str | None = "half"
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+
+Equivalence = NormToLinears | ValueToOutput | QueryKey
+
+
+def _accept(config: PretrainedConfig) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformer architecture.
+
+    Args:
+        model_types: values of ``config.model_type`` in transformers.
+        blocks: dotted name of the module list of blocks, such as ``model.layers``.
+        inputs: names of the quantized linears inside a block, grouped by the input tensor they share, in the order
+            in which the block runs them.
+        equivalences: where the block allows a scale (and shift) to move without changing what it computes.
+        refuse: says why a variant of the family cannot be had, by its config, or returns None.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: str
+    inputs: tuple[tuple[str, ...], ...]
+    equivalences: tuple[Equivalence, ...] = ()
+    refuse: Callable[[PretrainedConfig], str | None] = _accept
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every quantized linear of a block, in order."""
+        return tuple(name for group in self.inputs for name in group)

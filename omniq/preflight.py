@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is checked, opened and counted before the first block: a run that cannot work stops here."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from omniq.config import Run, check_trainer, compute_dtype
+from omniq.data import digest
+from omniq.errors import UserError
+from omniq.export import Scheme, find_format
+from omniq.models.source import SourceModel
+from omniq.streams import Precision
+
+# Sections and keys that may change between start and resume: they do not touch the calibration's result.
+FREE_KEYS = ("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "save_streams_every", "config")
+BINDING_TRAINER_KEYS = ("precision",)
+VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start.
+
+    Args:
+        run: the configuration.
+        source: the opened model.
+        tokens: calibration windows, then held-out ones, int64 ``[n, t]``.
+        held_out: how many of them are held out.
+        evaluation: windows for the perplexity, int64 ``[m, t]``, or None.
+        device: where blocks compute.
+        precision: enters the autocast context of the Trainer.
+        fingerprint: what must not change between start and resume.
+        environment: versions and machine.
+    """
+
+    run: Run
+    source: SourceModel
+    tokens: Tensor
+    held_out: int
+    evaluation: Tensor | None
+    device: torch.device
+    precision: Precision
+    block_arguments: list[dict[str, Any]]
+    fingerprint: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def stream_device(self) -> torch.device:
+        """Where the streams live."""
+        return self.device
+
+    def embed(self) -> Tensor:
+        """Hidden states that enter block 0, ``[n, t, h]``."""
+        hidden, _ = self.source.embed(self.tokens, self.device)
+        return hidden.to(self.stream_device)
+
+
+def open_model(run: Run) -> SourceModel:
+    """The model of a run, in the dtype of its computations.
+
+    Raises:
+        UserError: the model cannot be opened, or another dtype was asked for than the precision computes in.
+    """
+    model, dtype = run.model, str(compute_dtype(run.trainer)).removeprefix("torch.")
+    if model.dtype not in ("auto", dtype):
+        raise UserError(
+            f"model.dtype {model.dtype!r} does not go with trainer.precision, which computes in {dtype}: "
+            "leave model.dtype at auto, or change trainer.precision"
+        )
+    return SourceModel.open(
+        model.path,
+        gguf_file=model.gguf_file,
+        dtype=dtype,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def prepare(run: Run, settings: str) -> Plan:
+    """Check a run from end to end, open its model and draw its windows.
+
+    Raises:
+        UserError: the first thing that cannot work, in one line.
+    """
+    run.check()
+    check_trainer(run.trainer)
+    if run.export.format != "none":
+        find_format(run.export.format).check(Scheme(run.scheme.grid))
+    source = open_model(run)
+    for name, width in linear_widths(source).items():
+        run.scheme.grid.check_width(width, name)
+    tokenizer = source.tokenizer()
+    windows = run.data.windows(tokenizer, run.seed)
+    tokens = torch.cat([windows.calibration, windows.held_out])
+    trainer = run.trainer()
+    device = trainer.strategy.root_device
+    _, block_arguments = source.embed(tokens[:1], device)
+    return Plan(
+        run=run,
+        source=source,
+        tokens=tokens,
+        held_out=len(windows.held_out),
+        evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
+        device=device,
+        precision=trainer.precision_plugin.forward_context,
+        block_arguments=block_arguments,
+        fingerprint=fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()},
+        environment=environment(device),
+    )
+
+
+def linear_widths(source: SourceModel) -> dict[str, int]:
+    """Input width of every quantized linear of the model, by full name."""
+    names = [f"{source.block_name(i)}.{name}" for i in range(source.num_blocks) for name in source.family.linears]
+    return {name: source.shape(f"{name}.weight")[1] for name in names}
+
+
+def fingerprint(settings: str) -> dict[str, Any]:
+    """The settings that determine the result, flattened to dotted keys."""
+    flat = _flatten(yaml.safe_load(settings))
+    return {key: value for key, value in flat.items() if not _free(key)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run happens on."""
+    from omniq import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "omniq": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONS},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": gpu or "cpu",
+    }
+
+
+def _free(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "trainer":
+        return rest not in BINDING_TRAINER_KEYS
+    return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for key, child in node.items() for k, v in _flatten(child, f"{prefix}{key}.").items()}
+    if isinstance(node, list) and node:
+        return {k: v for i, child in enumerate(node) for k, v in _flatten(child, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): node}
+

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished block is: integer codes, scales, zero points and every other parameter as deployed.
+
+Codes are the truth. Stages write them, packers rearrange their bits, and nothing in between rounds again.
+A result lives in one safetensors file whose metadata holds the grids, a summary and a SHA-256 over all tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniq.files import load_tensors, save_tensors
+from omniq.quantizers.grid import Grid
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The sparse float16 part of a layer, in compressed sparse rows; it is added to the dense part.
+
+    Args:
+        row_pointer: int32 ``[o + 1]``; row ``r`` owns entries ``row_pointer[r]:row_pointer[r + 1]``.
+        column: int32 ``[n]``.
+        value: float16 ``[n]``.
+    """
+
+    row_pointer: Tensor
+    column: Tensor
+    value: Tensor
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> "Outliers":
+        """Keep the non-zero entries of ``[o, i]``."""
+        mask = dense != 0
+        pointer = torch.zeros(dense.shape[0] + 1, dtype=torch.int32)
+        pointer[1:] = mask.sum(1).cumsum(0).cpu()
+        return cls(pointer, mask.nonzero()[:, 1].to(torch.int32).cpu(), dense[mask].to(torch.float16).cpu())
+
+    def dense(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same as ``[o, i]``, zero elsewhere."""
+        rows = self.row_pointer.diff().long()
+        out = torch.zeros(len(rows), width, dtype=dtype, device=self.value.device)
+        row = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
+        out[row, self.column.long()] = self.value.to(dtype)
+        return out
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear layer on its grid.
+
+    Args:
+        grid: bits, group size, symmetry and the storage dtype of scales.
+        codes: uint8 ``[o, i]``.
+        scale: ``[o, G]`` in ``grid.scale_dtype``.
+        zero_point: uint8 ``[o, G]``.
+        outliers: the sparse part, if the method has one.
+    """
+
+    grid: Grid
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    outliers: Outliers | None = None
+
+    @classmethod
+    def of(
+        cls, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor, outliers: Outliers | None = None
+    ) -> "QuantizedLinear":
+        """Bring codes and grid to their storage dtypes on the CPU."""
+        return cls(
+            grid,
+            codes.to("cpu", torch.uint8),
+            scale.to("cpu", grid.scale_dtype),
+            zero_point.to("cpu", torch.uint8),
+            outliers,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``."""
+        weight = self.grid.dequantize(self.codes, self.scale.float(), self.zero_point)
+        if self.outliers is not None:
+            weight = weight + self.outliers.dense(weight.shape[1])
+        return weight.to(dtype)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes, scales, zero points and outliers over the number of weights."""
+        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
+        if not self.grid.symmetric:
+            bits += self.zero_point.numel() * self.grid.bits
+        if self.outliers is not None:
+            parts = (self.outliers.row_pointer, self.outliers.column, self.outliers.value)
+            bits += sum(part.numel() * part.element_size() * 8 for part in parts)
+        return bits / self.codes.numel()
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A finished block.
+
+    Args:
+        linears: by name inside the block, such as ``self_attn.q_proj``.
+        tensors: every other parameter of the block as deployed (norms, biases), by name inside the block.
+        summary: what is worth telling of the block: losses, warnings, seconds.
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    tensors: Mapping[str, Tensor]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_summary(self, **entries: Any) -> "BlockResult":
+        """The same result with more in its summary."""
+        return replace(self, summary={**self.summary, **entries})
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """All parameters of the block as a plain module holds them: a state dict."""
+        weights = {f"{name}.weight": linear.dequantize(dtype) for name, linear in self.linears.items()}
+        return weights | {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+
+    def save(self, path: Path) -> None:
+        """Write to ``path`` atomically: beside it, flushed, renamed."""
+        tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
+        grids = {}
+        for name, linear in self.linears.items():
+            grids[name] = _grid_to_json(linear.grid)
+            parts = {"codes": linear.codes, "scale": linear.scale, "zero_point": linear.zero_point}
+            if linear.outliers is not None:
+                parts |= {f"outliers.{key}": value for key, value in vars(linear.outliers).items()}
+            tensors |= {f"linears.{name}:{part}": tensor for part, tensor in parts.items()}
+        save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))})
+
+    @classmethod
+    def load(cls, path: Path) -> "BlockResult":
+        """Read what ``save`` wrote.
+
+        Raises:
+            CorruptFile: the file is truncated, altered or not a block result.
+        """
+        tensors, head = load_tensors(path)
+        linears: dict[str, QuantizedLinear] = {}
+        for name, grid in json.loads(head["grids"]).items():
+            prefix = f"linears.{name}:"
+            part = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            sparse = {key.removeprefix("outliers."): part.pop(key) for key in list(part) if key.startswith("outliers.")}
+            linears[name] = QuantizedLinear(_grid_from_json(grid), **part, outliers=Outliers(**sparse) if sparse else None)
+        others = {key.removeprefix("tensors."): value for key, value in tensors.items() if key.startswith("tensors.")}
+        return cls(linears, others, json.loads(head["summary"]))
+
+
+def deploy(block: nn.Module, result: BlockResult) -> None:
+    """Give a block the weights that the deployed model will compute with."""
+    parameters = dict(block.named_parameters())
+    with torch.no_grad():
+        for name, value in result.dequantized().items():
+            parameters[name].copy_(value)
+
+
+def _grid_to_json(grid: Grid) -> dict[str, Any]:
+    return vars(grid) | {"scale_dtype": str(grid.scale_dtype).removeprefix("torch.")}
+
+
+def _grid_from_json(grid: dict[str, Any]) -> Grid:
+    return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"])})

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages: one file a method, named in YAML by ``class_path: omniq.stages.<Name>``."""
+
+from omniq.stages.omniquant import OmniQuant
+from omniq.stages.rtn import RTN
+
+__all__ = ["RTN", "OmniQuant"]

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage is: given a block, its two streams and a grid, it finds a better grid, codes or transform.
+
+A ``Stage`` is what YAML names: a small object of settings. For every block it builds a ``BlockModule``, a
+LightningModule that one ``Trainer.fit`` of one Lightning epoch drives; the passes over the data are made by the loader,
+because that is the only arrangement in which a run killed twice still resumes exactly (docs/resume.md).
+
+Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` output and input features, ``G`` groups.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from omniq.models.family import Family
+from omniq.quantizers.grid import Grid
+from omniq.result import BlockResult
+from omniq.streams import Precision, propagate
+
+
+@dataclass
+class BlockTask:
+    """One block and everything a stage may know of it.
+
+    Args:
+        index: position of the block in the model.
+        family: where its linears are and which share an input.
+        block: the Hugging Face block, frozen, in full precision, on the device of the run. A stage that moves scales
+            between layers leaves the equivalent full-precision block here; it never leaves rounded weights.
+        grid: the grid asked for.
+        inputs: what the quantized model feeds the block, ``[n, t, h]``.
+        targets: what the full-precision model's block returns, ``[n, t, h]``.
+        kwargs: the other arguments of the block's forward.
+        seed: of the run; order and noise are functions of (seed, index, position), never of a global generator.
+        precision: enters the autocast context of the Trainer's precision plugin.
+        result: what the previous stage produced, and in the end what the block becomes.
+        notes: entries for the block's summary.
+    """
+
+    index: int
+    family: Family
+    block: nn.Module
+    grid: Grid
+    inputs: Tensor
+    targets: Tensor
+    kwargs: Mapping[str, Any]
+    seed: int = 0
+    precision: Precision = nullcontext
+    result: BlockResult | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """``block/007``: the stem of everything logged about this block."""
+        return f"block/{self.index:03d}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return next(self.block.parameters()).device
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear of the block by name."""
+        module = self.block.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{self.name}: {name} is a {type(module).__name__}, not a Linear")
+        return module
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """The block's output for a whole stream, ``[n, t, h]``, without gradients."""
+        outputs = inputs.clone()
+        propagate(self.block, outputs, self.kwargs, self.precision)
+        return outputs
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """Every parameter that is not the weight of a quantized linear, by name: norms and biases."""
+        quantized = {f"{name}.weight" for name in self.family.linears}
+        return {name: value.detach() for name, value in self.block.named_parameters() if name not in quantized}
+
+
+class PassLoader:
+    """A sized, stateful loader: several passes over the samples as one sequence of batches.
+
+    Yields int64 sample indices, ``[batch]``. Lightning saves and restores its position. The order of a pass is a
+    permutation drawn from (seed, pass), or the natural one.
+
+    Args:
+        samples: number of samples; a last, smaller batch is kept.
+        batch_size: samples a step.
+        passes: passes over the samples.
+        seed: of the permutation; None for the natural order (the paper's).
+    """
+
+    def __init__(self, samples: int, batch_size: int = 1, passes: int = 1, seed: int | None = None) -> None:
+        self.samples, self.batch_size, self.passes, self.seed = samples, batch_size, passes, seed
+        self.position = 0
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Batches of one pass."""
+        return -(-self.samples // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.passes * self.steps_per_pass
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.position < len(self):
+            turn, step = divmod(self.position, self.steps_per_pass)
+            # NOTE: advance before the yield; code after the last yield of a sized loader never runs.
+            self.position += 1
+            yield self._order(turn)[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _order(self, turn: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(self.samples)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return torch.randperm(self.samples, generator=generator)
+
+    def ends_pass(self, step: int) -> bool:
+        """Whether step number ``step`` (from 1) is the last of its pass: a moment to save."""
+        return step % self.steps_per_pass == 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position = state["position"]
+
+
+class BlockModule(L.LightningModule):
+    """One block in the hands of one stage.
+
+    The block itself is kept out of the module tree: it is frozen, already on its device, and not part of a checkpoint.
+    What remains in ``state_dict()`` is what the stage learns.
+    """
+
+    def __init__(self, task: BlockTask) -> None:
+        super().__init__()
+        self._outside = (task,)
+        self.tracked: list[tuple[str, Tensor]] = []
+
+    @property
+    def task(self) -> BlockTask:
+        """The block, its streams and its grid."""
+        return self._outside[0]
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these samples on the block's device, each ``[batch, t, h]``."""
+        task = self.task
+        where = indices.to(task.inputs.device)
+        return task.inputs[where].to(task.device), task.targets[where].to(task.device)
+
+    def track(self, name: str, value: Tensor) -> None:
+        """Record a scalar of this step, such as ``loss``; it stays on the device until the pass ends."""
+        self.tracked.append((name, value.detach()))
+
+    @cached_property
+    def batches(self) -> PassLoader:
+        """The one loader of this fit."""
+        return self.loader()
+
+    @abstractmethod
+    def loader(self) -> PassLoader:
+        """A new loader over the batches of the whole stage, in order."""
+
+    @abstractmethod
+    def finish(self) -> BlockResult:
+        """Round for the last time, in float32 on storage-rounded scales; leave ``task.block`` in full precision."""
+
+    def abandon(self) -> str:
+        """Give up learning after repeated non-finite losses: go back to where the stage began.
+
+        Returns:
+            one line for the summary that says what the block falls back to.
+        """
+        raise FloatingPointError(f"{self.task.name}: non-finite loss, and this stage has no initial grid to return to")
+
+
+class Stage(ABC):
+    """Settings of a method, named in YAML by ``class_path``; one module is built of them for each block."""
+
+    @abstractmethod
+    def module(self, task: BlockTask) -> BlockModule:
+        """The LightningModule that works on this block."""
+
+    def check(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages accept any place)
+        """Refuse a place in the list of stages where this one cannot work.
+
+        Args:
+            before: the stages that run earlier on the same block.
+
+        Raises:
+            UserError: names both stages and the order that works.
+        """

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the inputs of a block's linears look like, gathered by one pass of the full-precision block.
+
+Linears that share an input share its statistics: one hook on the first linear of each group. Everything accumulates
+in float32 on the device, without host synchronisation.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniq.stages.base import BlockTask
+
+Observe = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def observed(block: nn.Module, names: tuple[str, ...], observe: Observe) -> Iterator[None]:
+    """While this is entered, ``observe(name, x)`` sees the input ``[tokens, i]`` of each named linear."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: observe(name, args[0].detach().flatten(0, -2))
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_importance(task: BlockTask) -> dict[str, Tensor]:
+    """Mean square of each input channel on the quantized stream: the diagonal of the Gram matrix over the tokens.
+
+    Returns:
+        for each linear of the family, float32 ``[i]``.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        square = x.float().square().sum(0)
+        sums[name] = sums[name] + square if name in sums else square
+
+    first = tuple(group[0] for group in task.family.inputs)
+    with observed(task.block, first, add):
+        task.run(task.inputs)
+    tokens = task.inputs.shape[0] * task.inputs.shape[1]
+    return {name: sums[group[0]] / tokens for group in task.family.inputs for name in group}

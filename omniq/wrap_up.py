@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the last block: perplexity before and after, the checkpoint, its verification, and the summary of the run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
+from omniq.evaluate.table import perplexity_table
+from omniq.export import export_checkpoint, verify_checkpoint
+from omniq.preflight import Plan
+from omniq.result import BlockResult, deploy
+from omniq.run_dir import RunDir
+from omniq.stages.rtn import round_to_nearest
+
+FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
+
+
+def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
+    """Evaluate, export, verify and summarize; what an earlier process finished is kept."""
+    facts = summary(plan, folder)
+    if plan.evaluation is not None:
+        facts["perplexity"] = {plan.run.evaluation.describe(): perplexities(plan, folder, console)}
+    folder.write_json("summary.json", facts)
+    if plan.run.export.format == "none":
+        return
+    out = folder.path / "model"
+    if not out.exists():
+        console.print(f"writing {out}")
+        export_checkpoint(
+            plan.source,
+            block_reader(folder),
+            out,
+            format=plan.run.export.format,
+            card=facts,
+            max_shard_bytes=int(plan.run.export.max_shard_size * 1e9),
+        )
+    if plan.run.export.verify and not (folder.path / "verification.json").exists():
+        report = verify_checkpoint(
+            out, plan.source, block_reader(folder), format=plan.run.export.format, windows=plan.tokens[:1, :256]
+        )
+        folder.write_json("verification.json", vars(report))
+        console.print(f"verified: {report}")
+
+
+def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
+    """Finished blocks by index."""
+
+    def read(index: int) -> BlockResult:
+        return BlockResult.load(folder.block_path(index))
+
+    return read
+
+
+def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]:
+    """Perplexity of the full-precision, the round-to-nearest and the quantized model, in one pass over the blocks."""
+    path = folder.path / "perplexity.json"
+    if path.exists():
+        results = {name: PerplexityResult(**entry) for name, entry in json.loads(path.read_text()).items()}
+    else:
+        variants = {FULL: full_precision, RTN: rounded(plan), OURS: quantized(folder)}
+        with console.status("perplexity") as status:
+            results = evaluate_streamed(
+                plan.source,
+                plan.evaluation,
+                variants,
+                device=plan.device,
+                batch_size=plan.run.batch,
+                progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
+            )
+        folder.write_json("perplexity.json", {name: vars(result) for name, result in results.items()})
+    console.print(perplexity_table(results, title=plan.run.evaluation.describe()))
+    return {name: result.perplexity for name, result in results.items()}
+
+
+def full_precision(index: int, block: nn.Module) -> nn.Module:
+    """The block as it is."""
+    return block
+
+
+def rounded(plan: Plan) -> Callable[[int, nn.Module], nn.Module]:
+    """Every block rounded to nearest on the min-max grid of the run's scheme."""
+
+    def variant(index: int, block: nn.Module) -> nn.Module:
+        for name in plan.source.family.linears:
+            weight = block.get_submodule(name).weight
+            weight.data.copy_(round_to_nearest(weight.detach(), plan.run.scheme.grid).dequantize())
+        return block
+
+    return variant
+
+
+def quantized(folder: RunDir) -> Callable[[int, nn.Module], nn.Module]:
+    """Every block as the run left it."""
+
+    def variant(index: int, block: nn.Module) -> nn.Module:
+        deploy(block, BlockResult.load(folder.block_path(index)))
+        return block
+
+    return variant
+
+
+def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
+    """What the model card and summary.json tell: recipe, data, versions, losses, size."""
+    blocks = [BlockResult.load(folder.block_path(index)) for index in range(plan.source.num_blocks)]
+    weights = [linear for block in blocks for linear in block.linears.values()]
+    total = sum(linear.codes.numel() for linear in weights)
+    bits = sum(linear.bits_per_weight() * linear.codes.numel() for linear in weights) / total
+    return {
+        "base_model": str(plan.run.model.path),
+        "scheme": plan.run.scheme.name,
+        "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
+        "recipe": (folder.path / "config.yaml").read_text(),
+        "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
+        "source_digest": plan.fingerprint["model digest"],
+        "seed": plan.run.seed,
+        "bits_per_weight": round(bits, 3),
+        "versions": dict(plan.environment),
+        "blocks": [dict(block.summary) for block in blocks],
+    }

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that look like those of a language model, with fixed seeds, and the measure of their error.
+
+Inputs have power-law factors, white noise, log-normal channel gains, a mean and 0.5 % channels twelve times as strong;
+weights are Student-t(6) with log-normal row gains, stored in half precision. The published numbers that the tests compare
+with were measured on exactly these layers.
+
+Shapes: ``o`` output features, ``i`` input features.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@cache
+def make_layer(outputs: int, inputs: int, seed: int = 20240, tokens: int = 8192) -> tuple[Tensor, Tensor]:
+    """Weights ``[o, i]`` and Gram matrix ``[i, i]``, both float64."""
+    rng = np.random.default_rng([seed, outputs, inputs])
+    weight = rng.standard_t(6, size=(outputs, inputs)) * 0.02 * np.exp(0.25 * rng.standard_normal((outputs, 1)))
+    rank = min(inputs // 2, 384)
+    factors = rng.standard_normal((inputs, rank)) * (np.arange(1, rank + 1) ** -0.6)
+    x = rng.standard_normal((tokens, rank)) @ factors.T + 0.35 * rng.standard_normal((tokens, inputs))
+    x += 0.5 * rng.standard_normal(inputs)
+    x *= np.exp(0.4 * rng.standard_normal(inputs))
+    x[:, rng.choice(inputs, size=max(3, inputs // 200), replace=False)] *= 12.0
+    half = (0.5 * x).astype(np.float16).astype(np.float64)
+    return torch.from_numpy(weight.astype(np.float16).astype(np.float64)), torch.from_numpy(half.T @ half)
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """``||W X - W^ X||^2 / ||W X||^2`` in float64."""
+    weight, gram = weight.double(), gram.double()
+    residual = weight - approximation.double()
+    return float(((residual @ gram) * residual).sum() / ((weight @ gram) * weight).sum())
