@@ -28,19 +28,22 @@ class NonFiniteGuard(Callback):
     def __init__(self, tries: int = 3, factor: float = 0.5) -> None:
         self.tries, self.factor = tries, factor
         self.failed = 0
+        self.note: str | None = None
         self._bad: Tensor | None = None
         self._good: dict[str, Any] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"failed": self.failed}
+        return {"failed": self.failed, "note": self.note}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.failed = state_dict["failed"]
+        self.failed, self.note = state_dict["failed"], state_dict["note"]
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BlockModule)
+        self._tell(pl_module)
         self._remember(trainer, pl_module)
 
     @override
@@ -69,15 +72,21 @@ class NonFiniteGuard(Callback):
         self.failed += 1
         module.load_state_dict(self._good["module"])
         for optimizer, state in zip(trainer.optimizers, self._good["optimizers"], strict=True):
+            rates = [group["lr"] for group in optimizer.param_groups]  # where the schedule is now, not where it was
             optimizer.load_state_dict(copy.deepcopy(state))
-            for group in optimizer.param_groups:
-                group["lr"] *= self.factor
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.factor
+            optimizer.zero_grad()  # nothing of the bad pass may be accumulated into the next
         for config in trainer.lr_scheduler_configs:
             base_lrs = getattr(config.scheduler, "base_lrs", [])
             config.scheduler.base_lrs = [rate * self.factor for rate in base_lrs]
-        note = f"non-finite loss in {self.failed} pass(es): learning rate x {self.factor**self.failed:g}"
+        self.note = f"non-finite loss in {self.failed} pass(es): learning rate x {self.factor**self.failed:g}"
         if self.failed >= self.tries:
-            note = f"non-finite loss in {self.failed} passes: kept {module.abandon()}"
+            self.note = f"non-finite loss in {self.failed} passes: kept {module.abandon()}"
             trainer.should_stop = True
-        module.task.notes["guard"] = note
+        self._tell(module)
         self._remember(trainer, module)
+
+    def _tell(self, module: BlockModule) -> None:
+        if self.note is not None:
+            module.task.notes["guard"] = self.note

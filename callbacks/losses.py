@@ -2,6 +2,7 @@
 """Per-block losses: every step to a CSV file of the block, and to the Trainer's loggers under stable names."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class BlockLosses(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.length = state_dict["length"]
         self.first_pass, self.last_pass = state_dict["first_pass"], state_dict["last_pass"]
+
+    def holds(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether the file still has every row that was written before this checkpoint."""
+        length: int = checkpoint["callbacks"][self.state_key]["length"]
+        return self.path.exists() and self.path.stat().st_size >= length
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

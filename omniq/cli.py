@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``omniq`` command: quantize, evaluate, export, report.
 
-Plain jsonargparse with LightningCLI's conventions: YAML sections are the arguments of a function, ``class_path`` and
-``init_args`` where there is a choice, several ``--config`` files compose, ``--section.key value`` overrides,
-``--print_config`` shows everything. What the user can mend ends in one line and exit status 2.
+Plain jsonargparse with LightningCLI's conventions: YAML sections are the arguments of a class or function,
+``class_path`` and ``init_args`` where there is a choice, several ``--config`` files compose, ``--section.key value``
+overrides, ``--print_config`` shows everything. What the user can mend ends in one line and exit status 2.
 """
 
 import logging
@@ -11,16 +11,19 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
+from transformers.utils import logging as transformers_logging
 
-from omniq.config import Model, Run
-from omniq.data import Evaluation
+from omniq.config import Export, Model, Run
+from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
+from omniq.files import CorruptFile
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,66 +33,39 @@ def main(args: Sequence[str] | None = None) -> int:
         args: without the program's name; ``sys.argv[1:]`` if None.
 
     Returns:
-        The exit status: 0, or 2 for what the user can mend.
+        The exit status: 0, 2 for what the user can mend, 130 for an interruption from the keyboard.
     """
     quiet()
     try:
-        parser, commands = build_parser()
+        parser, subparsers = build_parser()
         config = parser.parse_args(list(sys.argv[1:] if args is None else args))
         name = config.subcommand
-        return commands[name](config[name]) or 0
+        if name == "quantize":
+            from omniq import pipeline
+
+            pipeline.quantize(*run_of(subparsers[name], config[name]))
+        else:
+            objects = _instantiate(subparsers[name], config[name])
+            COMMANDS[name][0](**{key: value for key, value in vars(objects).items() if key != "config"})
     except (UserError, ArgumentError) as error:
         print(f"omniq: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except CorruptFile as error:
+        print(f"omniq: {error}; run the quantize command again, which computes it anew", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("omniq: interrupted; the same command continues this run", file=sys.stderr)
         return 130
-
-
-def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], int | None]]]:
-    """The parser with its subcommands, and what each of them does with its part of the configuration."""
-    parser = ArgumentParser(prog="omniq", description="Quantize language models block by block.", exit_on_error=False)
-    subcommands = parser.add_subcommands(required=True)
-    commands: dict[str, Callable[[Namespace], int | None]] = {}
-    for name, (function, help_text) in COMMANDS.items():
-        sub = ArgumentParser(description=help_text, exit_on_error=False)
-        sub.add_argument("--config", action="config", help="a YAML file; may be given several times, later ones win")
-        if name == "quantize":
-            sub.add_class_arguments(Run, as_group=False)
-        else:
-            sub.add_function_arguments(function, as_group=False)
-        subcommands.add_subcommand(name, sub, help=help_text)
-        commands[name] = _command(name, sub, function)
-    return parser, commands
-
-
-def _command(name: str, parser: ArgumentParser, function: Callable[..., Any]) -> Callable[[Namespace], int | None]:
-    def run(config: Namespace) -> int | None:
-        settings = parser.dump(config, skip_validation=True)
-        try:
-            objects = parser.instantiate_classes(config)
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
-        arguments = {key: value for key, value in vars(objects).items() if key != "config"}
-        if name == "quantize":
-            run_fields = {field.name for field in fields(Run)}
-            quantize(Run(**{key: value for key, value in arguments.items() if key in run_fields}), settings)
-            return 0
-        result: int | None = function(**arguments)
-        return result
-
-    return run
-
-
-def quantize(run: Run, settings: str) -> None:
-    """Quantize a model and write a checkpoint; the same command continues an interrupted run."""
-    from omniq import pipeline
-
-    pipeline.quantize(run, settings)
+    return 0
 
 
 def evaluate(
-    model: Model, evaluation: Evaluation, device: str = "auto", batch: int = 4, out: Path | None = None
+    model: Model,
+    evaluation: Evaluation,
+    device: str = "auto",
+    batch: int = 4,
+    out: Path | None = None,
+    data: Calibration | None = None,
 ) -> None:
     """Measure the perplexity of a model that omniq or transformers can load.
 
@@ -99,25 +75,24 @@ def evaluate(
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         batch: windows at once.
         out: a JSON file for the result.
+        data: not used; here so that the files of ``configs/data`` serve this command too.
     """
     from omniq.evaluate.command import evaluate_checkpoint
 
     evaluate_checkpoint(model, evaluation, device, batch, out)
 
 
-def export(run: Path, out: Path, format: str = "compressed-tensors", max_shard_size: float = 5.0, verify: bool = True) -> None:
-    """Write a checkpoint of a finished run.
+def export(run: Path, out: Path, export: Export = Export()) -> None:  # noqa: B008 (frozen)
+    """Write another checkpoint of a finished run.
 
     Args:
         run: its run directory.
         out: folder of the checkpoint.
-        format: how codes are packed.
-        max_shard_size: gigabytes of one safetensors file.
-        verify: reopen the checkpoint, compare every code, and compare logits through transformers.
+        export: format and details.
     """
     from omniq.reopen import export_run
 
-    export_run(run, out, format, max_shard_size, verify)
+    export_run(run, out, export)
 
 
 def report(run: Path) -> None:
@@ -126,27 +101,69 @@ def report(run: Path) -> None:
     Args:
         run: its run directory.
     """
-    from omniq.report import show
+    from omniq.reopen import show_run
 
-    show(run)
+    show_run(run)
 
 
 COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
-    "quantize": (quantize, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
+    "quantize": (Run, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
     "evaluate": (evaluate, "measure the perplexity of a model"),
-    "export": (export, "write a checkpoint of a finished run"),
+    "export": (export, "write another checkpoint of a finished run"),
     "report": (report, "show the losses and perplexities of a run"),
 }
 
 
-def parse(args: Sequence[str]) -> tuple[Run, str]:
-    """The run that ``omniq quantize`` with these arguments would start, and its resolved settings as YAML."""
-    parser, _ = build_parser()
-    config = parser.parse_args(["quantize", *args]).quantize
-    sub = parser._subcommands_action._name_parser_map["quantize"]
-    objects = sub.instantiate_classes(config)
-    names = {field.name for field in fields(Run)}
-    return Run(**{key: value for key, value in vars(objects).items() if key in names}), sub.dump(config)
+def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser of the whole command line, and that of each subcommand."""
+    parser = ArgumentParser(prog="omniq", description="Quantize language models block by block.", exit_on_error=False)
+    subcommands = parser.add_subcommands(required=True)
+    subparsers = {name: _subparser(*command) for name, command in COMMANDS.items()}
+    for name, subparser in subparsers.items():
+        subcommands.add_subcommand(name, subparser, help=COMMANDS[name][1])
+    return parser, subparsers
+
+
+def _subparser(target: Callable[..., Any], description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; of several, later ones win")
+    if isinstance(target, type):
+        parser.add_class_arguments(target, as_group=False)
+    else:
+        parser.add_function_arguments(target, as_group=False)
+    return parser
+
+
+def parse_run(configs: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None) -> tuple[Run, str]:
+    """The run that these configuration files describe, with further settings on top.
+
+    Returns:
+        The run, and its resolved settings as YAML.
+
+    Raises:
+        UserError: a key or value that is not understood.
+    """
+    parser = _subparser(*COMMANDS["quantize"])
+    layers = [str(path) for path in configs] + ([yaml.safe_dump(dict(settings))] if settings else [])
+    try:
+        config = parser.parse_args([argument for layer in layers for argument in ("--config", layer)])
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return run_of(parser, config)
+
+
+def run_of(parser: ArgumentParser, config: Namespace) -> tuple[Run, str]:
+    """The run that a parsed configuration describes, and its resolved settings as YAML."""
+    settings = parser.dump(config, skip_validation=True)
+    objects = vars(_instantiate(parser, config))
+    return Run(**{field.name: objects[field.name] for field in fields(Run)}), settings
+
+
+def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
+    try:
+        return parser.instantiate(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
 
 
 def quiet() -> None:
@@ -155,5 +172,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="omniq: %(message)s", level=logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

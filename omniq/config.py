@@ -25,7 +25,15 @@ OWNED_TRAINER_ARGUMENTS = {
     "min_epochs": "a stage's epochs",
     "max_steps": "a stage's epochs and data.samples",
     "min_steps": "a stage's epochs and data.samples",
+    "max_time": "nothing: a run may be killed at any moment and continued",
+    "limit_train_batches": "data.samples",
+    "overfit_batches": "data.samples",
+    "fast_dev_run": "data.samples and a stage's epochs",
+    "barebones": "nothing: the fit of a block is bare enough",
     "default_root_dir": "out",
+    "enable_checkpointing": "nothing: the end of each pass over the samples is saved",
+    "enable_progress_bar": "nothing: the run has a display of its own",
+    "enable_model_summary": "nothing: every block has the same parts",
     "plugins": "nothing: checkpoints are always atomic",
 }
 COMPUTE_DTYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -92,11 +100,13 @@ class Export:
         format: how codes are packed; ``none`` writes no checkpoint.
         max_shard_size: gigabytes of one safetensors file.
         verify: reopen the checkpoint, compare every code, and compare logits through transformers.
+        prompt: a sentence for the reopened checkpoint to go on with, as a user would see it; nothing if not given.
     """
 
     format: str = "compressed-tensors"
     max_shard_size: float = 5.0
     verify: bool = True
+    prompt: str | None = None
 
 
 @dataclass
@@ -161,7 +171,7 @@ def check_trainer(factory: TrainerFactory) -> None:
     """
     given = trainer_arguments(factory)
     for name, instead in OWNED_TRAINER_ARGUMENTS.items():
-        if given.get(name) not in (None, -1):
+        if given.get(name) not in (None, -1, False):
             raise UserError(f"trainer.{name} {given[name]!r} is decided for each block: use {instead}")
     if given.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator {given['accelerator']!r}: no GPU is present; use cpu or auto")
@@ -170,6 +180,11 @@ def check_trainer(factory: TrainerFactory) -> None:
         raise UserError(
             f"trainer.precision {precision!r} would round what is learned: use one of {', '.join(COMPUTE_DTYPES)}"
         )
+
+
+def device_arguments(factory: TrainerFactory) -> dict[str, Any]:
+    """Left to itself, Lightning would take every GPU of the machine; a run takes one."""
+    return {"devices": 1} if trainer_arguments(factory).get("devices") in (None, "auto") else {}
 
 
 def compute_dtype(factory: TrainerFactory) -> torch.dtype:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,15 @@ def load_state(path: Path, map_location: Any = "cpu") -> Any:
     """Read what ``save_state`` wrote; only plain containers and tensors are unpickled.
 
     Raises:
-        CorruptFile: truncated or altered.
+        CorruptFile: truncated, altered, or written with something else in it.
     """
     data = path.read_bytes()
     if hashlib.sha256(memoryview(data)[32:]).digest() != data[:32]:
         raise CorruptFile(f"{path}: the checksum does not match its content")
-    return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
+    try:
+        return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
+        raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
 
 
 def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint
-from omniq.config import Run, trainer_arguments
+from omniq.config import Run, device_arguments, trainer_arguments
 from omniq.display import Display
+from omniq.files import CorruptFile
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask, Stage
 
@@ -54,16 +55,31 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
         Fuse(),
         PassCheckpoint(last),
     ]
-    resume = last if where.folder.load_current(last) is not None else None
+    resume = last if _resumable(last, losses, where.folder) else None
     trainer = make_trainer(where, task, callbacks)
-    trainer.fit(module, module.batches, ckpt_path=resume)
+    try:
+        trainer.fit(module, module.batches, ckpt_path=resume)
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from error
     task.notes |= {f"{name}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
     if where.number + 1 < len(where.run.stages):
         _keep(task, where)
 
 
+def _resumable(last: Path, losses: BlockLosses, folder: RunDir) -> bool:
+    """Whether there is a whole checkpoint of this fit, and all the losses that belong to it."""
+    checkpoint = folder.load_current(last)
+    if checkpoint is None:
+        return False
+    if not losses.holds(checkpoint):
+        folder.discard_current(last, CorruptFile(f"{losses.path} lacks losses that {last} counts"))
+        return False
+    return True
+
+
 def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
     """A fresh Trainer: one epoch, our checkpoints, the user's arguments for everything else."""
+    given = trainer_arguments(where.run.trainer)
     arguments: dict[str, Any] = {
         "max_epochs": 1,
         "callbacks": callbacks,
@@ -72,10 +88,11 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": where.folder.path,
+        "log_every_n_steps": given.get("log_every_n_steps") or 1,  # or Lightning advises on short epochs
     }
-    if trainer_arguments(where.run.trainer).get("logger") is None:
+    if given.get("logger") is None:
         arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
-    return where.run.trainer(**arguments)
+    return where.run.trainer(**device_arguments(where.run.trainer), **arguments)
 
 
 def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from torch import Tensor
 
-from omniq.config import Run, check_trainer, compute_dtype
+from omniq.config import Run, check_trainer, compute_dtype, device_arguments, trainer_arguments
 from omniq.data import digest
+from omniq.data.text import one_line
 from omniq.errors import UserError
 from omniq.export import Scheme, find_format
 from omniq.models.source import SourceModel
+from omniq.run_dir import check_writable
 from omniq.streams import Precision
 
 # Sections and keys that may change between start and resume: they do not touch the calibration's result.
 FREE_KEYS = ("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "save_streams_every", "config")
-BINDING_TRAINER_KEYS = ("precision",)
+BINDING_TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
 
 
@@ -92,6 +95,7 @@ def prepare(run: Run, settings: str) -> Plan:
     """
     run.check()
     check_trainer(run.trainer)
+    check_writable(run.out)
     if run.export.format != "none":
         find_format(run.export.format).check(Scheme(run.scheme.grid))
     source = open_model(run)
@@ -100,7 +104,7 @@ def prepare(run: Run, settings: str) -> Plan:
     tokenizer = source.tokenizer()
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
-    trainer = run.trainer()
+    trainer = open_trainer(run)
     device = trainer.strategy.root_device
     _, block_arguments = source.embed(tokens[:1], device)
     return Plan(
@@ -117,6 +121,22 @@ def prepare(run: Run, settings: str) -> Plan:
     )
 
 
+def open_trainer(run: Run) -> L.Trainer:
+    """A Trainer as every block will get one, for its device and precision.
+
+    Raises:
+        UserError: Lightning refuses its arguments, or it would start several processes.
+    """
+    try:
+        trainer = run.trainer(**device_arguments(run.trainer))
+    except Exception as error:  # Lightning and torch refuse in many ways
+        raise UserError(f"trainer: {one_line(error)}; change or leave out that argument of the Trainer") from error
+    if trainer.world_size != 1:
+        devices = trainer_arguments(run.trainer).get("devices")
+        raise UserError(f"trainer.devices {devices!r} means {trainer.world_size} processes: a run takes one, set it to 1")
+    return trainer
+
+
 def linear_widths(source: SourceModel) -> dict[str, int]:
     """Input width of every quantized linear of the model, by full name."""
     names = [f"{source.block_name(i)}.{name}" for i in range(source.num_blocks) for name in source.family.linears]
@@ -126,7 +146,8 @@ def linear_widths(source: SourceModel) -> dict[str, int]:
 def fingerprint(settings: str) -> dict[str, Any]:
     """The settings that determine the result, flattened to dotted keys."""
     flat = _flatten(yaml.safe_load(settings))
-    return {key: value for key, value in flat.items() if not _free(key)}
+    named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}  # as users write
+    return {key: value for key, value in named.items() if not _free(key)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ and computed again from the last good point.
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -31,6 +32,20 @@ from omniq.result import BlockResult
 from omniq.streams import Streams
 
 log = logging.getLogger("omniq")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a run directory that could not be made, without making it.
+
+    Raises:
+        UserError: a file is in the way, or there is no permission.
+    """
+    path = path.expanduser().absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"out {path} cannot be written: no permission in {there}; choose another folder")
 
 
 class RunDir:
@@ -62,6 +77,8 @@ class RunDir:
             raise UserError(
                 f"out {self.path} is in use by another omniq process: wait for it, or give this run its own folder"
             ) from error
+        for leftover in self.path.rglob(".*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink()
         return self
 
     def __exit__(
@@ -112,11 +129,33 @@ class RunDir:
         """A record for people and tools, such as ``perplexity.json``."""
         atomic_write(self.path / name, json.dumps(content, indent=1).encode())
 
+    def save_record(self, name: str, content: Mapping[str, Any]) -> None:
+        """A record that a later process goes by, sealed by a checksum."""
+        self.write_json(name, {**content, "sha256": _seal(content)})
+
+    def load_record(self, name: str) -> dict[str, Any] | None:
+        """What ``save_record`` wrote, or None; a damaged file is reported and removed."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("sha256", None) == _seal(content):
+                return dict(content)
+        except (ValueError, AttributeError):  # no JSON, or no object
+            pass
+        self._discard(path, CorruptFile(f"{path}: the checksum does not match its content"), "it is made again")
+        return None
+
     # -- finished blocks ----------------------------------------------------------------------------------------
 
     def block_path(self, index: int, suffix: str = "safetensors") -> Path:
         """``blocks/007.safetensors``."""
         return self.path / "blocks" / f"{index:03d}.{suffix}"
+
+    def finished(self) -> list[int]:
+        """Indices of the blocks that are done."""
+        return sorted(int(path.stem) for path in (self.path / "blocks").glob("[0-9]*.safetensors"))
 
     def load_block(self, index: int) -> BlockResult | None:
         """The finished block, or None; a damaged file is reported and removed."""
@@ -150,8 +189,12 @@ class RunDir:
         try:
             return load_state(path)
         except CorruptFile as error:
-            self._discard(path, error, "this stage of the block starts over")
+            self.discard_current(path, error)
             return None
+
+    def discard_current(self, path: Path, error: CorruptFile) -> None:
+        """Report and remove state of the block in progress."""
+        self._discard(path, error, "this stage of the block starts over")
 
     def save_current(self, path: Path, state: Any) -> None:
         """Keep state of the block in progress."""
@@ -184,3 +227,7 @@ class RunDir:
     def _discard(self, path: Path, error: Exception, consequence: str) -> None:
         log.warning("%s; removed, %s", error, consequence)
         path.unlink(missing_ok=True)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the last block: perplexity before and after, the checkpoint, its verification, and the summary of the run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from omniq.config import Export
+from omniq.data import digest
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
 from omniq.evaluate.table import perplexity_table
 from omniq.export import export_checkpoint, verify_checkpoint
+from omniq.models.source import SourceModel
 from omniq.preflight import Plan
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.rtn import round_to_nearest
 
+VERIFICATION_TEXT = "A model is quantized block by block, and every code that was chosen is the code that is stored."
 FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
 
 
@@ -26,25 +30,37 @@ def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
     if plan.evaluation is not None:
         facts["perplexity"] = {plan.run.evaluation.describe(): perplexities(plan, folder, console)}
     folder.write_json("summary.json", facts)
-    if plan.run.export.format == "none":
-        return
-    out = folder.path / "model"
+    if plan.run.export.format != "none":
+        write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, facts, console)
+
+
+def write_checkpoint(
+    source: SourceModel, folder: RunDir, out: Path, export: Export, facts: dict[str, Any], console: Console
+) -> None:
+    """Export a finished run, compare what was written with what was optimised, and let it speak."""
+    read = block_reader(folder)
     if not out.exists():
         console.print(f"writing {out}")
-        export_checkpoint(
-            plan.source,
-            block_reader(folder),
-            out,
-            format=plan.run.export.format,
-            card=facts,
-            max_shard_bytes=int(plan.run.export.max_shard_size * 1e9),
+        size = int(export.max_shard_size * 1e9)
+        export_checkpoint(source, read, out, format=export.format, card=facts, max_shard_bytes=size)
+    if export.verify:
+        text = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+        report = verify_checkpoint(out, source, read, format=export.format, windows=text)
+        console.print(
+            f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
+            f"logits through transformers within {report.relative_error:.1e} of omniq's"
         )
-    if plan.run.export.verify and not (folder.path / "verification.json").exists():
-        report = verify_checkpoint(
-            out, plan.source, block_reader(folder), format=plan.run.export.format, windows=plan.tokens[:1, :256]
-        )
-        folder.write_json("verification.json", vars(report))
-        console.print(f"verified: {report}")
+    if export.prompt is not None:
+        console.print(f"the checkpoint says: {generate(out, export.prompt)!r}")
+
+
+def generate(checkpoint: Path, prompt: str, new_tokens: int = 24) -> str:
+    """What the checkpoint answers, greedily, opened by plain transformers as any user would."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(answer[0], skip_special_tokens=True))
 
 
 def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
@@ -58,9 +74,10 @@ def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
 
 def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]:
     """Perplexity of the full-precision, the round-to-nearest and the quantized model, in one pass over the blocks."""
-    path = folder.path / "perplexity.json"
-    if path.exists():
-        results = {name: PerplexityResult(**entry) for name, entry in json.loads(path.read_text()).items()}
+    measured = folder.load_record("perplexity.json")
+    about = {"text": plan.run.evaluation.describe(), "tokens": digest(plan.evaluation)}
+    if measured is not None and about.items() <= measured.items():
+        results = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
     else:
         variants = {FULL: full_precision, RTN: rounded(plan), OURS: quantized(folder)}
         with console.status("perplexity") as status:
@@ -72,7 +89,7 @@ def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]
                 batch_size=plan.run.batch,
                 progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
             )
-        folder.write_json("perplexity.json", {name: vars(result) for name, result in results.items()})
+        folder.save_record("perplexity.json", about | {"models": {k: v.to_json() for k, v in results.items()}})
     console.print(perplexity_table(results, title=plan.run.evaluation.describe()))
     return {name: result.perplexity for name, result in results.items()}
 

@@ -207,7 +207,7 @@ def test_hub_offline_is_refused_at_once(offline, streaming):
         UserError, match=r"HubText\.path: 'Salesforce/no-such-text' .*HF_HUB_OFFLINE=1.*LocalText.*FILE"
     ):
         source.documents()
-    assert time.perf_counter() - started < 1  # measured: 0.002 s
+    assert time.perf_counter() - started < 1  # measured: 0.001 s
 
 
 def test_hub_unreachable_names_the_way_out(monkeypatch):
@@ -267,7 +267,7 @@ def test_calibration_offsets_are_uniform_and_reach_both_ends():
     drawn = Calibration(Words("x" * 14), samples=4000, length=5).windows(Numbers(), 0).calibration[:, 0]
     counts = np.bincount(drawn.numpy(), minlength=10)
     assert len(counts) == 10
-    assert abs(counts - 400).max() < 80  # four standard deviations; measured 48
+    assert abs(counts - 400).max() < 80  # four standard deviations; measured 32
 
 
 def test_calibration_seed_is_the_run_s_unless_given():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake quantization with learnable clipping: values and gradients against the paper's formula in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,10 +28,7 @@ def paper(w: Tensor, lo: Tensor, hi: Tensor, up: Tensor, low: Tensor, bits: int,
             group = w[r, k * (i // G) : (k + 1) * (i // G)]
             biggest = hi[r, k] / (1 + torch.exp(-up[r, k]))
             smallest = lo[r, k] / (1 + torch.exp(-low[r, k]))
-            if symmetric:
-                span = 2 * (torch.maximum(biggest, -smallest))
-            else:
-                span = biggest - smallest
+            span = 2 * torch.maximum(biggest, -smallest) if symmetric else biggest - smallest
             step = torch.clamp(span / (2**bits - 1), min=torch.finfo(torch.float64).tiny)
             zero = 2 ** (bits - 1) if symmetric else torch.round(-smallest / step).item()
             n = group / step
@@ -127,21 +126,35 @@ def test_open_clipping_covers_the_grid_of_the_weights() -> None:
         assert all(torch.equal(a, b) for a, b in zip(clip_range(lo, hi, wide, wide), (lo, hi), strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "positive", "negative", "zero"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_reaches_a_moving_weight_through_its_extremes(symmetric: bool) -> None:
-    """Under a transform the range is taken from the weight in each step; ties share, as torch.amax has it."""
+def test_gradient_reaches_a_moving_weight_through_its_extremes(
+    symmetric: bool, kind: str, own: bool, form: Callable[..., Tensor]
+) -> None:
+    """Under a transform the range is the weight's own, given or taken inside; ties share, as torch.amax has it."""
     grid = Grid(3, 16, symmetric)
-    w, _, _, up, low = problem(4, 32, grid)
-    w[1, 3] = w[1, 5] = 0.5
-    grad = torch.randn(4, 32, dtype=torch.float64)
+    w, _, _, up, low = problem(4, 32, grid, kind=kind)
+    w[1, 3] = w[1, 5] = 0.5 * w[1, 0].sign()
+    w[2, 16:20] = 0
+    grad = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def moving(function, w: Tensor, up: Tensor, low: Tensor, *args) -> Tensor:
-        return function(w, *grid.range(w), up, low, *args)
+    def moving(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
+        return form(w, *((None, None) if own else grid.range(w)), up, low, grid)
 
-    expected = gradients(lambda *a: moving(paper, *a, 3, symmetric), [w, up, low], grad)[1]
-    actual = gradients(lambda *a: moving(fake_quantize, *a, grid), [w, up, low], grad)[1]
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert relative(mine, theirs) < 1e-12
+    def expected(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
+        groups = w.view(-1, 16)
+        lo, hi = (
+            torch.clamp(end(1), **side).view(4, 2)
+            for end, side in ((groups.amin, {"max": 0}), (groups.amax, {"min": 0}))
+        )
+        return paper(w, lo, hi, up, low, 3, symmetric)
+
+    for (a, da), (b, db) in [(gradients(moving, [w, up, low], grad), gradients(expected, [w, up, low], grad))]:
+        assert relative(a, b) < 1e-12
+        for mine, theirs in zip(da, db, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,10 +191,11 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     tensors = [t.float() for t in problem(10, 64, grid)]
     grad = torch.randn(10, 64)
     whole = gradients(fake_quantize, tensors, grad, grid)
-    monkeypatch.setattr("omniq.kernels.fake_quant._CHUNK", 3 * 64)
+    monkeypatch.setattr("omniq.kernels.fake_quant_torch._CHUNK", 3 * 64)
     parts = gradients(fake_quantize, tensors, grad, grid)
     assert torch.equal(whole[0], parts[0])
-    assert all(torch.equal(a, b) for a, b in zip(whole[1], parts[1], strict=True))
+    for a, b in zip(whole[1], parts[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)  # the order of a sum depends on the shape
 
 
 def test_a_compiled_step_has_no_graph_break() -> None:
@@ -198,11 +212,12 @@ def test_a_compiled_step_has_no_graph_break() -> None:
         assert all(torch.equal(x, y) for x, y in zip(da, db, strict=True))
 
 
-def test_the_operator_passes_torch_own_checks() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_operator_passes_torch_own_checks(own: bool) -> None:
     grid = Grid(3, 16)
-    w, lo, hi, up, low = (t.float() for t in problem(4, 32, grid))
-    args = (w, lo, hi, up.requires_grad_(), low.requires_grad_(), 3, False, torch.float32)
-    torch.library.opcheck(torch.ops.omniq.fake_quantize.default, args)
+    w, lo, hi, up, low = (t.float().requires_grad_() for t in problem(4, 32, grid))
+    bounds = (torch.empty(0), torch.empty(0)) if own else (lo, hi)
+    torch.library.opcheck(torch.ops.omniq.fake_quantize.default, (w, *bounds, up, low, 3, False, torch.float32))
 
 
 @pytest.mark.gpu
@@ -212,9 +227,7 @@ def test_the_operator_passes_torch_own_checks() -> None:
     ("bits", "size", "o", "i"), [(3, 16, 33, 96), (2, 64, 40, 576), (4, 192, 7, 576), (8, 100, 5, 300),
                                  (4, -1, 9, 5000), (3, -1, 17, 11008), (2, -1, 3, 28672), (4, 128, 256, 4096)]
 )  # fmt: skip
-def test_triton_equals_float64(
-    bits: int, size: int, o: int, i: int, dtype: torch.dtype, symmetric: bool
-) -> None:
+def test_triton_equals_float64(bits: int, size: int, o: int, i: int, dtype: torch.dtype, symmetric: bool) -> None:
     grid = Grid(bits, size, symmetric)
     w, lo, hi, up, low = problem(o, i, grid)
     w = w.to(dtype).double()
@@ -226,11 +239,22 @@ def test_triton_equals_float64(
     out, actual = gradients(fake_quantize, device, grad.cuda(), grid)
     off = (out.cpu().double() - expected).abs() > 4e-3 * expected.abs() + 1e-6  # half of a bfloat16 ulp is 2e-3
     assert off.float().mean() < 1e-4  # a code may turn over within an ulp of a tie
+    coarse = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-5}
     for mine, theirs in zip(actual, grads, strict=True):
-        assert relative(mine.cpu(), theirs) < (2e-3 if mine.dtype != torch.float32 else 1e-3)
+        # A code that turns over moves a sum by one step of the grid, rounding of the result by its dtype.
+        assert relative(mine.cpu(), theirs) < coarse[mine.dtype] + 1e-3
     again = gradients(fake_quantize, device, grad.cuda(), grid)
     assert torch.equal(again[0], out)
     assert all(torch.equal(a, b) for a, b in zip(again[1], actual, strict=True))
+
+    def moving(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
+        return fake_quantize(w, None, None, up, low, grid)
+
+    expected, grads = gradients(moving, [tensors[0], *tensors[3:]], grad.double())
+    out, actual = gradients(moving, [device[0], *device[3:]], grad.cuda())
+    assert relative(out.cpu(), expected) < 5e-3
+    for mine, theirs in zip(actual, grads, strict=True):
+        assert relative(mine.cpu(), theirs) < coarse[mine.dtype] + 1e-3
 
 
 @pytest.mark.gpu

@@ -11,9 +11,9 @@ published code divides by ``m * t`` after having multiplied by ``t``, which canc
 windows when told to evaluate fewer; here only what was evaluated counts.
 
 Numerics: logits come in the dtype of the model and are brought to float32 a few rows at a time, so the vocabulary is
-never held twice; log-softmax in float32; sums in float64. The metric that torchmetrics ships takes the softmax in the
-dtype of the logits and the logarithm afterwards, which in bfloat16 is 2.7 % off and infinite for a target far below
-the top.
+never held twice; exponentials in float32; sums over tokens in float64. The metric that torchmetrics ships takes the
+softmax in the dtype of the logits and the logarithm afterwards, which in bfloat16 is 2.7 % off and infinite for a
+target far below the top.
 
 ``evaluate_model`` runs a model that fits in memory. ``evaluate_streamed`` reads a checkpoint block by block, once, and
 measures several variants of it side by side (full precision, rounded to nearest, learned).
@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -40,7 +39,7 @@ from omniq.errors import UserError
 from omniq.streams import propagate
 
 CHUNK = 2**24
-"""Logits brought to float32 at once: 64 MiB, and as much again for their log-softmax."""
+"""Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ class Perplexity(Metric):
         rows = max(1, self.chunk // logits.shape[-1])
         for window, target in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # [t - 1, v], [t - 1]
             for part, wanted in zip(window.split(rows), target.split(rows), strict=True):
-                # one loss per token: float32 is enough for each of them, but not for their sum
-                losses = F.cross_entropy(part.float(), wanted, reduction="none")
-                self.nll += losses.double().sum()
+                self.nll += token_losses(part.float(), wanted.to(part.device)).sum().to(self.nll.device)
         self.tokens += tokens[:, 1:].numel()
 
     @override
@@ -127,6 +124,22 @@ class Perplexity(Metric):
         self._defaults["nll"] = torch.zeros_like(self.nll)
         self._computed = None
         return self
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats, float64 ``[n]``.
+
+    ``log(sum_j exp(l_j - max)) + max - l_target``, with the sum over the vocabulary pairwise, as ``torch.sum`` does it.
+    ``torch.nn.functional.cross_entropy`` sums in sequence on a CPU: with 151,936 logits its losses are 5e-6 too low
+    on average, these are within 3e-8.
+
+    Args:
+        logits: ``[n, v]`` float32.
+        targets: ``[n]`` int64.
+    """
+    top = logits.amax(-1, keepdim=True)
+    mass = (logits - top).exp_().sum(-1)
+    return mass.double().log() + (top - logits.gather(-1, targets[:, None])).squeeze(-1).double()
 
 
 class BlockSource(Protocol):
@@ -175,7 +188,7 @@ def evaluate_model(
         with torch.no_grad():
             for batch in windows.split(batch_size):
                 tokens = batch.to(device)
-                metric.update(model(input_ids=tokens, use_cache=False).logits, tokens.to(metric.device))
+                metric.update(model(input_ids=tokens, use_cache=False).logits, tokens)
     finally:
         model.train(training)
     return _result(metric, windows, started)
@@ -186,9 +199,9 @@ def evaluate_streamed(
     windows: Tensor,
     variants: Mapping[str, Variant],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> dict[str, PerplexityResult]:
     """Measure several variants of a checkpoint in one pass over its blocks.
@@ -200,9 +213,9 @@ def evaluate_streamed(
         windows: int64 ``[m, t]``.
         variants: by the name each result gets; ``lambda index, block: block`` is the model as it is.
         device: where blocks run.
-        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
         batch_size: windows at once.
         progress: called with the number of finished steps and of all steps: one a block, and one for the head.
+        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
         offload: keep the activations in host memory and bring a batch at a time to ``device``.
 
     Raises:

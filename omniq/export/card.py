@@ -5,6 +5,7 @@ A pure function of facts; the same facts give the same text, so there is no date
 given is left out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -23,7 +24,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
             ``license``: of the source model; ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
             ``format`` and ``requires``: the layout, and packages that a reader needs beside transformers;
-            ``bits_per_weight``: of the quantized linears, with scales and zero points;
+            ``bits_per_weight``: of the quantized linears, with scales and zero points; ``bytes``: of all tensors;
             ``perplexity``: by text, then by model, lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: of the source model;
@@ -56,9 +57,8 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 
 def _is_hub_name(base: str) -> bool:
-    """``owner/name``; a folder on someone's machine is nobody's business."""
-    owner, _, name = base.partition("/")
-    return bool(owner and name) and "/" not in name and not base.startswith((".", "~"))
+    """``owner/name``; a folder or file on someone's machine is nobody's business."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None and not base.endswith(".gguf")
 
 
 def _heading(facts: Mapping[str, Any]) -> str:
@@ -69,9 +69,11 @@ def _heading(facts: Mapping[str, Any]) -> str:
     text = f"{base or 'A language model'}, quantized by omniq" + (f" {' '.join(how)}" if how else "") + "."
     if "bits_per_weight" in facts:
         text += (
-            f" The quantized linears take {facts['bits_per_weight']:.3f} bits per weight, scales and zero points "
-            "included; everything else is kept in the dtype of deployment."
+            f" Codes, scales and zero points of the quantized linears come to {facts['bits_per_weight']:.3f} bits per "
+            "weight; all other parameters stay floating-point."
         )
+    if "bytes" in facts:
+        text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."
     return f"# {facts.get('name', 'model')}\n\n{text}"
 
 

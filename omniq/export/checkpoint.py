@@ -9,7 +9,6 @@ after. A process killed at any moment leaves the old export or the new one, neve
 is put right by the next export to the same place. The same inputs give the same bytes.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,7 +34,7 @@ class Source(Protocol):
     """What an export asks of the source model; ``omniq.models.source.SourceModel`` is one."""
 
     config: PretrainedConfig
-    path: Any
+    folder: Path
     num_blocks: int
 
     def block_name(self, index: int) -> str:
@@ -125,6 +124,8 @@ def check_output(out: str | os.PathLike[str], needed_bytes: int = 0) -> None:
     """
     out = Path(out).resolve()
     partial, previous = _partial(out), _previous(out)
+    if in_the_way := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"cannot write {out}: {in_the_way} is a file; choose another folder")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if previous.exists() and not out.exists():
@@ -161,19 +162,17 @@ def _write_weights(
 ) -> dict[str, Any]:
     """Write all tensors and ``config.json``; return what the card says of them."""
     writer = ShardWriter(folder, max_shard_bytes)
-    plain: set[str] = set()  # every parameter by the name it has in an unquantized model
-    quantized: set[str] = set()
-    summaries, bits, weights = [], 0.0, 0
+    linears: dict[str, tuple[float, int]] = {}  # full name: stored bits per weight, weights
+    plain: set[str] = set()  # full names of all other parameters
+    summaries = []
     for block, result in each_result(source, results):
         if scheme is None:
             scheme = Scheme.of(result)
             layout.check(scheme)
         for name, linear in result.linears.items():
-            quantized.add(f"{block}.{name}")
+            linears[f"{block}.{name}"] = linear.bits_per_weight(), linear.codes.numel()
             for key, tensor in layout.tensors(f"{block}.{name}", linear, scheme).items():
                 writer.add(key, tensor)
-            bits += linear.bits_per_weight() * linear.codes.numel()
-            weights += linear.codes.numel()
         for name, tensor in result.tensors.items():
             plain.add(f"{block}.{name}")
             writer.add(f"{block}.{name}", deployed(f"{block}.{name}", tensor, scheme))
@@ -183,12 +182,15 @@ def _write_weights(
     for name, tensor in source.outside():
         plain.add(name)
         writer.add(name, deployed(name, tensor, scheme))
-    model = deployment(source.config, plain | {f"{name}.weight" for name in quantized})
-    for name in _siblings_without_bias(model, plain, quantized):
-        writer.add(name, torch.zeros(model.parameters[name], dtype=scheme.grid.scale_dtype))
-    writer.close()
-    _write_config(model, layout.quantization_config(scheme, _left_alone(model, quantized)), scheme, folder)
-    return {"scheme": scheme.name, "bits_per_weight": bits / weights, "blocks": summaries}
+    names = plain | {f"{name}.weight" for name in linears}
+    model = deployment(source.config, names)
+    for name, shape in model.biases_without_value(names).items():
+        writer.add(name, torch.zeros(shape, dtype=scheme.grid.scale_dtype))
+    size = writer.close()
+    unquantized = [name for name in model.linears if name not in linears]
+    _write_config(model, layout.quantization_config(scheme, unquantized), scheme, folder)
+    mean_bits = sum(bits * weights for bits, weights in linears.values()) / sum(n for _, n in linears.values())
+    return {"scheme": scheme.name, "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
 
 
 def deployed(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
@@ -205,23 +207,6 @@ def deployed(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
     return cast
 
 
-def _siblings_without_bias(model: Deployment, plain: set[str], quantized: set[str]) -> list[str]:
-    """Biases that the model has and nobody gave a value.
-
-    Raises:
-        UserError: the source lacks a parameter that is not a bias.
-    """
-    missing = sorted(model.parameters.keys() - plain - {f"{name}.weight" for name in quantized})
-    for name in missing:
-        if not name.endswith(".bias"):
-            raise UserError(f"the source model lacks {name}, which {model.architecture} needs: get a complete checkpoint")
-    return missing
-
-
-def _left_alone(model: Deployment, quantized: set[str]) -> list[str]:
-    return [name for name in model.linears if name not in quantized]
-
-
 def _write_config(model: Deployment, quantization: dict[str, Any], scheme: Scheme, folder: Path) -> None:
     config = model.config
     config.dtype = scheme.grid.scale_dtype
@@ -233,7 +218,7 @@ def _write_config(model: Deployment, quantization: dict[str, Any], scheme: Schem
 
 def _write_companions(source: Source, tokenizer: Any, facts: Mapping[str, Any], folder: Path) -> None:
     """Generation config, tokenizer, recipe and model card."""
-    given = Path(source.path) / "generation_config.json"
+    given = source.folder / "generation_config.json"
     with writing(folder):
         if given.is_file():  # copied as it is: transformers refuses to save some that it loads
             shutil.copyfile(given, folder / given.name)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compressed-tensors format: what transformers, vLLM and SGLang read with one small package.
 
-Two layouts, chosen by the scheme. With ``u = 2^(b-1)`` and omniq's codes ``q`` and zero points ``z`` in ``[0, 2^b - 1]``:
+Two layouts, chosen by the scheme. ``q`` and ``z`` are omniq's codes and zero points in ``[0, 2^b - 1]``, and
+``u = 2^(b-1)``:
 
 ``pack-quantized`` for weight-only models:
     weight_packed      int32 [o, ceil(i b / 32)]   q, a dense bitstream along the inputs
@@ -14,8 +15,8 @@ Two layouts, chosen by the scheme. With ``u = 2^(b-1)`` and omniq's codes ``q`` 
     weight_scale       [o, G]                      s
     weight_zero_point  int8 [o, G]                 z - u; asymmetric only
 
-The runtime computes ``(q - z) * s`` in the dtype of ``s``: integers up to 255 are exact there and the product is rounded
-once, so the result is ``QuantizedLinear.dequantize`` to the bit as long as the model runs in that dtype.
+The runtime computes ``(q - z) * s`` in the dtype of ``s``: integers up to 255 are exact there and the product is
+rounded once, so the result is ``QuantizedLinear.dequantize`` to the bit as long as the model runs in that dtype.
 
 Three traps, all met in transformers 5.23:
 
@@ -92,7 +93,7 @@ class CompressedTensors:
     """``pack-quantized`` where only weights are integers, ``int-quantized`` where activations are too."""
 
     name = "compressed-tensors"
-    requires = ("compressed-tensors",)
+    requires: tuple[str, ...] = ("compressed-tensors",)
 
     def layout(self, scheme: Scheme) -> PackQuantized | IntQuantized:
         """The layout that the scheme asks for."""
@@ -126,7 +127,9 @@ class CompressedTensors:
         if linear.outliers is not None:
             raise UserError(f"{name} has outliers: format {self.name} has no place for them; use a method without")
         if linear.grid != scheme.grid:
-            raise UserError(f"{name} is on {linear.grid}, the model on {scheme.grid}: format {self.name} holds one grid")
+            raise UserError(
+                f"{name} is on {linear.grid}, the model on {scheme.grid}: format {self.name} holds one grid"
+            )
         if linear.grid.symmetric and bool((linear.zero_point != _middle(linear.scale, linear.grid)).any()):
             raise ValueError(f"{name}: the zero point of a symmetric grid is not {2 ** (linear.grid.bits - 1)}")
         return {f"{name}.{key}": tensor for key, tensor in self.layout(scheme).store(linear).items()}

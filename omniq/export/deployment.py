@@ -29,13 +29,15 @@ class Deployment:
     Args:
         config: under which transformers builds it.
         architecture: its class.
-        parameters: shape of everything a checkpoint of it stores, by full name; tied copies are left out.
+        parameters: shape of everything a checkpoint of it stores, by full name; tied parameters under one name only.
+        tied: their other names, each with that one.
         linears: full names of its linear layers.
     """
 
     config: PretrainedConfig
     architecture: str
     parameters: dict[str, torch.Size]
+    tied: dict[str, str]
     linears: tuple[str, ...]
 
     @classmethod
@@ -43,11 +45,30 @@ class Deployment:
         """Build the model of a config on the meta device."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        stored = dict(model.named_parameters())  # without the second name of a tied parameter
-        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - stored.keys()
+        first = {id(tensor): name for name, tensor in model.named_parameters()}  # a tied parameter comes once here
+        every = model.named_parameters(remove_duplicate=False)
+        tied = {name: first[id(tensor)] for name, tensor in every if name != first[id(tensor)]}
         parameters = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
         linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        return cls(config, type(model).__name__, parameters, linears)
+        return cls(config, type(model).__name__, parameters, tied, linears)
+
+    def untied(self, names: Iterable[str]) -> set[str]:
+        """The same parameters, tied ones by their name in ``parameters``."""
+        return {self.tied.get(name, name) for name in names}
+
+    def biases_without_value(self, names: Iterable[str]) -> dict[str, torch.Size]:
+        """Shapes of the parameters that are not among ``names``: they are biases, and zero.
+
+        Raises:
+            UserError: the source lacks a parameter that is not a bias.
+        """
+        missing = sorted(self.parameters.keys() - self.untied(names))
+        for name in missing:
+            if not name.endswith(".bias"):
+                raise UserError(
+                    f"the source model lacks {name}, which {self.architecture} needs: get a complete checkpoint"
+                )
+        return {name: self.parameters[name] for name in missing}
 
 
 def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
@@ -65,14 +86,14 @@ def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
     """
     names, config = set(names), deepcopy(config)
     model = Deployment.of(config)
-    homeless = names - model.parameters.keys()
+    homeless = model.untied(names) - model.parameters.keys()
     for switch, part in _BIAS_SWITCHES.items():
         if getattr(config, switch, None) is False and any(_is_bias_of(name, part) for name in homeless):
             setattr(config, switch, True)
             model = Deployment.of(config)
-    if homeless := sorted(names - model.parameters.keys()):
+    if homeless := model.untied(names) - model.parameters.keys():
         raise UserError(
-            f"{homeless[0]} has no place in {model.architecture}, which any runtime would build for this checkpoint: "
+            f"{min(homeless)} has no place in {model.architecture}, which any runtime would build for this checkpoint: "
             "use a method that creates no such parameter (for biases: turn its shift off)"
         )
     return model

@@ -5,7 +5,6 @@ The names are those of transformers: ``model.safetensors`` alone, or ``model-000
 ``model.safetensors.index.json``. How many there are is known at the end, so they get their names then.
 """
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omniq.errors import UserError
+from omniq.files import CorruptFile
 
 _INDEX = "model.safetensors.index.json"
 
@@ -81,8 +81,11 @@ class ShardWriter:
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += size
 
-    def close(self) -> None:
+    def close(self) -> int:
         """Write what is left, give the files their final names, and add the index if there are several.
+
+        Returns:
+            bytes of all tensors.
 
         Raises:
             UserError: the disk is full.
@@ -100,6 +103,7 @@ class ShardWriter:
                 places = {name: final[number] for name, number in sorted(self._file_of.items())}
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
                 (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return self._total_bytes
 
     def _path(self, number: int) -> Path:
         return self._folder / f"shard-{number:05d}.safetensors"
@@ -121,20 +125,22 @@ class ShardReader:
         folder: holds ``model.safetensors``, or shards and their index.
 
     Raises:
-        FileNotFoundError: there is neither.
+        CorruptFile: there is neither, or a file is damaged (also when a tensor is read).
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
-        index = folder / _INDEX
-        if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (folder / "model.safetensors").exists():
-            self._file_of = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise FileNotFoundError(errno.ENOENT, "no model.safetensors and no index", str(folder))
+        self._file_of: dict[str, str]
+        index, single = folder / _INDEX, "model.safetensors"
+        if not index.exists():
+            self._file_of = dict.fromkeys(self._file(single).keys(), single)
+            return
+        try:
+            self._file_of = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(f"{index}: {error}") from error
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -157,7 +163,10 @@ class ShardReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = self._open.enter_context(safe_open(self._folder / name, "pt"))
+            try:
+                self._files[name] = self._open.enter_context(safe_open(self._folder / name, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise CorruptFile(f"{self._folder / name}: {error}") from error
         return self._files[name]
 
 

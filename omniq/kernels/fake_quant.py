@@ -17,49 +17,46 @@ true where ``0 <= round(w / s) + z <= L``:
     d w     = in G
 
 A symmetric grid has ``2 / L`` in place of ``1 / L`` and gives the gradient to the larger side only (half to each in a
-tie, as ``torch.maximum``). While no transform moves the weights, ``w``, ``lo`` and ``hi`` are constants and only the
-logits get a gradient. Under a transform, take ``lo, hi = Grid.range(weight)`` anew in each step: autograd then carries
-``d lo`` and ``d hi`` on to the extreme weights, ties shared evenly.
+tie, as ``torch.maximum``).
+
+While no transform moves the weights, ``w``, ``lo`` and ``hi`` are constants, the range is computed once, and only the
+logits get a gradient. Under a transform pass no range: it is then taken from the weight in each call, and ``d lo`` and
+``d hi`` go to the weights at the extremes, ties sharing evenly (what autograd does with ``Grid.range(weight)``).
 
 Three versions of one function: ``fake_quantize_reference`` is the text above in differentiable torch, the thing to
-read; the operator ``omniq::fake_quantize`` has the analytic gradient, saves nothing but its inputs, and runs in chunks
-that stay in a core's cache on the CPU and as one fused Triton kernel on CUDA (``omniq.kernels.fake_quant_triton``).
-Arithmetic is float32 whatever the weight's dtype (float64 for float64). The operator is opaque to torch.compile (no
-graph break) and safe inside CUDA graphs.
+read; the operator ``omniq::fake_quantize`` has the analytic gradient, saves nothing but its inputs (and a range it took
+itself), and runs in chunks that stay in cache (``omniq.kernels.fake_quant_torch``) or, on CUDA, as one fused Triton
+kernel each way (``omniq.kernels.fake_quant_triton``). Arithmetic is float32 whatever the weight's dtype (float64 for
+float64). The operator is opaque to torch.compile (no graph break) and safe inside CUDA graphs.
 
 Differences from the published code (arXiv 2308.13137, section 3.2): ranges include zero, so ``0 <= z <= L`` always;
 the least scale is the smallest normal number, not 1e-5; a symmetric grid is the one of ``Grid``; nothing of the form
 ``w / s^2`` is ever computed, which is what overflowed there in float16 at 8 bits. As there, training does not round
 the scale to its storage dtype; ``Grid.fit`` does so when the learned clipping is fused.
 
-Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row.
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size.
 """
 
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from omniq.kernels import fake_quant_torch
+from omniq.kernels.fake_quant_torch import clip_range
 from omniq.quantizers.grid import Grid
 
-# Weights a chunk holds. On the CPU 1 MiB in float32: scratch stays in cache, and calls (2 us) cost little beside
-# passes (3072 x 576, 2 cores, forward + backward: 4.5 ms at 2^16, 2.3 at 2^18, 2.0 unchunked).
-_CHUNK = 2**18
-_CHUNK_DEVICE = 2**24  # elsewhere launches cost more than passes: 64 MiB of float32 scratch
-
-
-def clip_range(lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """The learned range ``(sigmoid(lower) lo, sigmoid(upper) hi)`` of each group, ``[o, G]`` each."""
-    return lower.sigmoid() * lo, upper.sigmoid() * hi
+__all__ = ["clip_range", "fake_quantize", "fake_quantize_reference"]
 
 
 def fake_quantize(
     weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
     upper: Tensor,
     lower: Tensor,
     grid: Grid,
@@ -69,7 +66,8 @@ def fake_quantize(
 
     Args:
         weight: ``[o, i]``, float16, bfloat16, float32 or float64.
-        lo, hi: range of each group, ``[o, G]`` with ``lo <= 0 <= hi``, as ``Grid.range`` gives it.
+        lo, hi: range of each group, ``[o, G]`` with ``lo <= 0 <= hi``, as ``Grid.range`` gives it; both None to take it
+            from the weight, gradient included.
         upper, lower: logits of the share of ``hi`` and ``lo`` that is kept, ``[o, G]``.
         grid: bits and symmetry; the group size follows from the shapes.
         out_dtype: dtype of the result; the weight's by default.
@@ -77,13 +75,15 @@ def fake_quantize(
     Returns:
         ``[o, i]``.
     """
-    return _fake_quantize(weight, lo, hi, upper, lower, grid.bits, grid.symmetric, out_dtype or weight.dtype)
+    if lo is None or hi is None:
+        lo = hi = weight.new_empty(0)
+    return _fake_quantize(weight, lo, hi, upper, lower, grid.bits, grid.symmetric, out_dtype or weight.dtype)[0]
 
 
 def fake_quantize_reference(
     weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
     upper: Tensor,
     lower: Tensor,
     grid: Grid,
@@ -91,6 +91,8 @@ def fake_quantize_reference(
 ) -> Tensor:
     """``fake_quantize`` as plain differentiable torch: the specification. Same arguments and result."""
     levels = grid.levels
+    if lo is None or hi is None:
+        lo, hi = grid.range(weight)
     xmin, xmax = clip_range(lo.unsqueeze(-1), hi.unsqueeze(-1), upper.unsqueeze(-1), lower.unsqueeze(-1))  # [o, G, 1]
     s = 2 * torch.maximum(xmax, -xmin) / levels if grid.symmetric else (xmax - xmin) / levels
     s = s.clamp(min=torch.finfo(s.dtype).tiny)
@@ -111,19 +113,9 @@ def _fake_quantize(
     bits: int,
     symmetric: bool,
     out_dtype: torch.dtype,
-) -> Tensor:
-    if _fused(weight):
-        from omniq.kernels.fake_quant_triton import forward
-
-        return forward(weight, lo, hi, upper, lower, bits, symmetric, out_dtype)
-    s, least, most = _bounds(weight, lo, hi, upper, lower, bits, symmetric)
-    out = torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format)
-    groups = (lo.shape[-1], -1)
-    for rows in _chunks(weight):
-        steps = weight[rows].unflatten(-1, groups) / s[rows]  # [rows, G, g]
-        steps.round_().clamp_(least[rows], most[rows])
-        torch.mul(steps, s[rows], out=out[rows].unflatten(-1, groups))
-    return out
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the range where it was taken from the weight (``lo``, ``hi`` empty); else two empty tensors."""
+    return _version(weight).forward(weight, lo, hi, upper, lower, bits, symmetric, out_dtype)
 
 
 @_fake_quantize.register_fake
@@ -136,8 +128,9 @@ def _(
     bits: int,
     symmetric: bool,
     out_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format)
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = fake_quant_torch.room_for_range(weight, lo, upper)
+    return torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format), *found
 
 
 @torch.library.custom_op("omniq::fake_quantize_backward", mutates_args=())
@@ -151,27 +144,15 @@ def _fake_quantize_backward(
     bits: int,
     symmetric: bool,
     moving: bool,
+    own_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, lo, hi, upper, lower; the first three are empty unless the weight is ``moving``."""
-    if _fused(weight):
-        from omniq.kernels.fake_quant_triton import backward
+    """Gradients of weight, lo, hi, upper, lower.
 
-        return backward(grad, weight, lo, hi, upper, lower, bits, symmetric, moving)
-    s, least, most = _bounds(weight, lo, hi, upper, lower, bits, symmetric)
-    d_weight = torch.empty_like(weight if moving else weight[:0], memory_format=torch.contiguous_format)
-    d_scale = torch.empty_like(s)
-    groups = (lo.shape[-1], -1)
-    for rows in _chunks(weight):
-        G = grad[rows].unflatten(-1, groups)  # [rows, G, g]
-        steps = weight[rows].unflatten(-1, groups) / s[rows]
-        inside = steps.round()
-        codes = inside.clamp(least[rows], most[rows])  # q - z
-        inside.eq_(codes)  # 1 or 0, in floating point: several times faster than masks
-        residual = codes.addcmul_(steps, inside, value=-1)
-        torch.sum(residual.mul_(G), dim=-1, keepdim=True, out=d_scale[rows])
-        if moving:
-            torch.mul(G, inside, out=d_weight[rows].unflatten(-1, groups))
-    return d_weight, *_range_gradients(d_scale.squeeze(-1), lo, hi, upper, lower, bits, symmetric, moving)
+    Without ``moving`` the first three are empty. With ``own_range`` (which is moving) those of lo and hi are empty,
+    having gone on to the weights at the extremes.
+    """
+    version = _version(weight)
+    return version.backward(grad, weight, lo, hi, upper, lower, bits, symmetric, moving, own_range)
 
 
 @_fake_quantize_backward.register_fake
@@ -185,20 +166,24 @@ def _(
     bits: int,
     symmetric: bool,
     moving: bool,
+    own_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    constants = (weight, lo, hi) if moving else (weight[:0], lo[:0], hi[:0])
-    made = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (*constants, upper, lower)]
-    return made[0], made[1], made[2], made[3], made[4]
+    return fake_quant_torch.room_for_gradients(weight, lo, hi, upper, lower, moving, own_range)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.bits, ctx.symmetric, _ = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, lo, hi, upper, lower, ctx.bits, ctx.symmetric, _ = inputs
+    ctx.own_range = lo.numel() == 0
+    if ctx.own_range:
+        _, lo, hi = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(weight, lo, hi, upper, lower)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     moving = any(ctx.needs_input_grad[:3])
-    grads = _fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, moving)
+    own_range = moving and ctx.own_range
+    grads = _fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, moving, own_range)
     needed = (each if need else None for each, need in zip(grads, ctx.needs_input_grad[:5], strict=True))
     return *needed, None, None, None
 
@@ -206,50 +191,13 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 _fake_quantize.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _bounds(
-    weight: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, ``-z`` and ``L - z``, each ``[o, G, 1]``: clamping ``round(w / s)`` between the two is exact."""
-    levels = 2**bits - 1
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    xmin, xmax = clip_range(lo.to(dtype), hi.to(dtype), upper.to(dtype), lower.to(dtype))
-    s = 2 * torch.maximum(xmax, -xmin) / levels if symmetric else (xmax - xmin) / levels
-    s = s.clamp(min=torch.finfo(dtype).tiny).unsqueeze(-1)
-    z = torch.full_like(s, 2 ** (bits - 1)) if symmetric else (-xmin.unsqueeze(-1) / s).round().clamp(0, levels)
-    return s, -z, levels - z
+def _version(weight: Tensor) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` take this weight."""
+    if weight.device.type == "cuda" and weight.dtype != torch.float64 and _has_triton():
+        from omniq.kernels import fake_quant_triton
 
-
-def _range_gradients(
-    d_scale: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool, moving: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of the scale to those of lo, hi, upper, lower, ``[o, G]`` each, in their own dtypes."""
-    levels, dtype = 2**bits - 1, d_scale.dtype
-    keep_hi, keep_lo = upper.to(dtype).sigmoid(), lower.to(dtype).sigmoid()
-    xmin, xmax = keep_lo * lo.to(dtype), keep_hi * hi.to(dtype)
-    if symmetric:
-        # The side that sets the scale gets everything; 0.5 is its share in a tie.
-        to_hi = torch.heaviside(xmax + xmin, torch.tensor(0.5, dtype=dtype, device=xmax.device))
-        s, to_lo = 2 * torch.maximum(xmax, -xmin) / levels, 2 * (1 - to_hi)
-        to_hi = 2 * to_hi
-    else:
-        s, to_lo, to_hi = (xmax - xmin) / levels, 1, 1
-    d_scale = torch.where(s < torch.finfo(dtype).tiny, 0, d_scale) / levels
-    d_max, d_min = to_hi * d_scale, -to_lo * d_scale
-    d_upper, d_lower = d_max * xmax * (1 - keep_hi), d_min * xmin * (1 - keep_lo)
-    d_lo, d_hi = (d_min * keep_lo, d_max * keep_hi) if moving else (d_min[:0], d_max[:0])
-    return d_lo.to(lo.dtype), d_hi.to(hi.dtype), d_upper.to(upper.dtype), d_lower.to(lower.dtype)
-
-
-def _chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices of rows whose scratch stays in cache."""
-    size = _CHUNK if weight.device.type == "cpu" else _CHUNK_DEVICE
-    step = max(1, size // weight.shape[-1])
-    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
-
-
-def _fused(weight: Tensor) -> bool:
-    """Whether the Triton kernels take this weight."""
-    return weight.device.type == "cuda" and weight.dtype != torch.float64 and _has_triton()
+        return fake_quant_triton
+    return fake_quant_torch
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from omniq.errors import UserError
 from omniq.models.locate import PICKLE, pickle_refusal
@@ -103,16 +103,17 @@ class GgufCheckpoint(Checkpoint):
 
     Args:
         folder, name: the file.
+        config: of the model, read from it before (reading the vocabulary in a GGUF header takes seconds).
         dtype: dtype of the tensors held; dequantized in float32 and rounded once.
 
     Raises:
         UserError: the file does not parse, or its architecture is unknown to transformers.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, name: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         file = folder / name
         with reading_gguf(file):
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=dtype)
         # named_parameters names a tied tensor once; what is derived (rotary tables) is not in the state dict.
         names = {key for key, _ in model.named_parameters()} | {key for key, _ in model.named_buffers()}
         self._held = {key: value.detach() for key, value in model.state_dict().items() if key in names}

@@ -13,10 +13,17 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class NormToLinears:
-    """A norm whose output only these linears read: its scale can be divided there and multiplied here."""
+    """A norm whose output only these linears read: its scale can be divided there and multiplied here.
+
+    Args:
+        norm: an RMSNorm or LayerNorm with a weight.
+        linears: all that read it.
+        offset: what the norm adds to its weight before it multiplies (Gemma: 1).
+    """
 
     norm: str
     linears: tuple[str, ...]
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class QueryKey:
             (2i with 2i + 1), or None where there is none. Paired channels must share one scale.
         query_norm, key_norm: norms between projection and rotary embedding, if the family has them; they take the
             scale in place of the projections' rows.
+        norm_offset: what those norms add to their weight (Gemma: 1).
     """
 
     query: str
@@ -43,6 +51,7 @@ class QueryKey:
     rotary: str | None = "half"
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_offset: float = 0.0
 
 
 Equivalence = NormToLinears | ValueToOutput | QueryKey

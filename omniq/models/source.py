@@ -117,7 +117,7 @@ class SourceModel:
         family_of(config)
         if place.gguf is not None:
             chosen = DTYPES.get(dtype, torch.float32)
-            checkpoint: Checkpoint = GgufCheckpoint(folder, place.gguf, chosen)
+            checkpoint: Checkpoint = GgufCheckpoint(folder, place.gguf, config, chosen)
         else:
             checkpoint = SafetensorsCheckpoint(folder, place.file)
             chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)

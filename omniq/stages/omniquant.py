@@ -124,7 +124,7 @@ class OmniQuantModule(BlockModule):
         grid = self.task.grid
         linears: Mapping[str, QuantizedLinear] = {}
         for name in self.task.family.linears:
-            weight = self.task.linear(name).weight.float()
+            weight = self.task.linear(name).weight.float().to(self.device)  # Lightning may have moved us to the CPU
             scale, zero_point = self.clip(name).grid_of(weight)
             codes = grid.quantize(weight, scale, zero_point)
             linears = {**linears, name: QuantizedLinear.of(grid, codes, scale, zero_point)}

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door in Python: the same two things a user does on the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from omniq.cli import parse_run, quiet
+from omniq.errors import UserError
+
+
+def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (), **settings: Any) -> Path:
+    """Quantize a model and write a checkpoint, as ``omniq quantize`` does; the same call continues a run.
+
+        omniq.quantize("meta-llama/Llama-2-7b-hf", config="configs/w3a16g128.yaml", out="checkpoints/llama-w3")
+        omniq.quantize("my-model", scheme={"name": "W4A16"}, stages=[{"class_path": "omniq.stages.RTN"}], data=…)
+
+    Args:
+        model: a folder, a GGUF file, a hub name, or ``package:name/file.gguf``.
+        config: YAML files to start from, later ones win.
+        **settings: sections as in YAML, on top of the files.
+
+    Returns:
+        The run directory; the checkpoint is its folder ``model``.
+
+    Raises:
+        UserError: something cannot be done as asked, in one line.
+    """
+    from omniq import pipeline
+
+    quiet()
+    configs = [config] if isinstance(config, (str, Path)) else config
+    section = settings.pop("model", {})
+    return pipeline.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}))
+
+
+def load(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Open what a run has written.
+
+    Args:
+        path: a run directory or an exported checkpoint.
+        **options: for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} holds no checkpoint: give a finished run directory or an exported folder")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model

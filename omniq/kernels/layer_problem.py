@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer as coordinate descent sees it: the tensors that stay, and the residual ``D = W - W^`` that moves.
+
+    f(W^) = ||W X - W^ X||^2 = tr(D S D^T),   S = X X^T
+
+Everything is held transposed, ``[i, o]``, so that a column of the layer, the unit of the descent, is contiguous in memory.
+
+A column counts as dead when its S_jj is below 1e-8 of the mean diagonal (the published test is ``== 0``, and what lies just
+above zero blows up once it is divided by). A dead column is on its own: rounded to the nearest, its residual held
+at 0 so that it reaches no other column.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["float32", "tf32", "float64"]
+
+DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
+BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays the same from sweep to sweep; build it with ``prepare``.
+
+    Args:
+        target: original weights, ``[i, o]``.
+        gram: ``[i, i]``, symmetric.
+        scale, zero_point: ``[G, o]``.
+        group_index: group of each column, int64 ``[i]``.
+        levels: largest code.
+        inverse: ``1 / S_jj``, 0 for dead columns, ``[i]``.
+        dead: columns that no input reaches.
+        triangles: inverse of the lower triangle of each diagonal block, ``[ceil(i / B), B, B]``; zero for dead columns.
+        mask: coordinates that are not rounded, bool ``[i, o]``, or None.
+        precision: of the products.
+    """
+
+    target: Tensor
+    gram: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    group_index: Tensor
+    levels: int
+    inverse: Tensor
+    dead: frozenset[int]
+    triangles: Tensor
+    mask: Tensor | None
+    precision: Precision
+
+    @property
+    def block(self) -> int:
+        """Columns of a block, ``B``."""
+        return self.triangles.shape[-1]
+
+    def blocks(self) -> Iterator[slice]:
+        """The columns of each block in turn."""
+        width = self.target.shape[0]
+        for start in range(0, width, self.block):
+            yield slice(start, min(start + self.block, width))
+
+
+def prepare(
+    target: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    group_index: Tensor | None = None,
+    mask: Tensor | None = None,
+    precision: Precision = "float32",
+    block: int = BLOCK,
+) -> Problem:
+    """Lay a layer out for sweeping; tensors that already lie right are not copied.
+
+    Args:
+        target: original weights, ``[o, i]``; no copy if it is the transpose of a contiguous tensor.
+        gram: ``[i, i]``, symmetric and finite.
+        scale, zero_point: ``[o, G]``.
+        bits: of a code.
+        group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
+        mask: bool ``[o, i]``, True where a sparse part takes over and nothing is rounded.
+        precision: "float64" computes in float64, the others in float32; "tf32" lets CUDA multiply in TF32.
+        block: columns of a block.
+    """
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    gram = gram.to(dtype)
+    diagonal = gram.diagonal()
+    dead = dead_columns(gram)
+    return Problem(
+        target=target.to(dtype).t().contiguous(),
+        gram=gram,
+        scale=scale.to(dtype).t().contiguous(),
+        zero_point=zero_point.to(dtype).t().contiguous(),
+        group_index=groups_of(target, scale) if group_index is None else group_index,
+        levels=2**bits - 1,
+        inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, diagonal)),
+        dead=frozenset(dead.nonzero().flatten().tolist()),
+        triangles=_triangles(gram, dead, min(block, len(gram))),
+        mask=None if mask is None else mask.t().contiguous(),
+        precision=precision,
+    )
+
+
+def dead_columns(gram: Tensor) -> Tensor:
+    """Columns that no input reaches, bool ``[i]``."""
+    diagonal = gram.diagonal()
+    return diagonal <= DEAD * diagonal.mean()
+
+
+def groups_of(weight: Tensor, scale: Tensor) -> Tensor:
+    """Group of each column where groups are equal runs of neighbours, int64 ``[i]``."""
+    width = weight.shape[1]
+    return torch.arange(width, device=weight.device) // (width // scale.shape[1])
+
+
+def _triangles(gram: Tensor, dead: Tensor, block: int) -> Tensor:
+    """Inverses of the lower triangles of the diagonal blocks, ``[ceil(i / B), B, B]``, computed in float64."""
+    width = gram.shape[0]
+    eye = torch.eye(block, dtype=torch.float64, device=gram.device)
+    triangles = eye.repeat(-(-width // block), 1, 1)
+    live = (~dead).double()
+    for number, start in enumerate(range(0, width, block)):
+        here = slice(start, min(start + block, width))
+        size = here.stop - start
+        lower = gram[here, here].double().tril() * live[here, None] * live[here] + dead[here].double().diag()
+        inverse = torch.linalg.solve_triangular(lower, eye[:size, :size], upper=False)
+        triangles[number, :size, :size] = inverse * live[here, None] * live[here]
+    return triangles.to(gram.dtype)
+
+
+def codes_of(problem: Problem, residual: Tensor) -> Tensor:
+    """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
+    codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
+    for columns in problem.blocks():
+        codes[columns] = _nearest(problem, residual, columns).to(torch.uint8)
+    return codes
+
+
+def to_values_(problem: Problem, residual: Tensor, rounded: bool) -> Tensor:
+    """Overwrite the residual with ``W^``, ``[i, o]``: exactly on the grid wherever it was rounded."""
+    for columns in problem.blocks():
+        group = problem.group_index[columns]
+        free = problem.target[columns] - residual[columns]
+        grid = (_nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
+        relaxed = torch.full_like(free, not rounded, dtype=torch.bool) & (problem.inverse[columns] > 0)[:, None]
+        if problem.mask is not None:
+            relaxed |= problem.mask[columns]
+        residual[columns] = torch.where(relaxed, free, grid)
+    return residual
+
+
+def to_residual_(problem: Problem, values: Tensor) -> Tensor:
+    """Overwrite ``W^`` with the residual, both ``[i, o]``; dead columns get 0."""
+    values.neg_().add_(problem.target)
+    if problem.dead:
+        values.mul_((problem.inverse > 0).to(values.dtype)[:, None])
+    return values
+
+
+def _nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
+    group = problem.group_index[columns]
+    steps = ((problem.target[columns] - residual[columns]) / problem.scale[group]).round_()
+    return steps.add_(problem.zero_point[group]).clamp_(0, problem.levels)
+
+
+def objective(problem: Problem, residual: Tensor) -> Tensor:
+    """Each row's error ``d S d^T``, float64 ``[o]``, by one product."""
+    total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
+    with matmul_precision(problem.precision):
+        for columns in problem.blocks():
+            total += (torch.mm(problem.gram[columns], residual) * residual[columns]).sum(0)
+    return total
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Let CUDA multiply float32 in TF32, or make sure that it does not; restored afterwards."""
+    backend: Any = torch.backends.cuda.matmul
+    # NOTE: fp32_precision came with torch 2.9, which refuses a mixture of both names.
+    name, tf32, full = ("fp32_precision", "tf32", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", 1, 0)
+    before = getattr(backend, name)
+    setattr(backend, name, tf32 if precision == "tf32" else full)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake quantization of activations: dynamic per token, or static per tensor.
+
+For a token ``x`` with range ``m = min(x, 0)``, ``M = max(x, 0)``, ``b`` bits, codes ``-2^(b-1) .. 2^(b-1) - 1`` and
+``L = 2^b - 1``:
+
+    s = (M - m) / L    or  2 max(M, -m) / L          asymmetric or symmetric
+    z = round(-2^(b-1) - m / s)   or  0              an integer inside the code range
+    x^ = (round(clamp(x / s + z)) - z) s
+
+This is, operation for operation and in the dtype of ``x``, what the int-quantized runtime of compressed-tensors does
+when transformers runs an exported model (signed codes, ``z`` added before rounding, a scale of zero replaced by the
+dtype's epsilon), so a reloaded model computes the numbers that were optimised. Three things to know about it:
+
+- symmetric scales are ``max|x| / (L / 2)``, not ``max|x| / 127``: the largest positive value clips by half a step;
+- for two-dimensional inputs it takes one range over the whole tensor, here a token is always the last dimension
+  (a family whose block flattens tokens before a linear, as OPT does, therefore reloads to other numbers there);
+- GPU runtimes may compute in float32: they agree up to the rounding of half precision.
+
+The gradient is that of the paper (arXiv 2308.13137; its code does not detach the range): straight-through for the
+rounding, none through ``z``, and through ``s`` to the extreme elements, ties sharing evenly. With ``G = dLoss/dx^`` and
+``in`` where the rounded code is not clipped:
+
+    g_s = sum over the token of G ((q - z) - in x / s),    d x = in G + [x = M] g_s / L - [x = m] g_s / L
+
+(``2 / L`` for the larger side only when symmetric; no gradient to a range bound that is the included zero). It is
+computed analytically with ``g_s`` in float32, from ``x`` and its range: autograd would form ``x / s^2``, which
+overflows in float16 at 8 bits, and keep six copies of ``x``. Nothing waits for the host.
+
+Shapes: ``...`` any leading dimensions (samples, tokens, heads), ``c`` channels of a token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniq.errors import UserError
+
+
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """Fake-quantize each token of ``[..., c]`` on its own range; differentiable.
+
+    Args:
+        x: ``[..., c]``, any floating dtype; the result has the same.
+        bits: 2 to 8.
+        symmetric: no zero point.
+    """
+    return _Tokens.apply(x, bits, symmetric)
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Fake-quantize on a fixed grid; straight-through inside the range, no gradient outside.
+
+    Args:
+        x: any shape and floating dtype; the result has the same.
+        scale, zero_point: broadcastable to ``x``; the zero point in the signed code range.
+        bits: 2 to 8.
+    """
+    return _Static.apply(x, scale, zero_point, bits)
+
+
+def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and signed zero point that cover ``[lo, hi]`` and zero, in the dtype of the range."""
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    levels = lo.new_full((), most - least)  # a tensor: CUDA divides by a Python number through its reciprocal
+    scale = torch.maximum(-lo, hi) / (levels / 2) if symmetric else (hi - lo) / levels
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    if symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (least - lo / scale).clamp(least, most).round()
+
+
+class TokenQuantizer(nn.Module):
+    """Dynamic fake quantization of each token, ``[..., c] -> [..., c]``. The default for activations.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: no zero point. The paper is asymmetric; integer kernels of the field prefer symmetric.
+
+    Raises:
+        UserError: bits outside 2..8.
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False) -> None:
+        super().__init__()
+        self.bits, self.symmetric = _check_bits(bits), symmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantize_tokens(x, self.bits, self.symmetric)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}"
+
+
+class TensorQuantizer(nn.Module):
+    """Static fake quantization with one range for the whole tensor, gathered beforehand with ``observe``.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: no zero point.
+
+    Raises:
+        UserError: bits outside 2..8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    observed: Tensor
+
+    def __init__(self, bits: int, symmetric: bool = False) -> None:
+        super().__init__()
+        self.bits, self.symmetric = _check_bits(bits), symmetric
+        self.register_buffer("observed", torch.zeros(2))  # smallest and largest value seen, zero included
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Widen the range to cover ``x``, and refit scale and zero point to it."""
+        lo, hi = x.aminmax()
+        self.observed.copy_(torch.stack([self.observed[0].minimum(lo), self.observed[1].maximum(hi)]))
+        scale, zero_point = fit_range(self.observed[0], self.observed[1], self.bits, self.symmetric)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantize_static(x, self.scale.to(x.dtype), self.zero_point, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}"
+
+
+class _Tokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, symmetric: bool) -> Tensor:
+        lo, hi = x.aminmax(dim=-1, keepdim=True)
+        scale, zero = fit_range(lo, hi, bits, symmetric)
+        codes, _ = _codes(x, scale, zero, bits)
+        ctx.save_for_backward(x, lo, hi)
+        ctx.bits, ctx.symmetric = bits, symmetric
+        return codes.sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, lo, hi = ctx.saved_tensors
+        levels = 2**ctx.bits - 1
+        scale, zero = fit_range(lo, hi, ctx.bits, ctx.symmetric)
+        codes, inside = _codes(x, scale, zero, ctx.bits)
+        wide = torch.promote_types(x.dtype, torch.float32)  # half cannot tell a residual from a code of 100
+        residual = codes.sub_(zero).to(wide).sub_((x.to(wide) / scale.to(wide)).mul_(inside))  # [..., c]
+        d_scale = residual.mul_(grad).sum(-1, keepdim=True) / levels  # [..., 1]
+        d_lo, d_hi = -d_scale * (lo < 0), d_scale * (hi > 0)
+        if ctx.symmetric:
+            share = torch.heaviside(hi.clamp(min=0) + lo.clamp(max=0), hi.new_full((), 0.5))
+            d_lo, d_hi = 2 * (1 - share) * d_lo, 2 * share * d_hi
+        d_x = grad * inside
+        for bound, d_bound in ((lo, d_lo), (hi, d_hi)):
+            extreme = (x == bound).to(d_bound.dtype)
+            d_x += (extreme * (d_bound / extreme.sum(-1, keepdim=True))).to(d_x.dtype)
+        return d_x, None, None
+
+
+class _Static(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        codes, inside = _codes(x, scale, zero_point, bits)
+        ctx.save_for_backward(inside)
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Signed codes as floats, and where they are not clipped."""
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = (x / scale).add_(zero)
+    rounded = codes.round()
+    inside = (rounded >= least) & (rounded <= most)
+    return codes.clamp_(least, most).round_(), inside
+
+
+def _check_bits(bits: int) -> int:
+    if not 2 <= bits <= 8:
+        raise UserError(f"activation bits {bits} are outside 2..8: choose a scheme from A2 to A8, or A16 to leave them")
+    return bits

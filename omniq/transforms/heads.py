@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention heads as transforms must know them: which share keys and values, and which channels turn together.
+
+- Grouped-query attention (multi-query with one KV head) repeats each KV head in place, so query head ``h`` reads KV
+  head ``h // (H / K)``.
+- Rotary embedding turns channels of a head in pairs: ``half`` pairs i with i + r/2, ``interleaved`` 2i with 2i + 1,
+  among the first ``r`` channels. It commutes with a scale only if both channels of a pair have the same.
+
+Shapes: ``H`` query heads, ``K`` KV heads, ``c`` channels of a head, ``P`` channels of a head after tying pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a block.
+
+    Args:
+        query: query heads ``H``.
+        key: KV heads ``K``; divides ``H``.
+        rotary: leading channels of a head that rotary embedding turns; None for all.
+    """
+
+    query: int
+    key: int
+    rotary: int | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "Heads":
+        """Read the config of a transformers model."""
+        query = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // query
+        share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        rotary = None if share == 1 else int(size * share)
+        return cls(query, getattr(config, "num_key_value_heads", None) or query, rotary)
+
+    def to_query(self, per_key: Tensor) -> Tensor:
+        """Expand what belongs to channels of KV heads over the query heads that read them: ``[K c] -> [H c]``."""
+        return per_key.unflatten(0, (self.key, -1)).repeat_interleave(self.query // self.key, 0).flatten()
+
+    def by_key(self, per_query: Tensor) -> Tensor:
+        """Gather what belongs to channels of query heads by the KV channel they read: ``[H c] -> [K c, H / K]``."""
+        return per_query.unflatten(0, (self.key, self.query // self.key, -1)).transpose(1, 2).flatten(0, 1)
+
+    def tied_channels(self, channels: int, layout: str | None) -> Tensor:
+        """Which of ``P`` parameters each channel of a head takes, int64 ``[c]``.
+
+        Args:
+            channels: of a head.
+            layout: ``half``, ``interleaved``, or None where no embedding turns and nothing is tied.
+        """
+        position = torch.arange(channels)
+        if layout is None:
+            return position
+        turned = channels if self.rotary is None else self.rotary
+        pair = position % (turned // 2) if layout == "half" else position // 2
+        return torch.where(position < turned, pair, position - turned // 2)

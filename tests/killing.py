@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are killed by SIGKILL: after a while, or at a chosen moment of a chosen file.
+
+Starting Python and importing torch takes seconds, so one helper process imports everything once and forks a child for
+each attempt. A child is an ordinary run of ``omniq.cli.main``; nothing of it survives the kill but its files.
+
+    with Attempts(folder) as attempts:
+        attempts.run(args, aim=("torn", "blocks/001.safetensors"))
+
+Moments of a file, named relative to the run directory: ``torn`` (half of it is written, under its temporary name),
+``before`` (all of it is, and it is about to get its name) and ``after`` (it just got it). For a CSV file, which is
+appended to, ``torn`` cuts the last row in two.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How an attempt ended.
+
+    Args:
+        status: of the process: 0 and up, or -9 if it was killed.
+        output: what it printed, errors included.
+        steps: training steps it made, as ``(block, step)``; those of the pass in which it died included.
+        files: every file that got its final name, in order, relative to the run directory.
+        seconds: from the first block on, for an attempt that reached it.
+    """
+
+    status: int
+    output: str
+    steps: list[tuple[str, int]]
+    files: list[str]
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+
+class Attempts:
+    """The helper process, as a context manager.
+
+    Args:
+        folder: for its scratch files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> "Attempts":
+        self._helper = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._helper.stdin is not None
+        self._helper.stdin.close()
+        self._helper.wait()
+
+    def run(
+        self, args: list[str], out: Path, aim: tuple[str, str] | None = None, delay: float | None = None
+    ) -> Attempt:
+        """One attempt of a command line.
+
+        Args:
+            out: the run directory.
+            aim: moment and file at which it is killed.
+            delay: seconds, from the first block on, after which it is killed.
+        """
+        log = self.folder / "attempt"
+        order = {"args": [*args, "--out", str(out)], "out": str(out), "aim": aim, "delay": delay, "log": str(log)}
+        assert self._helper.stdin is not None
+        assert self._helper.stdout is not None
+        print(json.dumps(order), file=self._helper.stdin, flush=True)
+        answer = json.loads(self._helper.stdout.readline())
+        events = [json.loads(line) for line in log.with_suffix(".events").read_text().splitlines()]
+        return Attempt(
+            answer["status"],
+            log.with_suffix(".output").read_text(),
+            [tuple(event["step"]) for event in events if "step" in event],
+            [event["file"] for event in events if "file" in event],
+            answer["seconds"],
+        )
+
+
+def serve() -> None:
+    """The helper: import everything, then fork for each order that comes in."""
+    import torch
+
+    torch.set_num_threads(1)  # before the fork: a pool of threads would not survive it
+    import omniq.pipeline  # noqa: F401
+    from omniq.cli import quiet
+
+    quiet()
+    for line in sys.stdin:
+        order = json.loads(line)
+        log, (begun, begin) = Path(order["log"]), os.pipe()
+        log.with_suffix(".events").write_text("")
+        child = os.fork()
+        if child == 0:
+            os.close(begun)
+            _child(order, log, begin)
+        os.close(begin)
+        os.read(begun, 1)  # returns when the first block begins, or when the child ends
+        os.close(begun)
+        started = time.perf_counter()
+        if order["delay"] is not None:
+            time.sleep(order["delay"])
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - started}
+        print(json.dumps(answer), flush=True)
+
+
+def _child(order: dict[str, Any], log: Path, begin: int) -> None:
+    """Never returns: a run of the command line with our hooks in place."""
+    status = 70
+    try:
+        output = os.open(log.with_suffix(".output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+        from omniq import cli
+
+        _install(order, log, begin)
+        status = cli.main(order["args"])
+    except BaseException:  # the traceback is part of the output
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _install(order: dict[str, Any], log: Path, begin: int) -> None:
+    """Record steps and files, and kill where the order says."""
+    from omniq import pipeline
+    from omniq.export import shards
+    from omniq.stages.omniquant import OmniQuantModule
+
+    out, events = Path(order["out"]).resolve(), log.with_suffix(".events")
+    aim = tuple(order["aim"] or ())
+
+    def record(**event: Any) -> None:
+        with events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def die(path: str | os.PathLike[str] | None = None) -> None:
+        if path is not None and Path(path).is_file():
+            os.truncate(path, Path(path).stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(rename: Callable[..., None]) -> Callable[..., None]:
+        def hook(source: Any, target: Any, **options: Any) -> None:
+            path = Path(os.path.abspath(target))
+            name = str(path.relative_to(out)) if path.is_relative_to(out) else ""
+            if aim in (("torn", name), ("before", name)):
+                die(source if aim[0] == "torn" else None)
+            rename(source, target, **options)
+            record(file=name)
+            if aim == ("after", name):
+                die()
+
+        return hook
+
+    def flush(handle: int) -> None:
+        real_flush(handle)
+        for path in (out / "blocks").glob("*.csv"):
+            name = str(path.relative_to(out))
+            if aim == ("torn", name) and os.path.samestat(os.fstat(handle), path.stat()) and path.stat().st_size > 40:
+                os.truncate(path, path.stat().st_size - 7)
+                die()
+
+    def save(tensors: Any, path: Path, **options: Any) -> None:
+        real_save(tensors, path, **options)
+        if aim == ("torn", str(path.resolve().relative_to(out))):
+            die(path)
+
+    def calibrate(*args: Any) -> None:
+        os.close(begin)
+        real_calibrate(*args)
+
+    def step(module: OmniQuantModule, indices: Any) -> Any:
+        record(step=(f"{module.task.name} {module.settings.schedule}", module.batches.position))
+        return real_step(module, indices)
+
+    real_flush, real_save, real_calibrate, real_step = (
+        os.fsync,
+        shards.save_file,
+        pipeline.calibrate,
+        OmniQuantModule.training_step,
+    )
+    os.replace, os.rename, os.fsync = watched(os.replace), watched(os.rename), flush
+    shards.save_file, pipeline.calibrate = save, calibrate
+    OmniQuantModule.training_step = step
+
+
+if __name__ == "__main__":
+    serve()

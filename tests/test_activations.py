@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation quantizers: the numbers of compressed-tensors, the gradients of the paper."""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as runtime_fake_quantize
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.quantizers.activations import TensorQuantizer, TokenQuantizer, quantize_static, quantize_tokens
+
+
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    return value + (rounded - value).detach()
+
+
+def paper(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Fake quantization of the last dimension in differentiable torch, unsigned codes."""
+    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    lo, hi = torch.where(lo < 0, lo, 0), torch.where(hi > 0, hi, 0)
+    step = (2 * torch.maximum(-lo, hi) if symmetric else hi - lo) / (2**bits - 1)
+    step = torch.where(step == 0, 1.0, step)
+    zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else torch.round(-lo / step).detach()
+    n = x / step
+    return (torch.clip(straight_through(n, torch.round(n)) + zero, 0, 2**bits - 1) - zero) * step
+
+
+def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    channel = torch.randn(shape[-1], generator=draw).exp()  # channels of different size, as activations have
+    return (torch.randn(*shape, generator=draw) * channel + 0.3).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_same_numbers_as_the_runtime(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    x = tokens(3, 5, 64, dtype=dtype)
+    x[0, 0] = 0
+    x[0, 1] = x[0, 1].abs()
+    x[0, 2] = -x[0, 2].abs()
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="token", dynamic=True)
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    expected = runtime_fake_quantize(x, scale, zero, args)
+    assert torch.equal(quantize_tokens(x, bits, symmetric), expected)
+    assert torch.equal(TokenQuantizer(bits, symmetric)(x), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    shape=st.sampled_from([(1,), (3, 7), (2, 3, 5), (2, 2, 3, 4)]),
+    sign=st.sampled_from([None, 1, -1, 0]),
+    seed=st.integers(0, 1000),
+)
+def test_values_and_gradients_equal_the_paper(
+    bits: int, symmetric: bool, shape: tuple[int, ...], sign: int | None, seed: int
+) -> None:
+    x = tokens(*shape, seed=seed)
+    if sign is not None:
+        x = x.abs() * sign
+    grad = tokens(*shape, seed=seed + 1)
+    results = []
+    for form in (quantize_tokens, paper):
+        leaf = x.clone().requires_grad_()
+        out = form(leaf, bits, symmetric)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, grad)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_equal_extremes_share_the_gradient(symmetric: bool) -> None:
+    x = torch.tensor([[1.0, -0.2, 1.0, 0.33, -1.0, -1.0, 1.0]], dtype=torch.float64)
+    grad = tokens(1, 7)
+    grads = []
+    for form in (quantize_tokens, paper):
+        leaf = x.clone().requires_grad_()
+        grads.append(torch.autograd.grad(form(leaf, 3, symmetric), leaf, grad)[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_are_finite_and_near_float64(dtype: torch.dtype) -> None:
+    """At 8 bits and small scales plain autograd in float16 forms x / s^2 > 65504."""
+    x = (tokens(4, 512) * 0.5).to(dtype).requires_grad_()
+    grad = tokens(4, 512, seed=1).to(dtype)
+    (mine,) = torch.autograd.grad(quantize_tokens(x, 8), x, grad)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(paper(wide, 8, False), wide, grad.double())
+    assert mine.isfinite().all()
+    error = ((mine.double() - exact).norm() / exact.norm()).item()
+    assert error < 0.02  # measured 0.0026 in bfloat16, 0.0005 in float16
+
+
+def test_static_quantizer_covers_what_it_observed() -> None:
+    quantizer = TensorQuantizer(8)
+    calls = [tokens(4, 16, seed=seed, dtype=torch.float32) for seed in range(3)]
+    for x in calls:
+        quantizer.observe(x)
+    everything = torch.cat(calls)
+    step = (everything.max() - everything.min()) / 255
+    assert torch.isclose(quantizer.scale, step)
+    assert ((quantizer(everything) - everything).abs() <= 0.5001 * step).all()
+    again = TensorQuantizer(8)
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again(everything), quantizer(everything))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_static_quantizer_equals_the_runtime(symmetric: bool) -> None:
+    quantizer, x = TensorQuantizer(6, symmetric), tokens(2, 3, 32, dtype=torch.float32)
+    quantizer.observe(x)
+    args = QuantizationArgs(num_bits=6, symmetric=symmetric, strategy="tensor")
+    expected = runtime_fake_quantize(3 * x, quantizer.scale, quantizer.zero_point, args)
+    assert torch.equal(quantizer(3 * x), expected)
+
+
+def test_static_gradient_passes_inside_the_range_only() -> None:
+    x = torch.tensor([-100.0, -1.0, 0.2, 1.0, 100.0], requires_grad=True)
+    out = quantize_static(x, torch.tensor(0.25), torch.tensor(0.0), 4)
+    out.sum().backward()
+    assert out.tolist() == [-2.0, -1.0, 0.25, 1.0, 1.75]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_compiled_step_has_no_graph_break() -> None:
+    x, grad = tokens(2, 3, 16, dtype=torch.float32).requires_grad_(), tokens(2, 3, 16, dtype=torch.float32)
+
+    def step(x: Tensor) -> Tensor:
+        return quantize_tokens(x, 4) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), step(x))
+    assert torch.equal(*(torch.autograd.grad(form(x), x, grad)[0] for form in (step, compiled)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_cuda_equals_the_cpu_and_runs_in_a_graph(symmetric: bool, dtype: torch.dtype) -> None:
+    x, grad = tokens(2, 9, 64, dtype=dtype), tokens(2, 9, 64, seed=1, dtype=dtype)
+    device = x.cuda().requires_grad_()
+
+    def step(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        out = quantize_tokens(x, 8, symmetric)
+        return out, torch.autograd.grad(out, x, grad)[0]
+
+    expected, on_device = step(x.requires_grad_(), grad), grad.cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(device, on_device)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(device, on_device)
+    graph.replay()
+    assert torch.equal(captured[0].cpu(), expected[0])
+    torch.testing.assert_close(captured[1].cpu(), expected[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantizer", [TokenQuantizer, TensorQuantizer])
+def test_bits_outside_the_range_are_refused(quantizer: type) -> None:
+    with pytest.raises(UserError, match="activation bits 9 are outside 2..8"):
+        quantizer(9)

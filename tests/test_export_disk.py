@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from exported import CARD, opened, rounded
+
+from omniq.errors import UserError
+from omniq.export import check_output, export_checkpoint, shards
+from omniq.models.source import SourceModel
+from omniq.quantizers.grid import Grid
+from omniq.result import BlockResult
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceModel:
+    return opened(tmp_path / "source", Grid(4, 32))
+
+
+@pytest.fixture
+def results(source: SourceModel) -> list[BlockResult]:
+    return rounded(source, Grid(4, 32))
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody handles it by accident."""
+
+
+def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockResult]:
+    def fetch(wanted: int) -> BlockResult:
+        if wanted == index:
+            raise Killed
+        return results[wanted]
+
+    return fetch
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_failed_export_leaves_nothing_or_the_old_one(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    out = place / "out"
+    with pytest.raises(Killed):
+        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+    assert not list(place.iterdir())
+    export_checkpoint(source, results, out, card=CARD)
+    before = contents(out)
+    with pytest.raises(Killed):
+        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+    export_checkpoint(source, rounded(source, Grid(2, 32)), out, card=CARD)
+    assert "W2A16g32" in (out / "README.md").read_text()
+    assert [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_leaves_is_put_right(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    out = export_checkpoint(source, results, place / "out", card=CARD)
+    before = contents(out)
+    out.rename(place / ".out.previous")  # killed between the two renames, the new one still beside
+    shutil.copytree(place / ".out.previous", place / "out.partial")
+    check_output(out)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+    shutil.copytree(out, place / ".out.previous")  # killed after both
+    (place / "out.partial").mkdir()
+    export_checkpoint(source, results, out, card=CARD)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["weights", "config", "tokenizer"])
+def test_full_disk_is_one_line_and_leaves_nothing(
+    where: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rust(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # what tokenizers raises
+
+    if where == "weights":
+        monkeypatch.setattr(shards, "save_file", full_disk)
+    elif where == "config":
+        monkeypatch.setattr(transformers.LlamaConfig, "to_json_file", full_disk)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", rust)
+    place = tmp_path / "place"
+    with pytest.raises(UserError, match=r"cannot write .*place/out\.partial.*: No space left on device.*; free space"):
+        export_checkpoint(source, results, place / "out", card=CARD)
+    assert not list(place.iterdir())
+
+
+def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*shard-00000\.safetensors: .*too large"):
+            export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", card=CARD)
+    with pytest.raises(UserError, match="holds something that omniq did not export"):
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file", card=CARD)
+    with pytest.raises(UserError, match="holds something that omniq did not export"):
+        export_checkpoint(source, killed_at([], 0), source.folder, card=CARD)
+    with pytest.raises(UserError, match=r"needs 1,000,000,000,000,000,000 bytes and the disk has"):
+        check_output(tmp_path / "out", 10**18)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed and started again ends as if nothing had happened, to the bit.
+
+One tiny run (two blocks, two stages of two epochs each, evaluation, export) is the measure; others are killed at
+random and at each of their saves, have files damaged, or save their streams more rarely. ``tests/killing.py`` kills.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from killing import Attempt, Attempts
+from runs import SMALL, omniquant, outcome, write_run
+
+from omniq.cli import main
+from omniq.run_dir import RunDir
+
+STAGES = [omniquant(), omniquant(schedule="cosine", shuffle=True, augmented_loss=True)]
+STEPS_PER_PASS = 3
+RANDOM_KILLS = 20
+# Every file of a run that is written beside its name; of the blocks', those of the second.
+FILES = [
+    "config.yaml",
+    "fingerprint.json",
+    "environment.json",
+    "streams.safetensors",
+    "current/001.0.last.ckpt",
+    "current/001.0.result.safetensors",
+    "current/001.0.block",
+    "current/001.1.last.ckpt",
+    "blocks/001.safetensors",
+    "perplexity.json",
+    "summary.json",
+    "model.partial/model.safetensors",
+    "model",
+]
+
+
+class Reference(NamedTuple):
+    """An uninterrupted run, and what makes more of them."""
+
+    folder: Path
+    args: list[str]
+    attempts: Attempts
+    first: Attempt
+    outcome: dict[str, Any]
+
+    def finish(self, out: Path, extra: tuple[str, ...] = ()) -> Attempt:
+        """Start the run again, for the last time, and compare what it leaves."""
+        last = self.attempts.run([*self.args, *extra], out)
+        assert last.status == 0, last.output
+        assert outcome(out) == self.outcome
+        assert not list(out.rglob("*partial*"))
+        return last
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    folder = tmp_path_factory.mktemp("resume")
+    args = write_run(folder, model=SMALL, stages=STAGES)
+    with Attempts(folder) as attempts:
+        first = attempts.run(args, folder / "reference")
+        assert first.status == 0, first.output
+        yield Reference(folder, args, attempts, first, outcome(folder / "reference"))
+
+
+def test_two_runs_are_equal(reference: Reference, tmp_path: Path) -> None:
+    assert not reference.finish(tmp_path / "run").killed
+    assert len(reference.first.steps) == 2 * 2 * 2 * STEPS_PER_PASS  # blocks, stages, epochs
+    assert set(FILES) < set(reference.first.files)
+
+
+def test_random_kills(reference: Reference, tmp_path: Path) -> None:
+    """Twenty SIGKILLs at random moments; a run that ends in between is checked, and the next one begins."""
+    draw = random.Random(0)
+    kills, runs, steps, out = 0, 0, Counter[tuple[str, int]](), tmp_path / "run"
+    killed_here = 0
+    for _ in range(10 * RANDOM_KILLS):
+        attempt = reference.attempts.run(reference.args, out, delay=draw.uniform(0, reference.first.seconds / 2))
+        steps.update(attempt.steps)
+        if attempt.killed:
+            kills, killed_here = kills + 1, killed_here + 1
+            if kills < RANDOM_KILLS:
+                continue
+            steps.update(reference.finish(out).steps)
+        assert outcome(out) == reference.outcome
+        assert steps.keys() == set(reference.first.steps)
+        assert sum(steps.values()) - len(steps) <= killed_here * STEPS_PER_PASS  # a kill repeats one pass at most
+        if kills == RANDOM_KILLS:
+            return
+        runs, killed_here, steps, out = runs + 1, 0, Counter(), tmp_path / f"run{runs}"
+    pytest.fail(f"{kills} kills only")
+
+
+def test_kills_at_each_save(reference: Reference, tmp_path: Path) -> None:
+    """One run that dies in the middle of each of its files, then just before and just after it has its name."""
+    out, steps, kills = tmp_path / "run", Counter[tuple[str, int]](), 0
+    for name in FILES:
+        moments = ("before", "after") if name == "model" else ("torn", "before", "after")
+        for moment in moments:
+            attempt = reference.attempts.run(reference.args, out, aim=(moment, name))
+            steps.update(attempt.steps)
+            assert attempt.killed, f"{moment} {name}: {attempt.output}"
+            kills += 1
+    steps.update(reference.finish(out).steps)
+    assert steps.keys() == set(reference.first.steps)
+    assert sum(steps.values()) - len(steps) <= kills * STEPS_PER_PASS
+
+
+def test_losses_are_cut_where_the_checkpoint_was_saved(reference: Reference, tmp_path: Path) -> None:
+    """Rows, and half rows, that were written after the last checkpoint are written again, not twice."""
+    for aim in (("torn", "blocks/000.0.csv"), ("before", "current/000.0.last.ckpt"), ("torn", "blocks/001.1.csv")):
+        assert reference.attempts.run(reference.args, tmp_path / "run", aim=aim).killed
+    assert (tmp_path / "run/blocks/001.1.csv").read_text()[-1] != "\n"
+    reference.finish(tmp_path / "run")
+
+
+def test_missing_losses_start_the_stage_again(reference: Reference, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
+    (out / "blocks/001.1.csv").unlink()
+    last = reference.finish(out)
+    assert "001.1.csv" in last.output
+    assert len(last.steps) == 2 * STEPS_PER_PASS
+
+
+def test_a_fresh_process_resumes_too(reference: Reference, tmp_path: Path) -> None:
+    """Nothing depends on how the helper starts its children."""
+    out = tmp_path / "run"
+    assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
+    command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert outcome(out) == reference.outcome
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+@pytest.mark.parametrize(
+    ("name", "killed_after"),
+    [
+        ("blocks/000.safetensors", None),
+        ("blocks/001.safetensors", "streams.safetensors"),
+        ("streams.safetensors", "current/001.1.last.ckpt"),
+        ("current/001.0.last.ckpt", "current/001.0.last.ckpt"),
+        ("current/001.1.last.ckpt", "current/001.1.last.ckpt"),
+        ("current/001.0.block", "current/001.1.last.ckpt"),
+        ("current/001.0.result.safetensors", "current/001.1.last.ckpt"),
+        ("perplexity.json", "perplexity.json"),
+    ],
+)
+def test_damaged_files_are_named_and_computed_again(
+    reference: Reference, tmp_path: Path, name: str, killed_after: str | None, damage: str
+) -> None:
+    out = tmp_path / "run"
+    if killed_after is None:
+        shutil.copytree(reference.folder / "reference", out)
+    else:
+        first = ("after", killed_after)
+        assert reference.attempts.run(reference.args, out, aim=first).killed
+        if not (out / name).exists():  # the streams of the first block came before the file of the second
+            assert reference.attempts.run(reference.args, out, aim=("after", name)).killed
+    content = bytearray((out / name).read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    (out / name).write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    last = reference.finish(out)
+    warning = next(line for line in last.output.splitlines() if "removed" in line)
+    assert str(out / name) in warning
+
+
+def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a fit: one line, status 130, and the run goes on from there."""
+    command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
+    code = (
+        "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
+        "M.training_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command[3:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "omniq: interrupted; the same command continues this run\n"
+    reference.finish(tmp_path / "run")
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_streams_saved_more_rarely(reference: Reference, tmp_path: Path, every: int) -> None:
+    extra = ("--save_streams_every", str(every))
+    reference.finish(tmp_path / "whole", extra)
+    assert (tmp_path / "whole/streams.safetensors").exists() == (every == 2)
+    killed = reference.attempts.run([*reference.args, *extra], tmp_path / "run", aim=("after", "current/001.0.block"))
+    assert killed.killed
+    last = reference.finish(tmp_path / "run", extra)
+    assert last.steps == reference.first.steps[-2 * STEPS_PER_PASS :]  # the first block is not calibrated again
+
+
+def test_a_finished_run_has_nothing_to_do(reference: Reference) -> None:
+    again = reference.finish(reference.folder / "reference")
+    assert not again.steps
+    assert "continuing the run" in again.output
+
+
+def test_changed_settings_are_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
+    out = reference.folder / "reference"
+    changes = ["--data.samples", "2", "--seed", "9", "--scheme.name", "W2A16g16", "--trainer.precision", "bf16-mixed"]
+    assert main([*reference.args, "--out", str(out), *changes]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for part in (
+        f"out {out} holds a run with other settings",
+        "data.samples (was 3, now 2)",
+        "seed (was 2, now 9)",
+        "scheme.name (was 'W3A16g16', now 'W2A16g16')",
+        "trainer.precision (was None, now 'bf16-mixed')",
+    ):
+        assert part in message
+    assert outcome(out) == reference.outcome
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("trainer.accumulate_grad_batches", 2), ("trainer.gradient_clip_val", 0.5), ("trainer.precision", "bf16-mixed")],
+)
+def test_trainer_arguments_that_change_the_result_are_settings_too(
+    reference: Reference, capsys: pytest.CaptureFixture[str], option: str, value: object
+) -> None:
+    assert main([*reference.args, "--out", str(reference.folder / "reference"), f"--{option}", str(value)]) == 2
+    assert f"now {value!r})" in capsys.readouterr().err
+
+
+def test_changed_text_is_refused(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has the same name; its content does not."""
+    shutil.copytree(reference.folder / "reference", tmp_path / "run")
+    text = reference.folder / "text.txt"
+    original = text.read_text()
+    text.write_text(original.upper())
+    try:
+        assert main([*reference.args, "--out", str(tmp_path / "run")]) == 2
+    finally:
+        text.write_text(original)
+    assert "data digest (was " in capsys.readouterr().err
+
+
+def test_damaged_fingerprint(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "fingerprint.json").write_text('{"seed": 2')
+    assert main([*reference.args, "--out", str(out)]) == 2
+    assert f"remove {out} to start over" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(reference: Reference, tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run"):
+        second = reference.attempts.run(reference.args, tmp_path / "run")
+    assert second.status == 2
+    assert second.output.count("\n") == 1
+    assert f"out {tmp_path / 'run'} is in use by another omniq process" in second.output
+    reference.finish(tmp_path / "run")
+
+
+def test_the_lock_goes_with_the_process(reference: Reference, tmp_path: Path) -> None:
+    assert reference.attempts.run(reference.args, tmp_path / "run", aim=("after", "fingerprint.json")).killed
+    with RunDir(tmp_path / "run"):
+        pass
+
+
+def test_gradient_accumulation_across_passes(tmp_path: Path, reference: Reference) -> None:
+    """Three batches a pass and two a step: every other pass ends between two steps, and nothing is saved there."""
+    args = write_run(tmp_path, model=SMALL, stages=[omniquant(epochs=4)], evaluation=None)
+    args += ["--trainer.accumulate_grad_batches", "2"]
+    assert reference.attempts.run(args, tmp_path / "whole").status == 0
+    for moment in ("torn", "after"):
+        attempt = reference.attempts.run(args, tmp_path / "run", aim=(moment, "current/000.0.last.ckpt"))
+        assert attempt.status == -signal.SIGKILL
+    assert reference.attempts.run(args, tmp_path / "run").status == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
