@@ -33,9 +33,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class PassCheckpoint(Callback):
     """One checkpoint, replaced at the end of each pass but the last, which the finished block makes superfluous.
 
-    Where gradients are accumulated and a pass ends between two optimizer steps, the gradient so far would be lost: that
-    pass is not saved.
-
     Args:
         path: where it lies.
     """
@@ -49,6 +46,5 @@ class PassCheckpoint(Callback):
     ) -> None:
         assert isinstance(pl_module, BlockModule)
         step, total = batch_idx + 1, trainer.num_training_batches
-        whole = pl_module.batches.ends_pass(step) and step % trainer.accumulate_grad_batches == 0
-        if step < total and whole and not trainer.should_stop:
+        if step < total and pl_module.batches.ends_pass(step) and not trainer.should_stop:
             trainer.save_checkpoint(self.path, weights_only=False)

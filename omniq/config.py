@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run may say: the sections of a YAML file as typed classes, checked before any long work."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
-from omniq.quantizers.grid import Grid, parse_scheme
+from omniq.quantizers.scheme import Scheme
 from omniq.stages.base import Stage
 
 TrainerFactory = Callable[[], L.Trainer]
@@ -28,6 +29,8 @@ OWNED_TRAINER_ARGUMENTS = {
     "max_time": "nothing: a run may be killed at any moment and continued",
     "limit_train_batches": "data.samples",
     "overfit_batches": "data.samples",
+    "accumulate_grad_batches": "a stage's batch_size",
+    "gradient_clip_val": "nothing: a step that is not finite is taken back",
     "fast_dev_run": "data.samples and a stage's epochs",
     "barebones": "nothing: the fit of a block is bare enough",
     "default_root_dir": "out",
@@ -57,39 +60,6 @@ class Model:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What the deployed model looks like.
-
-    Args:
-        name: as the field writes it: ``W4A16`` per-channel, ``W3A16g128`` with groups of 128.
-        symmetric: zero points fixed in the middle of the code range.
-        dtype: of scales and of everything that is not quantized, as deployed.
-    """
-
-    name: str = "W4A16"
-    symmetric: bool = False
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-
-    def __post_init__(self) -> None:
-        _, activation, kv, _ = parse_scheme(self.name)
-        if activation != 16 or kv != 16:
-            raise UserError(f"scheme.name {self.name!r} quantizes activations, which no stage does yet: use A16")
-        self.grid  # noqa: B018 (refuses bad bits and group sizes)
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of the weights."""
-        bits, _, _, group_size = parse_scheme(self.name)
-        return Grid(bits, group_size, self.symmetric, self.deploy_dtype)
-
-    @property
-    def deploy_dtype(self) -> torch.dtype:
-        """Dtype of scales, norms, biases and embeddings in the checkpoint."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
 
 @dataclass(frozen=True)
@@ -169,9 +139,9 @@ def check_trainer(factory: TrainerFactory) -> None:
     Raises:
         UserError: names the argument, its value and what to use instead.
     """
-    given = trainer_arguments(factory)
+    given, defaults = trainer_arguments(factory), inspect.signature(L.Trainer).parameters
     for name, instead in OWNED_TRAINER_ARGUMENTS.items():
-        if given.get(name) not in (None, -1, False):
+        if given.get(name) not in (None, False, defaults[name].default):
             raise UserError(f"trainer.{name} {given[name]!r} is decided for each block: use {instead}")
     if given.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator {given['accelerator']!r}: no GPU is present; use cpu or auto")

@@ -18,6 +18,7 @@ from omniq.display import Display
 from omniq.files import CorruptFile
 from omniq.fit import Fitting, fit_stage
 from omniq.preflight import Plan, prepare
+from omniq.quantizers.hooks import quantized_activations
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask
@@ -70,7 +71,8 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         if result is None:
             result = run_stages(plan, folder, display, index, block, streams)
         deploy(block, result)
-        propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
+        with quantized_activations(block, plan.source.family, plan.run.scheme.activations):
+            propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
         if not folder.block_path(index).exists():
             folder.save_block(index, summarize(result, streams, plan.held_out, time.perf_counter() - started))
         streams.index = index + 1
@@ -94,6 +96,7 @@ def run_stages(
         kwargs=plan.block_arguments[index],
         seed=plan.run.seed,
         precision=plan.precision,
+        activations=plan.run.scheme.activations,
     )
     for number, stage in enumerate(plan.run.stages):
         fit_stage(task, stage, Fitting(plan.run, folder, display, number))

@@ -17,14 +17,15 @@ from omniq.config import Run, check_trainer, compute_dtype, device_arguments, tr
 from omniq.data import digest
 from omniq.data.text import one_line
 from omniq.errors import UserError
-from omniq.export import Scheme, find_format
+from omniq.export import find_format
 from omniq.models.source import SourceModel
+from omniq.quantizers.hooks import check_family
 from omniq.run_dir import check_writable
 from omniq.streams import Precision
 
 # Sections and keys that may change between start and resume: they do not touch the calibration's result.
 FREE_KEYS = ("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "save_streams_every", "config")
-BINDING_TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+BINDING_TRAINER_KEYS = ("precision",)
 VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
 
 
@@ -97,8 +98,9 @@ def prepare(run: Run, settings: str) -> Plan:
     check_trainer(run.trainer)
     check_writable(run.out)
     if run.export.format != "none":
-        find_format(run.export.format).check(Scheme(run.scheme.grid))
+        find_format(run.export.format).check(run.scheme)
     source = open_model(run)
+    check_family(source.family, run.scheme.activations)
     for name, width in linear_widths(source).items():
         run.scheme.grid.check_width(width, name)
     tokenizer = source.tokenizer()

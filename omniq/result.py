@@ -80,6 +80,18 @@ class QuantizedLinear:
             outliers,
         )
 
+    def to_state(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        sparse = None if self.outliers is None else dict(vars(self.outliers))
+        return {**vars(self), "grid": _grid_to_json(self.grid), "outliers": sparse}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "QuantizedLinear":
+        """Invert ``to_state``."""
+        sparse = state["outliers"]
+        outliers = None if sparse is None else Outliers(**sparse)
+        return cls(**{**state, "grid": _grid_from_json(state["grid"]), "outliers": outliers})
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``."""
         weight = self.grid.dequantize(self.codes, self.scale.float(), self.zero_point)

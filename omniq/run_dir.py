@@ -140,10 +140,10 @@ class RunDir:
             return None
         try:
             content = json.loads(path.read_bytes())
-            if content.pop("sha256", None) == _seal(content):
-                return dict(content)
-        except (ValueError, AttributeError):  # no JSON, or no object
-            pass
+        except ValueError:
+            content = None
+        if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
+            return content
         self._discard(path, CorruptFile(f"{path}: the checksum does not match its content"), "it is made again")
         return None
 

@@ -16,6 +16,7 @@ from omniq.evaluate.table import perplexity_table
 from omniq.export import export_checkpoint, verify_checkpoint
 from omniq.models.source import SourceModel
 from omniq.preflight import Plan
+from omniq.quantizers.hooks import attach
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.rtn import round_to_nearest
@@ -79,7 +80,7 @@ def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]
     if measured is not None and about.items() <= measured.items():
         results = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
     else:
-        variants = {FULL: full_precision, RTN: rounded(plan), OURS: quantized(folder)}
+        variants = {FULL: full_precision, RTN: rounded(plan), OURS: quantized(plan, folder)}
         with console.status("perplexity") as status:
             results = evaluate_streamed(
                 plan.source,
@@ -100,22 +101,24 @@ def full_precision(index: int, block: nn.Module) -> nn.Module:
 
 
 def rounded(plan: Plan) -> Callable[[int, nn.Module], nn.Module]:
-    """Every block rounded to nearest on the min-max grid of the run's scheme."""
+    """Every block rounded to nearest on the min-max grid of the run's scheme, its activations quantized as there."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         for name in plan.source.family.linears:
             weight = block.get_submodule(name).weight
             weight.data.copy_(round_to_nearest(weight.detach(), plan.run.scheme.grid).dequantize())
+        attach(block, plan.source.family, plan.run.scheme.activations)
         return block
 
     return variant
 
 
-def quantized(folder: RunDir) -> Callable[[int, nn.Module], nn.Module]:
-    """Every block as the run left it."""
+def quantized(plan: Plan, folder: RunDir) -> Callable[[int, nn.Module], nn.Module]:
+    """Every block as the run left it, its activations quantized as the scheme says."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         deploy(block, BlockResult.load(folder.block_path(index)))
+        attach(block, plan.source.family, plan.run.scheme.activations)
         return block
 
     return variant

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from omniq.errors import UserError
-from omniq.export import FORMATS, Report, Scheme, export_checkpoint, find_format, shards, verify_checkpoint
+from omniq.export import FORMATS, Report, export_checkpoint, find_format, shards, verify_checkpoint
 from omniq.export.deployment import deployment
 from omniq.models.source import SourceModel
 from omniq.quantizers.grid import Grid
+from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, Outliers, QuantizedLinear
 
 
@@ -91,7 +92,7 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
     zero_point = torch.full((40, 3), 4) if symmetric else torch.randint(0, 8, (40, 3), generator=generator)
     linear = QuantizedLinear.of(grid, codes, grid.store(scale), zero_point)
     layout = FORMATS["compressed-tensors"]
-    for scheme in (Scheme(grid), Scheme(grid, activation_bits=8)):
+    for scheme in (Scheme.of(grid), Scheme.of(grid, activation_bits=8)):
         stored = layout.tensors("x", linear, scheme)
         config = layout.quantization_config(scheme, [])
         theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
@@ -110,7 +111,7 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
 def test_integer_activations(symmetric: bool, activation_symmetric: bool, source: SourceModel, tmp_path: Path) -> None:
     grid = Grid(4, 32, symmetric)
     results = rounded(source, grid)
-    scheme = Scheme(grid, 8, activation_symmetric)
+    scheme = Scheme.of(grid, 8, activation_symmetric)
     out = export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
     stored = load_file(out / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
@@ -241,13 +242,14 @@ def test_unsupported_schemes_are_refused_by_name(
 ) -> None:
     layout = find_format("compressed-tensors")
     grid = Grid(4, 32)
-    layout.check(Scheme(grid))
-    layout.check(Scheme(grid, activation_bits=4))
+    layout.check(Scheme.of(grid))
+    layout.check(Scheme.of(grid, activation_bits=4))
+    with pytest.raises(UserError, match="W4A16g32: format compressed-tensors has no place for the sparse outliers"):
+        layout.check(Scheme.of(grid), outliers=True)
     for scheme, words in [
-        (Scheme(grid, outliers=True), "W4A16g32: format compressed-tensors has no place for the sparse outliers"),
-        (Scheme(grid, 4, kv_bits=4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),
-        (Scheme(grid, 12), "activations of 12 bits: use 2 to 8, or 16"),
-        (Scheme(Grid(4, scale_dtype=torch.float64)), "scales in torch.float64: use float16, bfloat16 or float32"),
+        (Scheme.of(grid, 4, kv_bits=4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),
+        (Scheme.of(grid, 4, queries=True), "W4A4g32: .*cannot hold quantized queries: set scheme.queries to false"),
+        (Scheme.of(Grid(4, scale_dtype=torch.float64)), "scales in torch.float64: use float16, bfloat16 or float32"),
     ]:
         with pytest.raises(UserError, match=words):
             layout.check(scheme)
@@ -272,6 +274,6 @@ def test_outliers_and_wrong_zero_points_are_refused() -> None:
     codes, scale, middle = torch.zeros(4, 8), torch.ones(4, 1), torch.full((4, 1), 8)
     sparse = QuantizedLinear.of(grid, codes, scale, middle, Outliers.from_dense(torch.eye(4, 8)))
     with pytest.raises(UserError, match="x has outliers: format compressed-tensors has no place"):
-        layout.tensors("x", sparse, Scheme(grid))
+        layout.tensors("x", sparse, Scheme.of(grid))
     with pytest.raises(ValueError, match="x: the zero point of a symmetric grid is not 8"):
-        layout.tensors("x", QuantizedLinear.of(grid, codes, scale, middle - 1), Scheme(grid))
+        layout.tensors("x", QuantizedLinear.of(grid, codes, scale, middle - 1), Scheme.of(grid))

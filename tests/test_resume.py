@@ -7,7 +7,6 @@ random and at each of their saves, have files damaged, or save their streams mor
 
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -223,17 +222,6 @@ def test_changed_settings_are_refused(reference: Reference, capsys: pytest.Captu
     assert outcome(out) == reference.outcome
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("trainer.accumulate_grad_batches", 2), ("trainer.gradient_clip_val", 0.5), ("trainer.precision", "bf16-mixed")],
-)
-def test_trainer_arguments_that_change_the_result_are_settings_too(
-    reference: Reference, capsys: pytest.CaptureFixture[str], option: str, value: object
-) -> None:
-    assert main([*reference.args, "--out", str(reference.folder / "reference"), f"--{option}", str(value)]) == 2
-    assert f"now {value!r})" in capsys.readouterr().err
-
-
 def test_changed_text_is_refused(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file has the same name; its content does not."""
     shutil.copytree(reference.folder / "reference", tmp_path / "run")
@@ -268,15 +256,3 @@ def test_the_lock_goes_with_the_process(reference: Reference, tmp_path: Path) ->
     assert reference.attempts.run(reference.args, tmp_path / "run", aim=("after", "fingerprint.json")).killed
     with RunDir(tmp_path / "run"):
         pass
-
-
-def test_gradient_accumulation_across_passes(tmp_path: Path, reference: Reference) -> None:
-    """Three batches a pass and two a step: every other pass ends between two steps, and nothing is saved there."""
-    args = write_run(tmp_path, model=SMALL, stages=[omniquant(epochs=4)], evaluation=None)
-    args += ["--trainer.accumulate_grad_batches", "2"]
-    assert reference.attempts.run(args, tmp_path / "whole").status == 0
-    for moment in ("torn", "after"):
-        attempt = reference.attempts.run(args, tmp_path / "run", aim=(moment, "current/000.0.last.ckpt"))
-        assert attempt.status == -signal.SIGKILL
-    assert reference.attempts.run(args, tmp_path / "run").status == 0
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

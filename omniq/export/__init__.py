@@ -2,7 +2,7 @@
 """Export: finished blocks to checkpoints on disk. One file a format, one entry in ``FORMATS``."""
 
 from omniq.export.checkpoint import check_output, export_checkpoint
-from omniq.export.format import Format, Scheme
+from omniq.export.format import Format
 from omniq.export.registry import FORMATS, find_format
 from omniq.export.verify import Report, VerificationError, verify_checkpoint
 
@@ -10,7 +10,6 @@ __all__ = [
     "FORMATS",
     "Format",
     "Report",
-    "Scheme",
     "VerificationError",
     "check_output",
     "export_checkpoint",

@@ -22,9 +22,10 @@ from transformers import GenerationConfig, PretrainedConfig
 from omniq.errors import UserError
 from omniq.export.card import model_card
 from omniq.export.deployment import Deployment, deployment
-from omniq.export.format import Format, Scheme
+from omniq.export.format import Format, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardWriter, writing
+from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult
 
 Results = Callable[[int], BlockResult] | Iterable[BlockResult]
@@ -167,7 +168,7 @@ def _write_weights(
     summaries = []
     for block, result in each_result(source, results):
         if scheme is None:
-            scheme = Scheme.of(result)
+            scheme = scheme_of(result)
             layout.check(scheme)
         for name, linear in result.linears.items():
             linears[f"{block}.{name}"] = linear.bits_per_weight(), linear.codes.numel()

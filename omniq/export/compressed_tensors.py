@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.format import Scheme
 from omniq.export.packing import pack, unpack
 from omniq.quantizers.grid import Grid
+from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,19 +99,19 @@ class CompressedTensors:
         """The layout that the scheme asks for."""
         return PackQuantized() if scheme.activation_bits == 16 else IntQuantized()
 
-    def check(self, scheme: Scheme) -> None:
-        """Refuse outliers, a quantized KV cache, odd activation bits and odd dtypes.
+    def check(self, scheme: Scheme, outliers: bool = False) -> None:
+        """Refuse outliers, quantized queries, keys and values, and odd dtypes.
 
         Raises:
             UserError: names the scheme and what would fit.
         """
         problem = ""
-        if scheme.outliers:
+        if outliers:
             problem = "has no place for the sparse outliers of this method: use a method without outliers"
         elif scheme.kv_bits != 16:
             problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16"
-        elif scheme.activation_bits != 16 and not 2 <= scheme.activation_bits <= 8:
-            problem = f"cannot hold activations of {scheme.activation_bits} bits: use 2 to 8, or 16"
+        elif scheme.queries:
+            problem = "cannot hold quantized queries: set scheme.queries to false"
         elif scheme.grid.scale_dtype not in _SCALE_DTYPES:
             problem = f"cannot hold scales in {scheme.grid.scale_dtype}: use float16, bfloat16 or float32"
         if problem:

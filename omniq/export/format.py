@@ -7,45 +7,17 @@ weight-only models, bytes for models with integer activations) behind one name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from omniq.quantizers.grid import Grid
+from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, QuantizedLinear
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """What a quantized model asks of a runtime.
-
-    Args:
-        grid: of every quantized linear; its ``scale_dtype`` is also the dtype the model is deployed in.
-        activation_bits: integer bits of the linears' inputs, quantized anew for every token; 16 for none.
-        activation_symmetric: whether those inputs have a zero point of zero.
-        kv_bits: integer bits of the KV cache; 16 for none.
-        outliers: whether linears have a sparse part beside the codes.
-    """
-
-    grid: Grid
-    activation_bits: int = 16
-    activation_symmetric: bool = True
-    kv_bits: int = 16
-    outliers: bool = False
-
-    @property
-    def name(self) -> str:
-        """By its name in the field: ``W3A16g64``, ``W4A4KV8``."""
-        cache = "" if self.kv_bits == 16 else f"KV{self.kv_bits}"
-        group = "" if self.grid.group_size == -1 else f"g{self.grid.group_size}"
-        return f"W{self.grid.bits}A{self.activation_bits}{cache}{group}"
-
-    @classmethod
-    def of(cls, result: BlockResult) -> "Scheme":
-        """The weight-only scheme of a finished block."""
-        linears = result.linears.values()
-        return cls(next(iter(linears)).grid, outliers=any(linear.outliers is not None for linear in linears))
+def scheme_of(result: BlockResult) -> Scheme:
+    """The weight-only scheme of a finished block."""
+    return Scheme.of(next(iter(result.linears.values())).grid)
 
 
 class Format(Protocol):
@@ -54,8 +26,11 @@ class Format(Protocol):
     name: str
     requires: tuple[str, ...]  # packages that a reader needs beside transformers
 
-    def check(self, scheme: Scheme) -> None:
+    def check(self, scheme: Scheme, outliers: bool = False) -> None:
         """Refuse what the format, or what reads it, cannot do; called before any long work.
+
+        Args:
+            outliers: whether linears have a sparse part beside the codes.
 
         Raises:
             UserError: names the scheme and what would fit.

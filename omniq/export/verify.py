@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from omniq.export.checkpoint import Results, Source, deployed, each_result
 from omniq.export.deployment import deployment
-from omniq.export.format import Format, Scheme
+from omniq.export.format import Format, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardReader, same_bits
+from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
 
 
@@ -101,7 +102,7 @@ def _compare_tensors(
     with ShardReader(path) as file:
         unseen = file.names
         for block, result in each_result(source, results):
-            scheme = scheme or Scheme.of(result)
+            scheme = scheme or scheme_of(result)
             for name, linear in result.linears.items():
                 stored = file.under(f"{block}.{name}.")
                 stored.pop(f"{block}.{name}.bias", None)  # a parameter beside the codes

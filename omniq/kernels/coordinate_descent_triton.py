@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequential part of a coordinate descent sweep in one Triton kernel per block of columns.
+"""The sequential part of a coordinate descent sweep, one Triton kernel per block of columns.
 
 The same step 2 as ``omniq.kernels.coordinate_descent.round_block``, fused: one program owns 32 rows of the layer for all
 columns of a block, and rows are independent, so programs never meet. A block is walked in sub-blocks of 32 columns:
 
-1. ``tl.dot`` brings the steps of all earlier sub-blocks to this one's gradients (they lie in the same buffer: a step
-   overwrites its gradient);
-2. inside the sub-block the columns go one by one. The steps taken so far are a ``[32 columns, 32 rows]`` tile in
-   registers, a row of the layer per lane, so that ``G_j + sum_k S_jk e_k`` is a chain of multiply-adds in one lane without
-   any exchange between lanes. Loads do not depend on the chain and run ahead of it.
+1. ``tl.dot`` brings the steps of all earlier sub-blocks to this one's gradients (they lie in the same buffer, because a
+   step overwrites its gradient), and ``W^ + G / S_jj``, the value before rounding as far as it is known, replaces them;
+2. inside the sub-block the columns go one by one. The steps taken so far are a tile ``[32 columns, 32 rows]`` in
+   registers, one row of the layer per lane, so that ``sum_k S_jk e_k`` never leaves a lane. The sum for the next column is
+   formed while this one is divided and rounded; only its last term has to wait. What the next column reads is loaded
+   one column ahead.
 
-Division is IEEE and rounding half to even (adding and subtracting ``1.5 * 2^23``, or ``2^52`` in float64, after a clamp
-to +-512, beyond which every code is clipped anyway), so only the order of sums differs from the torch version. In float32
-and TF32 mode the products of step 1 run on tensor cores, as three TF32 products that together keep float32 precision or
-as one; in float64 they are sums of outer products, because not every Triton has a float64 dot.
+Division is IEEE, and rounding is half to even by adding and subtracting ``1.5 * 2^23`` (``2^52`` in float64) after a
+clamp to +-512, beyond which every code is clipped anyway: only the order of sums differs from the torch version. The
+products of part 1 run on tensor cores: in TF32, or as three TF32 products that together keep the precision of float32;
+in float64 they are sums of outer products, because not every release of Triton has a float64 dot.
 
-Import this module only where Triton exists.
+Import this module only where Triton exists; ``omniq.kernels.coordinate_descent`` decides.
 
 Shapes: ``o`` output features, ``i`` input features, ``B`` columns of a block.
 """
@@ -27,38 +28,125 @@ from torch import Tensor
 
 from omniq.kernels.layer_problem import Problem
 
-_INNER = 32  # columns of a sub-block: a tile of 32 values a lane stays in registers
-_ROWS = 32  # rows of a program: one a lane of its single warp, so that sums over columns stay inside a lane
+_INNER = 32  # columns of a sub-block: 32 steps a lane stay in registers
+_ROWS = 32  # rows of a program, one for each lane of its only warp: sums over columns stay inside a lane
 
 
 @triton.jit
 def _earlier_steps(
-    work_ptr, gram_ptr, tile, low, row, there, outputs, stride, INNER: tl.constexpr, PRECISION: tl.constexpr
-):  # type: ignore[no-untyped-def]  # Triton reads constants from annotations
+    work_ptr, gram_ptr, tile, low, column, inside, row, there, outputs, stride,
+    INNER: tl.constexpr, PRODUCT: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # Triton reads constants from annotations  # fmt: skip
     """Add ``S[low:low+n, :low] @ E[:low]`` to the gradients of a sub-block, ``[INNER, ROWS]``."""
-    inner = tl.arange(0, INNER)
-    if PRECISION == "float64":
+    if PRODUCT == "outer":
         for k in range(0, low):
+            weight = tl.load(gram_ptr + k * stride + column, mask=inside, other=0.0)  # symmetric: a row for a column
             step = tl.load(work_ptr + k * outputs + row, mask=there, other=0.0)
-            weight = tl.load(gram_ptr + k.to(tl.int64) * stride + low + inner)  # symmetric: a row for a column
             tile += weight[:, None] * step[None, :]
     else:
         for start in range(0, low, INNER):
-            rows_of_gram = (low + inner).to(tl.int64)[:, None] * stride
-            weight = tl.load(gram_ptr + rows_of_gram + start + inner[None, :])
-            steps = tl.load(work_ptr + (start + inner)[:, None] * outputs + row[None, :], mask=there[None, :], other=0.0)
-            tile = tl.dot(weight, steps, tile, input_precision=PRECISION)
+            k = start + tl.arange(0, INNER)
+            weight = tl.load(gram_ptr + column[:, None] * stride + k[None, :], mask=inside[:, None], other=0.0)
+            step = tl.load(work_ptr + k[:, None] * outputs + row[None, :], mask=there[None, :], other=0.0)
+            tile = tl.dot(weight, step, tile, input_precision=PRODUCT)
     return tile
+
+
+@triton.jit
+def _load_column(
+    work_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
+    c, row, there, outputs, MASKED: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """What column ``c`` has of its own: u so far, target, residual, scale, zero point, mask ``[ROWS]``; 1 / S_cc."""
+    at = c * outputs + row
+    u = tl.load(work_ptr + at, mask=there, other=0.0)
+    target = tl.load(target_ptr + at, mask=there, other=0.0)
+    residual = tl.load(residual_ptr + at, mask=there, other=0.0)
+    grid = tl.load(group_ptr + c) * outputs + row
+    scale = tl.load(scale_ptr + grid, mask=there, other=1.0)
+    zero = tl.load(zero_ptr + grid, mask=there, other=0.0)
+    keep = tl.load(mask_ptr + at, mask=there, other=0) != 0 if MASKED else row < 0
+    inverse = tl.load(inverse_ptr + c)
+    return u, target, residual, scale, zero, keep, inverse
 
 
 @triton.jit
 def _round_block(
     work_ptr, gram_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
-    changed_ptr, gain_ptr, outputs, columns, stride, levels,
-    MASKED: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, MAGIC: tl.constexpr,
+    changed_ptr, gain_ptr, outputs, columns, stride,
+    LEVELS: tl.constexpr, MASKED: tl.constexpr, MAGIC: tl.constexpr, PRODUCT: tl.constexpr,
+    INNER: tl.constexpr, ROWS: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
+    dtype = work_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < outputs
-    inner = tl.arange(0, INNER)
-    gain = tl.zeros([ROWS], dtype=gain_ptr.dtype.element_ty)
-    changed = tl.zeros([ROWS], dtype=tl.int64)
+    total = tl.zeros([ROWS], dtype=tl.float64)
+    count = tl.zeros([ROWS], dtype=tl.int32)
+    for low in range(0, columns, INNER):
+        column = low + tl.arange(0, INNER)
+        inside = column < columns
+        at = column[:, None] * outputs + row[None, :]
+        here = inside[:, None] & there[None, :]
+        tile = tl.load(work_ptr + at, mask=here, other=0.0)
+        tile = _earlier_steps(
+            work_ptr, gram_ptr, tile, low, column, inside, row, there, outputs, stride, INNER, PRODUCT
+        )
+        was = tl.load(target_ptr + at, mask=here, other=0.0) - tl.load(residual_ptr + at, mask=here, other=0.0)
+        inverses = tl.load(inverse_ptr + column, mask=inside, other=0.0)
+        tl.store(work_ptr + at, was + tile * inverses[:, None], mask=here)
+        tl.debug_barrier()  # lanes read below what other lanes have written
+        steps = tl.zeros([INNER, ROWS], dtype=dtype)
+        later = tl.zeros([ROWS], dtype=dtype)  # sum_k S_jk e_k over the steps of this sub-block
+        gain = tl.zeros([ROWS], dtype=dtype)
+        u, target, residual, scale, zero, keep, inverse = _load_column(
+            work_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
+            low, row, there, outputs, MASKED,
+        )  # fmt: skip
+        for c in range(low, tl.minimum(low + INNER, columns)):
+            follower = tl.minimum(c + 1, columns - 1)  # after the last column itself again, unused
+            ahead = _load_column(
+                work_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
+                follower, row, there, outputs, MASKED,
+            )  # fmt: skip
+            weight = tl.load(gram_ptr + follower * stride + column, mask=inside, other=0.0)
+            link = tl.load(gram_ptr + follower * stride + c)
+            diagonal = tl.load(gram_ptr + c * stride + c)
+            partial = tl.sum(weight[:, None] * steps, axis=0)  # all but the step that is being found now
+            old = target - residual
+            u += later * inverse
+            code = u / scale if PRODUCT == "outer" else tl.div_rn(u, scale)  # the former is IEEE in float64 only
+            code = tl.minimum(tl.maximum(code, -512.0), 512.0)
+            code = tl.minimum(tl.maximum(((code + MAGIC) - MAGIC) + zero, 0.0), LEVELS)
+            new = (code - zero) * scale
+            if MASKED:
+                new = tl.where(keep, u, new)
+            live = inverse > 0
+            step = tl.where(live, old - new, 0.0)
+            tl.store(work_ptr + c * outputs + row, step, mask=there)
+            tl.store(residual_ptr + c * outputs + row, tl.where(live, target - new, 0.0), mask=there)
+            gain += diagonal * step * (2.0 * u - new - old)
+            count += ((tl.abs(step) > 0.5 * scale) & ~keep & there).to(tl.int32)
+            steps = tl.where(column[:, None] == c, step[None, :], steps)
+            later = partial + link * step
+            u, target, residual, scale, zero, keep, inverse = ahead
+        total += gain.to(tl.float64)
+        tl.debug_barrier()
+    tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=there, other=0.0) + total, mask=there)
+    tl.atomic_add(changed_ptr, tl.sum(count, axis=0).to(tl.int64))
+
+
+def round_block(
+    problem: Problem, residual: Tensor, gradient: Tensor, columns: slice, changed: Tensor, gain: Tensor
+) -> None:
+    """See ``omniq.kernels.coordinate_descent.round_block``."""
+    outputs = residual.shape[1]
+    mask = problem.inverse if problem.mask is None else problem.mask[columns]  # the former is a pointer never read
+    double = residual.dtype == torch.float64
+    _round_block[(triton.cdiv(outputs, _ROWS),)](
+        gradient, problem.gram[columns, columns], problem.target[columns], residual[columns],
+        problem.scale, problem.zero_point, problem.group_index[columns], problem.inverse[columns], mask,
+        changed, gain, outputs, columns.stop - columns.start, problem.gram.stride(0),
+        LEVELS=problem.levels, MASKED=problem.mask is not None, MAGIC=1.5 * 2.0 ** (52 if double else 23),
+        PRODUCT="outer" if double else "tf32" if problem.precision == "tf32" else "tf32x3",
+        INNER=_INNER, ROWS=_ROWS, num_warps=1,
+    )  # fmt: skip

@@ -71,6 +71,7 @@ class Family:
         inputs: names of the quantized linears inside a block, grouped by the input tensor they share, in the order
             in which the block runs them.
         equivalences: where the block allows a scale (and shift) to move without changing what it computes.
+        attention: the module inside a block that calls transformers' attention interface; None if none does.
         refuse: says why a variant of the family cannot be had, by its config, or returns None.
     """
 
@@ -78,6 +79,7 @@ class Family:
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
     equivalences: tuple[Equivalence, ...] = ()
+    attention: str | None = None
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
     @property

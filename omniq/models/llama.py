@@ -18,4 +18,5 @@ LLAMA = Family(
         ValueToOutput("self_attn.v_proj", "self_attn.o_proj"),
         QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary="half"),
     ),
+    attention="self_attn",
 )

@@ -31,5 +31,6 @@ OPT = Family(
         ValueToOutput("self_attn.v_proj", "self_attn.out_proj"),
         QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=None),
     ),
+    attention="self_attn",
     refuse=_refuse,
 )

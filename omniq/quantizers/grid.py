@@ -144,5 +144,6 @@ def parse_scheme(name: str) -> tuple[int, int, int, int]:
     match = _SCHEME.fullmatch(name)
     if match is None:
         raise UserError(f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128")
-    weight, activation, kv, group = (match[key] and int(match[key]) for key in ("weight", "activation", "kv", "group"))
-    return int(weight), int(activation), kv or 16, group or -1
+    given = match.groupdict()
+    kv, group = int(given["kv"] or 16), int(given["group"] or -1)
+    return int(given["weight"]), int(given["activation"]), kv, group

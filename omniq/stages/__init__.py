@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: one file a method, named in YAML by ``class_path: omniq.stages.<Name>``."""
 
+from omniq.stages.gptq import GPTQ
 from omniq.stages.omniquant import OmniQuant
 from omniq.stages.rtn import RTN
 
-__all__ = ["RTN", "OmniQuant"]
+__all__ = ["GPTQ", "RTN", "OmniQuant"]

@@ -10,7 +10,7 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
+from omniq.quantizers.hooks import quantized_activations
+from omniq.quantizers.scheme import Activations
 from omniq.result import BlockResult
 from omniq.streams import Precision, propagate
 
@@ -40,6 +42,7 @@ class BlockTask:
         kwargs: the other arguments of the block's forward.
         seed: of the run; order and noise are functions of (seed, index, position), never of a global generator.
         precision: enters the autocast context of the Trainer's precision plugin.
+        activations: what the quantized block does to its activations.
         result: what the previous stage produced, and in the end what the block becomes.
         notes: entries for the block's summary.
     """
@@ -53,6 +56,7 @@ class BlockTask:
     kwargs: Mapping[str, Any]
     seed: int = 0
     precision: Precision = nullcontext
+    activations: Activations = Activations()
     result: BlockResult | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +82,10 @@ class BlockTask:
         outputs = inputs.clone()
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
+
+    def quantized_activations(self) -> AbstractContextManager[None]:
+        """While this is entered, the block computes on quantized activations, as the deployed one will."""
+        return quantized_activations(self.block, self.family, self.activations)
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Every parameter that is not the weight of a quantized linear, by name: norms and biases."""
@@ -173,6 +181,9 @@ class BlockModule(L.LightningModule):
     @abstractmethod
     def finish(self) -> BlockResult:
         """Round for the last time, in float32 on storage-rounded scales; leave ``task.block`` in full precision."""
+
+    def restored(self) -> None:
+        """Called after a guard has put an earlier state back: forget whatever was derived from the other one."""
 
     def abandon(self) -> str:
         """Give up learning after repeated non-finite losses: go back to where the stage began.

@@ -9,15 +9,16 @@ The block is the untouched Hugging Face module: its weights are replaced for the
 ones (``torch.func.functional_call``). One AdamW step for each batch; the paper's scripts use batches of one sample,
 20 epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order.
 
-The augmented loss adds ``|| F(W, X) - F(Q(W), X) ||^2``. Its gradient equals that of twice the distance to the average
-of the two targets, so omniq averages them once and trains on one target:
-``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``.
+The augmented loss adds ``|| F(W, X) - F(Q(W), X) ||^2``. With ``a`` and ``b`` the two targets,
+``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``, so omniq averages them once and trains on one target; the
+constant is added so that the loss reads as the two-term one.
 
 Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
 storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate is offered.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from omniq.quantizers.clipping import LWC, LearnedClip
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
 from omniq.stages.statistics import input_importance
+from omniq.stages.step import OptimizerStep
 
 
 class OmniQuant(Stage):
@@ -72,6 +74,7 @@ class OmniQuantModule(BlockModule):
 
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task)
+        self.automatic_optimization = False  # so that the update can be one graph
         self.settings = settings
         importance = input_importance(task) if settings.clipping.needs_importance else {}
         weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
@@ -81,7 +84,13 @@ class OmniQuantModule(BlockModule):
                 for name, weight in weights.items()
             }
         ).to(task.device)
-        self.targets = (task.targets + task.run(task.inputs)) / 2 if settings.augmented_loss else task.targets
+        self.targets = task.targets
+        self.gap: Tensor | None = None  # [n]: half the mean square between the two targets of each sample
+        if settings.augmented_loss:
+            own = task.run(task.inputs)
+            self.targets = (task.targets + own) / 2
+            pairs = zip(task.targets, own, strict=True)
+            self.gap = torch.stack([(a.float() - b.float()).square().mean() / 2 for a, b in pairs])
 
     def loader(self) -> PassLoader:
         order = self.task.seed * 10_007 + self.task.index if self.settings.shuffle else None
@@ -105,15 +114,45 @@ class OmniQuantModule(BlockModule):
         output = functional_call(self.task.block, weights, (hidden,), dict(self.task.kwargs))
         return output[0] if isinstance(output, tuple) else output
 
-    def training_step(self, indices: Tensor) -> Tensor:
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of the quantized block's output, twice it for the average of two targets."""
+        error = nn.functional.mse_loss(self(inputs).float(), targets.float())
+        return error if self.gap is None else 2 * error
+
+    def training_step(self, indices: Tensor) -> None:
         inputs, _ = self.batch(indices)
         targets = self.targets[indices.to(self.targets.device)].to(inputs.device)
-        loss = nn.functional.mse_loss(self(inputs).float(), targets.float())
+        loss = self.step(inputs, targets) if self.trainer.world_size == 1 else self._shared_step(inputs, targets)
+        if self.gap is not None:
+            loss = loss + self.gap[indices.to(self.gap.device)].mean()
         self.track("loss", loss)
-        return loss
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()
+
+    @cached_property
+    def step(self) -> OptimizerStep:
+        """The whole update, a CUDA graph where there is a GPU."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return OptimizerStep(self.loss, self.optimizers(use_pl_optimizer=False), scaler)
+
+    def _shared_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The update under several processes: Lightning averages the gradients."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(inputs, targets)
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss.detach()
+
+    def restored(self) -> None:
+        self.step.reset()
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.clips.parameters(), lr=self.settings.clipping_lr, weight_decay=0.0)
+        rate: float | Tensor = self.settings.clipping_lr
+        options: dict[str, Any] = {}
+        if self.task.device.type == "cuda":  # what a CUDA graph asks for: no number of the update on the host
+            rate, options = torch.tensor(rate, device=self.task.device), {"fused": True, "capturable": True}
+        optimizer = torch.optim.AdamW(self.clips.parameters(), lr=rate, weight_decay=0.0, **options)
         if self.settings.schedule == "constant":
             return optimizer
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(self.loader()))

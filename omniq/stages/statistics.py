@@ -44,7 +44,7 @@ def input_importance(task: BlockTask) -> dict[str, Tensor]:
         sums[name] = sums[name] + square if name in sums else square
 
     first = tuple(group[0] for group in task.family.inputs)
-    with observed(task.block, first, add):
+    with task.quantized_activations(), observed(task.block, first, add):
         task.run(task.inputs)
     tokens = task.inputs.shape[0] * task.inputs.shape[1]
     return {name: sums[group[0]] / tokens for group in task.family.inputs for name in group}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes that work on one run: who this one is, and the few things they tell each other.
+
+A run is data-parallel. Of ``N`` processes, number ``r`` holds the samples ``r, r + N, r + 2 N, …``, so that one step of
+all of them, with ``b`` samples each, sees the samples that one process would see in a step of ``N b``. Gradients are
+averaged by DDP; sums over tokens (Gram matrices, importances) go through ``all_reduce_sum``; everything else is either
+computed alike by all or by the first process alone, which also writes all files, and told to the others.
+
+With one process nothing here does anything. With several, Lightning's strategy makes the process group, from whatever
+started them (``torchrun``, ``fabric run``, SLURM); its timeout is finite, so a process whose peer is gone fails.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from omniq.errors import UserError
+
+Value = TypeVar("Value")
+
+
+class ToldElsewhere(UserError):
+    """Another process has met a user's mistake and says so; this one ends as well, in silence."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the first process found: a value, or the text of a ``UserError``."""
+
+    value: object = None
+    error: str | None = None
+
+
+def count() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _several() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _several() else 0
+
+
+def mine(samples: Tensor) -> Tensor:
+    """This process' share of something that has an entry a sample: every ``N``-th."""
+    return samples[rank() :: count()]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes; the tensor is changed in place and returned."""
+    if _several():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether the flag is set in every process."""
+    if not _several():
+        return flag
+    unset = torch.tensor(int(not flag), device=_device())
+    return int(all_reduce_sum(unset)) == 0
+
+
+def first(work: Callable[[], Value]) -> Value:
+    """What ``work`` returns in the first process, told to all; the others do not call it.
+
+    Raises:
+        UserError: in the first process, whatever ``work`` raised.
+        ToldElsewhere: in the others, when the first has raised a ``UserError``.
+    """
+    if not _several():
+        return work()
+    outcome: list[_Outcome] = [_Outcome()]
+    error: UserError | None = None
+    if rank() == 0:
+        try:
+            outcome = [_Outcome(work())]
+        except UserError as found:
+            error, outcome = found, [_Outcome(error=str(found))]
+    dist.broadcast_object_list(outcome, src=0, device=_device())
+    if error is not None:
+        raise error
+    if outcome[0].error is not None:
+        raise ToldElsewhere(outcome[0].error)
+    value: Value = outcome[0].value  # type: ignore[assignment]
+    return value
+
+
+def gather_samples(share: Tensor) -> Tensor:
+    """All samples in their order, ``[N n, …]``, of the shares ``[n, …]`` of all processes."""
+    if not _several():
+        return share
+    parts = [torch.empty_like(share) for _ in range(count())]
+    dist.all_gather(parts, share.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    """Where this process group takes its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized activations while a block runs: hooks on its linears, and transformers' own interface for attention.
+
+The block's code stays as it is. Two things are attached to it and can be taken off again:
+
+- A pre-hook on every quantized linear replaces its input by the fake-quantized one. Linears that share an input get the
+  very same tensor: it is quantized once, when the first of them asks.
+- ``config._attn_implementation`` of the block's attention names a function of omniq's, which quantizes queries, keys
+  and values as they come (after rotary embedding, before keys and values are repeated for the query heads), each token
+  of each head on its own range, and hands them to the implementation that was named before. The softmax output is left
+  alone.
+
+Every range belongs to one token, so a full forward and decoding token by token with a cache compute the same: what the
+cache holds is quantized on its way into every attention, always to the same numbers.
+
+Under autocast the input is first brought to the dtype that the linear will compute in, as in the deployed model: a
+LayerNorm would hand over float32 there.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from omniq.errors import UserError
+from omniq.models.family import Family
+from omniq.quantizers.activations import quantize_tokens
+from omniq.quantizers.scheme import Activations
+
+
+def check_family(family: Family, activations: Activations) -> None:
+    """Refuse quantized queries, keys and values where the family's attention cannot be reached.
+
+    Raises:
+        UserError: names the family and what is possible instead.
+    """
+    if activations.attention and family.attention is None:
+        raise UserError(
+            f"scheme: the attention of {', '.join(family.model_types)} does not call transformers' attention interface, "
+            "so queries, keys and values cannot be quantized: use a scheme without KV bits and with queries false"
+        )
+
+
+@contextmanager
+def quantized_activations(block: nn.Module, family: Family, activations: Activations) -> Iterator[None]:
+    """While this is entered, the block computes on quantized activations."""
+    detach = attach(block, family, activations)
+    try:
+        yield
+    finally:
+        detach()
+
+
+def attach(block: nn.Module, family: Family, activations: Activations) -> Callable[[], None]:
+    """Let a block compute on quantized activations.
+
+    Returns:
+        what takes everything off again.
+
+    Raises:
+        UserError: queries, keys or values of a family that cannot.
+    """
+    check_family(family, activations)
+    undo: list[Callable[[], None]] = []
+    if activations.inputs != 16:
+        for names in family.inputs:
+            linears = [block.get_submodule(name) for name in names]
+            shared = SharedInput(activations.inputs, activations.symmetric, linears[-1])
+            undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
+    if activations.attention and family.attention is not None:
+        undo.append(_redirect(block.get_submodule(family.attention), activations))
+
+    def detach() -> None:
+        for each in undo:
+            each()
+
+    return detach
+
+
+class SharedInput:
+    """A pre-hook of all linears that read one tensor.
+
+    Args:
+        bits, symmetric: of the quantization.
+        last: the linear that runs last; nothing is held after it.
+    """
+
+    def __init__(self, bits: int, symmetric: bool, last: nn.Module) -> None:
+        self.bits, self.symmetric, self.last = bits, symmetric, last
+        self._source: Tensor | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = args
+        if self._source is not x or self._result is None:
+            self._source, self._result = x, self.quantize(x)
+        result = self._result
+        if module is self.last:
+            self._source = self._result = None
+        return (result, *others)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Each token of ``[..., i]`` on its own range, in the dtype of the computation."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return quantize_tokens(x, self.bits, self.symmetric)
+
+
+def _redirect(attention: nn.Module, activations: Activations) -> Callable[[], None]:
+    """Send the attention of one module through ours; returns what takes it back."""
+    config: Any = attention.config
+    before = config._attn_implementation
+    config._attn_implementation = _register(before, activations)
+
+    def take_back() -> None:
+        config._attn_implementation = before
+
+    return take_back
+
+
+def _register(base: str, activations: Activations) -> str:
+    """Our attention on top of another, by name in transformers' interface; masks are made as for the other."""
+    kind = "s" if activations.symmetric else "a"
+    name = f"omniq-q{activations.queries}-kv{activations.keys_values}-{kind}-{base}"
+    interface, masks = AttentionInterface(), AttentionMaskInterface()
+    if name not in interface:
+        AttentionInterface.register(name, _attention(base, activations))
+        AttentionMaskInterface.register(name, masks[base])
+    return name
+
+
+def _attention(base: str, activations: Activations) -> Callable[..., Any]:
+    interface = AttentionInterface()
+
+    def quantize(x: Tensor, bits: int) -> Tensor:
+        return x if bits == 16 else quantize_tokens(x, bits, activations.symmetric)
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # "eager" stands for the function beside the module's class; all others are in the interface.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        query = quantize(query, activations.queries)
+        key, value = quantize(key, activations.keys_values), quantize(value, activations.keys_values)
+        return interface.get_interface(base, eager)(module, query, key, value, *args, **kwargs)
+
+    return attention

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ (arXiv 2210.17323): one pass of error feedback through the inverse of the Gram matrix.
+
+The arithmetic is ``omniq.kernels.gptq``. Unlike the published code the grid is chosen once, before any column moves, by
+the searched range unless another clipping is given.
+"""
+
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.kernels.gptq import gptq
+from omniq.quantizers.clipping import Clipping
+from omniq.result import QuantizedLinear
+from omniq.stages.base import BlockTask
+from omniq.stages.gram import GramModule, GramStage, Stack
+
+
+class GPTQ(GramStage):
+    """GPTQ on a fixed grid.
+
+    Args:
+        clipping: the range of each group; searched by default.
+        damping: added to the diagonal of the Gram matrix, as a share of its mean (0.01 in the paper).
+        act_order: visit columns by descending mean square of their input.
+        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
+        batch_size: samples a gathering step.
+    """
+
+    def __init__(
+        self,
+        clipping: Clipping | None = None,
+        damping: float = 0.01,
+        act_order: bool = False,
+        true_sequential: bool = True,
+        batch_size: int = 4,
+    ) -> None:
+        super().__init__(clipping, true_sequential, batch_size)
+        if not 0 <= damping < 1:
+            raise UserError(f"damping {damping} of GPTQ is outside 0 to 1: it is a share of the mean diagonal, such as 0.01")
+        self.damping, self.act_order = damping, act_order
+
+    def module(self, task: BlockTask) -> "GPTQModule":
+        return GPTQModule(task, self)
+
+
+class GPTQModule(GramModule):
+    """A block in the hands of GPTQ: one solver step for each group."""
+
+    settings: GPTQ
+
+    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+        grid, settings = self.task.grid, self.settings
+        stack.choose_grid(grid, settings.clipping, self.importance(k))
+        rounded = gptq(
+            stack.weight,
+            gram,
+            stack.scale,
+            stack.zero_point,
+            grid.bits,
+            damping=settings.damping,
+            act_order=settings.act_order,
+        )
+        return stack.linears(grid, rounded.codes)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise stages: gather the Gram matrix of each input, then choose codes without gradients.
+
+GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
+
+    f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
+
+and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
+solved together, which is exact because rows are independent. The inputs are those of the quantized stream; with
+``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block already quantized.
+
+Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
+solver's own steps (sweeps). A checkpoint after each of them makes the stage resumable.
+
+S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16 are
+exact in float32); under several processes S is summed over them.
+
+Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, ``i`` input features, ``G`` groups.
+"""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from omniq.errors import UserError
+from omniq.quantizers.clipping import Clipping, Searched
+from omniq.quantizers.grid import Grid
+from omniq.result import BlockResult, QuantizedLinear
+from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
+from omniq.stages.statistics import observed
+
+log = logging.getLogger("omniq")
+
+
+class GramStage(Stage):
+    """Settings that all layer-wise stages share.
+
+    Args:
+        clipping: the range of each group: ``Searched`` (weighted with the diagonal of S) unless another is given.
+        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
+        batch_size: samples a gathering step.
+    """
+
+    def __init__(self, clipping: Clipping | None = None, true_sequential: bool = True, batch_size: int = 4) -> None:
+        self.clipping = clipping or Searched()
+        self.true_sequential, self.batch_size = true_sequential, batch_size
+
+
+@dataclass
+class Stack:
+    """The linears of one shared input as one matrix.
+
+    Args:
+        names: of the linears, in order.
+        rows: output features of each.
+        weight: float32 ``[o, i]``.
+        scale, zero_point: ``[o, G]`` once the grid is chosen.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    weight: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @classmethod
+    def of(cls, task: BlockTask, names: tuple[str, ...]) -> "Stack":
+        """Stack the weights of these linears."""
+        weights = [task.linear(name).weight.detach().float() for name in names]
+        return cls(names, tuple(len(weight) for weight in weights), torch.cat(weights))
+
+    def split(self, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Rows of each linear of something ``[o, …]``."""
+        yield from zip(self.names, stacked.split(self.rows), strict=True)
+
+    def choose_grid(self, grid: Grid, clipping: Clipping, importance: Tensor) -> None:
+        """Scales and zero points by a clipping; shapes as in ``Clipping.range``."""
+        self.scale, self.zero_point = grid.fit(*clipping.range(self.weight, grid, importance))
+
+    def linears(self, grid: Grid, codes: Tensor) -> dict[str, QuantizedLinear]:
+        """The finished linears, from codes ``[o, i]``."""
+        if self.scale is None or self.zero_point is None:
+            raise RuntimeError("the grid of these linears has not been chosen")
+        parts = zip(self.split(codes), self.scale.split(self.rows), self.zero_point.split(self.rows), strict=True)
+        return {name: QuantizedLinear.of(grid, part, scale, zero) for (name, part), scale, zero in parts}
+
+    def grid_from(self, result: BlockResult) -> None:
+        """Take scales and zero points of an earlier stage."""
+        linears = [result.linears[name] for name in self.names]
+        self.scale = torch.cat([linear.scale for linear in linears]).to(self.weight)
+        self.zero_point = torch.cat([linear.zero_point for linear in linears]).to(self.weight)
+
+    def codes_from(self, result: BlockResult) -> Tensor:
+        """Codes of an earlier stage, uint8 ``[o, i]``."""
+        return torch.cat([result.linears[name].codes for name in self.names]).to(self.weight.device)
+
+
+class PlanLoader(PassLoader):
+    """For each round: the batches that gather, as sample indices, then the solver's steps, as empty tensors.
+
+    Args:
+        samples, batch_size: of the gathering.
+        rounds: how often that happens.
+        work: solver steps a round.
+    """
+
+    def __init__(self, samples: int, batch_size: int, rounds: int, work: int) -> None:
+        super().__init__(samples, batch_size, rounds)
+        self.gathering, self.work = super().steps_per_pass, work
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Gathering and working steps of one round."""
+        return self.gathering + self.work
+
+    def ends_pass(self, step: int) -> bool:
+        """After the gathering, and after each step of the solver."""
+        inside = step % self.steps_per_pass
+        return inside == 0 or inside >= self.gathering
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.position < len(self):
+            step = self.position % self.steps_per_pass
+            self.position += 1
+            indices = torch.arange(self.samples)
+            yield indices[step * self.batch_size : (step + 1) * self.batch_size] if step < self.gathering else indices[:0]
+
+
+class GramModule(BlockModule):
+    """A block whose linears are solved group by group.
+
+    Args:
+        task: the block, its streams and its grid.
+        settings: of the stage.
+        work: solver steps for each group.
+    """
+
+    def __init__(self, task: BlockTask, settings: GramStage, work: int = 1) -> None:
+        super().__init__(task)
+        self.automatic_optimization = False
+        self.settings, self.work = settings, work
+        groups = tuple(range(len(task.family.inputs)))
+        self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
+        self.grams: dict[int, Tensor] = {}
+        self.bad: dict[int, Tensor] = {}
+        self.found: dict[str, QuantizedLinear] = {}
+        self.stacks: dict[int, Stack] = {}
+        self._deployed: dict[str, Tensor] = {}
+
+    def loader(self) -> PlanLoader:
+        return PlanLoader(len(self.task.inputs), self.settings.batch_size, len(self.rounds), self.work)
+
+    def configure_optimizers(self) -> None:
+        """None for Lightning: a solver exists only once its Gram matrix does."""
+
+    @abstractmethod
+    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        """One step of the solver on one group.
+
+        Args:
+            k: position of the group in the family.
+            stack: its linears.
+            gram: ``[i, i]``, float32, on the device of the block.
+            step: from 0.
+
+        Returns:
+            the finished linears after the last step, None before.
+        """
+
+    @torch.no_grad()
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        turn, step = divmod(batch_idx, self.batches.steps_per_pass)
+        groups = self.rounds[turn]
+        if len(indices):
+            self._gather(groups, indices)
+            if step + 1 == self.batches.steps_per_pass - self.work:
+                for k in groups:
+                    self._gathered(k)
+            return
+        work = step - (self.batches.steps_per_pass - self.work)
+        for k in groups:
+            done = self.solve(k, self._stack(k), self.grams[k], work)
+            if done is not None:
+                self._keep(k, done)
+
+    def finish(self) -> BlockResult:
+        return BlockResult(self.found, self.task.plain_tensors())
+
+    def importance(self, k: int) -> Tensor:
+        """Mean square of each input of a group, ``[i]``."""
+        tokens = self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
+        return self.grams[k].diagonal() / tokens
+
+    def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
+        names = {self.task.family.inputs[k][0]: k for k in groups}
+        waiting = set(names)
+
+        def add(name: str, x: Tensor) -> None:
+            k = names[name]
+            product = gram_of(x)
+            bad = (~torch.isfinite(x.view(len(indices), -1))).any(1).sum()
+            self.grams[k] = self.grams[k] + product if k in self.grams else product
+            self.bad[k] = self.bad[k] + bad if k in self.bad else bad
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        inputs, _ = self.batch(indices)
+        with self.task.quantized_activations(), observed(self.task.block, tuple(names), add), suppress(_Enough):
+            functional_call(self.task.block, self._deployed, (inputs,), dict(self.task.kwargs))
+
+    def _gathered(self, k: int) -> None:
+        """Sum over processes, and refuse what no solver can use."""
+        reduce = self.trainer.strategy.reduce
+        self.grams[k] = reduce(self.grams[k], reduce_op="sum")
+        name, bad = self.task.family.inputs[k][0], int(reduce(self.bad.pop(k), reduce_op="sum"))
+        samples, tokens = self.task.inputs.shape[:2]
+        if bad or not torch.isfinite(self.grams[k]).all():
+            raise UserError(
+                f"{self.task.name} {name}: the Gram matrix is not finite, {bad} of {samples} samples have inputs that are "
+                "not; use trainer.precision 32-true or bf16-mixed, or other calibration text"
+            )
+        width = len(self.grams[k])
+        if samples * tokens * self.trainer.world_size < width:
+            log.warning(
+                "%s %s: %d tokens for %d inputs; give at least as many tokens as inputs (data.samples, data.length)",
+                self.task.name, name, samples * tokens, width,
+            )  # fmt: skip
+
+    def _stack(self, k: int) -> Stack:
+        if k not in self.stacks:
+            self.stacks[k] = Stack.of(self.task, self.task.family.inputs[k])
+        return self.stacks[k]
+
+    def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:
+        self.found |= done
+        self._deploy(done)
+        del self.grams[k], self.stacks[k]
+
+    def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
+        for name, linear in done.items():
+            weight = self.task.linear(name).weight
+            self._deployed[f"{name}.weight"] = linear.dequantize().to(weight)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gram stage"] = {
+            "grams": self.grams,
+            "bad": self.bad,
+            "found": {name: linear.to_state() for name, linear in self.found.items()},
+            "solvers": self.solver_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["gram stage"]
+        device = self.task.device
+        self.grams = {k: gram.to(device) for k, gram in state["grams"].items()}
+        self.bad = {k: count.to(device) for k, count in state["bad"].items()}
+        self.found = {name: QuantizedLinear.from_state(linear) for name, linear in state["found"].items()}
+        self._deploy(self.found)
+        self.load_solver_state(state["solvers"])
+
+    def solver_state(self) -> dict[int, Any]:
+        """State of the solvers in mid-solution, by position of their group."""
+        return {}
+
+    def load_solver_state(self, state: dict[int, Any]) -> None:
+        """Take up what ``solver_state`` gave."""
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """``x^T x`` of ``[tokens, i]`` in float32; half-precision inputs are multiplied exactly, with float32 sums."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x
+
+
+class _Enough(Exception):
+    """All inputs that were wanted have been seen: the rest of the block need not run."""
