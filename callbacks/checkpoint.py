@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save the block in progress at the end of each pass over the data, so that a kill costs one pass at most."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from omniq import processes
 from omniq.files import load_state, save_state
 from omniq.stages.base import BlockModule
 
@@ -39,6 +41,15 @@ class PassCheckpoint(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"processes": processes.count()}
+
+    def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""
+        saved: int = checkpoint["callbacks"][self.state_key]["processes"]
+        return saved == processes.count()
 
     @override
     def on_train_batch_end(

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from omniq import processes
 from omniq.stages.base import BlockModule
 
 
@@ -59,7 +60,8 @@ class NonFiniteGuard(Callback):
         flags = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
         bad_values = [~torch.isfinite(value).all() for value in flags] + ([] if self._bad is None else [self._bad])
         self._bad = None
-        if not bad_values or not torch.stack([flag.reshape(()) for flag in bad_values]).any():
+        found = torch.stack([flag.reshape(()) for flag in bad_values]).sum() if bad_values else torch.tensor(0)
+        if not processes.all_reduce_sum(found.to(pl_module.task.device)).any():
             self._remember(trainer, pl_module)
             return
         self._go_back(trainer, pl_module)

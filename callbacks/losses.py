@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-block losses: every step to a CSV file of the block, and to the Trainer's loggers under stable names."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from omniq import processes
+from omniq.files import appending
 from omniq.stages.base import BlockModule
 
 HEADER = b"stage,step,pass,name,value\n"
@@ -22,7 +23,7 @@ class BlockLosses(Callback):
 
     The CSV file is long: one value a row, floats written so that they read back exactly. Its length is part of the
     checkpoint: a resumed fit cuts the file there and continues, so that no row is lost or doubled. Loggers get the
-    same values as ``block/007/loss``.
+    same values as ``block/007/loss``. Of several processes the first writes the means over all.
 
     Args:
         path: the CSV file of this block and stage.
@@ -52,7 +53,9 @@ class BlockLosses(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self.path.open("ab") as file:
+        if processes.rank() != 0:
+            return
+        with appending(self.path) as file:
             file.truncate(self.length)
             if self.length == 0:
                 file.write(HEADER)
@@ -72,8 +75,10 @@ class BlockLosses(Callback):
     def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
         if not self._waiting:
             return
-        values = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).tolist()
-        rows, sums = [], {}
+        stacked = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).to(module.task.device)
+        values = (processes.all_reduce_sum(stacked) / processes.count()).tolist()
+        rows: list[str] = []
+        sums: dict[str, list[float]] = {}
         for (step, name, _), value in zip(self._waiting, values, strict=True):
             turn = (step - 1) // module.batches.steps_per_pass
             rows.append(f"{self.stage},{step},{turn},{name},{value!r}\n")
@@ -81,10 +86,13 @@ class BlockLosses(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
         self._waiting.clear()
-        with self.path.open("ab") as file:
-            file.write("".join(rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if processes.rank() == 0:
+            self._append("".join(rows).encode())
+        means = {name: sum(series) / len(series) for name, series in sums.items()}
+        self.first_pass = {**means, **self.first_pass}
+        self.last_pass = {**self.last_pass, **means}
+
+    def _append(self, rows: bytes) -> None:
+        with appending(self.path) as file:
+            file.write(rows)
             self.length = file.tell()
-        self.last_pass = {name: sum(series) / len(series) for name, series in sums.items()}
-        self.first_pass = self.first_pass or self.last_pass

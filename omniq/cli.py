@@ -24,6 +24,7 @@ from omniq.config import Export, Model, Run
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
 from omniq.files import CorruptFile
+from omniq.processes import ToldElsewhere
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,7 +48,12 @@ def main(args: Sequence[str] | None = None) -> int:
         else:
             objects = _instantiate(subparsers[name], config[name])
             COMMANDS[name][0](**{key: value for key, value in vars(objects).items() if key != "config"})
-    except (UserError, ArgumentError) as error:
+    except ToldElsewhere:
+        return 2
+    except ArgumentError as error:
+        print(f"omniq: {' '.join(str(error).split())}; `omniq COMMAND --help` lists what there is", file=sys.stderr)
+        return 2
+    except UserError as error:
         print(f"omniq: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except CorruptFile as error:
@@ -168,11 +174,12 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
 
 def quiet() -> None:
     """Keep the chatter of a Trainer for every block out of the terminal; omniq's own warnings stay."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     logging.basicConfig(format="omniq: %(message)s", level=logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # stages that learn nothing
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

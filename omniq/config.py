@@ -94,9 +94,13 @@ class Run:
         export: the checkpoint to write when all blocks are done.
         out: the run directory; the same command continues what it finds there.
         seed: of the calibration windows and of everything random.
+        streams: where activation streams live: ``device`` memory, (pinned) ``host`` memory, memory-mapped files on
+            ``disk``, or the first of them with room.
         save_streams_every: blocks between two saves of the activation streams (resuming recomputes from the last
             save); 0 never saves them.
         batch: samples at once where no gradients are needed.
+        blocks: how many blocks are quantized, from the first; the others stay as they are. All if not given.
+        matmul: how a GPU multiplies float32: ``tf32`` rounds the factors to 10 bits, ``ieee`` does not.
     """
 
     model: Model
@@ -109,8 +113,11 @@ class Run:
     export: Export = field(default_factory=Export)
     out: Path = Path("checkpoints/run")
     seed: int = 2
+    streams: Literal["auto", "device", "host", "disk"] = "auto"
     save_streams_every: int = 1
     batch: int = 4
+    blocks: int | None = None
+    matmul: Literal["tf32", "ieee"] = "tf32"
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
@@ -124,6 +131,8 @@ class Run:
             stage.check(self.stages[:position])
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is too small: give 1 or more")
+        if self.blocks is not None and self.blocks < 1:
+            raise UserError(f"blocks {self.blocks} leaves nothing to quantize: give 1 or more, or leave it out for all")
         if self.save_streams_every < 0:
             raise UserError(f"save_streams_every {self.save_streams_every} is negative: give 0 to never save them")
 
@@ -150,11 +159,8 @@ def check_trainer(factory: TrainerFactory) -> None:
         raise UserError(
             f"trainer.precision {precision!r} would round what is learned: use one of {', '.join(COMPUTE_DTYPES)}"
         )
-
-
-def device_arguments(factory: TrainerFactory) -> dict[str, Any]:
-    """Left to itself, Lightning would take every GPU of the machine; a run takes one."""
-    return {"devices": 1} if trainer_arguments(factory).get("devices") in (None, "auto") else {}
+    if precision == "16-mixed" and (given.get("accelerator") == "cpu" or not torch.cuda.is_available()):
+        raise UserError(f"trainer.precision {precision!r} needs a GPU: use bf16-mixed or 32-true")
 
 
 def compute_dtype(factory: TrainerFactory) -> torch.dtype:

@@ -10,23 +10,36 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from omniq.errors import UserError
+
+_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CorruptFile(Exception):
     """A file of the run directory is truncated or altered; the message names it."""
 
 
-def atomic_write(path: Path, *parts: bytes) -> None:
+def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
     """Write beside ``path``, flush to disk, rename: ``path`` never holds half a file.
 
     Raises:
@@ -45,10 +58,28 @@ def atomic_write(path: Path, *parts: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
 
 
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for more rows, and flush them to disk.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        with path.open("ab") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
     """Write tensors and a few strings, sealed by a checksum."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(tensors, {**head, "sha256": _digest(tensors, head)}))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each one is aligned
+    header = _header(tensors, {**head, "sha256": _digest(tensors, head)})
+    atomic_write(path, header, *(_bytes(tensor) for tensor in tensors.values()))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,5 +125,22 @@ def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(head), sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
+    """What precedes the tensors in a safetensors file. Written here because the library copies all tensors first."""
+    entries: dict[str, Any] = {"__metadata__": dict(head)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The content of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())

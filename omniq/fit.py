@@ -14,10 +14,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from omniq import processes
 from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint
-from omniq.config import Run, device_arguments, trainer_arguments
+from omniq.config import Run, trainer_arguments
 from omniq.display import Display
 from omniq.files import CorruptFile
+from omniq.launch import launch_arguments
+from omniq.result import set_tensors
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask, Stage
 
@@ -53,26 +56,30 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
         BlockProgress(where.display, name, losses),
         *[make() for make in where.run.callbacks],
         Fuse(),
-        PassCheckpoint(last),
+        checkpoint := PassCheckpoint(last),
     ]
-    resume = last if _resumable(last, losses, where.folder) else None
+    resume = last if processes.all_agree(_resumable(checkpoint, losses, where.folder)) else None
     trainer = make_trainer(where, task, callbacks)
     try:
         trainer.fit(module, module.batches, ckpt_path=resume)
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
+    task.result = processes.first(lambda: task.result)  # the same codes everywhere, whatever the hardware
     task.notes |= {f"{name}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
     if where.number + 1 < len(where.run.stages):
         _keep(task, where)
 
 
-def _resumable(last: Path, losses: BlockLosses, folder: RunDir) -> bool:
-    """Whether there is a whole checkpoint of this fit, and all the losses that belong to it."""
-    checkpoint = folder.load_current(last)
+def _resumable(saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
+    """Whether there is a whole checkpoint of this fit by as many processes, and all the losses that belong to it."""
+    checkpoint = folder.load_current(saved.path)
     if checkpoint is None:
         return False
+    if not saved.shared_alike(checkpoint):
+        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by another number of processes"))
+        return False
     if not losses.holds(checkpoint):
-        folder.discard_current(last, CorruptFile(f"{losses.path} lacks losses that {last} counts"))
+        folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))
         return False
     return True
 
@@ -92,7 +99,7 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
     }
     if given.get("logger") is None:
         arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
-    return where.run.trainer(**device_arguments(where.run.trainer), **arguments)
+    return where.run.trainer(**launch_arguments(given), **arguments)
 
 
 def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:
@@ -116,8 +123,8 @@ def _keep(task: BlockTask, where: Fitting) -> None:
     """Write a finished stage: its codes as a block result, the transformed block and the notes as state."""
     result, block = _paths(task, where)
     if task.result is not None:
-        task.result.save(result)
-        tensors = {name: value.cpu() for name, value in task.block.state_dict().items()}
+        where.folder.save_current_result(result, task.result)
+        tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
         where.folder.save_current(block, {"block": tensors, "notes": task.notes})
 
 
@@ -126,9 +133,9 @@ def _restore(task: BlockTask, where: Fitting) -> bool:
     result, block = _paths(task, where)
     state = where.folder.load_current(block)
     finished = where.folder.load_result(result) if state is not None else None
-    if finished is None:
+    if not processes.all_agree(finished is not None) or state is None:
         return False
     task.result = finished
-    task.block.load_state_dict(state["block"])
+    set_tensors(task.block, state["block"])
     task.notes = dict(state["notes"])
     return True

@@ -7,16 +7,21 @@ It goes one way, and it is the same loop whether a run starts or continues: what
 directory is read instead of computed.
 """
 
+import gc
 import logging
 import time
 from pathlib import Path
 
+import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from omniq import processes
+from omniq.background import Writer, blocks_ahead
 from omniq.config import Run
 from omniq.display import Display
-from omniq.files import CorruptFile
 from omniq.fit import Fitting, fit_stage
+from omniq.kernels.layer_problem import matmul_precision
 from omniq.preflight import Plan, prepare
 from omniq.quantizers.hooks import quantized_activations
 from omniq.result import BlockResult, deploy
@@ -42,43 +47,59 @@ def quantize(run: Run, settings: str) -> Path:
         UserError: something cannot be done as asked; found before the first block wherever possible.
     """
     plan = prepare(run, settings)
-    with RunDir(run.out) as folder:
+    with RunDir(run.out) as folder, matmul_precision("tf32" if run.matmul == "tf32" else "float32"):
         resumed = folder.claim(plan.fingerprint, settings)
         folder.write_json("environment.json", plan.environment)
-        with Display(plan.source.num_blocks) as display:
+        with Display(plan.source.num_blocks, Console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
             calibrate(plan, folder, display)
-        wrap_up(plan, folder, display.console)
+        processes.part()
+        if folder.writes:
+            wrap_up(plan, folder, display.console)
     return run.out
 
 
 def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
     """Finish every block that is not finished yet."""
-    blocks = plan.source.num_blocks
-    finished = [folder.load_block(index) is not None for index in range(blocks)]
+    blocks = range(plan.source.num_blocks)
+    finished = processes.first(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
-        for index in range(blocks):
-            _show(display, index, folder.load_block(index))
+        for index in blocks:
+            _show(display, index, BlockResult.load(folder.block_path(index)))
         return
     streams = _streams_before(plan, folder, finished.index(False))
-    for index in range(streams.index, blocks):
-        started = time.perf_counter()
-        block = plan.source.block(index, plan.device)
-        kwargs = plan.block_arguments[index]
-        propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
-        result = folder.load_block(index)
-        if result is None:
-            result = run_stages(plan, folder, display, index, block, streams)
-        deploy(block, result)
-        with quantized_activations(block, plan.source.family, plan.run.scheme.activations):
-            propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
-        if not folder.block_path(index).exists():
-            folder.save_block(index, summarize(result, streams, plan.held_out, time.perf_counter() - started))
-        streams.index = index + 1
-        if plan.run.save_streams_every and streams.index % plan.run.save_streams_every == 0:
-            folder.save_streams(streams)
-        _show(display, index, folder.load_block(index))
+    plan.source.release()
+    with Writer() as writer:
+        for index, block in blocks_ahead(plan.source, streams.index, plan.device):
+            result = BlockResult.load(folder.block_path(index)) if finished[index] else None
+            _show(display, index, pass_block(plan, folder, display, block, streams, result))
+            del block  # NOTE: or a third one is alive while the next but one is read
+            gc.collect()  # Lightning's objects refer to each other, and one of them to the block
+            every = plan.run.save_streams_every
+            if every and streams.index % every == 0 and (snapshot := streams.snapshot()) is not None:
+                writer.start(folder.save_streams, snapshot)
+
+
+def pass_block(
+    plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, result: BlockResult | None
+) -> BlockResult:
+    """Send both streams through one block, which is calibrated in between unless it is finished."""
+    index, kwargs, started = streams.index, plan.block_arguments[streams.index], time.perf_counter()
+    finished = result is not None
+    propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
+    if result is None and (plan.run.blocks is None or index < plan.run.blocks):
+        result = run_stages(plan, folder, display, index, block, streams)
+    elif result is None:
+        result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
+    deploy(block, result)
+    with quantized_activations(block, plan.source.family, plan.run.scheme.activations):
+        propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
+    streams.index += 1
+    if not finished:
+        result = summarize(result, streams, plan.held_out, plan.device, time.perf_counter() - started)
+        folder.save_block(index, result)
+    return result
 
 
 def run_stages(
@@ -105,39 +126,39 @@ def run_stages(
     return task.result.with_summary(**task.notes)
 
 
-def summarize(result: BlockResult, streams: Streams, held_out: int, seconds: float) -> BlockResult:
+def summarize(
+    result: BlockResult, streams: Streams, held_out: int, device: torch.device, seconds: float
+) -> BlockResult:
     """Add what became of the block: its reconstruction error as deployed, relative to the output's power."""
-    errors = {}
+    errors: dict[str, float] = {}
     samples = len(streams.quantized) - held_out
     for name, part in (("loss", slice(0, samples)), ("held_out_loss", slice(samples, None))):
         if len(streams.quantized[part]):
-            error, power = _mean_squares(streams.quantized[part], streams.full_precision[part])
+            error, power = _mean_squares(streams.quantized[part], streams.full_precision[part], device)
             errors |= {name: error, f"relative_{name}": error / power}
     return result.with_summary(**errors, seconds=round(seconds, 3))
 
 
-def _mean_squares(quantized: Tensor, full_precision: Tensor) -> tuple[float, float]:
-    """Mean squared difference and mean square of the target, summed in float64 sample by sample."""
-    error = power = 0.0
-    for ours, theirs in zip(quantized, full_precision, strict=True):
-        error += (ours.double() - theirs.double()).square().sum().item()
-        power += theirs.double().square().sum().item()
-    return error / quantized.numel(), power / quantized.numel()
+def _mean_squares(quantized: Tensor, full_precision: Tensor, device: torch.device) -> tuple[float, float]:
+    """Mean squared difference and mean square of the target over all processes, summed in float64 sample by sample."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for pair in zip(quantized, full_precision, strict=True):
+        ours, theirs = (sample.to(device, non_blocking=True).double() for sample in pair)
+        sums += torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+    error, power = (processes.all_reduce_sum(sums) / (quantized.numel() * processes.count())).tolist()
+    return error, power
 
 
 def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
     """Streams at or before the first unfinished block: as saved, or from the embedding."""
-    saved = folder.load_streams()
-    if saved is not None and saved.index <= first:
-        saved.full_precision = saved.full_precision.to(plan.stream_device)
-        saved.quantized = saved.quantized.to(plan.stream_device)
-        return saved
+    saved = folder.load_streams(lambda stream: plan.home.take_in(processes.mine(stream)))
+    usable = saved if saved is not None and saved.index <= first else None
+    if processes.all_agree(usable is not None) and usable is not None:
+        return usable
     return Streams.start(plan.embed())
 
 
-def _show(display: Display, index: int, result: BlockResult | None) -> None:
-    if result is None:
-        raise CorruptFile(f"block {index} was just written and cannot be read back")
+def _show(display: Display, index: int, result: BlockResult) -> None:
     parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
     parts += [str(result.summary[name]) for name in ("guard",) if name in result.summary]
     display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

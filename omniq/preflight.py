@@ -13,18 +13,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from omniq.config import Run, check_trainer, compute_dtype, device_arguments, trainer_arguments
+from omniq import processes
+from omniq.config import Run, check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
 from omniq.data.text import one_line
 from omniq.errors import UserError
 from omniq.export import find_format
+from omniq.launch import join, launch_arguments
 from omniq.models.source import SourceModel
 from omniq.quantizers.hooks import check_family
 from omniq.run_dir import check_writable
-from omniq.streams import Precision
+from omniq.streams import Home, Precision
 
 # Sections and keys that may change between start and resume: they do not touch the calibration's result.
-FREE_KEYS = ("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "save_streams_every", "config")
+FREE_KEYS = (
+    *("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "config"),
+    *("streams", "save_streams_every"),
+)
 BINDING_TRAINER_KEYS = ("precision",)
 VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
 
@@ -36,11 +41,13 @@ class Plan:
     Args:
         run: the configuration.
         source: the opened model.
-        tokens: calibration windows, then held-out ones, int64 ``[n, t]``.
+        tokens: calibration windows, then held-out ones, int64 ``[n, t]``; of several processes, this one's share.
         held_out: how many of them are held out.
         evaluation: windows for the perplexity, int64 ``[m, t]``, or None.
         device: where blocks compute.
+        home: where the streams live.
         precision: enters the autocast context of the Trainer.
+        block_arguments: of each block's forward.
         fingerprint: what must not change between start and resume.
         environment: versions and machine.
     """
@@ -51,20 +58,20 @@ class Plan:
     held_out: int
     evaluation: Tensor | None
     device: torch.device
+    home: Home
     precision: Precision
     block_arguments: list[dict[str, Any]]
     fingerprint: Mapping[str, Any]
     environment: Mapping[str, Any]
 
-    @property
-    def stream_device(self) -> torch.device:
-        """Where the streams live."""
-        return self.device
-
     def embed(self) -> Tensor:
-        """Hidden states that enter block 0, ``[n, t, h]``."""
-        hidden, _ = self.source.embed(self.tokens, self.device)
-        return hidden.to(self.stream_device)
+        """Hidden states that enter block 0, ``[n, t, h]``, where the streams live."""
+        parts = self.tokens.split(self.run.batch)
+        first, _ = self.source.embed(parts[0], self.device)
+        hidden = self.home.empty((len(self.tokens), *first.shape[1:]), first.dtype)
+        for part, out in zip(parts, hidden.split(self.run.batch), strict=True):
+            out.copy_(self.source.embed(part, self.device)[0])
+        return hidden
 
 
 def open_model(run: Run) -> SourceModel:
@@ -101,42 +108,65 @@ def prepare(run: Run, settings: str) -> Plan:
         find_format(run.export.format).check(run.scheme)
     source = open_model(run)
     check_family(source.family, run.scheme.activations)
+    for stage in run.stages:
+        stage.check_family(source.family)
+    if run.export.format != "none":
+        find_format(run.export.format).check(run.scheme, source.family)
     for name, width in linear_widths(source).items():
         run.scheme.grid.check_width(width, name)
     tokenizer = source.tokenizer()
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
+    check_shares(len(windows.calibration), len(windows.held_out))
     device = trainer.strategy.root_device
-    _, block_arguments = source.embed(tokens[:1], device)
+    sample, block_arguments = source.embed(tokens[:1], device)
+    share = processes.mine(tokens)
     return Plan(
         run=run,
         source=source,
-        tokens=tokens,
-        held_out=len(windows.held_out),
+        tokens=share,
+        held_out=len(windows.held_out) // processes.count(),
         evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
         device=device,
+        home=Home.choose(run.streams, device, run.out, 2 * len(share) * sample.nbytes),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
-        fingerprint=fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()},
+        fingerprint=processes.first(
+            lambda: fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()}
+        ),
         environment=environment(device),
     )
 
 
 def open_trainer(run: Run) -> L.Trainer:
-    """A Trainer as every block will get one, for its device and precision.
+    """A Trainer as every block will get one, for its device and precision; several processes meet here.
 
     Raises:
-        UserError: Lightning refuses its arguments, or it would start several processes.
+        UserError: Lightning refuses its arguments, or it means another number of processes than there are.
     """
+    given = trainer_arguments(run.trainer)
     try:
-        trainer = run.trainer(**device_arguments(run.trainer))
+        trainer = run.trainer(**launch_arguments(given))
+    except UserError:
+        raise
     except Exception as error:  # Lightning and torch refuse in many ways
         raise UserError(f"trainer: {one_line(error)}; change or leave out that argument of the Trainer") from error
-    if trainer.world_size != 1:
-        devices = trainer_arguments(run.trainer).get("devices")
-        raise UserError(f"trainer.devices {devices!r} means {trainer.world_size} processes: a run takes one, set it to 1")
+    join(trainer, given)
     return trainer
+
+
+def check_shares(samples: int, held_out: int) -> None:
+    """Refuse samples that several processes cannot share evenly.
+
+    Raises:
+        UserError: names the number that is not divisible.
+    """
+    number = processes.count()
+    for name, value in (("data.samples", samples), ("data.held_out", held_out)):
+        if value % number:
+            nearest = value - value % number or number
+            raise UserError(f"{name} {value} is not divisible by the {number} processes: give {nearest}")
 
 
 def linear_widths(source: SourceModel) -> dict[str, int]:
@@ -164,6 +194,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "device": gpu or "cpu",
+        "processes": processes.count(),
     }
 
 

@@ -57,6 +57,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest over all processes, entry by entry; the tensor is changed in place and returned."""
+    if _several():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def all_agree(flag: bool) -> bool:
     """Whether the flag is set in every process."""
     if not _several():
@@ -90,12 +97,20 @@ def first(work: Callable[[], Value]) -> Value:
     return value
 
 
+def part() -> None:
+    """Leave the other processes, when there is nothing more to do together."""
+    if _several():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def gather_samples(share: Tensor) -> Tensor:
     """All samples in their order, ``[N n, …]``, of the shares ``[n, …]`` of all processes."""
     if not _several():
         return share
+    share = share.to(_device()).contiguous()
     parts = [torch.empty_like(share) for _ in range(count())]
-    dist.all_gather(parts, share.contiguous())
+    dist.all_gather(parts, share)
     return torch.stack(parts, 1).flatten(0, 1)
 
 

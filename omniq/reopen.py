@@ -41,7 +41,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     if not facts.is_file():
         raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
     with RunDir(path) as folder:
-        write_checkpoint(open_model(run), folder, out, export, json.loads(facts.read_text()), Console())
+        write_checkpoint(open_model(run), folder, out, export, run.scheme, json.loads(facts.read_text()), Console())
 
 
 def show_run(path: Path) -> None:

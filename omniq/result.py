@@ -24,7 +24,7 @@ class Outliers:
 
     Args:
         row_pointer: int32 ``[o + 1]``; row ``r`` owns entries ``row_pointer[r]:row_pointer[r + 1]``.
-        column: int32 ``[n]``.
+        column: ``[n]``, int16 where the layer has at most 32,768 inputs, else int32.
         value: float16 ``[n]``.
     """
 
@@ -38,7 +38,8 @@ class Outliers:
         mask = dense != 0
         pointer = torch.zeros(dense.shape[0] + 1, dtype=torch.int32)
         pointer[1:] = mask.sum(1).cumsum(0).cpu()
-        return cls(pointer, mask.nonzero()[:, 1].to(torch.int32).cpu(), dense[mask].to(torch.float16).cpu())
+        column = mask.nonzero()[:, 1].to(torch.int16 if dense.shape[1] <= 2**15 else torch.int32)
+        return cls(pointer, column.cpu(), dense[mask].to(torch.float16).cpu())
 
     def dense(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The same as ``[o, i]``, zero elsewhere."""
@@ -165,10 +166,26 @@ class BlockResult:
 
 def deploy(block: nn.Module, result: BlockResult) -> None:
     """Give a block the weights that the deployed model will compute with."""
+    set_tensors(block, result.dequantized())
+
+
+@torch.no_grad()
+def set_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy parameters into a block, keeping its dtype; biases that a transform has created are added to it.
+
+    Raises:
+        KeyError: neither a parameter of the block nor the bias of one of its linears.
+    """
     parameters = dict(block.named_parameters())
-    with torch.no_grad():
-        for name, value in result.dequantized().items():
+    for name, value in tensors.items():
+        if name in parameters:
             parameters[name].copy_(value)
+            continue
+        owner, _, last = name.rpartition(".")
+        linear = block.get_submodule(owner)
+        if last != "bias" or not isinstance(linear, nn.Linear):
+            raise KeyError(f"{name} is neither a parameter of the block nor the bias of one of its linears")
+        linear.bias = nn.Parameter(value.to(linear.weight, copy=True), requires_grad=False)
 
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:

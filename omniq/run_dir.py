@@ -4,12 +4,14 @@
     config.yaml          the resolved configuration, repeatable by itself
     fingerprint.json     what must not change between start and resume: settings, data, model
     environment.json     versions and machine, for the record
-    lock                 held by the one process that works here
+    lock                 held by the one run that works here
     blocks/007.safetensors   a finished block (its presence means done)
     blocks/007.csv       its losses, step by step
     current/             the block in progress: last.ckpt, and the results of its earlier stages
     streams.safetensors  both activation streams at a block boundary
     perplexity.json  summary.json  model/
+
+Of several processes the first holds the lock and writes; all read. Activation streams on disk are files without a name.
 
 Every file is written beside its name, flushed and renamed, and carries a checksum. A damaged one is named, removed
 and computed again from the last good point.
@@ -21,11 +23,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
+from omniq import processes
 from omniq.errors import UserError
 from omniq.files import CorruptFile, atomic_write, load_state, load_tensors, save_state, save_tensors
 from omniq.result import BlockResult
@@ -60,9 +65,14 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.writes = processes.rank() == 0
         self._lock: int | None = None
 
     def __enter__(self) -> "RunDir":
+        processes.first(self._open)
+        return self
+
+    def _open(self) -> None:
         try:
             for folder in (self.path, self.path / "blocks", self.path / "current"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +89,6 @@ class RunDir:
             ) from error
         for leftover in self.path.rglob(".*.partial"):  # of a process that was killed while it wrote
             leftover.unlink()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,6 +112,9 @@ class RunDir:
         Raises:
             UserError: a run with other settings lives here; names each key with both values.
         """
+        return processes.first(lambda: self._claim(fingerprint, config))
+
+    def _claim(self, fingerprint: Mapping[str, Any], config: str) -> bool:
         path = self.path / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         if not path.exists():
@@ -127,7 +139,8 @@ class RunDir:
 
     def write_json(self, name: str, content: Any) -> None:
         """A record for people and tools, such as ``perplexity.json``."""
-        atomic_write(self.path / name, json.dumps(content, indent=1).encode())
+        if self.writes:
+            atomic_write(self.path / name, json.dumps(content, indent=1).encode())
 
     def save_record(self, name: str, content: Mapping[str, Any]) -> None:
         """A record that a later process goes by, sealed by a checksum."""
@@ -173,8 +186,9 @@ class RunDir:
 
     def save_block(self, index: int, result: BlockResult) -> None:
         """Record a block as done and forget how it came about."""
-        result.save(self.block_path(index))
-        self.clear_current()
+        if self.writes:
+            result.save(self.block_path(index))
+            self.clear_current()
 
     # -- the block in progress ----------------------------------------------------------------------------------
 
@@ -198,7 +212,13 @@ class RunDir:
 
     def save_current(self, path: Path, state: Any) -> None:
         """Keep state of the block in progress."""
-        save_state(path, state)
+        if self.writes:
+            save_state(path, state)
+
+    def save_current_result(self, path: Path, result: BlockResult) -> None:
+        """Keep the result of an earlier stage of the block in progress."""
+        if self.writes:
+            result.save(path)
 
     def clear_current(self) -> None:
         """Remove everything about the block in progress."""
@@ -207,8 +227,12 @@ class RunDir:
 
     # -- streams ------------------------------------------------------------------------------------------------
 
-    def load_streams(self) -> Streams | None:
-        """The streams at the last saved boundary, or None; a damaged file is reported and removed."""
+    def load_streams(self, keep: Callable[[Tensor], Tensor]) -> Streams | None:
+        """The streams at the last saved boundary, or None; a damaged file is reported and removed.
+
+        Args:
+            keep: makes a copy of what this process needs of a stream; what it is given is mapped from the file.
+        """
         path = self.path / "streams.safetensors"
         if not path.exists():
             return None
@@ -217,16 +241,17 @@ class RunDir:
         except CorruptFile as error:
             self._discard(path, error, "the streams are computed again through the finished blocks")
             return None
-        return Streams(int(head["index"]), tensors["full_precision"], tensors["quantized"])
+        return Streams(int(head["index"]), keep(tensors["full_precision"]), keep(tensors["quantized"]))
 
     def save_streams(self, streams: Streams) -> None:
-        """Keep both streams as they enter block ``streams.index``."""
+        """Keep both streams, with the samples of all processes, as they enter block ``streams.index``."""
         tensors = {"full_precision": streams.full_precision, "quantized": streams.quantized}
         save_tensors(self.path / "streams.safetensors", tensors, {"index": str(streams.index)})
 
     def _discard(self, path: Path, error: Exception, consequence: str) -> None:
-        log.warning("%s; removed, %s", error, consequence)
-        path.unlink(missing_ok=True)
+        if self.writes:
+            log.warning("%s; removed, %s", error, consequence)
+            path.unlink(missing_ok=True)
 
 
 def _seal(content: Mapping[str, Any]) -> str:

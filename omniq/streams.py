@@ -1,15 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two activation streams: what the full-precision model feeds a block, and what the quantized one really does."""
+"""The two activation streams: what the full-precision model feeds a block, and what the quantized one really does.
 
+Where they live is the user's choice: in device memory; in host memory, pinned where there is a GPU, so that batches
+come without the host waiting; or in memory-mapped files of the run directory, for more samples than memory holds. Such
+a file has no name: it takes disk space while the run works and is gone with it.
+
+Shapes: ``n`` samples (of this process, if there are several), ``t`` tokens of a sample, ``h`` hidden size.
+"""
+
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from omniq import processes
+from omniq.errors import UserError
+
 Precision = Callable[[], AbstractContextManager[Any]]
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the streams of a run live.
+
+    Args:
+        place: device memory, (pinned) host memory, or files.
+        device: of the blocks.
+        folder: for the files.
+    """
+
+    place: Place
+    device: torch.device
+    folder: Path
+
+    @classmethod
+    def choose(cls, wanted: str, device: torch.device, folder: Path, size: int) -> "Home":
+        """A home as the user wants it, or by what is free.
+
+        Args:
+            wanted: a place, or ``auto``: the memory of the GPU, if three streams (some stages need a third) take no
+                more than half of what is free there; then host memory by the same rule; then files.
+            size: bytes of both streams.
+        """
+        if wanted == "auto":
+            room = {"device": _free_device_memory(device), "host": _free_host_memory()}
+            wanted = next((place for place, free in room.items() if 3 * size <= free), "disk")
+        place: Place = "disk" if wanted == "disk" else "host" if wanted == "host" else "device"
+        return cls(place, device, folder)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for one stream."""
+        if self.place == "disk":
+            return _mapped(self.folder, shape, dtype)
+        where = self.device if self.place == "device" else torch.device("cpu")
+        pinned = self.place == "host" and self.device.type == "cuda"
+        return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
+
+    def take_in(self, tensor: Tensor) -> Tensor:
+        """A copy that lives here."""
+        return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 @dataclass
@@ -28,7 +85,40 @@ class Streams:
     @classmethod
     def start(cls, hidden: Tensor) -> "Streams":
         """At block 0 both are the embedding."""
-        return cls(0, hidden, hidden.clone())
+        return cls(0, hidden, like(hidden).copy_(hidden))
+
+    def snapshot(self) -> "Streams | None":
+        """Both streams as they are now, with the samples of all processes in order, for the first of them to write.
+
+        In host memory, or in files where the streams are. None for the other processes.
+        """
+        parts = [_gathered(stream) for stream in (self.full_precision, self.quantized)]
+        return Streams(self.index, *parts) if processes.rank() == 0 else None
+
+
+def like(stream: Tensor) -> Tensor:
+    """Room for another stream of the same size in the same place."""
+    file = stream.untyped_storage().filename
+    if file is not None:
+        return _mapped(Path(file).parent, tuple(stream.shape), stream.dtype)
+    pinned = stream.device.type == "cpu" and torch.cuda.is_initialized() and stream.is_pinned()
+    return torch.empty(stream.shape, dtype=stream.dtype, device=stream.device, pin_memory=pinned)
+
+
+def take(stream: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
+    """Some samples of a stream on the device, ``[batch, t, h]``; from pinned memory the host does not wait for them.
+
+    Args:
+        samples: int64 indices on the host or where the stream is, or a slice.
+    """
+    if stream.device == device:
+        return stream[samples if isinstance(samples, slice) else samples.to(device)]
+    if isinstance(samples, slice):
+        return stream[samples].to(device, non_blocking=True)
+    batch = torch.empty(len(samples), *stream.shape[1:], dtype=stream.dtype, device=device)
+    for row, sample in zip(batch, samples.tolist(), strict=True):
+        row.copy_(stream[sample], non_blocking=True)
+    return batch
 
 
 def call_block(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -37,15 +127,87 @@ def call_block(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> T
     return output[0] if isinstance(output, tuple) else output  # some families return (hidden states, …)
 
 
-def propagate(block: nn.Module, stream: Tensor, kwargs: Mapping[str, Any], precision: Precision, batch: int = 4) -> None:
-    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, in batches, without gradients.
+def sweep(
+    block: nn.Module,
+    stream: Tensor,
+    kwargs: Mapping[str, Any],
+    precision: Precision,
+    batch: int = 4,
+    use: Callable[[slice, Tensor], Any] = lambda samples, output: None,
+) -> None:
+    """Send a stream through a block, in batches, without gradients.
 
     Args:
         precision: enters the autocast context of the run, so that propagation and calibration compute alike.
         batch: samples at once.
+        use: called with each batch's place in the stream and the block's output, ``[batch, t, h]``.
     """
     device = next(block.parameters()).device
     with torch.no_grad(), precision():
         for start in range(0, len(stream), batch):
-            chunk = stream[start : start + batch].to(device)
-            stream[start : start + batch] = call_block(block, chunk, kwargs)
+            samples = slice(start, start + batch)
+            use(samples, call_block(block, take(stream, samples, device), kwargs))
+
+
+def propagate(
+    block: nn.Module, stream: Tensor, kwargs: Mapping[str, Any], precision: Precision, batch: int = 4
+) -> None:
+    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``sweep`` goes along."""
+
+    def store(samples: slice, output: Tensor) -> None:
+        stream[samples].copy_(output, non_blocking=True)
+
+    sweep(block, stream, kwargs, precision, batch, store)
+    device = next(block.parameters()).device
+    if stream.device != device and device.type == "cuda":
+        torch.cuda.synchronize(device)  # the last batches may still be on their way to the host
+
+
+def _gathered(stream: Tensor, batch: int = 4) -> Tensor:
+    number = processes.count()
+    shape = (number * len(stream), *stream.shape[1:])
+    file = stream.untyped_storage().filename
+    if processes.rank() != 0:
+        whole = stream.new_empty(0)
+    elif file is not None:
+        whole = _mapped(Path(file).parent, shape, stream.dtype)
+    else:
+        whole = torch.empty(shape, dtype=stream.dtype)
+    for start in range(0, len(stream), batch):
+        part = processes.gather_samples(stream[start : start + batch])
+        if len(whole):
+            whole[number * start : number * start + len(part)].copy_(part)
+    return whole
+
+
+def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of a file that loses its name at once, so that nothing is left of it however the process ends."""
+    handle, name = tempfile.mkstemp(prefix="stream.", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, prod(shape) * dtype.itemsize)  # or a full disk would kill us at some later write
+        return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
+    except OSError as error:
+        raise UserError(
+            f"streams: no room for a file of {prod(shape) * dtype.itemsize / 2**30:.1f} GiB in {folder} "
+            f"({error.strerror}): free the disk, or set streams to host or device"
+        ) from error
+    finally:
+        os.close(handle)
+        os.unlink(name)
+
+
+def _free_device_memory(device: torch.device) -> int:
+    """Half of what is free on a GPU; the rest is for the block, its gradients and activations. On a CPU: none."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+
+
+def _free_host_memory() -> int:
+    """Half of what the system, or this container, can still give, in bytes; all of it where neither tells."""
+    limits = []
+    if (meminfo := Path("/proc/meminfo")).exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        limits.append(1024 * int(fields["MemAvailable"].split()[0]))
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        limits.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(limits, default=2**62)) // 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the last block: perplexity before and after, the checkpoint, its verification, and the summary of the run."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from omniq.config import Export
 from omniq.data import digest
+from omniq.data.text import one_line
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
 from omniq.evaluate.table import perplexity_table
-from omniq.export import export_checkpoint, verify_checkpoint
+from omniq.export import Report, export_checkpoint, verify_checkpoint
 from omniq.models.source import SourceModel
 from omniq.preflight import Plan
 from omniq.quantizers.hooks import attach
+from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.rtn import round_to_nearest
+
+log = logging.getLogger("omniq")
 
 VERIFICATION_TEXT = "A model is quantized block by block, and every code that was chosen is the code that is stored."
 FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
@@ -32,21 +37,41 @@ def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
         facts["perplexity"] = {plan.run.evaluation.describe(): perplexities(plan, folder, console)}
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none":
-        write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, facts, console)
+        write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, plan.run.scheme, facts, console)
 
 
 def write_checkpoint(
-    source: SourceModel, folder: RunDir, out: Path, export: Export, facts: dict[str, Any], console: Console
+    source: SourceModel,
+    folder: RunDir,
+    out: Path,
+    export: Export,
+    scheme: Scheme,
+    facts: dict[str, Any],
+    console: Console,
 ) -> None:
     """Export a finished run, compare what was written with what was optimised, and let it speak."""
-    read = block_reader(folder)
-    if not out.exists():
+    read, layout, size = block_reader(folder), export.format, int(export.max_shard_size * 1e9)
+    text = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+
+    def write() -> None:
         console.print(f"writing {out}")
-        size = int(export.max_shard_size * 1e9)
-        export_checkpoint(source, read, out, format=export.format, card=facts, max_shard_bytes=size)
+        export_checkpoint(source, read, out, format=layout, scheme=scheme, card=facts, max_shard_bytes=size)
+
+    def verify() -> Report:
+        return verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=text)
+
+    found = out.exists()
+    if not found:
+        write()
     if export.verify:
-        text = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
-        report = verify_checkpoint(out, source, read, format=export.format, windows=text)
+        try:
+            report = verify()
+        except Exception as error:  # a damaged file shows in many ways
+            if not found:
+                raise
+            log.warning("%s: %s; it is written again", out, one_line(error))
+            write()
+            report = verify()
         console.print(
             f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
             f"logits through transformers within {report.relative_error:.1e} of omniq's"

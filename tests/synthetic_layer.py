@@ -2,10 +2,10 @@
 """Layers that look like those of a language model, with fixed seeds, and the measure of their error.
 
 Inputs have power-law factors, white noise, log-normal channel gains, a mean and 0.5 % channels twelve times as strong;
-weights are Student-t(6) with log-normal row gains, stored in half precision. The published numbers that the tests compare
-with were measured on exactly these layers.
+weights are Student-t(6) with log-normal row gains, stored in half precision. The numbers that the tests compare with
+were measured on exactly these layers.
 
-Shapes: ``o`` output features, ``i`` input features.
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
 
 from functools import cache
@@ -13,6 +13,9 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from omniq.quantizers.grid import Grid
+from omniq.quantizers.search import search_range
 
 
 @cache
@@ -35,3 +38,24 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float
     weight, gram = weight.double(), gram.double()
     residual = weight - approximation.double()
     return float(((residual @ gram) * residual).sum() / ((weight @ gram) * weight).sum())
+
+
+def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, zero point ``[o, G]`` and group of each column ``[i]``, from min-max or, with ``importance``, searched.
+
+    The last group is short where the group size does not divide the width.
+    """
+    outputs, inputs = weight.shape
+    size = inputs if grid.group_size == -1 else grid.group_size
+    missing = -inputs % size
+    padded = torch.cat([weight, weight.new_zeros(outputs, missing)], 1)  # zeros change neither a range nor its error
+    if importance is None:
+        covered = grid.range(padded)
+    else:
+        covered = search_range(padded, grid, torch.cat([importance, importance.new_zeros(missing)]))
+    return *grid.fit(*covered), torch.arange(inputs) // size
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
+    """``(q - z) s``, ``[o, i]``."""
+    return (codes - zero_point[:, group_index]) * scale[:, group_index]

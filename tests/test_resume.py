@@ -76,6 +76,18 @@ def test_two_runs_are_equal(reference: Reference, tmp_path: Path) -> None:
     assert set(FILES) < set(reference.first.files)
 
 
+@pytest.mark.parametrize("stage", ["OmniQuant", "RTN", "GPTQ"])
+def test_only_omniq_speaks(reference: Reference, tmp_path: Path, stage: str) -> None:
+    """Nothing from Lightning, transformers, datasets or warnings reaches the terminal."""
+    run = reference.first
+    if stage != "OmniQuant":
+        args = write_run(tmp_path, model=SMALL, stages=[{"class_path": f"omniq.stages.{stage}"}])
+        run = reference.attempts.run(args, tmp_path / "run")
+    assert run.status == 0, run.output
+    for foreign in ("Lightning", "Trainer", "weights_only", "Loading", "it/s", "arning", "deprecated", "-packages"):
+        assert foreign not in run.output
+
+
 def test_random_kills(reference: Reference, tmp_path: Path) -> None:
     """Twenty SIGKILLs at random moments; a run that ends in between is checked, and the next one begins."""
     draw = random.Random(0)
@@ -172,6 +184,16 @@ def test_damaged_files_are_named_and_computed_again(
     last = reference.finish(out)
     warning = next(line for line in last.output.splitlines() if "removed" in line)
     assert str(out / name) in warning
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_checkpoint_is_written_again(reference: Reference, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference.folder / "reference", out)
+    content = (out / "model" / name).read_bytes()
+    (out / "model" / name).write_bytes(content[: len(content) // 2])
+    warning = next(line for line in reference.finish(out).output.splitlines() if "it is written again" in line)
+    assert str(out / "model") in warning
 
 
 def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from omniq.export.deployment import Deployment, deployment
 from omniq.export.format import Format, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardWriter, writing
+from omniq.models.family import Family
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult
 
@@ -35,6 +36,7 @@ class Source(Protocol):
     """What an export asks of the source model; ``omniq.models.source.SourceModel`` is one."""
 
     config: PretrainedConfig
+    family: Family
     folder: Path
     num_blocks: int
 
@@ -94,7 +96,7 @@ def export_checkpoint(
     """
     layout, out = find_format(format), Path(out).resolve()
     if scheme is not None:
-        layout.check(scheme)
+        layout.check(scheme, source.family)
     check_output(out)
     tokenizer = source.tokenizer()
     partial = _partial(out)
@@ -169,7 +171,7 @@ def _write_weights(
     for block, result in each_result(source, results):
         if scheme is None:
             scheme = scheme_of(result)
-            layout.check(scheme)
+            layout.check(scheme, source.family)
         for name, linear in result.linears.items():
             linears[f"{block}.{name}"] = linear.bits_per_weight(), linear.codes.numel()
             for key, tensor in layout.tensors(f"{block}.{name}", linear, scheme).items():

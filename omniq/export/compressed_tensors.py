@@ -18,13 +18,15 @@ Two layouts, chosen by the scheme. ``q`` and ``z`` are omniq's codes and zero po
 The runtime computes ``(q - z) * s`` in the dtype of ``s``: integers up to 255 are exact there and the product is
 rounded once, so the result is ``QuantizedLinear.dequantize`` to the bit as long as the model runs in that dtype.
 
-Three traps, all met in transformers 5.23:
+Four traps, all met in transformers 5.23:
 
 * Asymmetric ``pack-quantized`` files fail to load by default (the zero point is expected unpacked). The key
   ``dequantize: true`` in ``config.json`` makes plain ``from_pretrained`` unpack them while loading; readers that do not
   know it ignore it. It drops integer activations, so ``int-quantized`` files never carry it.
 * That loading path reads one scheme for the whole model. Models with several grids would load silently wrong, hence one
   grid per model.
+* Activations are quantized for each token, but an input of two dimensions gets one range for all of it. OPT flattens
+  samples and tokens before its MLP; models of such a family are refused with integer activations.
 * ``format`` must also stand inside the group, or the layout is inferred from the presence of activations.
 """
 
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.export.packing import pack, unpack
+from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
@@ -99,8 +102,8 @@ class CompressedTensors:
         """The layout that the scheme asks for."""
         return PackQuantized() if scheme.activation_bits == 16 else IntQuantized()
 
-    def check(self, scheme: Scheme, outliers: bool = False) -> None:
-        """Refuse outliers, quantized queries, keys and values, and odd dtypes.
+    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
+        """Refuse outliers, quantized queries, keys and values, flat inputs with integer activations, and odd dtypes.
 
         Raises:
             UserError: names the scheme and what would fit.
@@ -110,6 +113,12 @@ class CompressedTensors:
             problem = "has no place for the sparse outliers of this method: use a method without outliers"
         elif scheme.kv_bits != 16:
             problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16"
+        elif scheme.activation_bits != 16 and family is not None and family.flat:
+            problem = (
+                f"would give all tokens one range in {', '.join(family.flat)} of {', '.join(family.model_types)} when "
+                "transformers runs it, so the checkpoint would not be the optimised model: use A16, or set "
+                "export.format to none"
+            )
         elif scheme.queries:
             problem = "cannot hold quantized queries: set scheme.queries to false"
         elif scheme.grid.scale_dtype not in _SCALE_DTYPES:

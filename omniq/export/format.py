@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from omniq.models.family import Family
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, QuantizedLinear
 
@@ -26,10 +27,11 @@ class Format(Protocol):
     name: str
     requires: tuple[str, ...]  # packages that a reader needs beside transformers
 
-    def check(self, scheme: Scheme, outliers: bool = False) -> None:
+    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
         """Refuse what the format, or what reads it, cannot do; called before any long work.
 
         Args:
+            family: of the model, if it is known already.
             outliers: whether linears have a sparse part beside the codes.
 
         Raises:

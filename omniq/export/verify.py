@@ -8,8 +8,9 @@
    That catches what the first step cannot: a config that describes the file wrongly, a runtime that computes something
    else. Both run the same modules on the same numbers, so the logits agree to the bit.
 
-The second step holds a whole model in memory, one after the other; leave ``windows`` out to skip it. Integer
-activations are switched off for it: it is the weights that are compared.
+The second step holds a whole model in memory, one after the other; leave ``windows`` out to skip it. Where activations
+are integers too, it is made twice: with full activations, which compares the weights alone, and with quantized ones,
+omniq's own hooks against what transformers makes of the folder.
 """
 
 import os
@@ -26,7 +27,8 @@ from omniq.export.deployment import deployment
 from omniq.export.format import Format, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardReader, same_bits
-from omniq.quantizers.scheme import Scheme
+from omniq.quantizers.hooks import attach
+from omniq.quantizers.scheme import Activations, Scheme
 from omniq.result import QuantizedLinear
 
 
@@ -86,12 +88,15 @@ def verify_checkpoint(
     report, scheme = _compare_tensors(path, source, results, layout, scheme)
     if windows is None:
         return report
-    largest, relative = _compare_logits(path, source, results, windows, scheme.grid.scale_dtype, device)
-    if not relative <= tolerance:  # NaN must not pass
-        raise VerificationError(
-            f"{path}: its weights are right, but its logits are off by {largest:.3g} at most and {relative:.3g} "
-            f"relatively, more than {tolerance:.3g}"
-        )
+    none = Activations()
+    for activations in (none, scheme.activations) if scheme.activations.quantized else (none,):
+        dtype = scheme.grid.scale_dtype
+        largest, relative = _compare_logits(path, source, results, windows, dtype, device, activations)
+        if not relative <= tolerance:  # NaN must not pass
+            raise VerificationError(
+                f"{path}: its weights are right, but its logits {'with quantized activations ' * activations.quantized}"
+                f"are off by {largest:.3g} at most and {relative:.3g} relatively, more than {tolerance:.3g}"
+            )
     return replace(report, windows=len(windows), max_error=largest, relative_error=relative)
 
 
@@ -160,16 +165,26 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _compare_logits(
-    path: Path, source: Source, results: Results, windows: Tensor, dtype: torch.dtype, device: str
+    path: Path,
+    source: Source,
+    results: Results,
+    windows: Tensor,
+    dtype: torch.dtype,
+    device: str,
+    activations: Activations,
 ) -> tuple[float, float]:
     """Largest difference, and root mean square difference over root mean square."""
     model = AutoModelForCausalLM.from_pretrained(path)
     attention = model.config._attn_implementation
-    for module in model.modules():
-        module.__dict__["quantization_enabled"] = False  # integer activations of compressed-tensors
+    if not activations.quantized:
+        for module in model.modules():
+            module.__dict__["quantization_enabled"] = False  # integer activations of compressed-tensors
     found = _logits(model, windows, device)
     del model
-    expected = _logits(_dequantized_model(source, results, dtype, attention), windows, device)
+    plain = _dequantized_model(source, results, dtype, attention)
+    for index in range(source.num_blocks):
+        attach(plain.get_submodule(source.block_name(index)), source.family, activations)
+    expected = _logits(plain, windows, device)
     pairs = [(left.double(), right.double()) for left, right in zip(found, expected, strict=True)]
     difference = sum(float((left - right).square().sum()) for left, right in pairs)
     size = sum(float(right.square().sum()) for _, right in pairs)

@@ -34,13 +34,22 @@ Inside a sweep nothing waits for the device: a sweep can be captured in a CUDA g
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block, ``n`` of a sub-block.
 """
 
+import functools
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from omniq.kernels.layer_problem import Precision, Problem, codes_of, matmul_precision, prepare, to_residual_, to_values_
+from omniq.kernels.layer_problem import (
+    Precision,
+    Problem,
+    codes_of,
+    matmul_precision,
+    prepare,
+    to_residual_,
+    to_values_,
+)
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -110,7 +119,7 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
     changed = torch.zeros((), dtype=torch.int64, device=residual.device)
     gain = torch.zeros(outputs, dtype=torch.float64, device=residual.device)
     work = residual.new_empty(problem.block, outputs)
-    fused = backend == "triton" or (backend == "auto" and residual.is_cuda and find_spec("triton") is not None)
+    fused = backend == "triton" or (backend == "auto" and residual.is_cuda and _has_triton())
     with matmul_precision(problem.precision):
         for number, columns in enumerate(problem.blocks()):
             gradient = torch.mm(problem.gram[columns], residual, out=work[: columns.stop - columns.start])
@@ -123,6 +132,11 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
             else:
                 round_block(problem, residual, gradient, columns, changed, gain)
     return changed, gain
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _relax_block(

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sequential part of a coordinate descent sweep, one Triton kernel per block of columns.
 
-The same step 2 as ``omniq.kernels.coordinate_descent.round_block``, fused: one program owns 32 rows of the layer for all
-columns of a block, and rows are independent, so programs never meet. A block is walked in sub-blocks of 32 columns:
+The same step 2 as ``omniq.kernels.coordinate_descent.round_block``, fused: one program owns 32 rows of the layer for
+all columns of a block, and rows are independent, so programs never meet. A block is walked in sub-blocks of 32 columns:
 
 1. ``tl.dot`` brings the steps of all earlier sub-blocks to this one's gradients (they lie in the same buffer, because a
    step overwrites its gradient), and ``W^ + G / S_jj``, the value before rounding as far as it is known, replaces them;
 2. inside the sub-block the columns go one by one. The steps taken so far are a tile ``[32 columns, 32 rows]`` in
-   registers, one row of the layer per lane, so that ``sum_k S_jk e_k`` never leaves a lane. The sum for the next column is
-   formed while this one is divided and rounded; only its last term has to wait. What the next column reads is loaded
-   one column ahead.
+   registers, one row of the layer per lane, so that ``sum_k S_jk e_k`` never leaves a lane. The sum for the next column
+   is formed while this one is divided and rounded; only its last term has to wait. What the next column reads is
+   loaded one column ahead.
 
 Division is IEEE, and rounding is half to even by adding and subtracting ``1.5 * 2^23`` (``2^52`` in float64) after a
 clamp to +-512, beyond which every code is clipped anyway: only the order of sums differs from the torch version. The
@@ -20,6 +20,8 @@ Import this module only where Triton exists; ``omniq.kernels.coordinate_descent`
 
 Shapes: ``o`` output features, ``i`` input features, ``B`` columns of a block.
 """
+# mypy: allow-untyped-defs
+# Triton reads types out of annotations: kernels have none but constexpr.
 
 import torch
 import triton
@@ -36,7 +38,7 @@ _ROWS = 32  # rows of a program, one for each lane of its only warp: sums over c
 def _earlier_steps(
     work_ptr, gram_ptr, tile, low, column, inside, row, there, outputs, stride,
     INNER: tl.constexpr, PRODUCT: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # Triton reads constants from annotations  # fmt: skip
+):  # fmt: skip
     """Add ``S[low:low+n, :low] @ E[:low]`` to the gradients of a sub-block, ``[INNER, ROWS]``."""
     if PRODUCT == "outer":
         for k in range(0, low):
@@ -56,7 +58,7 @@ def _earlier_steps(
 def _load_column(
     work_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
     c, row, there, outputs, MASKED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """What column ``c`` has of its own: u so far, target, residual, scale, zero point, mask ``[ROWS]``; 1 / S_cc."""
     at = c * outputs + row
     u = tl.load(work_ptr + at, mask=there, other=0.0)
@@ -76,7 +78,7 @@ def _round_block(
     changed_ptr, gain_ptr, outputs, columns, stride,
     LEVELS: tl.constexpr, MASKED: tl.constexpr, MAGIC: tl.constexpr, PRODUCT: tl.constexpr,
     INNER: tl.constexpr, ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     dtype = work_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < outputs

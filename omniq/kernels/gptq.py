@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ (arXiv 2210.17323) on a grid that is already there: codes by one pass of error feedback.
 
-With Gram matrix S = X X^T, damped on the diagonal, and U the upper Cholesky factor of its inverse (``S^-1 = U^T U``), the
-columns are rounded in order and each error is spread over the columns that are still free (Algorithm 1):
+With Gram matrix S = X X^T, damped on the diagonal, and U the upper Cholesky factor of its inverse (``S^-1 = U^T U``),
+the columns are rounded in order and each error is spread over the columns that are still free (Algorithm 1):
 
     q_j = Q(w_j),    e_j = (w_j - q_j) / U_jj,    w_k <- w_k - e_j U_jk   for k > j
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.kernels.layer_problem import dead_columns, groups_of
+from omniq.kernels.layer_problem import check_finite, dead_columns, groups_of
 
 _TRIES = 3  # the damping asked for, then ten and a hundred times as much
 
@@ -119,10 +119,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     Raises:
         UserError: see ``gptq``.
     """
-    finite = torch.isfinite(gram)
-    if not finite.all():
-        bad = int((~finite).any(1).sum())
-        raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
+    check_finite(gram)
     live = ~dead_columns(gram)
     clean = gram * live * live[:, None]
     for attempt in range(_TRIES):

@@ -3,10 +3,10 @@
 
     f(W^) = ||W X - W^ X||^2 = tr(D S D^T),   S = X X^T
 
-Everything is held transposed, ``[i, o]``, so that a column of the layer, the unit of the descent, is contiguous in memory.
+Everything is held transposed, ``[i, o]``, so that a column of the layer, the unit of the descent, is contiguous.
 
-A column counts as dead when its S_jj is below 1e-8 of the mean diagonal (the published test is ``== 0``, and what lies just
-above zero blows up once it is divided by). A dead column is on its own: rounded to the nearest, its residual held
+A column counts as dead when its S_jj is below 1e-8 of the mean diagonal (the published test is ``== 0``, and what lies
+just above zero blows up once it is divided by). A dead column is on its own: rounded to the nearest, its residual held
 at 0 so that it reaches no other column.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block.
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from omniq.errors import UserError
 
 Precision = Literal["float32", "tf32", "float64"]
 
@@ -110,6 +112,18 @@ def prepare(
     )
 
 
+def check_finite(gram: Tensor) -> None:
+    """Refuse a Gram matrix that no solver can use.
+
+    Raises:
+        UserError: some entries are infinite or not a number.
+    """
+    finite = torch.isfinite(gram)
+    if not finite.all():
+        bad = int((~finite.diagonal()).sum()) or int((~finite).any(1).sum())  # a bad input spoils its whole row
+        raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
+
+
 def dead_columns(gram: Tensor) -> Tensor:
     """Columns that no input reaches, bool ``[i]``."""
     diagonal = gram.diagonal()
@@ -137,11 +151,18 @@ def _triangles(gram: Tensor, dead: Tensor, block: int) -> Tensor:
     return triangles.to(gram.dtype)
 
 
+def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
+    """Nearest codes of ``W - D`` for some columns, ``[n, o]``, in the dtype of the weights."""
+    group = problem.group_index[columns]
+    steps = ((problem.target[columns] - residual[columns]) / problem.scale[group]).round_()
+    return steps.add_(problem.zero_point[group]).clamp_(0, problem.levels)
+
+
 def codes_of(problem: Problem, residual: Tensor) -> Tensor:
     """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
     codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
     for columns in problem.blocks():
-        codes[columns] = _nearest(problem, residual, columns).to(torch.uint8)
+        codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
     return codes
 
 
@@ -150,7 +171,7 @@ def to_values_(problem: Problem, residual: Tensor, rounded: bool) -> Tensor:
     for columns in problem.blocks():
         group = problem.group_index[columns]
         free = problem.target[columns] - residual[columns]
-        grid = (_nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
+        grid = (nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
         relaxed = torch.full_like(free, not rounded, dtype=torch.bool) & (problem.inverse[columns] > 0)[:, None]
         if problem.mask is not None:
             relaxed |= problem.mask[columns]
@@ -166,12 +187,6 @@ def to_residual_(problem: Problem, values: Tensor) -> Tensor:
     return values
 
 
-def _nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
-    group = problem.group_index[columns]
-    steps = ((problem.target[columns] - residual[columns]) / problem.scale[group]).round_()
-    return steps.add_(problem.zero_point[group]).clamp_(0, problem.levels)
-
-
 def objective(problem: Problem, residual: Tensor) -> Tensor:
     """Each row's error ``d S d^T``, float64 ``[o]``, by one product."""
     total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
@@ -185,11 +200,13 @@ def objective(problem: Problem, residual: Tensor) -> Tensor:
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Let CUDA multiply float32 in TF32, or make sure that it does not; restored afterwards."""
     backend: Any = torch.backends.cuda.matmul
-    # NOTE: fp32_precision came with torch 2.9, which refuses a mixture of both names.
-    name, tf32, full = ("fp32_precision", "tf32", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", 1, 0)
-    before = getattr(backend, name)
-    setattr(backend, name, tf32 if precision == "tf32" else full)
+    newer = hasattr(backend, "fp32_precision")  # since torch 2.9
+    before = backend.fp32_precision if newer else backend.allow_tf32
+    # NOTE: the older name sets the newer one as well; set the other way round, the two disagree and torch refuses both.
+    backend.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        setattr(backend, name, before)
+        backend.allow_tf32 = before in (True, "tf32")
+        if newer:
+            backend.fp32_precision = before

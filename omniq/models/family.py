@@ -72,6 +72,7 @@ class Family:
             in which the block runs them.
         equivalences: where the block allows a scale (and shift) to move without changing what it computes.
         attention: the module inside a block that calls transformers' attention interface; None if none does.
+        flat: linears whose input comes without a dimension of samples, ``[tokens, i]``.
         refuse: says why a variant of the family cannot be had, by its config, or returns None.
     """
 
@@ -80,6 +81,7 @@ class Family:
     inputs: tuple[tuple[str, ...], ...]
     equivalences: tuple[Equivalence, ...] = ()
     attention: str | None = None
+    flat: tuple[str, ...] = ()
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
     @property

@@ -32,5 +32,6 @@ OPT = Family(
         QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary=None),
     ),
     attention="self_attn",
+    flat=("fc1", "fc2"),
     refuse=_refuse,
 )

@@ -141,7 +141,7 @@ def _attention(base: str, activations: Activations) -> Callable[..., Any]:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         # "eager" stands for the function beside the module's class; all others are in the interface.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         query = quantize(query, activations.queries)
         key, value = quantize(key, activations.keys_values), quantize(value, activations.keys_values)
         return interface.get_interface(base, eager)(module, query, key, value, *args, **kwargs)

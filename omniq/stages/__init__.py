@@ -3,6 +3,7 @@
 
 from omniq.stages.gptq import GPTQ
 from omniq.stages.omniquant import OmniQuant
+from omniq.stages.quantease import QuantEase
 from omniq.stages.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "OmniQuant"]
+__all__ = ["GPTQ", "RTN", "OmniQuant", "QuantEase"]

@@ -24,7 +24,7 @@ from omniq.quantizers.grid import Grid
 from omniq.quantizers.hooks import quantized_activations
 from omniq.quantizers.scheme import Activations
 from omniq.result import BlockResult
-from omniq.streams import Precision, propagate
+from omniq.streams import Precision, like, propagate, sweep, take
 
 
 @dataclass
@@ -79,9 +79,13 @@ class BlockTask:
 
     def run(self, inputs: Tensor) -> Tensor:
         """The block's output for a whole stream, ``[n, t, h]``, without gradients."""
-        outputs = inputs.clone()
+        outputs = like(inputs).copy_(inputs)
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
+
+    def visit(self, inputs: Tensor) -> None:
+        """Run the block over a whole stream for the hooks that look on; the outputs are not kept."""
+        sweep(self.block, inputs, self.kwargs, self.precision)
 
     def quantized_activations(self) -> AbstractContextManager[None]:
         """While this is entered, the block computes on quantized activations, as the deployed one will."""
@@ -162,8 +166,11 @@ class BlockModule(L.LightningModule):
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these samples on the block's device, each ``[batch, t, h]``."""
         task = self.task
-        where = indices.to(task.inputs.device)
-        return task.inputs[where].to(task.device), task.targets[where].to(task.device)
+        return take(task.inputs, indices, task.device), take(task.targets, indices, task.device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Indices go to where the streams are: a GPU would have to be asked for them again if those are on the host."""
+        return super().transfer_batch_to_device(batch, self.task.inputs.device, dataloader_idx)
 
     def track(self, name: str, value: Tensor) -> None:
         """Record a scalar of this step, such as ``loss``; it stays on the device until the pass ends."""
@@ -200,6 +207,13 @@ class Stage(ABC):
     @abstractmethod
     def module(self, task: BlockTask) -> BlockModule:
         """The LightningModule that works on this block."""
+
+    def check_family(self, family: Family) -> None:  # noqa: B027 (most stages accept any family)
+        """Refuse a family that lacks what this stage needs.
+
+        Raises:
+            UserError: names the family and what it has.
+        """
 
     def check(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages accept any place)
         """Refuse a place in the list of stages where this one cannot work.

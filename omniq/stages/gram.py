@@ -250,11 +250,12 @@ class GramModule(BlockModule):
             self._deployed[f"{name}.weight"] = linear.dequantize().to(weight)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        solvers = self.solver_state()
         checkpoint["gram stage"] = {
-            "grams": self.grams,
+            "grams": {k: gram for k, gram in self.grams.items() if k not in solvers},
             "bad": self.bad,
             "found": {name: linear.to_state() for name, linear in self.found.items()},
-            "solvers": self.solver_state(),
+            "solvers": solvers,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -267,7 +268,7 @@ class GramModule(BlockModule):
         self.load_solver_state(state["solvers"])
 
     def solver_state(self) -> dict[int, Any]:
-        """State of the solvers in mid-solution, by position of their group."""
+        """State of the solvers in mid-solution, Gram matrix included, by position of their group."""
         return {}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:

@@ -67,6 +67,7 @@ class Transform:
         shift: bool = True,
     ) -> None:
         self.heads = heads
+        self._tied: dict[tuple[int, str | None, torch.device], Tensor] = {}
         self.moves = {ends(each)[0].replace(".", "/"): each for each in equivalences}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.unshifted: dict[str, str] = {}
@@ -127,7 +128,10 @@ class Transform:
     def _move_query_key(self, tensors: dict[str, Tensor], move: QueryKey, scale: Tensor) -> None:
         """Divide the queries, multiply the keys: rows of the projections, or the weights of norms after them."""
         channels = tensors[f"{move.key}.weight"].shape[0] // self.heads.key
-        tied = self.heads.tied_channels(channels, move.rotary).to(scale.device)
+        where = (channels, move.rotary, scale.device)
+        if where not in self._tied:  # kept on the device: a copy from the host cannot be captured in a CUDA graph
+            self._tied[where] = self.heads.tied_channels(channels, move.rotary).to(scale.device)
+        tied = self._tied[where]
         on_keys = scale[..., tied].expand(self.heads.key, -1).flatten()  # [K c]
         on_queries = self.heads.to_query(on_keys)  # [H c]
         ends = (

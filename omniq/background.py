@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens beside the calibration: the next block is read while this one trains, and streams are written.
+
+One thread each, host memory only: neither calls CUDA, so that a CUDA graph can be captured at any time.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Readable(Protocol):
+    """What ``blocks_ahead`` needs of ``omniq.models.source.SourceModel``."""
+
+    num_blocks: int
+
+    def block(self, index: int) -> nn.Module:
+        """A fresh block in host memory."""
+
+
+def blocks_ahead(source: Readable, start: int, device: torch.device) -> Iterator[tuple[int, nn.Module]]:
+    """Blocks on the device, from ``start`` to the last; while the caller has one, the next one is read.
+
+    Two blocks are alive at any time if the caller lets go of each before it asks for the next.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        coming = [reader.submit(source.block, start)]  # emptied by taking: a finished future holds its result
+        for index in range(start, source.num_blocks):
+            block = coming.pop().result()
+            if index + 1 < source.num_blocks:
+                coming.append(reader.submit(source.block, index + 1))
+            yield index, block.to(device)
+            del block
+
+
+class Writer:
+    """Writes one thing at a time while the caller goes on; as a context manager it ends with everything written.
+
+    An error of the writing is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._job: Future[None] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+    def start(self, work: Callable[..., None], *args: Any) -> None:
+        """Do this once what was started before is done."""
+        self.wait()
+        self._job = self._thread.submit(work, *args)
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run is spread over processes: what a launcher has started, and what Lightning's Trainer is told of it.
+
+    torchrun --nproc-per-node 2 -m omniq quantize --config run.yaml
+
+``fabric run`` and SLURM's ``srun`` work alike. The launcher decides how many processes there are, and the Trainer takes
+that number unless it was given one; another number is refused, because Lightning would then make independent runs of
+them, all of which write to the same folder. omniq starts no processes itself.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from omniq.errors import UserError
+
+# The longest wait for a peer: the first process digests the whole model file before the others may go on.
+PATIENCE = timedelta(minutes=30)
+
+
+class BlockParallel(DDPStrategy):
+    """Lightning's DDP; a stage that learns nothing by gradients is left alone, and sums what it gathers by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(timeout=PATIENCE)
+
+    @override
+    def configure_ddp(self) -> None:
+        if self.model is not None and any(value.requires_grad for value in self.model.parameters()):
+            super().configure_ddp()
+
+
+def started() -> tuple[int, int]:
+    """Processes that a launcher has started, and how many of them on this machine; 1 and 1 without one."""
+    if "WORLD_SIZE" in os.environ:  # torchrun, fabric run
+        total = int(os.environ["WORLD_SIZE"])
+        return total, int(os.environ.get("LOCAL_WORLD_SIZE", total))
+    if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+        total = int(os.environ["SLURM_NTASKS"])
+        return total, total // int(os.environ.get("SLURM_NNODES", 1))
+    return 1, 1
+
+
+def launch_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the Trainer that follow from the launcher, where the user has not given them.
+
+    Left to itself, Lightning would take every GPU of the machine.
+
+    Args:
+        given: the user's arguments of the Trainer.
+
+    Raises:
+        UserError: a strategy that does not go with several processes.
+    """
+    total, local = started()
+    arguments: dict[str, Any] = {}
+    if given.get("devices") in (None, "auto"):
+        arguments["devices"] = local
+        if total > local and given.get("num_nodes") in (None, 1):
+            arguments["num_nodes"] = total // local
+    if total > 1:
+        if given.get("strategy") not in (None, "auto", "ddp"):
+            raise UserError(
+                f"trainer.strategy {given['strategy']!r} does not go with several processes, which share samples, not "
+                "the model: leave it out"
+            )
+        arguments["strategy"] = BlockParallel()
+    return arguments
+
+
+def join(trainer: L.Trainer, given: Mapping[str, Any]) -> None:
+    """Meet the other processes, once it is sure that the Trainer means as many as there are.
+
+    Raises:
+        UserError: it does not.
+    """
+    total, _ = started()
+    meant = trainer.num_devices * trainer.num_nodes  # NOTE: not world_size, which may be what the launcher says
+    if meant != total:
+        devices = f"trainer.devices {given.get('devices')} means {meant} process(es)"
+        if total > 1:
+            raise UserError(f"{devices}, but {total} were started: leave it out, or start {meant}")
+        raise UserError(
+            f"{devices}, but one was started: run torchrun --nproc-per-node {meant} -m omniq quantize …, or set it to 1"
+        )
+    if total > 1:
+        trainer.strategy.setup_environment()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuantEase with a sparse part that moves (arXiv 2309.01885, Algorithm 3): descent and hard thresholding in turn.
+
+    minimise ||(W - B - H) X||^2,   B on the grid,   H sparse
+
+Each step is one sweep over B with target ``W - H``, then one step of iterative hard thresholding on H with B fixed
+(``omniq.kernels.outliers.threshold_step``; the published code takes half that step, and never rounds B). In terms of
+the residual ``D = W - B - H`` the sweep is the usual one; H moves the target and D together.
+
+The support belongs to the whole layer, so rows do not compete alone: the best iterate is that of least total error.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniq.kernels.layer_problem import Problem, objective
+from omniq.kernels.outliers import largest_eigenvalue, threshold_step
+from omniq.quantizers.grid import Grid
+from omniq.stages.coordinate_descent import CoordinateDescent, Solution
+
+
+class AlternatingDescent(CoordinateDescent):
+    """Algorithm 3 on one stacked weight.
+
+    Args:
+        params: one parameter ``[o, i]`` that holds the original weights W; it becomes B.
+        gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
+        support: where H starts, bool ``[o, i]``, from ``omniq.kernels.outliers.choose_support``; H starts as W there.
+        structured: the support is whole columns.
+        settings: the other settings of ``CoordinateDescent``, except target and mask.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        gram: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        *,
+        support: Tensor,
+        structured: bool = False,
+        **settings: Any,
+    ) -> None:
+        (weight,) = params = list(params)
+        target = weight.data.t()
+        sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
+        weight.data = (target - sparse).t()
+        super().__init__(params, gram, grid, scale, zero_point, **settings)
+        count = int(support.any(0).sum()) if structured else int(support.sum())
+        self.param_groups[0] |= {"count": count, "structured": structured}
+        state, problem = self.state[self.weight], self.problem
+        ridge = state["ridge"] * target.double().square().sum(0)
+        state |= {
+            "sparse": sparse,
+            "best_sparse": sparse.clone(),
+            "lambda_max": largest_eigenvalue(problem.gram),
+            "baseline": objective(problem, target.to(sparse.dtype).contiguous()) - ridge,
+        }
+
+    def _after_sweep(self, problem: Problem, residual: Tensor, sweep: int) -> Problem:
+        problem = super()._after_sweep(problem, residual, sweep)
+        state, group = self.state[self.weight], self.param_groups[0]
+        moved = threshold_step(
+            residual.t(), state["sparse"].t(), problem.gram, group["count"], state["lambda_max"], group["structured"]
+        ).t()
+        change = moved - state["sparse"]
+        state["sparse"] = moved.contiguous()
+        problem.target.sub_(change)  # W - H
+        residual.sub_(change)
+        if problem.dead:
+            residual.mul_((problem.inverse > 0).to(residual.dtype)[:, None])
+        state["objective"] = objective(problem, residual)
+        return problem
+
+    def _improved(self) -> Tensor:
+        state = self.state[self.weight]
+        return (state["objective"].sum() < state["best_objective"].sum()).expand_as(state["objective"])
+
+    def _keep_best(self, problem: Problem, residual: Tensor) -> None:
+        state = self.state[self.weight]
+        state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
+        super()._keep_best(problem, residual)
+
+    def result(self) -> Solution:
+        """The best codes, and H beside them."""
+        return super().result()._replace(sparse=self.state[self.weight]["best_sparse"].t())

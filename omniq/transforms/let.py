@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LET in YAML: which equivalences of a block are used, where they start, and how fast they are learned.
+
+The start (SmoothQuant's scales, Outlier Suppression+'s shifts) is fused into the block before anything is learned, with
+the same function that fuses the end. What is learned is then a further transform that begins at the identity, and every
+statistic taken in between (a searched clipping, for instance) sees the weights as they are.
+
+A shift needs a bias at its far end. Linears of the stock module that have none can get one only if the config has a
+switch for it (LLaMA's ``attention_bias``), since the exported model must be a stock model.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from omniq.errors import UserError
+from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, ValueToOutput
+from omniq.transforms.equivalence import Transform
+from omniq.transforms.heads import Heads
+from omniq.transforms.initial import check_alpha
+
+log = logging.getLogger("omniq")
+
+Kind = Literal["norm", "value_output", "query_key"]
+KINDS: dict[str, type[Equivalence]] = {"norm": NormToLinears, "value_output": ValueToOutput, "query_key": QueryKey}
+BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}  # config key -> the part of a block it governs
+
+
+class LET:
+    """Learnable equivalent transformation.
+
+    Args:
+        alpha: migration strength of the initial scales, 0 to 1 (the paper's scripts: 0.5, for some models 0.75);
+            null starts at one.
+        lr: AdamW rate (published code: 5e-3, for some models 1e-3; the paper's text has it swapped with clipping's).
+        shift: learn shifts where the stock module can store the biases they make.
+        equivalences: those to use.
+
+    Raises:
+        UserError: alpha outside 0..1, a rate that is not positive, no equivalence or an unknown one.
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = 0.5,
+        lr: float = 5e-3,
+        shift: bool = True,
+        equivalences: Sequence[Kind] = get_args(Kind),
+    ) -> None:
+        check_alpha(alpha)
+        if lr <= 0:
+            raise UserError(f"transform.lr {lr} is not positive: give a rate such as 5e-3")
+        check_kinds(equivalences)
+        self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse an empty selection of equivalences, and unknown ones.
+
+    Raises:
+        UserError: names it and what there is.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        given = repr(unknown[0]) if unknown else "an empty list"
+        raise UserError(f"transform.equivalences: {given} is not usable, choose from {', '.join(KINDS)}")
+
+
+def check_equivalences(family: Family, kinds: Sequence[str]) -> None:
+    """Refuse equivalences that a family does not have.
+
+    Raises:
+        UserError: names the family and those it has.
+    """
+    there = [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in family.equivalences)]
+    for kind in kinds:
+        if kind not in there:
+            raise UserError(
+                f"transform.equivalences: {', '.join(family.model_types)} has no {kind!r}; "
+                + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
+            )
+
+
+def block_transform(block: nn.Module, family: Family, kinds: Sequence[str], shift: bool) -> Transform:
+    """The transform of one block; says once in a process why a shift is off."""
+    forms = tuple(KINDS[kind] for kind in kinds)
+    chosen = [each for each in family.equivalences if isinstance(each, forms)]
+    config = _config(block)
+    tensors = dict(block.named_parameters())
+    transform = Transform(chosen, Heads.of(config), tensors, _can_bias(config, family), shift)
+    for reason in transform.unshifted.values():
+        _tell_once(reason)
+    return transform
+
+
+def _config(block: nn.Module) -> Any:
+    """The config that the parts of a block of transformers carry."""
+    return next(module.config for module in block.modules() if hasattr(module, "config"))
+
+
+def _can_bias(config: Any, family: Family) -> set[str]:
+    """Linears without a bias that the stock module would give one, if its config said so."""
+    parts = tuple(part for switch, part in BIAS_SWITCHES.items() if hasattr(config, switch))
+    return {name for name in family.linears if name.startswith(parts)} if parts else set()
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    log.warning("%s", reason)
