@@ -5,10 +5,14 @@ The front door is two functions, fetched on first use so that ``import omniq`` s
 
     omniq.quantize(model, ...)    run a recipe, as ``omniq quantize --config`` does
     omniq.load(path)              open what a run has written
+
+Importing omniq also makes transformers able to open checkpoints in omniq's own format (``omniq.runtime``).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from omniq import runtime
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "quantize"]
@@ -25,3 +29,6 @@ else:  # hidden from type checkers, to whom a module-level __getattr__ says that
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+runtime.install()

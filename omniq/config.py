@@ -143,7 +143,7 @@ def trainer_arguments(factory: TrainerFactory) -> Mapping[str, Any]:
 
 
 def check_trainer(factory: TrainerFactory) -> None:
-    """Refuse Trainer arguments that omniq decides, a GPU that is absent, and precisions that would round what is learned.
+    """Refuse Trainer arguments that omniq decides, an absent GPU, and precisions that would round what is learned.
 
     Raises:
         UserError: names the argument, its value and what to use instead.

@@ -143,4 +143,4 @@ def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The content of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data

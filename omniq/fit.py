@@ -65,7 +65,9 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
     task.result = processes.first(lambda: task.result)  # the same codes everywhere, whatever the hardware
-    task.notes |= {f"{name}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
+    names = [type(each).__name__ for each in where.run.stages]
+    label = name if names.count(name) == 1 else f"{name} {where.number + 1}"
+    task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
     if where.number + 1 < len(where.run.stages):
         _keep(task, where)
 
@@ -99,7 +101,10 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
     }
     if given.get("logger") is None:
         arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
-    return where.run.trainer(**launch_arguments(given), **arguments)
+    trainer = where.run.trainer(**launch_arguments(given), **arguments)
+    if trainer.world_size != processes.count():
+        raise RuntimeError(f"a fit of {trainer.world_size} processes in a run of {processes.count()}")
+    return trainer
 
 
 def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:

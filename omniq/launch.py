@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
+from omniq import processes
 from omniq.errors import UserError
 
 # The longest wait for a peer: the first process digests the whole model file before the others may go on.
@@ -38,13 +39,14 @@ class BlockParallel(DDPStrategy):
 
 def started() -> tuple[int, int]:
     """Processes that a launcher has started, and how many of them on this machine; 1 and 1 without one."""
-    if "WORLD_SIZE" in os.environ:  # torchrun, fabric run
-        total = int(os.environ["WORLD_SIZE"])
-        return total, int(os.environ.get("LOCAL_WORLD_SIZE", total))
-    if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
+    by_torch = {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys()  # torchrun and fabric run, also inside SLURM
+    if "SLURM_NTASKS" in os.environ and not by_torch and SLURMEnvironment.detect():
         total = int(os.environ["SLURM_NTASKS"])
         return total, total // int(os.environ.get("SLURM_NNODES", 1))
-    return 1, 1
+    # NOTE: the group counts once there is one: Lightning may delete WORLD_SIZE after a fit, and the next fit of each
+    # process would be a run of its own.
+    total = max(processes.count(), int(os.environ.get("WORLD_SIZE", 1)))
+    return total, int(os.environ.get("LOCAL_WORLD_SIZE", total))
 
 
 def launch_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ It goes one way, and it is the same loop whether a run starts or continues: what
 directory is read instead of computed.
 """
 
-import gc
 import logging
 import time
 from pathlib import Path
@@ -47,7 +46,7 @@ def quantize(run: Run, settings: str) -> Path:
         UserError: something cannot be done as asked; found before the first block wherever possible.
     """
     plan = prepare(run, settings)
-    with RunDir(run.out) as folder, matmul_precision("tf32" if run.matmul == "tf32" else "float32"):
+    with RunDir(run.out) as folder, matmul_precision("tf32" if run.matmul == "tf32" else "float32", plan.device):
         resumed = folder.claim(plan.fingerprint, settings)
         folder.write_json("environment.json", plan.environment)
         with Display(plan.source.num_blocks, Console(quiet=not folder.writes)) as display:
@@ -75,7 +74,6 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
             result = BlockResult.load(folder.block_path(index)) if finished[index] else None
             _show(display, index, pass_block(plan, folder, display, block, streams, result))
             del block  # NOTE: or a third one is alive while the next but one is read
-            gc.collect()  # Lightning's objects refer to each other, and one of them to the block
             every = plan.run.save_streams_every
             if every and streams.index % every == 0 and (snapshot := streams.snapshot()) is not None:
                 writer.start(folder.save_streams, snapshot)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from omniq.config import Export
 from omniq.data import digest
@@ -16,6 +16,7 @@ from omniq.data.text import one_line
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
 from omniq.evaluate.table import perplexity_table
 from omniq.export import Report, export_checkpoint, verify_checkpoint
+from omniq.models.reload import open_checkpoint
 from omniq.models.source import SourceModel
 from omniq.preflight import Plan
 from omniq.quantizers.hooks import attach
@@ -33,8 +34,9 @@ FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
 def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
     """Evaluate, export, verify and summarize; what an earlier process finished is kept."""
     facts = summary(plan, folder)
-    if plan.evaluation is not None:
-        facts["perplexity"] = {plan.run.evaluation.describe(): perplexities(plan, folder, console)}
+    if plan.evaluation is not None and plan.run.evaluation is not None:
+        text = plan.run.evaluation.describe()
+        facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none":
         write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, plan.run.scheme, facts, console)
@@ -82,7 +84,7 @@ def write_checkpoint(
 
 def generate(checkpoint: Path, prompt: str, new_tokens: int = 24) -> str:
     """What the checkpoint answers, greedily, opened by plain transformers as any user would."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = open_checkpoint(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = tokenizer(prompt, return_tensors="pt")
     answer = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
@@ -98,10 +100,10 @@ def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
     return read
 
 
-def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]:
+def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:
     """Perplexity of the full-precision, the round-to-nearest and the quantized model, in one pass over the blocks."""
     measured = folder.load_record("perplexity.json")
-    about = {"text": plan.run.evaluation.describe(), "tokens": digest(plan.evaluation)}
+    about: dict[str, Any] = {"text": text, "tokens": digest(windows)}
     if measured is not None and about.items() <= measured.items():
         results = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
     else:
@@ -109,14 +111,14 @@ def perplexities(plan: Plan, folder: RunDir, console: Console) -> dict[str, Any]
         with console.status("perplexity") as status:
             results = evaluate_streamed(
                 plan.source,
-                plan.evaluation,
+                windows,
                 variants,
                 device=plan.device,
                 batch_size=plan.run.batch,
                 progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
             )
         folder.save_record("perplexity.json", about | {"models": {k: v.to_json() for k, v in results.items()}})
-    console.print(perplexity_table(results, title=plan.run.evaluation.describe()))
+    console.print(perplexity_table(results, title=text))
     return {name: result.perplexity for name, result in results.items()}
 
 

@@ -36,7 +36,7 @@ def make_layer(outputs: int, inputs: int, seed: int = 20240, tokens: int = 8192)
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     """``||W X - W^ X||^2 / ||W X||^2`` in float64."""
     weight, gram = weight.double(), gram.double()
-    residual = weight - approximation.double()
+    residual = weight - approximation.detach().double()
     return float(((residual @ gram) * residual).sum() / ((weight @ gram) * weight).sum())
 
 

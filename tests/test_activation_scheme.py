@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of a running block: who quantizes what, how often, and that decoding computes what a full forward does."""
+"""Activations of a running block: who quantizes what and how often; decoding computes what a full forward does."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import omniquant, write_run
+from runs import configuration, omniquant, write_run
 from tiny import tiny_block, tiny_model
 from torch import Tensor, nn
 
@@ -48,7 +48,10 @@ def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Ac
     return x + block.mlp.down_proj(q8(gated, given.inputs))
 
 
-@pytest.mark.parametrize("given", [Activations(8), Activations(4, 4, 4), Activations(16, 16, 4), Activations(6, 6, 8, True)])
+GIVEN = [Activations(8), Activations(4, 4, 4), Activations(16, 16, 4), Activations(6, 6, 8, True)]
+
+
+@pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_against_a_block_written_out(given: Activations, implementation: str) -> None:
@@ -119,7 +122,8 @@ def test_schemes_by_name() -> None:
     assert Scheme("W4A4KV8", queries=True, activation_symmetric=True).activations == Activations(4, 4, 8, True)
     assert not Scheme("W3A16g128").activations.quantized
     assert Scheme("W4A16KV4").activations == Activations(16, 16, 4)
-    for scheme in (Scheme("W4A4KV8", queries=True), Scheme("W8A8", symmetric=True), Scheme("W2A16g64", dtype="bfloat16")):
+    bfloat = Scheme("W2A16g64", dtype="bfloat16")
+    for scheme in (Scheme("W4A4KV8", queries=True), Scheme("W8A8", symmetric=True), bfloat):
         made = Scheme.of(scheme.grid, scheme.activation_bits, False, scheme.kv_bits, scheme.queries)
         assert made == scheme
 
@@ -129,7 +133,7 @@ def test_schemes_by_name() -> None:
     [
         ({"name": "W4A12"}, "scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"),
         ({"name": "W4A4KV1"}, "scheme.name 'W4A4KV1': keys and values of 1 bits are not possible"),
-        ({"name": "W4A16", "activation_symmetric": True}, "scheme.activation_symmetric: 'W4A16' quantizes no activations"),
+        ({"name": "W4A16", "activation_symmetric": True}, "activation_symmetric: 'W4A16' quantizes no activations"),
         ({"name": "W4A16", "queries": True}, "scheme.queries: 'W4A16' has no activation bits to give to queries"),
         ({"name": "W9A16"}, "weight bits 9 are outside 2..8"),
         ({"name": "int4"}, "scheme 'int4' is not understood"),
@@ -152,18 +156,19 @@ def test_family_whose_attention_cannot_be_reached() -> None:
 
 
 def test_reloaded_model_has_the_perplexity_that_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """W4A4 with a transform: learned, exported, verified, and opened by plain transformers."""
+    """W6A6 with a transform: learned, exported, verified, and opened by plain transformers."""
+    evaluation = configuration(tmp_path)["evaluation"] | {"max_windows": 100}
     stages = [omniquant(transform={"alpha": 0.5})]
-    assert main(write_run(tmp_path, scheme={"name": "W4A4"}, stages=stages)) == 0
+    assert main(write_run(tmp_path, scheme={"name": "W6A6"}, stages=stages, evaluation=evaluation)) == 0
     assert "logits through transformers within" in re.sub(r"\s+", " ", capsys.readouterr().out)
     ours = json.loads((tmp_path / "run" / "perplexity.json").read_text())["models"]["omniq"]["perplexity"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    text = Evaluation(LocalText(str(tmp_path / "text.txt")), length=24, max_windows=4)
+    text = Evaluation(LocalText(str(tmp_path / "text.txt")), length=24, max_windows=100)
     theirs = evaluate_model(model, text.windows(AutoTokenizer.from_pretrained(folder))).perplexity
-    assert abs(theirs / ours - 1) < 5e-3  # measured 1e-4: the run computes in float32, the model in float16
+    assert abs(theirs / ours - 1) < 5e-3  # measured 2e-3: the run computes in float32, the model in float16
     assert model.config.attention_bias  # the shift from values to output is stored there
 
 

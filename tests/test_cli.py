@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: how configurations compose, and bad input in one line with status 2 before anything is written."""
+"""The command line: how configurations compose, and the commands beside quantize."""
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub.constants
 import pytest
-import torch
 import yaml
-from runs import SMALL, configuration, omniquant, write_config, write_run
-from safetensors.torch import load_file
+from runs import SMALL, configuration, write_config, write_run
 
 from omniq.cli import main, parse_run
-from omniq.config import COMPUTE_DTYPES
 from omniq.errors import UserError
-from omniq.models.families import FAMILIES
 from omniq.stages import RTN, OmniQuant
 
 QUICK = {"export": {"format": "none"}, "evaluation": None}
@@ -31,31 +21,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     write_run(folder, model=SMALL)
     return folder
-
-
-@pytest.fixture
-def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must be refused at once, and returns what was said."""
-
-    def run(*options: str, config: dict[str, Any] | None = None) -> str:
-        out = tmp_path / "run"
-        args = ["quantize", "--config", str(folder / "run.yaml"), "--out", str(out)]
-        if config is not None:
-            args = [*write_config(tmp_path / "config.yaml", {**configuration(folder), **config}), "--out", str(out)]
-        capfd.readouterr()
-        assert main([*args, *options]) == 2
-        said, errors = capfd.readouterr()
-        assert errors.startswith("omniq: ")
-        assert errors.count("\n") == 1, errors
-        assert errors.endswith("\n")
-        assert said == ""
-        assert not out.exists()
-        return errors
-
-    return run
-
-
-# -- composing ------------------------------------------------------------------------------------------------------
 
 
 def test_print_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,212 +64,6 @@ def test_options_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert settings["data"]["samples"] == 2
     assert settings["stages"][0]["init_args"]["epochs"] == 1
     assert "Searched" in str(settings["stages"][0])
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ("--scheme.wbits 3", ["--scheme.wbits 3", "--help"]),
-        ("--nothing 1", ["--nothing 1", "--help"]),
-        ("--stages omniq.stages.Nothing", ["stages", "omniq.stages.Nothing", "--help"]),
-        ("--stages.init_args.epoch 3", ["epoch", "not accepted"]),
-        ("--stages.init_args.epochs many", ["epochs", "many"]),
-        ("--stages.init_args.schedule linear", ["schedule", "'constant', 'cosine'", "linear"]),
-        ("--stages []", ["stages is empty: name at least one"]),
-        ("--stages.init_args.epochs 0", ["OmniQuant.epochs 0 is too small"]),
-        ("--stages.init_args.batch_size 0", ["OmniQuant.batch_size 0 is too small"]),
-        ("--stages.init_args.clipping_lr=-1", ["OmniQuant.clipping_lr -1.0 is no usable rate"]),
-        ("--scheme.name W1A16", ["weight bits 1 are outside 2..8: choose"]),
-        ("--scheme.name W9A16", ["weight bits 9 are outside 2..8: choose"]),
-        ("--scheme.name 4bit", ["scheme '4bit' is not understood: write W<bits>A<bits>"]),
-        ("--scheme.name W4A16g0", ["group size 0 is not usable"]),
-        (
-            "--scheme.name W4A16g48",
-            ["group size 48 does not divide the 32 inputs of model.layers.0.self_attn.q_proj", "16, 32, or -1"],
-        ),
-        ("--scheme.dtype int8", ["scheme.dtype", "int8", "'float16', 'bfloat16', 'float32'"]),
-        ("--data.samples 0", ["data.samples: 0 is too few; give 1 or more"]),
-        ("--data.length 1", ["data.length: 1 is too few; give 2 or more"]),
-        ("--data.length 100000", ["data.source: the text is too short", "needs 200000 tokens, found ", "data.length"]),
-        ("--data.length 200", ["200 tokens exceed the model's 128 positions"]),
-        ("--evaluation.length 100000", ["evaluation.source: the text is too short", "100000 tokens, found "]),
-        ("--data.source.init_args.path /no/such.txt", ["LocalText.path: '/no/such.txt' does not exist; give a file"]),
-        ("--data.source.init_args.path EMPTY", ["LocalText.path: ", "is empty; give a file with text in it"]),
-        ("--data.source.init_args.path BLANK", ["LocalText.path: ", "holds no text; give a file with text in it"]),
-        ("--batch 0", ["batch 0 is too small: give 1 or more"]),
-        ("--batch x", ["batch", "x"]),
-        ("--save_streams_every=-1", ["save_streams_every -1 is negative: give 0"]),
-        ("--export.format gguf9", ["export format 'gguf9' is not known: choose one of compressed-tensors"]),
-        ("--model.path /no/such/model", ["model.path '/no/such/model' does not exist: give a folder"]),
-        ("--model.path /no/such.gguf", ["model.path '/no/such.gguf' does not exist: give a folder"]),
-        ("--model.dtype bfloat16", ["model.dtype 'bfloat16' does not go with trainer.precision", "auto"]),
-        ("--trainer.precision 16-true", ["trainer.precision '16-true' would round what is learned", *COMPUTE_DTYPES]),
-        ("--trainer.precision 16-mixed", ["trainer.precision '16-mixed' needs a GPU: use bf16-mixed or 32-true"]),
-        ("--trainer.nothing 1", ["nothing", "not accepted"]),
-        ("--trainer.accelerator abacus", ["trainer: ", "abacus", "Available names"]),
-        ("--trainer.strategy abacus", ["trainer: ", "abacus"]),
-        ("--trainer.max_epochs 3", ["trainer.max_epochs 3 is decided for each block: use a stage's epochs"]),
-        ("--trainer.max_steps 3", ["trainer.max_steps 3", "use a stage's epochs"]),
-        ("--trainer.callbacks []", ["trainer.callbacks [] is decided for each block: use the callbacks section"]),
-        ("--trainer.default_root_dir /x", ["trainer.default_root_dir", "use out"]),
-        ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches 2", "use data.samples"]),
-        ("--trainer.accumulate_grad_batches 2", ["trainer.accumulate_grad_batches 2", "use a stage's batch_size"]),
-        ("--trainer.gradient_clip_val 1.0", ["trainer.gradient_clip_val 1.0 is decided for each block"]),
-        ("--trainer.fast_dev_run true", ["trainer.fast_dev_run True", "use data.samples"]),
-        ("--trainer.max_time 00:01:00:00", ["trainer.max_time", "killed at any moment and continued"]),
-        ("--trainer.barebones true", ["trainer.barebones True"]),
-        ("--trainer.enable_checkpointing true", ["trainer.enable_checkpointing True"]),
-        ("--out FILE/run", ["out ", "FILE/run cannot be written: ", "FILE is a file; choose another folder"]),
-        ("--config MISSING.yaml", ["File does not exist", "MISSING.yaml"]),
-        ("--config BROKEN.yaml", ["line 1, column"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bad_options(
-    options: str, parts: list[str], folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "EMPTY.txt").write_text("")
-    (folder / "BLANK.txt").write_text(" \n ")
-    (folder / "FILE").write_text("")
-    (folder / "BROKEN.yaml").write_text("a: [1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    named = {"EMPTY": "EMPTY.txt", "BLANK": "BLANK.txt", "FILE/run": "FILE/run"}
-    words = [
-        str(folder / named.get(word, word)) if word in named or word in ("MISSING.yaml", "BROKEN.yaml") else word
-        for word in options.split()
-    ]
-    message = refused(*words)
-    for part in parts:
-        assert part in message
-
-
-@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
-def test_absent_gpu(accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refused("--trainer.accelerator", accelerator)
-    assert f"trainer.accelerator '{accelerator}': no GPU is present; use cpu or auto" in message
-
-
-def test_unknown_section_in_a_file(refused: Callable[..., str]) -> None:
-    assert "quantizer" in refused(config={"quantizer": {"bits": 3}})
-    assert "lenght" in refused(config={"data": {"lenght": 3}})
-
-
-def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quantize"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    for name in ("model.path", "data.source", "stages"):
-        assert name in message
-
-
-@pytest.mark.parametrize("args", [[], ["quantise"], ["--config", "x.yaml"]])
-def test_unknown_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(args) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("omniq: ")
-    assert message.count("\n") == 1
-
-
-def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's and the text's: each message says how a local path is given."""
-    import datasets
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = refused("--model.path", "someone/no-such-model")
-    assert "model.path 'someone/no-such-model'" in message
-    assert "give the path of a local folder" in message
-    text = {"class_path": "omniq.data.HubText", "init_args": {"path": "someone/no-such-text"}}
-    message = refused("--data.source", json.dumps(text))
-    assert "HubText.path: 'someone/no-such-text'" in message
-    assert "LocalText" in message
-
-
-def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
-    """A copy of the model with something wrong."""
-    path = tmp_path / "broken"
-    shutil.copytree(folder / "source", path)
-    change(path)
-    return str(path)
-
-
-def _truncate(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _only_pickle(path: Path) -> None:
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
-def _retype(path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (_truncate, ["model.safetensors is truncated or corrupt", "get the file again"]),
-        (lambda path: (path / "model.safetensors").unlink(), ["holds no weights: model.safetensors"]),
-        (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
-        (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
-        (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
-        (_only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
-        (_retype, ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
-    ],
-    ids=["truncated", "no weights", "no config", "broken config", "no tokenizer", "pickle", "type"],
-)
-def test_broken_models(
-    change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    message = refused("--model.path", source_with(folder, tmp_path, change))
-    for part in parts:
-        assert part in message
-
-
-def test_a_pickle_file_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    path = source_with(folder, tmp_path, _only_pickle)
-    assert "pytorch_model.bin is a pickle file" in refused("--model.path", f"{path}/pytorch_model.bin")
-
-
-def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda path, *rest, **more: not Path(path).is_dir() and real(path, *rest, **more))
-    assert "cannot be written: no permission in" in refused()
-
-
-def test_full_disk(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """In the middle of a run: one line, nothing half-written under its final name, and the run can go on."""
-    args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[omniquant()]))
-    args += ["--out", str(tmp_path / "run")]
-    real, left = os.fsync, [5]
-
-    def full(handle: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        assert main(args) == 2
-    message = capfd.readouterr().err
-    assert message.count("\n") == 1
-    assert "No space left on device; free the disk or choose another folder" in message
-    assert not [path for path in (tmp_path / "run").rglob("*") if "partial" in path.name]
-    assert main(args) == 0
-
-
-# -- the other commands ---------------------------------------------------------------------------------------------
 
 
 def test_evaluate_export_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

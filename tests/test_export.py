@@ -94,7 +94,7 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
     layout = FORMATS["compressed-tensors"]
     for scheme in (Scheme.of(grid), Scheme.of(grid, activation_bits=8)):
         stored = layout.tensors("x", linear, scheme)
-        config = layout.quantization_config(scheme, [])
+        config = layout.quantization_config(scheme, [], {})
         theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         by_last_name = {key.removeprefix("x."): value for key, value in stored.items()}

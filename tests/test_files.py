@@ -181,11 +181,18 @@ def test_outliers_round_trip(seed: int, share: float) -> None:
     sparse = Outliers.from_dense(dense)
     assert torch.equal(sparse.dense(7), dense.half().float())
     assert sparse.row_pointer.tolist() == [0, *(dense != 0).sum(1).cumsum(0).tolist()]
-    assert (sparse.row_pointer.dtype, sparse.column.dtype, sparse.value.dtype) == (
-        torch.int32,
-        torch.int32,
-        torch.float16,
-    )
+    kinds = (sparse.row_pointer.dtype, sparse.column.dtype, sparse.value.dtype)
+    assert kinds == (torch.int32, torch.int16, torch.float16)
+
+
+def test_outliers_of_a_wide_layer() -> None:
+    """Columns that 16 bits do not count are stored in 32."""
+    dense = torch.zeros(2, 2**15 + 1)
+    dense[1, -1] = 0.5
+    sparse = Outliers.from_dense(dense)
+    assert sparse.column.dtype == torch.int32
+    assert torch.equal(sparse.dense(2**15 + 1), dense)
+    assert Outliers.from_dense(dense[:, 1:]).column.dtype == torch.int16
 
 
 def test_dequantized_weight_and_bits() -> None:
@@ -195,7 +202,7 @@ def test_dequantized_weight_and_bits() -> None:
     expected = (sparse.codes.float() - zero) * scale + sparse.outliers.dense(16)
     assert torch.equal(sparse.dequantize(), expected)
     assert torch.equal(sparse.dequantize(torch.bfloat16), expected.bfloat16())
-    stored = 96 * 3 + 24 * 16 + 24 * 3 + 7 * 32 + sparse.outliers.value.numel() * (32 + 16)
+    stored = 96 * 3 + 24 * 16 + 24 * 3 + 7 * 32 + sparse.outliers.value.numel() * (16 + 16)
     assert sparse.bits_per_weight() == stored / 96
     assert linear(Grid(4, -1, symmetric=True)).bits_per_weight() == (96 * 4 + 6 * 16) / 96  # no zero points stored
 

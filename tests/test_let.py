@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from stages import fitted, losses
+from runs import omniquant, outcome, write_run
+from stages import fit, fitted, losses
+from test_omniquant import Stop
 from tiny import tiny_block
 from torch import Tensor
 from torch.func import functional_call
 
+from omniq.cli import main
 from omniq.errors import UserError
 from omniq.models.families import family_of_type
 from omniq.models.family import Family
@@ -187,9 +190,10 @@ def test_family_without_an_equivalence_is_refused() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_no_precision_goes_non_finite(bits: int, precision: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_no_precision_goes_non_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
     """8-bit steps are small: the published code overflows in half precision there."""
-    task = task_of("llama", bits, Activations(bits, bits, bits))
+    task = task_of(family, bits, Activations(bits, bits, bits))
     if precision == "bf16-mixed":
         task.block.to(torch.bfloat16)
         task.inputs, task.targets = task.inputs.bfloat16(), task.targets.bfloat16()
@@ -212,3 +216,42 @@ def test_abandoned_stage_returns_to_its_start() -> None:
     expected = OmniQuant(transform=LET()).module(start).finish()
     for name, value in module.finish().dequantized().items():
         torch.testing.assert_close(value, expected.dequantized()[name])
+
+
+@pytest.mark.parametrize("killed_at", [3, 5])
+def test_killed_stage_goes_on_where_it_was(killed_at: int, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    stage = OmniQuant(epochs=3, transform=LET(), augmented_loss=True, schedule="cosine")
+    expected = task_of("opt")
+    fitted(stage, expected, whole)
+    with pytest.raises(ConnectionAbortedError):
+        fit(stage.module(task_of("opt")), parts, Stop(killed_at))
+    found = task_of("opt")
+    fit(stage.module(found), parts, resume=True)
+    assert (parts / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
+    assert expected.result is not None
+    assert found.result is not None
+    for name, value in expected.result.dequantized().items():
+        assert torch.equal(found.result.dequantized()[name], value)
+
+
+def test_a_later_stage_takes_up_the_transformed_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the stage after: the block, with biases its checkpoint never had, comes back from the run directory."""
+    stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
+    sections: dict[str, Any] = {"scheme": {"name": "W4A8"}, "stages": stages}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    assert main(write_run(tmp_path / "whole", **sections)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("omniq.stages.gram.GramModule.finish", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(write_run(tmp_path / "parts", **sections))
+    with monkeypatch.context() as patch:
+        patch.setattr("omniq.stages.omniquant.OmniQuantModule.training_step", None)  # only of block 1 is there any left
+        patch.setattr("omniq.stages.gram.GramModule.finish", lambda module: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(write_run(tmp_path / "parts", **sections))
+    assert main(write_run(tmp_path / "parts", **sections)) == 0
+    assert outcome(tmp_path / "parts" / "run") == outcome(tmp_path / "whole" / "run")

@@ -1,29 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned clipping: the stage equals a plain float64 implementation of the paper, and survives non-finite losses.
+"""Learned clipping: the stage, in float32 as for users, equals a plain float64 implementation of the paper."""
 
-``Plain`` is that implementation: equations and AdamW written out, straight-through rounding by ``detach``, nothing of
-omniq in it. The stage runs in float32 as it does for users.
-"""
-
-import copy
 import math
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from plain_omniquant import Plain, Rates, assert_losses
 from stages import fit, fitted, losses, tiny_task
 from torch import Tensor
-from torch.func import functional_call
 
 from omniq.quantizers.clipping import LWC, MinMax, Searched
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.search import search_range
 from omniq.stages import OmniQuant
 from omniq.stages.base import BlockTask, PassLoader
-from omniq.stages.omniquant import OmniQuantModule
 from omniq.stages.rtn import round_to_nearest
 from omniq.stages.statistics import input_importance
 
@@ -33,78 +24,6 @@ THREE_EPOCHS = [0, 1, 2] * 3
 
 def name_of(grid: Grid) -> str:
     return f"W{grid.bits}g{grid.group_size}{'sym' if grid.symmetric else ''}"
-
-
-class Plain:
-    """Learned clipping of a block in float64 (arXiv 2308.13137, equations 1 to 3), one sample a step."""
-
-    def __init__(self, task: BlockTask, start: dict[str, tuple[Tensor, Tensor]] | None = None) -> None:
-        self.bits, self.symmetric = task.grid.bits, task.grid.symmetric
-        self.block = copy.deepcopy(task.block).double()
-        self.inputs, self.targets = task.inputs.double(), [task.targets.double()]
-        rotary = {"position_embeddings": tuple(part.double() for part in task.kwargs["position_embeddings"])}
-        self.kwargs = {**task.kwargs, **rotary}
-        self.groups, self.logits = {}, {}
-        for name in task.family.linears:
-            weight = self.block.get_submodule(name).weight
-            width = weight.shape[1] if task.grid.group_size == -1 else task.grid.group_size
-            self.groups[name] = weight.detach().reshape(-1, width)  # [o G, g]
-            upper, lower = start[name] if start else (torch.full((len(self.groups[name]), 1), 4.0),) * 2
-            self.logits[name] = [upper.double().reshape(-1, 1).clone(), lower.double().reshape(-1, 1).clone()]
-        self.parameters = [logit.requires_grad_() for pair in self.logits.values() for logit in pair]
-        self.moments = [(torch.zeros_like(each), torch.zeros_like(each)) for each in self.parameters]
-        self.steps = 0
-
-    def quantized(self, name: str) -> Tensor:
-        w, (upper, lower) = self.groups[name], self.logits[name]
-        levels = 2**self.bits - 1
-        high = torch.sigmoid(upper) * w.max(1, keepdim=True).values.clamp(min=0)
-        low = torch.sigmoid(lower) * w.min(1, keepdim=True).values.clamp(max=0)
-        if self.symmetric:
-            scale, zero = 2 * torch.maximum(high, -low) / levels, torch.tensor(2.0 ** (self.bits - 1))
-        else:
-            scale = (high - low) / levels
-            zero = torch.round(-low / scale).detach()
-        position = w / scale
-        rounded = position + (torch.round(position) - position).detach()
-        codes = torch.clamp(rounded + zero, 0, levels)
-        return ((codes - zero) * scale).reshape(self.block.get_submodule(name).weight.shape)
-
-    def loss(self, sample: int) -> Tensor:
-        weights = {f"{name}.weight": self.quantized(name) for name in self.groups}
-        output = functional_call(self.block, weights, (self.inputs[sample : sample + 1],), self.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        return sum(((output - targets[sample]) ** 2).mean() for targets in self.targets)
-
-    def step(self, sample: int, rate: float) -> float:
-        """One AdamW step (no decay); returns the loss before it."""
-        loss = self.loss(sample)
-        self.steps += 1
-        with torch.no_grad():
-            for grad, parameter, (first, second) in zip(
-                torch.autograd.grad(loss, self.parameters), self.parameters, self.moments, strict=True
-            ):
-                first.mul_(0.9).add_(0.1 * grad)
-                second.mul_(0.999).add_(0.001 * grad**2)
-                change = first / (1 - 0.9**self.steps)
-                parameter -= rate * change / ((second / (1 - 0.999**self.steps)).sqrt() + 1e-8)
-        return loss.item()
-
-    def train(self, order: list[int], rates: float | list[float] = 1e-2) -> list[float]:
-        rates = [rates] * len(order) if isinstance(rates, float) else rates
-        return [self.step(sample, rate) for sample, rate in zip(order, rates, strict=True)]
-
-    def assert_equals(self, module: OmniQuantModule) -> None:
-        """Measured: 3.5e-6 at most."""
-        for name, (upper, lower) in self.logits.items():
-            clip = module.clip(name)
-            for ours, theirs in ((clip.upper, upper), (clip.lower, lower)):
-                torch.testing.assert_close(ours.detach().double().reshape(-1, 1), theirs.detach(), rtol=0, atol=2e-5)
-
-
-def assert_losses(ours: list[float], theirs: list[float]) -> None:
-    """Measured: 4e-7 at most."""
-    torch.testing.assert_close(torch.tensor(ours).double(), torch.tensor(theirs).double(), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
@@ -215,18 +134,6 @@ def test_two_fits_are_equal(tmp_path: Path) -> None:
     assert all(torch.equal(first.linears[name].codes, second.linears[name].codes) for name in first.linears)
 
 
-class Rates(Callback):
-    """The rate of every optimizer step."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        trainer.optimizers[0].register_step_pre_hook(
-            lambda optimizer, *_: self.seen.append(optimizer.param_groups[0]["lr"])
-        )
-
-
 def test_cosine_schedule(tmp_path: Path) -> None:
     task, rates = tiny_task(Grid(3, 16)), Rates()
     plain = Plain(task)
@@ -278,89 +185,6 @@ def test_batches_and_precision(precision: str, tmp_path: Path) -> None:
     found = losses(tmp_path)
     assert len(found) == 12
     assert sum(found[-2:]) < 0.995 * sum(found[:2])  # measured: 0.987 and 0.990
-
-
-class Broken(OmniQuantModule):
-    """Its loss, or only its gradient, is not a number at certain steps."""
-
-    def __init__(self, task: BlockTask, settings: OmniQuant, steps: set[int], gradient_only: bool = False) -> None:
-        super().__init__(task, settings)
-        self.broken_steps, self.gradient_only = steps, gradient_only
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = super().loss(inputs, targets)
-        if self.batches.position not in self.broken_steps:
-            return loss
-        if not self.gradient_only:
-            return loss * math.nan
-        return loss + (next(self.parameters()) * 0).sqrt().sum()  # finite, its derivative is not
-
-
-class Stop(Callback):
-    """Ends the process, so to speak, after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.step:
-            raise ConnectionAbortedError
-
-
-@pytest.mark.parametrize("gradient_only", [False, True])
-def test_guard_returns_to_the_last_good_pass_at_half_the_rate(tmp_path: Path, gradient_only: bool) -> None:
-    """Pass 2 of 4 goes wrong: passes 3 and 4 go on from the end of pass 1, optimizer state included."""
-    task, rates = tiny_task(Grid(3, 16)), Rates()
-    plain = Plain(task)
-    module = fit(Broken(task, OmniQuant(epochs=4), {5}, gradient_only), tmp_path, rates)
-    assert rates.seen == pytest.approx([1e-2] * 6 + [5e-3] * 6)
-    first, others = plain.train([0, 1, 2]), plain.train([0, 1, 2] * 2, 5e-3)
-    assert_losses(losses(tmp_path)[:3] + losses(tmp_path)[6:], first + others)
-    plain.assert_equals(module)
-    assert task.notes["guard"] == "non-finite loss in 1 pass(es): learning rate x 0.5"
-
-
-def test_guard_keeps_to_the_schedule(tmp_path: Path) -> None:
-    """Under a decaying rate, half of what the schedule says now, not of what it said before the bad pass."""
-    rates = Rates()
-    fit(Broken(tiny_task(Grid(3)), OmniQuant(epochs=3, schedule="cosine"), {5}), tmp_path, rates)
-    expected = [1e-2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
-    assert rates.seen == pytest.approx(expected[:6] + [rate / 2 for rate in expected[6:]])
-
-
-def test_guard_gives_up_after_three_passes(tmp_path: Path) -> None:
-    """The block gets the grid it started with, and its summary says so; the remaining passes are not made."""
-    task = tiny_task(Grid(3, 16))
-    start = OmniQuant().module(task).finish()
-    module = fit(Broken(task, OmniQuant(epochs=9), {4, 7, 12}), tmp_path)
-    assert len(losses(tmp_path)) == 12
-    assert task.notes["guard"] == "non-finite loss in 3 passes: kept the initial grid"
-    assert all((clip.upper == 4).all() and (clip.lower == 4).all() for clip in map(module.clip, task.family.linears))
-    for name, linear in task.result.linears.items():
-        assert torch.equal(linear.codes, start.linears[name].codes)
-        assert torch.equal(linear.scale, start.linears[name].scale)
-
-
-@pytest.mark.parametrize("killed_at", [4, 7, 10])
-@pytest.mark.parametrize("bad", [{5}, {5, 8}, {2, 5, 8}])
-def test_guard_survives_a_resume(tmp_path: Path, bad: set[int], killed_at: int) -> None:
-    """What it did before an interruption still holds, and is still told."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tasks = []
-    for folder in (whole, parts):
-        folder.mkdir()
-        tasks.append(tiny_task(Grid(3, 16)))
-    settings = OmniQuant(epochs=5, schedule="cosine")
-    expected = fit(Broken(tasks[0], settings, bad), whole)
-    try:
-        found = fit(Broken(tasks[1], settings, bad), parts, Stop(killed_at))
-    except ConnectionAbortedError:
-        tasks[1] = tiny_task(Grid(3, 16))
-        found = fit(Broken(tasks[1], settings, bad), parts, resume=True)
-    assert tasks[1].notes == tasks[0].notes
-    assert (parts / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
-    for name, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value)
 
 
 def test_untrained_is_not_round_to_nearest() -> None:

@@ -175,7 +175,8 @@ def test_losses_on_disk(tmp_path: Path) -> None:
     assert all(value == float(torch.tensor(value)) for value in values)  # written so that they read back exactly
     mean = BlockResult.load(run / "blocks/001.safetensors").summary
     last = [float(row["value"]) for row in rows_of(run, "001.1.csv")[-2:]]
-    assert mean["OmniQuant.loss.last"] == pytest.approx(sum(last) / 2)
+    assert mean["OmniQuant 2.loss.last"] == pytest.approx(sum(last) / 2)
+    assert mean["OmniQuant 1.loss.first"] == pytest.approx(sum(values[:3]) / 3)
 
 
 def test_summary_and_card(tmp_path: Path) -> None:

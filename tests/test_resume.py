@@ -21,7 +21,7 @@ from runs import SMALL, omniquant, outcome, write_run
 from omniq.cli import main
 from omniq.run_dir import RunDir
 
-STAGES = [omniquant(), omniquant(schedule="cosine", shuffle=True, augmented_loss=True)]
+STAGES = [omniquant(transform={"shift": False}), omniquant(schedule="cosine", shuffle=True, augmented_loss=True)]
 STEPS_PER_PASS = 3
 RANDOM_KILLS = 20
 # Every file of a run that is written beside its name; of the blocks', those of the second.

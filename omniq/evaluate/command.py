@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from omniq.config import Model
 from omniq.data import Evaluation
 from omniq.errors import UserError
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_model, evaluate_streamed
 from omniq.evaluate.table import perplexity_table, write_results
+from omniq.models.reload import open_checkpoint
 from omniq.models.source import SourceModel
 
 
@@ -54,7 +55,7 @@ def is_quantized(path: str) -> bool:
 
 def _quantized(model: Model, evaluation: Evaluation, device: torch.device, batch: int) -> PerplexityResult:
     windows = evaluation.windows(AutoTokenizer.from_pretrained(model.path))
-    loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=model.dtype, attn_implementation=model.attention)
+    loaded = open_checkpoint(model.path, dtype=model.dtype, attn_implementation=model.attention)
     return evaluate_model(loaded, windows, batch, device)
 
 

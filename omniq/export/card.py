@@ -24,7 +24,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
             ``license``: of the source model; ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
             ``format`` and ``requires``: the layout, and packages that a reader needs beside transformers;
-            ``bits_per_weight``: of the quantized linears, with scales and zero points; ``bytes``: of all tensors;
+            ``bits_per_weight``: of the quantized linears, all that is stored of them; ``bytes``: of all tensors;
             ``perplexity``: by text, then by model, lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: of the source model;
@@ -48,7 +48,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 def _front_matter(facts: Mapping[str, Any]) -> str:
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = ["omniq", "quantized", facts.get("format"), facts.get("scheme")]
-    head["tags"] = [tag for tag in tags if tag]
+    head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may be omniq, too
     if _is_hub_name(base := str(facts.get("base_model", ""))):
         head |= {"base_model": base, "base_model_relation": "quantized"}
     if "license" in facts:
@@ -69,8 +69,8 @@ def _heading(facts: Mapping[str, Any]) -> str:
     text = f"{base or 'A language model'}, quantized by omniq" + (f" {' '.join(how)}" if how else "") + "."
     if "bits_per_weight" in facts:
         text += (
-            f" Codes, scales and zero points of the quantized linears come to {facts['bits_per_weight']:.3f} bits per "
-            "weight; all other parameters stay floating-point."
+            f" The quantized linears come to {facts['bits_per_weight']:.3f} bits per weight, scales, zero points and "
+            "outliers included; all other parameters stay floating-point."
         )
     if "bytes" in facts:
         text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."
@@ -79,9 +79,10 @@ def _heading(facts: Mapping[str, Any]) -> str:
 
 def _loading(facts: Mapping[str, Any]) -> str:
     folder = facts.get("name", "path/to/this/folder")
-    packages = " ".join(["transformers", *facts.get("requires", ())])
+    packages = ["transformers", *facts.get("requires", ())]
+    reader = "import omniq  # teaches transformers this format\n" if "omniq" in packages else ""
     return (
-        f"## Use\n\n`pip install {packages}`, then\n\n```python\n"
+        f"## Use\n\n`pip install {' '.join(packages)}`, then\n\n```python\n{reader}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'

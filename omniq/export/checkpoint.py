@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from omniq.errors import UserError
 from omniq.export.card import model_card
 from omniq.export.deployment import Deployment, deployment
-from omniq.export.format import Format, scheme_of
+from omniq.export.format import Format, Written, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardWriter, writing
 from omniq.models.family import Family
@@ -165,7 +165,7 @@ def _write_weights(
 ) -> dict[str, Any]:
     """Write all tensors and ``config.json``; return what the card says of them."""
     writer = ShardWriter(folder, max_shard_bytes)
-    linears: dict[str, tuple[float, int]] = {}  # full name: stored bits per weight, weights
+    linears: dict[str, Written] = {}  # by full name
     plain: set[str] = set()  # full names of all other parameters
     summaries = []
     for block, result in each_result(source, results):
@@ -173,7 +173,7 @@ def _write_weights(
             scheme = scheme_of(result)
             layout.check(scheme, source.family)
         for name, linear in result.linears.items():
-            linears[f"{block}.{name}"] = linear.bits_per_weight(), linear.codes.numel()
+            linears[f"{block}.{name}"] = Written.of(linear)
             for key, tensor in layout.tensors(f"{block}.{name}", linear, scheme).items():
                 writer.add(key, tensor)
         for name, tensor in result.tensors.items():
@@ -182,6 +182,8 @@ def _write_weights(
         summaries.append(dict(result.summary))
     if scheme is None:
         raise UserError("there are no blocks to export")
+    if not linears:
+        raise UserError("no linear of any block is quantized: quantize at least one block before exporting")
     for name, tensor in source.outside():
         plain.add(name)
         writer.add(name, deployed(name, tensor, scheme))
@@ -191,8 +193,9 @@ def _write_weights(
         writer.add(name, torch.zeros(shape, dtype=scheme.grid.scale_dtype))
     size = writer.close()
     unquantized = [name for name in model.linears if name not in linears]
-    _write_config(model, layout.quantization_config(scheme, unquantized), scheme, folder)
-    mean_bits = sum(bits * weights for bits, weights in linears.values()) / sum(n for _, n in linears.values())
+    _write_config(model, layout.quantization_config(scheme, unquantized, linears), scheme, folder)
+    weights = sum(linear.weights for linear in linears.values())
+    mean_bits = sum(linear.bits_per_weight * linear.weights for linear in linears.values()) / weights
     return {"scheme": scheme.name, "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
 
 

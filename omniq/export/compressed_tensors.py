@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
+from omniq.export.format import Written
 from omniq.export.packing import pack, unpack
 from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
@@ -110,7 +111,9 @@ class CompressedTensors:
         """
         problem = ""
         if outliers:
-            problem = "has no place for the sparse outliers of this method: use a method without outliers"
+            problem = (
+                "has no place for the sparse outliers of this method: use format omniq, or a method without outliers"
+            )
         elif scheme.kv_bits != 16:
             problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16"
         elif scheme.activation_bits != 16 and family is not None and family.flat:
@@ -134,10 +137,11 @@ class CompressedTensors:
             ValueError: a symmetric linear whose zero point is not the middle of the code range.
         """
         if linear.outliers is not None:
-            raise UserError(f"{name} has outliers: format {self.name} has no place for them; use a method without")
+            raise UserError(f"{name} has outliers: format {self.name} has no place for them; use format omniq")
         if linear.grid != scheme.grid:
             raise UserError(
-                f"{name} is on {linear.grid}, the model on {scheme.grid}: format {self.name} holds one grid"
+                f"{name} is on {linear.grid}, the model on {scheme.grid}: format {self.name} holds one grid; "
+                "use format omniq"
             )
         if linear.grid.symmetric and bool((linear.zero_point != _middle(linear.scale, linear.grid)).any()):
             raise ValueError(f"{name}: the zero point of a symmetric grid is not {2 ** (linear.grid.bits - 1)}")
@@ -149,7 +153,9 @@ class CompressedTensors:
         stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return self.layout(scheme).load(stored, scheme.grid)
 
-    def quantization_config(self, scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, scheme: Scheme, ignore: Sequence[str], linears: Mapping[str, Written]
+    ) -> dict[str, Any]:
         """The entry of ``config.json``; see the module's text for its traps."""
         layout, grid = self.layout(scheme).name, scheme.grid
         weights = {

@@ -7,18 +7,50 @@ weight-only models, bytes for models with integer activations) behind one name.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from omniq.errors import UserError
 from omniq.models.family import Family
+from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, QuantizedLinear
 
 
 def scheme_of(result: BlockResult) -> Scheme:
-    """The weight-only scheme of a finished block."""
+    """The weight-only scheme of a finished block.
+
+    Raises:
+        UserError: nothing is quantized in it.
+    """
+    if not result.linears:
+        raise UserError("the first block has no quantized linear to tell the scheme by: give the scheme")
     return Scheme.of(next(iter(result.linears.values())).grid)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is remembered of a quantized linear once its tensors are written.
+
+    Args:
+        grid: of its codes.
+        weights: how many there are.
+        bits_per_weight: stored bits of codes, scales, zero points and outliers over the number of weights.
+        outliers: how many are kept in float16; None if there is no sparse part.
+    """
+
+    grid: Grid
+    weights: int
+    bits_per_weight: float
+    outliers: int | None
+
+    @classmethod
+    def of(cls, linear: QuantizedLinear) -> "Written":
+        """Look at it."""
+        outliers = None if linear.outliers is None else linear.outliers.value.numel()
+        return cls(linear.grid, linear.codes.numel(), linear.bits_per_weight(), outliers)
 
 
 class Format(Protocol):
@@ -48,14 +80,20 @@ class Format(Protocol):
     def read(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
         """Invert ``tensors``.
 
+        Args:
+            scheme: as for ``tensors``, with the grid of this linear.
+
         Raises:
             KeyError: a tensor of this linear is missing.
             ValueError: one has a shape, dtype or padding it cannot have.
         """
 
-    def quantization_config(self, scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, scheme: Scheme, ignore: Sequence[str], linears: Mapping[str, Written]
+    ) -> dict[str, Any]:
         """The entry of ``config.json`` that tells a runtime how to read the tensors.
 
         Args:
             ignore: full names of the linears that are not quantized.
+            linears: those that are, by full name.
         """

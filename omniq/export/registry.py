@@ -4,8 +4,9 @@
 from omniq.errors import UserError
 from omniq.export.compressed_tensors import CompressedTensors
 from omniq.export.format import Format
+from omniq.export.native import Native
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors()}
+FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "omniq": Native()}
 
 
 def find_format(name: str) -> Format:

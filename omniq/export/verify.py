@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reopen an exported folder and hold it against what was optimised.
 
-1. Every code, scale and zero point is read back from the files and compared with the finished blocks, bit for bit, and
-   so is every other parameter. Nothing may be missing and nothing may be there too much.
+1. Every code, scale, zero point and outlier is read back from the files and compared with the finished blocks, bit for
+   bit, and so is every other parameter. Nothing may be missing and nothing may be there too much.
 2. The folder is loaded through plain ``AutoModelForCausalLM.from_pretrained``, as a stranger would, and its logits are
    compared with those of the source's own architecture and config on the dequantized weights of the finished blocks.
    That catches what the first step cannot: a config that describes the file wrongly, a runtime that computes something
@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from omniq.export.checkpoint import Results, Source, deployed, each_result
 from omniq.export.deployment import deployment
 from omniq.export.format import Format, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardReader, same_bits
+from omniq.models.reload import open_checkpoint
+from omniq.quantizers.grid import Grid
 from omniq.quantizers.hooks import attach
 from omniq.quantizers.scheme import Activations, Scheme
 from omniq.result import QuantizedLinear
@@ -111,7 +113,8 @@ def _compare_tensors(
             for name, linear in result.linears.items():
                 stored = file.under(f"{block}.{name}.")
                 stored.pop(f"{block}.{name}.bias", None)  # a parameter beside the codes
-                _compare_linear(f"{block}.{name}", _read(f"{block}.{name}", stored, layout, scheme), linear)
+                found = _read(f"{block}.{name}", stored, layout, scheme, linear.grid)
+                _compare_linear(f"{block}.{name}", found, linear)
                 unseen -= stored.keys()
                 linears += 1
                 codes += linear.codes.numel()
@@ -129,9 +132,10 @@ def _compare_tensors(
     return Report(linears, codes, others + len(unseen)), scheme
 
 
-def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme) -> QuantizedLinear:
+def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme, grid: Grid) -> QuantizedLinear:
+    own = Scheme.of(grid, scheme.activation_bits, scheme.activation_symmetric, scheme.kv_bits, scheme.queries)
     try:
-        return layout.read(name, stored, scheme)
+        return layout.read(name, stored, own)
     except KeyError as error:
         raise VerificationError(f"{name}.{error.args[0]} is missing in the file") from error
     except ValueError as error:
@@ -141,6 +145,13 @@ def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme) 
 def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear) -> None:
     for part in ("codes", "scale", "zero_point"):
         _compare(f"{name}: {part}", getattr(found, part), getattr(expected, part))
+    if found.outliers is None or expected.outliers is None:
+        if found.outliers is not expected.outliers:
+            where = "model" if found.outliers is None else "file"
+            raise VerificationError(f"{name}: outliers are in the {where} only")
+        return
+    for part, sparse in vars(expected.outliers).items():
+        _compare(f"{name}: outliers' {part}", getattr(found.outliers, part), sparse)
 
 
 def _compare_plain(name: str, expected: Tensor, file: ShardReader, scheme: Scheme) -> set[str]:
@@ -174,7 +185,7 @@ def _compare_logits(
     activations: Activations,
 ) -> tuple[float, float]:
     """Largest difference, and root mean square difference over root mean square."""
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model = open_checkpoint(path)
     attention = model.config._attn_implementation
     if not activations.quantized:
         for module in model.modules():

@@ -120,7 +120,7 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
     gain = torch.zeros(outputs, dtype=torch.float64, device=residual.device)
     work = residual.new_empty(problem.block, outputs)
     fused = backend == "triton" or (backend == "auto" and residual.is_cuda and _has_triton())
-    with matmul_precision(problem.precision):
+    with matmul_precision(problem.precision, residual.device):
         for number, columns in enumerate(problem.blocks()):
             gradient = torch.mm(problem.gram[columns], residual, out=work[: columns.stop - columns.start])
             if not rounded:

@@ -190,23 +190,32 @@ def to_residual_(problem: Problem, values: Tensor) -> Tensor:
 def objective(problem: Problem, residual: Tensor) -> Tensor:
     """Each row's error ``d S d^T``, float64 ``[o]``, by one product."""
     total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
-    with matmul_precision(problem.precision):
+    with matmul_precision(problem.precision, residual.device):
         for columns in problem.blocks():
             total += (torch.mm(problem.gram[columns], residual) * residual[columns]).sum(0)
     return total
 
 
 @contextmanager
-def matmul_precision(precision: Precision) -> Iterator[None]:
+def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     """Let CUDA multiply float32 in TF32, or make sure that it does not; restored afterwards."""
     backend: Any = torch.backends.cuda.matmul
-    newer = hasattr(backend, "fp32_precision")  # since torch 2.9
-    before = backend.fp32_precision if newer else backend.allow_tf32
-    # NOTE: the older name sets the newer one as well; set the other way round, the two disagree and torch refuses both.
-    backend.allow_tf32 = precision == "tf32"
+    newer = hasattr(backend, "fp32_precision")  # since torch 2.9, beside the older names
+    before = backend.fp32_precision if newer else "tf32" if backend.allow_tf32 else "ieee"
+    if device.type != "cuda" or (before == "tf32") == (precision == "tf32"):
+        yield
+        return
+    try:
+        # NOTE: an older name sets all newer ones, but not the other way round, and torch refuses to read a mixture.
+        older = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    except RuntimeError:  # the user has set newer names
+        older = None
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        backend.allow_tf32 = before in (True, "tf32")
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         if newer:
             backend.fp32_precision = before

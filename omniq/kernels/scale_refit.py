@@ -34,7 +34,7 @@ def refit_scales_(problem: Problem, residual: Tensor, grid: Grid) -> tuple[Probl
     """
     scale = problem.scale.clone()
     gain = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
-    with matmul_precision(problem.precision):
+    with matmul_precision(problem.precision, residual.device):
         for group in range(len(scale)):
             columns = (problem.group_index == group).nonzero().flatten()
             if len(columns):

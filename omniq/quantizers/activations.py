@@ -66,7 +66,8 @@ def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     levels = lo.new_full((), most - least)  # a tensor: CUDA divides by a Python number through its reciprocal
     scale = torch.maximum(-lo, hi) / (levels / 2) if symmetric else (hi - lo) / levels
-    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    # NOTE: torch.where with a Python number copies it from the host, which a CUDA graph cannot capture
+    scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
     if symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (least - lo / scale).clamp(least, most).round()

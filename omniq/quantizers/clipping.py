@@ -8,8 +8,8 @@
     LSQ    s = f * s_0,                    z = z_0                              arXiv 1902.08153
 
 LWC's factors are relative to the weights as they are, so that its range follows a transform; PACT's thresholds and
-LSQ's step are absolute, which is what the paper's ablation holds against them. PACT's thresholds get a gradient from the
-weights beyond them only, LSQ's step also from the rounding of those inside.
+LSQ's step are absolute, which is what the paper's ablation holds against them. PACT's thresholds get a gradient from
+the weights beyond them only, LSQ's step also from the rounding of those inside.
 
 All share one interface, so a stage takes any of them from YAML. Deviations from the published codes: the range always
 includes zero, so the zero point stays inside the code range; the final grid is computed in float32. PACT and LSQ learn

@@ -13,7 +13,7 @@ The block's code stays as it is. Two things are attached to it and can be taken 
 Every range belongs to one token, so a full forward and decoding token by token with a cache compute the same: what the
 cache holds is quantized on its way into every attention, always to the same numbers.
 
-Under autocast the input is first brought to the dtype that the linear will compute in, as in the deployed model: a
+Under autocast everything is first brought to the dtype that products are computed in, as in the deployed model: a
 LayerNorm would hand over float32 there.
 """
 
@@ -40,8 +40,9 @@ def check_family(family: Family, activations: Activations) -> None:
     """
     if activations.attention and family.attention is None:
         raise UserError(
-            f"scheme: the attention of {', '.join(family.model_types)} does not call transformers' attention interface, "
-            "so queries, keys and values cannot be quantized: use a scheme without KV bits and with queries false"
+            f"scheme: the attention of {', '.join(family.model_types)} does not call transformers' attention "
+            "interface, so queries, keys and values cannot be quantized: use a scheme without KV bits and with queries "
+            "false"
         )
 
 
@@ -97,17 +98,20 @@ class SharedInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = args
         if self._source is not x or self._result is None:
-            self._source, self._result = x, self.quantize(x)
+            self._source, self._result = x, _quantize(x, self.bits, self.symmetric)
         result = self._result
         if module is self.last:
             self._source = self._result = None
         return (result, *others)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Each token of ``[..., i]`` on its own range, in the dtype of the computation."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return quantize_tokens(x, self.bits, self.symmetric)
+
+def _quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Each token of ``[..., c]`` on its own range, in the dtype of the computation; 16 bits leave it alone."""
+    if bits == 16:
+        return x
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return quantize_tokens(x, bits, symmetric)
 
 
 def _redirect(attention: nn.Module, activations: Activations) -> Callable[[], None]:
@@ -134,16 +138,13 @@ def _register(base: str, activations: Activations) -> str:
 
 
 def _attention(base: str, activations: Activations) -> Callable[..., Any]:
-    interface = AttentionInterface()
-
-    def quantize(x: Tensor, bits: int) -> Tensor:
-        return x if bits == 16 else quantize_tokens(x, bits, activations.symmetric)
+    interface, symmetric = AttentionInterface(), activations.symmetric
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         # "eager" stands for the function beside the module's class; all others are in the interface.
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        query = quantize(query, activations.queries)
-        key, value = quantize(key, activations.keys_values), quantize(value, activations.keys_values)
+        query = _quantize(query, activations.queries, symmetric)
+        key, value = (_quantize(each, activations.keys_values, symmetric) for each in (key, value))
         return interface.get_interface(base, eager)(module, query, key, value, *args, **kwargs)
 
     return attention

@@ -3,7 +3,9 @@
 
 from omniq.stages.gptq import GPTQ
 from omniq.stages.omniquant import OmniQuant
+from omniq.stages.outlier_suppression import OutlierSuppression
 from omniq.stages.quantease import QuantEase
 from omniq.stages.rtn import RTN
+from omniq.stages.smoothquant import SmoothQuant
 
-__all__ = ["GPTQ", "RTN", "OmniQuant", "QuantEase"]
+__all__ = ["GPTQ", "RTN", "OmniQuant", "OutlierSuppression", "QuantEase", "SmoothQuant"]

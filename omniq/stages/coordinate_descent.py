@@ -11,8 +11,8 @@ published rule (k <= 25, the last four rounded). Taken literally for other K, th
 rounded sweep at K = 3, 6 and 12, which measured up to 1.7, 0.5 and 0.5 % worse, and never relaxes after sweep 25 of
 longer runs, which leaves 1 to 2 % unused at K = 45.
 
-**Best iterate.** Relaxed sweeps raise the error for a while. For each row the codes of the least error after a rounded
-sweep are kept, and ``result()`` returns those. A start on the grid counts, so the result is never worse than it.
+**Best iterate.** Relaxed sweeps raise the error for a while. For each row the codes of the least error (with damping)
+after a rounded sweep are kept, and ``result()`` returns those. A start on the grid counts: the result is never worse.
 
 **Early stop.** ``converged`` once two rounded sweeps in a row were made, the second of which changed no code and the
 error by less than a millionth (supported coordinates of a sparse part are never quite still), and no relaxed sweep

@@ -38,6 +38,7 @@ from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
 from omniq.stages.statistics import input_importance
 from omniq.stages.step import OptimizerStep
 from omniq.stages.transform import fuse, input_ranges, moved_tensors
+from omniq.streams import take
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
 from omniq.transforms.let import LET, block_transform, check_equivalences
@@ -48,7 +49,7 @@ class OmniQuant(Stage):
 
     Args:
         epochs: passes over the samples for each block.
-        batch_size: samples a step (the paper: 1).
+        batch_size: samples a step (the paper: 1); of several processes, of each.
         clipping: what is learned about the range of each group: LWC, PACT or LSQ, or a fixed MinMax or Searched.
         clipping_lr: AdamW rate of the clipping (published code: 1e-2; the paper's text has it swapped with LET's).
         transform: scales and shifts that are learned with it; none if not given (published for weight-only LLaMA).
@@ -119,9 +120,9 @@ class OmniQuantModule(BlockModule):
         self.gap: Tensor | None = None  # [n]: half the mean square between the two targets of each sample
         if settings.augmented_loss:
             own = task.run(task.inputs)
-            self.targets = (task.targets + own) / 2
             pairs = zip(task.targets, own, strict=True)
             self.gap = torch.stack([(a.float() - b.float()).square().mean() / 2 for a, b in pairs])
+            self.targets = own.add_(task.targets).div_(2)  # in place: a stream may be all that memory holds
 
     def loader(self) -> PassLoader:
         order = self.task.seed * 10_007 + self.task.index if self.settings.shuffle else None
@@ -175,8 +176,7 @@ class OmniQuantModule(BlockModule):
         return error if self.gap is None else 2 * error
 
     def training_step(self, indices: Tensor) -> None:
-        inputs, _ = self.batch(indices)
-        targets = self.targets[indices.to(self.targets.device)].to(inputs.device)
+        inputs, targets = (take(stream, indices, self.task.device) for stream in (self.task.inputs, self.targets))
         loss = self.step(inputs, targets) if self.trainer.world_size == 1 else self._shared_step(inputs, targets)
         if self.gap is not None:
             loss = loss + self.gap[indices.to(self.gap.device)].mean()

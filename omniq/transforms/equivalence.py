@@ -132,7 +132,7 @@ class Transform:
         if where not in self._tied:  # kept on the device: a copy from the host cannot be captured in a CUDA graph
             self._tied[where] = self.heads.tied_channels(channels, move.rotary).to(scale.device)
         tied = self._tied[where]
-        on_keys = scale[..., tied].expand(self.heads.key, -1).flatten()  # [K c]
+        on_keys = scale.index_select(-1, tied).expand(self.heads.key, -1).flatten()  # [K c]
         on_queries = self.heads.to_query(on_keys)  # [H c]
         ends = (
             (move.query_norm or move.query, on_queries, move.query_norm),

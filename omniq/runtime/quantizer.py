@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers is told of omniq's format: the config and the quantizer of ``quant_method: omniq``.
+
+Steps of ``from_pretrained``: transformers builds the stock model without memory; every linear that the config names is
+replaced by a ``PackedLinear``; the tensors are read into its buffers; their content is checked. With ``dequantize:
+true`` in the config the stock linears come back at the end.
+
+Importing this module registers both. It is imported from within an import of transformers, hence nothing here may need
+more of transformers than what its registry has loaded already: ``omniq.runtime.linear`` is imported when a model is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from omniq.errors import UserError
+from omniq.files import CorruptFile
+from omniq.quantizers.grid import Grid
+
+METHOD = "omniq"
+VERSION = 1  # of the layout; a reader refuses what is newer than itself
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@register_quantization_config(METHOD)
+class OmniqConfig(QuantizationConfigMixin):
+    """The entry ``quantization_config`` of ``config.json``.
+
+    Args:
+        linears: of every quantized linear, by full name, its grid (``bits``, ``group_size``, ``symmetric``) and, where
+            it has a sparse part, the number of ``outliers``.
+        scale_dtype: of all scales: float16, bfloat16 or float32.
+        version: of the layout.
+        dequantize: make stock linears while loading.
+        quant_method: ``omniq``.
+
+    Raises:
+        UserError: an entry that this version of omniq cannot read.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, Mapping[str, Any]],
+        scale_dtype: str = "float16",
+        version: int = VERSION,
+        dequantize: bool = False,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if version != VERSION or unknown:
+            what = f"has version {version}" + "".join(f", {key!r}" for key in unknown)
+            raise UserError(f"quantization_config {what}; this omniq reads version {VERSION}: upgrade omniq")
+        if scale_dtype not in _DTYPES:
+            raise UserError(f"quantization_config.scale_dtype {scale_dtype!r} is none of {', '.join(_DTYPES)}")
+        self.quant_method: Any = quant_method  # transformers annotates the enumeration of its own methods
+        self.version, self.scale_dtype, self.dequantize = version, scale_dtype, dequantize
+        self.linears = {name: dict(entry) for name, entry in linears.items()}
+        for name in self.linears:
+            self.grid(name)
+
+    def grid(self, name: str) -> Grid:
+        """The grid of one linear.
+
+        Raises:
+            UserError: its entry is incomplete or not possible.
+        """
+        entry = self.linears[name]
+        try:
+            return Grid(entry["bits"], entry["group_size"], entry["symmetric"], getattr(torch, self.scale_dtype))
+        except KeyError as error:
+            raise UserError(
+                f"quantization_config.linears: {name} lacks {error.args[0]}; get config.json again"
+            ) from error
+
+
+@register_quantizer(METHOD)
+class OmniqQuantizer(HfQuantizer):
+    """Puts ``PackedLinear`` in the place of quantized linears."""
+
+    requires_calibration = True  # has transformers refuse to quantize a plain model with this
+    quantization_config: OmniqConfig
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        from omniq.runtime.linear import PackedLinear
+
+        config = self.quantization_config
+        stored = _stored_names(checkpoint_files)
+        for name, entry in config.linears.items():
+            place, linear = _find(model, name)
+            config.grid(name).check_width(linear.in_features, name)
+            packed = PackedLinear(linear, config.grid(name), entry.get("outliers"))
+            for part, _buffer in packed.named_buffers():
+                if stored is not None and f"{name}.{part}" not in stored:
+                    raise CorruptFile(f"{name}.{part} is missing in the checkpoint: get its files again")
+            model.set_submodule(place, packed)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, packed in _packed(model).items():
+            packed.check(name)
+        return self._dequantize(model) if self.quantization_config.dequantize else model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, packed in _packed(model).items():
+            model.set_submodule(name, packed.plain(dtype or model.dtype))
+        return model
+
+    def is_serializable(self, *_: Any) -> bool:
+        """``save_pretrained`` writes the same tensors again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def _packed(model: nn.Module) -> dict[str, Any]:
+    from omniq.runtime.linear import PackedLinear
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _find(model: Any, name: str) -> tuple[str, nn.Linear]:
+    """A linear by its full name, and by its name in this model, which may be the inner one alone (``AutoModel``).
+
+    Raises:
+        UserError: there is none.
+    """
+    modules = dict(model.named_modules())
+    for place in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+        if isinstance(linear := modules.get(place), nn.Linear):
+            return place, linear
+    raise UserError(
+        f"quantization_config.linears: {type(model).__name__} has no linear {name}: get config.json and weights from "
+        "the same place"
+    )
+
+
+def _stored_names(files: Sequence[str] | None) -> set[str] | None:
+    """Names of all tensors of safetensors files; None if there are none to look at.
+
+    Raises:
+        CorruptFile: one is damaged.
+    """
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    names: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                names |= set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(f"{path}: {error}") from error
+    return names

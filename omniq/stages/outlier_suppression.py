@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outlier Suppression+ (arXiv 2304.09145): shift channels to their middle, scale the outliers down, then round.
+
+For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a threshold ``t``:
+
+    d_j = (hi_j + lo_j) / 2                                          shift
+    s_j = max(1, max|x_j - d_j| / t)                                 scale: only channels beyond t are touched
+    t   = argmin || Q((X - d) / s) Q(W s)^T - (X - d) W^T ||^2       over a few samples, each input by itself
+
+No gradients. Candidates for ``t`` are even steps from the largest channel down; the first leaves all scales at one.
+Alone it is the baseline of that name; before another stage it prepares the block.
+
+Deviations: shifts only where the stock module can store the biases they make (in LLaMA from values to output), instead
+of a norm with a bias of its own; the objective is summed over all readers of an input, as published for q, k and v.
+
+Shapes: ``n`` tokens, ``i`` input features, ``o`` output features, ``c`` parameters of an equivalence.
+"""
+
+import torch
+from torch import Tensor
+
+from omniq import processes
+from omniq.errors import UserError
+from omniq.models.family import Equivalence, Family, ValueToOutput
+from omniq.quantizers.activations import quantize_tokens
+from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.result import BlockResult
+from omniq.stages.base import BlockTask, Stage
+from omniq.stages.rtn import RTNModule, round_to_nearest
+from omniq.stages.statistics import observed
+from omniq.stages.transform import fuse, input_ranges
+from omniq.transforms.equivalence import Transform, ends
+from omniq.transforms.initial import ChannelRanges, initial_values
+from omniq.transforms.let import block_transform, check_equivalences
+
+_KINDS = ("norm", "value_output")
+
+
+class OutlierSuppression(Stage):
+    """Shifts and searched scales, no learning.
+
+    Args:
+        candidates: thresholds to try for each input.
+        samples: that the search looks at, from the front.
+        clipping: the range of each group of weights; min-max by default.
+    """
+
+    def __init__(self, candidates: int = 20, samples: int = 8, clipping: Clipping | None = None) -> None:
+        for name, value in (("candidates", candidates), ("samples", samples)):
+            if value < 1:
+                raise UserError(f"stages: OutlierSuppression.{name} {value} is too small: give 1 or more")
+        self.candidates, self.samples, self.clipping = candidates, samples, clipping or MinMax()
+
+    def check_family(self, family: Family) -> None:
+        check_equivalences(family, _KINDS)
+
+    def module(self, task: BlockTask) -> "OutlierSuppressionModule":
+        return OutlierSuppressionModule(task, self)
+
+
+class OutlierSuppressionModule(RTNModule):
+    """A block whose outliers are suppressed, rounded once."""
+
+    def __init__(self, task: BlockTask, settings: OutlierSuppression) -> None:
+        super().__init__(task, settings.clipping)
+        self.settings = settings
+
+    @torch.no_grad()
+    def finish(self) -> BlockResult:
+        task = self.task
+        transform = block_transform(task.block, task.family, _KINDS, shift=True)
+        ranges = input_ranges(task)
+        values = initial_values(transform, dict(task.block.named_parameters()), ranges, alpha=None)
+        inputs = self._inputs()
+        for key, move in transform.moves.items():
+            shift = values.get(f"{key}/shift")
+            values[f"{key}/log_scale"] = self._scale(transform, move, ranges, shift, inputs).log()
+        fuse(task.block, transform, transform.parameters(values).to(task.device))
+        return super().finish()
+
+    def _inputs(self) -> dict[str, Tensor]:
+        """What the linears read in the first samples, ``[n, i]`` each."""
+        seen: dict[str, list[Tensor]] = {}
+        first = tuple(group[0] for group in self.task.family.inputs)
+        with observed(self.task.block, first, lambda name, x: seen.setdefault(name, []).append(x.float())):
+            self.task.visit(self.task.inputs[: self.settings.samples])
+        return {name: torch.cat(seen[group[0]]) for group in self.task.family.inputs for name in group}
+
+    def _scale(
+        self,
+        transform: Transform,
+        move: Equivalence,
+        ranges: ChannelRanges,
+        shift: Tensor | None,
+        inputs: dict[str, Tensor],
+    ) -> Tensor:
+        """The scales ``[c]`` of the best threshold."""
+        readers, heads = ends(move)[1:], transform.heads
+        through_heads = isinstance(move, ValueToOutput)
+        lo, hi, x = ranges.lo[readers[0]], ranges.hi[readers[0]], inputs[readers[0]]
+        if shift is not None:
+            wide = heads.to_query(shift) if through_heads else shift
+            lo, hi, x = lo - wide, hi - wide, x - wide
+        size = torch.maximum(hi, -lo)  # [i]
+        size = heads.by_key(size).amax(1) if through_heads else size  # [c]
+        best = size.new_ones(size.shape)
+        least = size.new_full((), torch.inf)
+        for step in range(self.settings.candidates):
+            threshold = size.max() * (1 - step / self.settings.candidates)
+            scale = (size / threshold.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=1)
+            error = self._error(readers, x, heads.to_query(scale) if through_heads else scale)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best
+
+    def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
+        """Squared error of the outputs, summed over the readers and all processes."""
+        given, total = self.task.activations, x.new_zeros(())
+        moved = x / scale
+        if given.inputs != 16:
+            moved = quantize_tokens(moved, given.inputs, given.symmetric)
+        for name in readers:
+            weight = self.task.linear(name).weight.float()
+            rounded = round_to_nearest(weight * scale, self.task.grid).dequantize().to(weight)
+            total += (moved @ rounded.t() - x @ weight.t()).square().sum()
+        return processes.all_reduce_sum(total)

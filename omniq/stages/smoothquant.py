@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmoothQuant (arXiv 2211.10438): move part of the activations' range into the weights, then round to nearest.
+
+    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),      x_j / s_j,  W_j s_j        for every input channel j of a norm
+
+No gradients. Alone it is the baseline of that name; before another stage (GPTQ, QuantEase, OmniQuant) it only prepares
+the block, and its codes are replaced. Where the scales come from: ``omniq.transforms.initial``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from omniq.models.family import Family
+from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.result import BlockResult
+from omniq.stages.base import BlockTask, Stage
+from omniq.stages.rtn import RTNModule
+from omniq.stages.transform import fuse, input_ranges
+from omniq.transforms.initial import check_alpha, initial_values
+from omniq.transforms.let import Kind, block_transform, check_equivalences, check_kinds
+
+
+class SmoothQuant(Stage):
+    """Scales from maxima, no learning.
+
+    Args:
+        alpha: how much of the range moves, 0 none to 1 all.
+        equivalences: where it moves; the paper: behind norms.
+        clipping: the range of each group of weights; min-max by default.
+    """
+
+    def __init__(
+        self, alpha: float = 0.5, equivalences: Sequence[Kind] = ("norm",), clipping: Clipping | None = None
+    ) -> None:
+        check_alpha(alpha)
+        check_kinds(equivalences)
+        self.alpha, self.equivalences, self.clipping = alpha, tuple(equivalences), clipping or MinMax()
+
+    def check_family(self, family: Family) -> None:
+        check_equivalences(family, self.equivalences)
+
+    def module(self, task: BlockTask) -> "SmoothQuantModule":
+        return SmoothQuantModule(task, self)
+
+
+class SmoothQuantModule(RTNModule):
+    """A block that is smoothed and rounded once."""
+
+    def __init__(self, task: BlockTask, settings: SmoothQuant) -> None:
+        super().__init__(task, settings.clipping)
+        self.settings = settings
+
+    @torch.no_grad()
+    def finish(self) -> BlockResult:
+        task = self.task
+        transform = block_transform(task.block, task.family, self.settings.equivalences, shift=False)
+        tensors = dict(task.block.named_parameters())
+        values = initial_values(transform, tensors, input_ranges(task), self.settings.alpha, shift=False)
+        fuse(task.block, transform, transform.parameters(values).to(task.device))
+        return super().finish()

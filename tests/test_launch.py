@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Trainer is told of the processes that a launcher has started, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from omniq import processes
+from omniq.errors import UserError
+from omniq.launch import BlockParallel, join, launch_arguments
+from omniq.preflight import check_shares
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "expected"),
+    [
+        ({}, {}, {"devices": 1}),
+        ({}, {"devices": 2}, {}),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, {"devices": "auto"}, {"devices": 4}),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"num_nodes": 1}, {"devices": 2, "num_nodes": 2}),
+        ({"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, {}, {"devices": 3, "num_nodes": 2}),
+        ({"SLURM_NTASKS": "6", "SLURM_JOB_NAME": "interactive"}, {}, {"devices": 1}),
+        ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {}, {"devices": 2}),
+    ],
+)
+def test_the_launcher_decides(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = launch_arguments(given)
+    strategy = found.pop("strategy", None)
+    assert found == expected
+    assert isinstance(strategy, BlockParallel) == (len(environment) > 0 and "devices" in found and found["devices"] > 1)
+
+
+def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with several processes.*leave it out"):
+        launch_arguments({"strategy": "fsdp"})
+
+
+def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneProcess:
+        num_devices = num_nodes = 1
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
+        join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("samples", "held_out", "message"),
+    [(9, 4, "data.samples 9 .* 4 processes: give 8"), (8, 2, "data.held_out 2 is not divisible by the 4 processes")],
+)
+def test_shares_that_do_not_come_out_even(
+    monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    check_shares(8, 0)
+    with pytest.raises(UserError, match=message):
+        check_shares(samples, held_out)
