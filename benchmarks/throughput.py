@@ -3,7 +3,6 @@
 
     python benchmarks/throughput.py                              # CUDA: 4 blocks of LLaMA-7B, 16 samples of 2048 tokens
     python benchmarks/throughput.py --blocks 32 --streams host   # the whole model, streams in pinned memory
-    python benchmarks/throughput.py --device cpu                 # a toy in seconds
     torchrun --nproc-per-node 2 benchmarks/throughput.py --folder /tmp/bench   # several processes (a shared folder)
 
 The checkpoint is written first (every block has the same weights; that takes no part in the figures). Then the run is
@@ -204,8 +203,7 @@ def install(clock: Clock) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run; its figures."""
-    device = arguments.device
-    source, text = folder / "source", folder / "text.txt"
+    device, source, text = arguments.device, folder / "source", folder / "text.txt"
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(arguments.precision, torch.float32)
     if int(os.environ.get("RANK", 0)) == 0 and not (folder / "ready").exists():
         source.mkdir(parents=True, exist_ok=True)
@@ -237,7 +235,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pass
     total = sum(clock.seconds.values())
     steps = arguments.blocks * arguments.epochs * arguments.samples
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": total,
         "seconds_per_block": total / arguments.blocks,
@@ -247,7 +244,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ms_per_step": 1e3 * clock.seconds["step"] / steps,
         "host_bytes": memory.peak,
         "host_bytes_at_start": memory.before,
-        "host_bytes_with_mapped_files": usage,
+        "host_bytes_with_mapped_files": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "device_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "stream_bytes": 2 * arguments.samples * arguments.length * SHAPES[arguments.shape][0] * dtype.itemsize,
     }
@@ -260,12 +257,9 @@ def show(result: dict[str, Any], blocks: int) -> None:
     for name, seconds in result["parts"].items():
         print(f"{name:12} {seconds / blocks:10.3f} {seconds / result['seconds']:7.1%}")
     print(f"{'all':12} {result['seconds_per_block']:10.3f}   {result['ms_per_step']:.2f} ms a step of one sample")
-    print(f"outside the step {result['outside_the_step']:.1%}")
-    print(
-        f"host {result['host_bytes'] / gib:.2f} GiB ({result['host_bytes_at_start'] / gib:.2f} before the run, "
-        f"{result['host_bytes_with_mapped_files'] / gib:.2f} with mapped files), streams "
-        f"{result['stream_bytes'] / gib:.2f} GiB"
-    )
+    before, mapped = result["host_bytes_at_start"] / gib, result["host_bytes_with_mapped_files"] / gib
+    print(f"outside the step {result['outside_the_step']:.1%}; streams {result['stream_bytes'] / gib:.2f} GiB")
+    print(f"host {result['host_bytes'] / gib:.2f} GiB ({before:.2f} before the run, {mapped:.2f} with mapped files)")
     if result["device_bytes"] is not None:
         print(f"GPU {result['device_bytes'] / gib:.2f} GiB")
 

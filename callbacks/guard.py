@@ -55,7 +55,7 @@ class NonFiniteGuard(Callback):
         for _, value in pl_module.tracked[-1:]:
             bad = ~torch.isfinite(value)
             self._bad = bad if self._bad is None else self._bad | bad
-        if not pl_module.batches.ends_pass(batch_idx + 1):
+        if not pl_module.pauses_after(batch_idx + 1):
             return
         flags = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
         bad_values = [~torch.isfinite(value).all() for value in flags] + ([] if self._bad is None else [self._bad])

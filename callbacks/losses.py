@@ -69,7 +69,7 @@ class BlockLosses(Callback):
         step = batch_idx + 1
         self._waiting += [(step, name, value) for name, value in pl_module.tracked]
         pl_module.tracked.clear()
-        if pl_module.batches.ends_pass(step) or step == trainer.num_training_batches:
+        if pl_module.pauses_after(step) or step == trainer.num_training_batches:
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, module: BlockModule) -> None:

@@ -84,7 +84,7 @@ def write_checkpoint(
 
 def generate(checkpoint: Path, prompt: str, new_tokens: int = 24) -> str:
     """What the checkpoint answers, greedily, opened by plain transformers as any user would."""
-    model = open_checkpoint(checkpoint)
+    model: Any = open_checkpoint(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = tokenizer(prompt, return_tensors="pt")
     answer = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
@@ -132,8 +132,8 @@ def rounded(plan: Plan) -> Callable[[int, nn.Module], nn.Module]:
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         for name in plan.source.family.linears:
-            weight = block.get_submodule(name).weight
-            weight.data.copy_(round_to_nearest(weight.detach(), plan.run.scheme.grid).dequantize())
+            linear: Any = block.get_submodule(name)
+            linear.weight.data.copy_(round_to_nearest(linear.weight.detach(), plan.run.scheme.grid).dequantize())
         attach(block, plan.source.family, plan.run.scheme.activations)
         return block
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq.quantizers.clipping import LSQ, LWC, PACT, Clipping, ClippingMethod, MinMax, Searched
+from omniq.quantizers.absolute import LSQ, PACT
+from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, MinMax, Searched
 from omniq.quantizers.grid import Grid
 
 GRIDS = [Grid(4, scale_dtype=torch.float32), Grid(3, 8, scale_dtype=torch.float32), Grid(3, 8, True, torch.float32)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import omniquant, outcome, write_run
 from stages import fit, fitted, losses
-from test_omniquant import Stop
+from test_guard import Stop
 from tiny import tiny_block
 from torch import Tensor
 from torch.func import functional_call
@@ -18,7 +18,8 @@ from omniq.cli import main
 from omniq.errors import UserError
 from omniq.models.families import family_of_type
 from omniq.models.family import Family
-from omniq.quantizers.clipping import LSQ, PACT, MinMax, Searched
+from omniq.quantizers.absolute import LSQ, PACT
+from omniq.quantizers.clipping import MinMax, Searched
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Activations
 from omniq.result import deploy

@@ -127,7 +127,7 @@ def test_threshold_step_is_a_gradient_step() -> None:
 
 
 def solve(kind: str, weight: Tensor, gram: Tensor, bits: int, by: Any, structured: bool) -> float:
-    """Error in % after 30 sweeps with 1 % outliers on a min-max grid, from codes, scales and the float16 sparse part."""
+    """Error in % after 30 sweeps with 1 % outliers on a min-max grid, from codes, scales and float16 sparse part."""
     grid, importance = Grid(bits), gram.diagonal()
     mask = choose_support(weight, 0.01, by=by, structured=structured, importance=importance, grid=grid)
     scale, zero_point, _ = fit_grid(weight.masked_fill(mask, 0), grid)

@@ -41,15 +41,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from omniq.kernels.layer_problem import (
-    Precision,
-    Problem,
-    codes_of,
-    matmul_precision,
-    prepare,
-    to_residual_,
-    to_values_,
-)
+from omniq.kernels import layer_problem as layer
+from omniq.kernels.layer_problem import Precision, Problem, matmul_precision
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -96,11 +89,15 @@ def sweep(
         target, gram, scale, zero_point, bits, group_index, mask, precision: see ``prepare``.
         backend: see ``sweep_``.
     """
-    problem = prepare(target, gram, scale, zero_point, bits, group_index=group_index, mask=mask, precision=precision)
-    residual = to_residual_(problem, values.to(problem.target.dtype).t().clone(memory_format=torch.contiguous_format))
+    problem = layer.prepare(
+        target, gram, scale, zero_point, bits, group_index=group_index, mask=mask, precision=precision
+    )
+    residual = layer.to_residual_(
+        problem, values.to(problem.target.dtype).t().clone(memory_format=torch.contiguous_format)
+    )
     changed, gain = sweep_(problem, residual, rounded, backend)
-    codes = codes_of(problem, residual)
-    return Sweep(to_values_(problem, residual, rounded).t(), codes.t(), changed, gain)
+    codes = layer.codes_of(problem, residual)
+    return Sweep(layer.to_values_(problem, residual, rounded).t(), codes.t(), changed, gain)
 
 
 def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -119,7 +116,7 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
     changed = torch.zeros((), dtype=torch.int64, device=residual.device)
     gain = torch.zeros(outputs, dtype=torch.float64, device=residual.device)
     work = residual.new_empty(problem.block, outputs)
-    fused = backend == "triton" or (backend == "auto" and residual.is_cuda and _has_triton())
+    fused = _is_fused(residual, backend)
     with matmul_precision(problem.precision, residual.device):
         for number, columns in enumerate(problem.blocks()):
             gradient = torch.mm(problem.gram[columns], residual, out=work[: columns.stop - columns.start])
@@ -132,6 +129,10 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
             else:
                 round_block(problem, residual, gradient, columns, changed, gain)
     return changed, gain
+
+
+def _is_fused(tensor: Tensor, backend: Backend) -> bool:
+    return backend == "triton" or (backend == "auto" and tensor.is_cuda and _has_triton())
 
 
 @functools.cache
@@ -199,3 +200,21 @@ def _round_columns(
     # S_jj ((new - u)^2 - (old - u)^2) as one product, which does not cancel
     difference = gradient * (2 * best - new - old)
     gain += torch.mv(difference.t(), gram.diagonal())
+
+
+def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, codes: Tensor, backend: Backend = "auto") -> None:
+    """Overwrite the codes of some rows of the layer with those of the iterate.
+
+    Args:
+        residual: ``[i, o]``, after a rounded sweep.
+        rows: which, bool ``[o]``.
+        codes: uint8 ``[i, o]``.
+    """
+    if _is_fused(residual, backend):
+        from omniq.kernels.coordinate_descent_triton import keep_codes_ as keep_codes_fused_
+
+        keep_codes_fused_(problem, residual, rows, codes)
+        return
+    for columns in problem.blocks():
+        now = layer.nearest(problem, residual, columns).to(torch.uint8)
+        codes[columns] = torch.where(rows, now, codes[columns])

@@ -55,6 +55,14 @@ def _earlier_steps(
 
 
 @triton.jit
+def _nearest(u, scale, zero, LEVELS: tl.constexpr, MAGIC: tl.constexpr):
+    """``clamp(round(u / s) + z, 0, L)``."""
+    steps = u / scale if u.dtype == tl.float64 else tl.div_rn(u, scale)  # the former is IEEE in float64 only
+    steps = tl.minimum(tl.maximum(steps, -512.0), 512.0)
+    return tl.minimum(tl.maximum(((steps + MAGIC) - MAGIC) + zero, 0.0), LEVELS)
+
+
+@triton.jit
 def _load_column(
     work_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
     c, row, there, outputs, MASKED: tl.constexpr,
@@ -116,9 +124,7 @@ def _round_block(
             partial = tl.sum(weight[:, None] * steps, axis=0)  # all but the step that is being found now
             old = target - residual
             u += later * inverse
-            code = u / scale if PRODUCT == "outer" else tl.div_rn(u, scale)  # the former is IEEE in float64 only
-            code = tl.minimum(tl.maximum(code, -512.0), 512.0)
-            code = tl.minimum(tl.maximum(((code + MAGIC) - MAGIC) + zero, 0.0), LEVELS)
+            code = _nearest(u, scale, zero, LEVELS, MAGIC)
             new = (code - zero) * scale
             if MASKED:
                 new = tl.where(keep, u, new)
@@ -137,6 +143,37 @@ def _round_block(
     tl.atomic_add(changed_ptr, tl.sum(count, axis=0).to(tl.int64))
 
 
+@triton.jit
+def _keep_codes(
+    target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, rows_ptr, codes_ptr, outputs,
+    LEVELS: tl.constexpr, MAGIC: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < outputs
+    chosen = there & (tl.load(rows_ptr + row, mask=there, other=0) != 0)
+    at = column.to(tl.int64) * outputs + row
+    grid = tl.load(group_ptr + column) * outputs + row
+    u = tl.load(target_ptr + at, mask=chosen, other=0.0) - tl.load(residual_ptr + at, mask=chosen, other=0.0)
+    scale = tl.load(scale_ptr + grid, mask=chosen, other=1.0)
+    zero = tl.load(zero_ptr + grid, mask=chosen, other=0.0)
+    tl.store(codes_ptr + at, _nearest(u, scale, zero, LEVELS, MAGIC).to(tl.uint8), mask=chosen)
+
+
+def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, codes: Tensor) -> None:
+    """See ``omniq.kernels.coordinate_descent.keep_codes_``."""
+    inputs, outputs = residual.shape
+    _keep_codes[(triton.cdiv(outputs, 1024), inputs)](
+        problem.target, residual, problem.scale, problem.zero_point, problem.group_index, rows, codes, outputs,
+        LEVELS=problem.levels, MAGIC=_magic(residual), ROWS=1024, num_warps=4,
+    )  # fmt: skip
+
+
+def _magic(tensor: Tensor) -> float:
+    """Adding and subtracting it leaves no fraction."""
+    return 1.5 * 2.0 ** (52 if tensor.dtype == torch.float64 else 23)
+
+
 def round_block(
     problem: Problem, residual: Tensor, gradient: Tensor, columns: slice, changed: Tensor, gain: Tensor
 ) -> None:
@@ -148,7 +185,7 @@ def round_block(
         gradient, problem.gram[columns, columns], problem.target[columns], residual[columns],
         problem.scale, problem.zero_point, problem.group_index[columns], problem.inverse[columns], mask,
         changed, gain, outputs, columns.stop - columns.start, problem.gram.stride(0),
-        LEVELS=problem.levels, MASKED=problem.mask is not None, MAGIC=1.5 * 2.0 ** (52 if double else 23),
+        LEVELS=problem.levels, MASKED=problem.mask is not None, MAGIC=_magic(residual),
         PRODUCT="outer" if double else "tf32" if problem.precision == "tf32" else "tf32x3",
         INNER=_INNER, ROWS=_ROWS, num_warps=1,
     )  # fmt: skip

@@ -138,17 +138,18 @@ def groups_of(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _triangles(gram: Tensor, dead: Tensor, block: int) -> Tensor:
     """Inverses of the lower triangles of the diagonal blocks, ``[ceil(i / B), B, B]``, computed in float64."""
-    width = gram.shape[0]
+    starts = range(0, len(gram), block)
+    lower = gram.new_zeros(len(starts), block, block, dtype=torch.float64)
+    for number, start in enumerate(starts):
+        here = gram[start : start + block, start : start + block]
+        lower[number, : len(here), : len(here)] = here.tril()
+    missing = len(starts) * block - len(gram)
+    out = torch.cat([dead, dead.new_ones(missing)]).view(len(starts), block)  # dead or beyond the last column
+    lower *= ~(out[:, :, None] | out[:, None, :])
+    lower += torch.diag_embed(out.double())
     eye = torch.eye(block, dtype=torch.float64, device=gram.device)
-    triangles = eye.repeat(-(-width // block), 1, 1)
-    live = (~dead).double()
-    for number, start in enumerate(range(0, width, block)):
-        here = slice(start, min(start + block, width))
-        size = here.stop - start
-        lower = gram[here, here].double().tril() * live[here, None] * live[here] + dead[here].double().diag()
-        inverse = torch.linalg.solve_triangular(lower, eye[:size, :size], upper=False)
-        triangles[number, :size, :size] = inverse * live[here, None] * live[here]
-    return triangles.to(gram.dtype)
+    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return (inverse - torch.diag_embed(out.double())).to(gram.dtype)
 
 
 def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
@@ -185,6 +186,11 @@ def to_residual_(problem: Problem, values: Tensor) -> Tensor:
     if problem.dead:
         values.mul_((problem.inverse > 0).to(values.dtype)[:, None])
     return values
+
+
+def squares(matrix: Tensor) -> Tensor:
+    """Sum of squares of each row of the layer, float64 ``[o]``, of ``[i, o]``."""
+    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).square()
 
 
 def objective(problem: Problem, residual: Tensor) -> Tensor:

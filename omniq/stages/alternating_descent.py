@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.kernels.layer_problem import Problem, objective
+from omniq.kernels.layer_problem import Problem, objective, squares
 from omniq.kernels.outliers import largest_eigenvalue, threshold_step
 from omniq.quantizers.grid import Grid
 from omniq.stages.coordinate_descent import CoordinateDescent, Solution
@@ -48,45 +48,46 @@ class AlternatingDescent(CoordinateDescent):
         **settings: Any,
     ) -> None:
         (weight,) = params = list(params)
-        target = weight.data.t()
+        target = weight.data.t().contiguous()
         sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
-        weight.data = (target - sparse).t()
+        weight.data = (target - sparse).t()  # moves with H, in memory of its own
         super().__init__(params, gram, grid, scale, zero_point, **settings)
         count = int(support.any(0).sum()) if structured else int(support.sum())
         self.param_groups[0] |= {"count": count, "structured": structured}
         state, problem = self.state[self.weight], self.problem
-        ridge = state["ridge"] * target.double().square().sum(0)
+        ridge = state["ridge"] * squares(target)
         state |= {
             "sparse": sparse,
             "best_sparse": sparse.clone(),
             "lambda_max": largest_eigenvalue(problem.gram),
-            "baseline": objective(problem, target.to(sparse.dtype).contiguous()) - ridge,
+            "baseline": objective(problem, target) - ridge,
         }
 
-    def _after_sweep(self, problem: Problem, residual: Tensor, sweep: int) -> Problem:
-        problem = super()._after_sweep(problem, residual, sweep)
-        state, group = self.state[self.weight], self.param_groups[0]
+    def _after_sweep(self, problem: Problem, sweep: int) -> None:
+        super()._after_sweep(problem, sweep)
+        state, group, problem = self.state[self.weight], self.param_groups[0], self.problem
         moved = threshold_step(
-            residual.t(), state["sparse"].t(), problem.gram, group["count"], state["lambda_max"], group["structured"]
-        ).t()
+            state["residual"].t(), state["sparse"].t(), problem.gram, group["count"], state["lambda_max"],
+            group["structured"],
+        ).t()  # fmt: skip
         change = moved - state["sparse"]
         state["sparse"] = moved.contiguous()
         problem.target.sub_(change)  # W - H
-        residual.sub_(change)
+        state["residual"].sub_(change)
         if problem.dead:
-            residual.mul_((problem.inverse > 0).to(residual.dtype)[:, None])
-        state["objective"] = objective(problem, residual)
-        return problem
+            state["residual"].mul_((problem.inverse > 0).to(change.dtype)[:, None])
+        state["objective"] = objective(problem, state["residual"])
 
     def _improved(self) -> Tensor:
         state = self.state[self.weight]
         return (state["objective"].sum() < state["best_objective"].sum()).expand_as(state["objective"])
 
-    def _keep_best(self, problem: Problem, residual: Tensor) -> None:
+    def _keep_best(self) -> None:
         state = self.state[self.weight]
         state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
-        super()._keep_best(problem, residual)
+        super()._keep_best()
 
     def result(self) -> Solution:
         """The best codes, and H beside them."""
-        return super().result()._replace(sparse=self.state[self.weight]["best_sparse"].t())
+        solution = super().result()
+        return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())

@@ -8,6 +8,8 @@ because that is the only arrangement in which a run killed twice still resumes e
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` output and input features, ``G`` groups.
 """
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from omniq import processes
 from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.hooks import quantized_activations
@@ -153,10 +156,13 @@ class BlockModule(L.LightningModule):
     What remains in ``state_dict()`` is what the stage learns.
     """
 
+    save_interval = 0.0
+
     def __init__(self, task: BlockTask) -> None:
         super().__init__()
         self._outside = (task,)
         self.tracked: list[tuple[str, Tensor]] = []
+        self._paused, self._paused_at = (0, False), -math.inf
 
     @property
     def task(self) -> BlockTask:
@@ -171,6 +177,19 @@ class BlockModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Indices go to where the streams are: a GPU would have to be asked for them again if those are on the host."""
         return super().transfer_batch_to_device(batch, self.task.inputs.device, dataloader_idx)
+
+    def pauses_after(self, step: int) -> bool:
+        """Whether losses are read and the fit is saved after this step (from 1): where a pass ends.
+
+        Stages whose passes last milliseconds wait ``save_interval`` seconds in between; what is saved when changes
+        nothing about the result.
+        """
+        if self._paused[0] != step:
+            now = time.monotonic()
+            waited = processes.count() > 1 or now - self._paused_at >= self.save_interval  # processes must agree
+            self._paused = (step, waited and self.batches.ends_pass(step))
+            self._paused_at = now if self._paused[1] else self._paused_at
+        return self._paused[1]
 
     def track(self, name: str, value: Tensor) -> None:
         """Record a scalar of this step, such as ``loss``; it stays on the device until the pass ends."""

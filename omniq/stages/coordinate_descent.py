@@ -23,8 +23,8 @@ min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones 
 rounded sweep buys nothing more.
 
 **State** is plain tensors, the Gram matrix and the target among them, transposed (``[i, o]``) so that a column is
-contiguous; saved and loaded between any two steps, it continues to the same bits. Beyond the Gram matrix, the target
-and the parameter it takes a byte a weight for the best codes: inside a step the parameter's own storage holds D.
+contiguous; saved and loaded between any two steps, it continues to the same bits. What moves is the residual D; the
+parameter keeps the original weights. Beyond those and the Gram matrix, memory is D and a byte a weight for the codes.
 
 Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups.
 """
@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from omniq.errors import UserError
 from omniq.kernels import layer_problem as layer
-from omniq.kernels.coordinate_descent import Backend, sweep_
+from omniq.kernels.coordinate_descent import Backend, keep_codes_, sweep_
 from omniq.kernels.layer_problem import Precision, Problem
 from omniq.kernels.scale_refit import refit_scales_
 from omniq.quantizers.grid import Grid
@@ -67,8 +67,8 @@ class CoordinateDescent(Optimizer):
     """Coordinate descent on the codes of one stacked weight.
 
     Args:
-        params: exactly one parameter, ``[o, i]``, float32 (float64 for precision "float64"). It holds the start, then
-            the current iterate; its memory is laid out anew, column after column.
+        params: exactly one parameter, ``[o, i]``, float32 (float64 for precision "float64"). It holds the start; from
+            then on it holds the target, laid out column after column, and steps leave it alone.
         gram: ``[i, i]``, symmetric; not copied unless damped.
         grid: bits and how scales are stored.
         scale, zero_point: ``[o, G]``.
@@ -113,15 +113,16 @@ class CoordinateDescent(Optimizer):
         if damping:
             gram = gram.clone()
             gram.diagonal().add_(ridge)
-        values = self._values()
+        start = self.weight.data
         problem = layer.prepare(
-            values.t().clone() if target is None else target.detach(), gram, scale, zero_point, grid.bits,
+            start if target is None else target.detach(), gram, scale, zero_point, grid.bits,
             group_index=group_index, mask=mask, precision=precision,
         )  # fmt: skip
         self._problem: Problem | None = problem
-        self.state[self.weight] = self._first_state(problem, values, ridge)
+        self.weight.data = problem.target.t()
+        self.state[self.weight] = self._first_state(problem, ridge)
         if target is not None:
-            self._start_on_grid(problem, values)
+            self._start_on_grid(problem, start)
 
     def _check(self, gram: Tensor) -> None:
         (group,) = self.param_groups
@@ -138,30 +139,32 @@ class CoordinateDescent(Optimizer):
             raise UserError(f"sweeps {group['sweeps']} leave the weights unrounded: give at least 1 (30 is published)")
         layer.check_finite(gram)
 
-    def _first_state(self, problem: Problem, values: Tensor, ridge: Tensor) -> dict[str, Tensor]:
-        zeros = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    def _first_state(self, problem: Problem, ridge: Tensor) -> dict[str, Tensor]:
+        target = problem.target
+        zeros = torch.zeros(target.shape[1], dtype=torch.float64, device=target.device)
         state = {name: getattr(problem, name) for name in ("target", "gram", "scale", "zero_point", "group_index")}
         state |= {
+            "residual": torch.zeros_like(target),
             "ridge": ridge.double(),
             "sweep": torch.zeros((), dtype=torch.int64),
-            "still": torch.zeros((), dtype=torch.bool, device=values.device),
-            "baseline": layer.objective(problem, problem.target) - ridge * problem.target.double().square().sum(0),
+            "still": torch.zeros((), dtype=torch.bool, device=target.device),
+            "baseline": layer.objective(problem, target) - ridge * layer.squares(target),
             "objective": zeros,
             "best_objective": zeros + torch.inf,
-            "best_codes": torch.zeros_like(values, dtype=torch.uint8),
+            "best_codes": torch.zeros_like(target, dtype=torch.uint8),
             "best_scale": problem.scale.clone(),
         }
         if problem.mask is not None:
-            state |= {"mask": problem.mask, "best_free": values[problem.mask]}
+            state |= {"mask": problem.mask, "best_free": target[problem.mask]}
         return state
 
-    def _start_on_grid(self, problem: Problem, values: Tensor) -> None:
-        """Bring the start exactly onto the grid, in place, and count it as the first iterate."""
-        rounded = layer.to_values_(problem, layer.to_residual_(problem, values), rounded=True)
-        residual = layer.to_residual_(problem, rounded)
-        self.state[self.weight]["objective"] = layer.objective(problem, residual)
-        self._keep_best(problem, residual)
-        layer.to_values_(problem, residual, rounded=True)
+    def _start_on_grid(self, problem: Problem, start: Tensor) -> None:
+        """Bring the start, ``[o, i]``, exactly onto the grid and count it as the first iterate."""
+        state = self.state[self.weight]
+        state["residual"].copy_(start.t())
+        values = layer.to_values_(problem, layer.to_residual_(problem, state["residual"]), rounded=True)
+        state["objective"] = layer.objective(problem, layer.to_residual_(problem, values))
+        self._keep_best()
 
     @property
     def problem(self) -> Problem:
@@ -201,48 +204,43 @@ class CoordinateDescent(Optimizer):
         if sweep >= sweeps:
             return self.relative_error()
         rounded = not is_relaxed(sweep, sweeps)
-        residual = layer.to_residual_(problem, self._values())
+        if not rounded:
+            self._keep_best()  # until then the error only fell: the last iterate before a relaxed sweep is the best
         before = state["objective"].sum()
-        changed, gain = sweep_(problem, residual, rounded, self.backend)
+        changed, gain = sweep_(problem, state["residual"], rounded, self.backend)
         state["objective"] = state["objective"] + gain
-        problem = self._after_sweep(problem, residual, sweep)
-        if rounded:
-            self._keep_best(problem, residual)
+        self._after_sweep(problem, sweep)
         state["still"] = (changed == 0) & ((state["objective"].sum() - before).abs() <= _STILL * before)
         state["sweep"] += 1
-        layer.to_values_(problem, residual, rounded)
         return self.relative_error()
 
-    def _values(self) -> Tensor:
-        """The parameter's own memory, ``[i, o]``, laid out in columns if it is not."""
-        values = self.weight.data.t().contiguous()
-        self.weight.data = values.t()
-        return values
-
-    def _after_sweep(self, problem: Problem, residual: Tensor, sweep: int) -> Problem:
-        """What happens between two sweeps; may replace the problem and moves the residual along."""
+    def _after_sweep(self, problem: Problem, sweep: int) -> None:
+        """What happens between two sweeps."""
         group, state = self.param_groups[0], self.state[self.weight]
         due = sweep + 1 == group["sweeps"] or is_relaxed(sweep + 1, group["sweeps"])
         if group["refit_scales"] and due:
-            problem, gain = refit_scales_(problem, residual, self.grid)
-            self._problem = problem
-            state["objective"], state["scale"] = state["objective"] + gain, problem.scale
-        return problem
+            self._problem, gain = refit_scales_(problem, state["residual"], self.grid)
+            state["objective"], state["scale"] = state["objective"] + gain, self._problem.scale
 
     def _improved(self) -> Tensor:
         """The rows whose iterate is the best so far, bool ``[o]``."""
         return self.state[self.weight]["objective"] < self.state[self.weight]["best_objective"]
 
-    def _keep_best(self, problem: Problem, residual: Tensor) -> None:
-        state, improved = self.state[self.weight], self._improved()
+    def _keep_best(self) -> None:
+        """Keep the codes, scales and unrounded values of the rows that are the best so far; the iterate is rounded."""
+        state, improved, problem = self.state[self.weight], self._improved(), self.problem
         state["best_objective"] = torch.where(improved, state["objective"], state["best_objective"])
         state["best_scale"] = torch.where(improved, state["scale"], state["best_scale"])
-        for columns in problem.blocks():
-            codes = layer.nearest(problem, residual, columns).to(torch.uint8)
-            state["best_codes"][columns] = torch.where(improved, codes, state["best_codes"][columns])
+        keep_codes_(problem, state["residual"], improved, state["best_codes"], self.backend)
         if problem.mask is not None:
-            free = (problem.target - residual)[problem.mask]
-            state["best_free"] = torch.where(improved.expand_as(residual)[problem.mask], free, state["best_free"])
+            free, rows = (state["target"] - state["residual"])[problem.mask], improved.expand_as(problem.mask)
+            state["best_free"] = torch.where(rows[problem.mask], free, state["best_free"])
+
+    def iterate(self) -> Tensor:
+        """``W^`` as it is now, ``[o, i]``, rounded or relaxed."""
+        done, residual = int(self.state[self.weight]["sweep"]), self.state[self.weight]["residual"].clone()
+        rounded = done > 0 and not is_relaxed(done - 1, self.param_groups[0]["sweeps"])
+        return layer.to_values_(self.problem, residual, rounded).t()
 
     def relative_error(self) -> Tensor:
         """Of the current iterate, from the running objective; a float64 scalar on the device."""
@@ -254,8 +252,7 @@ class CoordinateDescent(Optimizer):
         state = self.state[self.weight]
         if not self.param_groups[0]["damping"]:
             return state["objective"]
-        squares = (state["target"] - self.weight.data.t()).double().square().sum(0)
-        return (state["objective"] - state["ridge"] * squares).clamp_min(0)
+        return (state["objective"] - state["ridge"] * layer.squares(state["residual"])).clamp_min(0)
 
     @torch.no_grad()
     def result(self) -> Solution:
@@ -265,6 +262,9 @@ class CoordinateDescent(Optimizer):
             RuntimeError: no sweep was made yet and the start was not on the grid.
         """
         state = self.state[self.weight]
+        done, sweeps = int(state["sweep"]), self.param_groups[0]["sweeps"]
+        if done and not is_relaxed(done - 1, sweeps):
+            self._keep_best()
         if state["best_objective"].isinf().any():
             raise RuntimeError("no rounded sweep was made yet: call step() first")
         codes, scale, zero_point = state["best_codes"], state["best_scale"], state["zero_point"]
@@ -273,12 +273,6 @@ class CoordinateDescent(Optimizer):
         sparse = (codes - zero_point[state["group_index"]]).mul_(scale[state["group_index"]]).neg_()
         sparse[state["mask"]] += state["best_free"]
         return Solution(codes.t(), scale.t(), zero_point.t(), sparse.mul_(state["mask"]).t())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        saved = super().state_dict()
-        saved["state"][0] = saved["state"][0] | {"values": self._values()}
-        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken.
@@ -293,8 +287,8 @@ class CoordinateDescent(Optimizer):
                 f"the saved layer is {tuple(saved['target'].shape)}, this one {tuple(own['target'].shape)}"
             )
         device = self.weight.device
-        state = {name: value.to(device if name != "sweep" else "cpu", copy=True) for name, value in saved.items()}
-        self.weight.data = state.pop("values").t()
+        state = {name: value.to("cpu" if name == "sweep" else device, copy=True) for name, value in saved.items()}
+        self.weight.data = state["target"].t()
         self.state[self.weight] = state
         self.param_groups[0] |= {name: v for name, v in state_dict["param_groups"][0].items() if name != "params"}
         self._problem = None

@@ -10,7 +10,7 @@ solved together, which is exact because rows are independent. The inputs are tho
 ``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block already quantized.
 
 Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
-solver's own steps (sweeps). A checkpoint after each of them makes the stage resumable.
+solver's own steps (sweeps). A checkpoint after each of them makes the stage resumable (at most one every five seconds).
 
 S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16 are
 exact in float32); under several processes S is summed over them.
@@ -34,7 +34,7 @@ from omniq.quantizers.clipping import Clipping, Searched
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
-from omniq.stages.statistics import observed
+from omniq.stages.statistics import gram_of, observed
 
 log = logging.getLogger("omniq")
 
@@ -142,6 +142,8 @@ class GramModule(BlockModule):
         work: solver steps for each group.
     """
 
+    save_interval = 5.0  # seconds: a sweep takes milliseconds on a GPU, a checkpoint with its Gram matrix does not
+
     def __init__(self, task: BlockTask, settings: GramStage, work: int = 1) -> None:
         super().__init__(task)
         self.automatic_optimization = False
@@ -194,9 +196,9 @@ class GramModule(BlockModule):
         return BlockResult(self.found, self.task.plain_tensors())
 
     def importance(self, k: int) -> Tensor:
-        """Mean square of each input of a group, ``[i]``."""
+        """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
         tokens = self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
-        return self.grams[k].diagonal() / tokens
+        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / tokens
 
     def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
         names = {self.task.family.inputs[k][0]: k for k in groups}
@@ -273,14 +275,6 @@ class GramModule(BlockModule):
 
     def load_solver_state(self, state: dict[int, Any]) -> None:
         """Take up what ``solver_state`` gave."""
-
-
-def gram_of(x: Tensor) -> Tensor:
-    """``x^T x`` of ``[tokens, i]`` in float32; half-precision inputs are multiplied exactly, with float32 sums."""
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(x.t(), x, out_dtype=torch.float32)
-    x = x.float()
-    return x.t() @ x
 
 
 class _Enough(Exception):

@@ -35,7 +35,7 @@ from omniq.models.family import Family
 from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, LearnableClip
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
-from omniq.stages.statistics import input_importance
+from omniq.stages.statistics import importance_for
 from omniq.stages.step import OptimizerStep
 from omniq.stages.transform import fuse, input_ranges, moved_tensors
 from omniq.streams import take
@@ -107,7 +107,7 @@ class OmniQuantModule(BlockModule):
         self.automatic_optimization = False  # so that the update can be one graph
         self.settings = settings
         self.transform, self.moves = self._start_transform()
-        importance = input_importance(task) if settings.clipping.needs_importance else {}
+        importance = importance_for(settings.clipping, task)
         weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
         self.clips = nn.ModuleDict(
             {

@@ -194,7 +194,7 @@ class QuantEaseModule(GramModule):
                 settings.outliers / 100,
                 by=settings.outlier_support,
                 structured=settings.outlier_columns,
-                importance=self.importance(k),
+                importance=self.grams[k].diagonal(),
                 grid=self.task.grid,
             )
             for _, part in stack.split(stack.weight)

@@ -12,7 +12,7 @@ from omniq.quantizers.clipping import Clipping, MinMax
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
-from omniq.stages.statistics import input_importance
+from omniq.stages.statistics import importance_for
 
 
 class RTN(Stage):
@@ -48,7 +48,7 @@ class RTNModule(BlockModule):
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
-        importance = input_importance(self.task) if self.clipping.needs_importance else {}
+        importance = importance_for(self.clipping, self.task)
         linears = {}
         for name in self.task.family.linears:
             weight = self.task.linear(name).weight

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from omniq import processes
+from omniq.quantizers.clipping import ClippingMethod
 from omniq.stages.base import BlockTask
 
 Observe = Callable[[str, Tensor], None]
@@ -54,3 +56,34 @@ def input_importance(task: BlockTask) -> dict[str, Tensor]:
     tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
     means = {name: (processes.all_reduce_sum(square) / tokens).float() for name, square in sums.items()}
     return {name: means[group[0]] for group in task.family.inputs for name in group}
+
+
+def input_grams(task: BlockTask) -> dict[str, Tensor]:
+    """Mean of ``x x^T`` over the tokens of the quantized stream, for each linear of the family float32 ``[i, i]``."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        product = gram_of(x)
+        sums[name] = sums[name] + product if name in sums else product
+
+    first = tuple(group[0] for group in task.family.inputs)
+    with task.quantized_activations(), observed(task.block, first, add):
+        task.visit(task.inputs)
+    tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
+    means = {name: processes.all_reduce_sum(total) / tokens for name, total in sums.items()}
+    return {name: means[group[0]] for group in task.family.inputs for name in group}
+
+
+def importance_for(clipping: ClippingMethod, task: BlockTask) -> dict[str, Tensor]:
+    """What a clipping wants to know of the inputs of each linear; nothing if it needs none."""
+    if clipping.needs_gram:
+        return input_grams(task)
+    return input_importance(task) if clipping.needs_importance else {}
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """``x^T x`` of ``[tokens, i]`` in float32; half-precision inputs are multiplied exactly, with float32 sums."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x
