@@ -9,7 +9,7 @@ A step is forward, loss, backward and AdamW on one sample. Figures of a scheme:
 
     step ms     the step as a run makes it (CUDA graph, fused fake-quant, SDPA), median
     fit ms      the same inside Lightning's Trainer.fit, per step, with losses tracked
-    eager ms    differentiable torch throughout (``fake_quantize_reference``), materialised attention, one loss read a step
+    eager ms    differentiable torch throughout (``fake_quantize_reference``), materialised attention, every loss read
     floor ms    arithmetic (linears forward, dW, dX; causal attention) over the matrix rate measured in the same run
     GiB         peak memory of the step beside the block, omniq and eager
     agreement   largest relative difference of the two losses over 50 steps from the same start
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -168,48 +169,65 @@ def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
     module = OmniQuantModule(task, OmniQuant(epochs=epochs))
     half = {torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}.get(task.inputs.dtype, "32-true")
     trainer = L.Trainer(
-        accelerator="gpu" if task.device.type == "cuda" else "cpu", devices=1, max_epochs=1, precision=half, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="gpu" if task.device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        precision=half,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[BlockLosses(folder / "steps.csv", "OmniQuant"), Clock()],
-    )  # fmt: skip
+    )
     trainer.fit(module, module.batches)
     return 1e3 * (marks[1] - marks[0]) / (steps - steps // 2)
 
 
-def measure(shape: str, scheme: str, device: str, tokens: int, dtype: torch.dtype, repeats: int, rate: float) -> dict[str, Any]:
-    """One line of the table."""
-    task = make_task(shape, scheme, device, tokens, 8, dtype)
+def peak_gib(run: Callable[[], Any], device: str) -> float | None:
+    """Peak GPU memory of a call beside what is allocated before it."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def compare(task: BlockTask, device: str, repeats: int) -> dict[str, Any]:
+    """omniq's step beside the eager one: agreement, peak memory, time; neither outlives the call."""
     batches = [(task.inputs[i : i + 1], task.targets[i : i + 1]) for i in range(len(task.inputs))]
-    cuda = device == "cuda"
-
-    def peak(run: Callable[[], Any]) -> float | None:
-        if not cuda:
-            return None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-
     with task.precision():
         _, step = build_step(task, graph=True)
         eager = Eager(task)
         ours = [float(step(*batches[i % 8])) for i in range(50)]
         theirs = [eager.step(*batches[i % 8]) for i in range(50)]
-        agreement = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
         _, fresh = build_step(task, graph=True)
-        ours_peak = peak(lambda: [fresh(*batches[i % 8]) for i in range(6)])
-        theirs_peak = peak(lambda: eager.step(*batches[0]))
-        step_ms = timed(lambda: step(*batches[0]), device, repeats)
-        eager_ms = timed(lambda: eager.step(*batches[0]), device, max(5, repeats // 4))
-    del eager, step, fresh
-    folder = Path(".")
-    in_fit = fit_ms(task, 96 if cuda else 16, folder)
-    (folder / "steps.csv").unlink()
-    forward_ms = timed(lambda: task.run(task.inputs), device, 5) / len(task.inputs)
-    row = {"shape": shape, "scheme": scheme, "step_ms": step_ms, "fit_ms": in_fit, "eager_ms": eager_ms,
-           "floor_ms": floor_ms(shape, tokens, rate), "forward_ms": forward_ms, "gib": ours_peak,
-           "eager_gib": theirs_peak, "agreement": agreement}  # fmt: skip
-    return row | {"speedup": eager_ms / step_ms, "over_floor": step_ms / row["floor_ms"]}
+        return {
+            "agreement": max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)),
+            "gib": peak_gib(lambda: [fresh(*batches[i % 8]) for i in range(6)], device),
+            "eager_gib": peak_gib(lambda: eager.step(*batches[0]), device),
+            "step_ms": timed(lambda: step(*batches[0]), device, repeats),
+            "eager_ms": timed(lambda: eager.step(*batches[0]), device, max(5, repeats // 4)),
+        }
+
+
+def measure(
+    shape: str, scheme: str, device: str, tokens: int, dtype: torch.dtype, repeats: int, rate: float
+) -> dict[str, Any]:
+    """One line of the table."""
+    task = make_task(shape, scheme, device, tokens, 8, dtype)
+    row = {"shape": shape, "scheme": scheme, **compare(task, device, repeats)}
+    with TemporaryDirectory() as folder:
+        row["fit_ms"] = fit_ms(task, 96 if device == "cuda" else 16, Path(folder))
+    row["forward_ms"] = timed(lambda: task.run(task.inputs), device, 5) / len(task.inputs)
+    row["floor_ms"] = floor_ms(shape, tokens, rate)
+    return row | {"speedup": row["eager_ms"] / row["step_ms"], "over_floor": row["step_ms"] / row["floor_ms"]}
+
+
+def cell(value: Any) -> str:
+    """A column of the table."""
+    text = "" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+    return f"{text:>10}"
 
 
 def main() -> None:
@@ -229,15 +247,14 @@ def main() -> None:
     rate = matrix_rate(device, dtype)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {dtype}, {rate / 1e12:.2f} TFLOP/s, {tokens} tokens a sample")
-    columns = ("shape", "scheme", "step_ms", "fit_ms", "eager_ms", "floor_ms", "speedup", "over_floor", "forward_ms",
-               "gib", "eager_gib", "agreement")  # fmt: skip
-    print(" ".join(f"{column:>10}" for column in columns))
+    columns = ["shape", "scheme", "step_ms", "fit_ms", "eager_ms", "floor_ms", "speedup", "over_floor", "forward_ms"]
+    columns += ["gib", "eager_gib", "agreement"]
+    print(" ".join(cell(column) for column in columns))
     rows = []
     for scheme in arguments.schemes or SCHEMES[device]:
         row = measure(shape, scheme, device, tokens, dtype, 30 if device == "cuda" else 5, rate)
         rows.append(row)
-        cells = (row[column] for column in columns)
-        print(" ".join(f"{cell:>10}" if isinstance(cell, str) else f"{'':>10}" if cell is None else f"{cell:>10.3g}" for cell in cells))
+        print(" ".join(cell(row[column]) for column in columns))
     if arguments.json:
         arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
 

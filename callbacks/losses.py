@@ -33,18 +33,28 @@ class BlockLosses(Callback):
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
         self.length = 0
-        self.first_pass: dict[str, float] = {}
-        self.last_pass: dict[str, float] = {}
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, list[float]] = {}
         self._waiting: list[tuple[int, str, Tensor]] = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"length": self.length, "first_pass": self.first_pass, "last_pass": self.last_pass}
+        return {"length": self.length, "first": self._first, "last": self._last}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.length = state_dict["length"]
-        self.first_pass, self.last_pass = state_dict["first_pass"], state_dict["last_pass"]
+        self._first, self._last = state_dict["first"], state_dict["last"]
+
+    @property
+    def first_pass(self) -> dict[str, float]:
+        """Mean of each value over the first pass that had it."""
+        return {name: total / count for name, (_, total, count) in self._first.items()}
+
+    @property
+    def last_pass(self) -> dict[str, float]:
+        """Mean of each value over the latest pass that had it, as far as it was written."""
+        return {name: total / count for name, (_, total, count) in self._last.items()}
 
     def holds(self, checkpoint: Mapping[str, Any]) -> bool:
         """Whether the file still has every row that was written before this checkpoint."""
@@ -78,19 +88,24 @@ class BlockLosses(Callback):
         stacked = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).to(module.task.device)
         values = (processes.all_reduce_sum(stacked) / processes.count()).tolist()
         rows: list[str] = []
-        sums: dict[str, list[float]] = {}
         for (step, name, _), value in zip(self._waiting, values, strict=True):
-            turn = (step - 1) // module.batches.steps_per_pass
+            turn = module.batches.pass_of(step)
             rows.append(f"{self.stage},{step},{turn},{name},{value!r}\n")
-            sums.setdefault(name, []).append(value)
+            self._count(name, turn, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
         self._waiting.clear()
         if processes.rank() == 0:
             self._append("".join(rows).encode())
-        means = {name: sum(series) / len(series) for name, series in sums.items()}
-        self.first_pass = {**means, **self.first_pass}
-        self.last_pass = {**self.last_pass, **means}
+
+    def _count(self, name: str, turn: int, value: float) -> None:
+        """Add a value to the sums of its pass; each is ``[pass, sum, count]``, whatever is written when."""
+        for sums in (self._first, self._last):
+            if name not in sums or (sums is self._last and sums[name][0] != turn):
+                sums[name] = [turn, 0.0, 0]
+            if sums[name][0] == turn:
+                sums[name][1] += value
+                sums[name][2] += 1
 
     def _append(self, rows: bytes) -> None:
         with appending(self.path) as file:

@@ -25,9 +25,11 @@ from omniq.quantizers.hooks import check_family
 from omniq.run_dir import check_writable
 from omniq.streams import Home, Precision
 
-# Sections and keys that may change between start and resume: they do not touch the calibration's result.
+# Sections and keys that may change between start and resume: they do not touch the calibration's result, or a digest of
+# what was read stands for the place it was read from.
 FREE_KEYS = (
-    *("out", "export", "evaluation", "callbacks", "model.path", "model.gguf_file", "config"),
+    *("out", "export", "evaluation", "callbacks", "config"),
+    *("model.path", "model.gguf_file", "data.source.init_args.path"),
     *("streams", "save_streams_every"),
 )
 BINDING_TRAINER_KEYS = ("precision",)
@@ -211,4 +213,3 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, list) and node:
         return {k: v for i, child in enumerate(node) for k, v in _flatten(child, f"{prefix}{i}.").items()}
     return {prefix.removesuffix("."): node}
-

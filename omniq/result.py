@@ -159,7 +159,9 @@ class BlockResult:
             prefix = f"linears.{name}:"
             part = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
             sparse = {key.removeprefix("outliers."): part.pop(key) for key in list(part) if key.startswith("outliers.")}
-            linears[name] = QuantizedLinear(_grid_from_json(grid), **part, outliers=Outliers(**sparse) if sparse else None)
+            linears[name] = QuantizedLinear(
+                _grid_from_json(grid), **part, outliers=Outliers(**sparse) if sparse else None
+            )
         others = {key.removeprefix("tensors."): value for key, value in tensors.items() if key.startswith("tensors.")}
         return cls(linears, others, json.loads(head["summary"]))
 

@@ -8,8 +8,9 @@
     blocks/007.safetensors   a finished block (its presence means done)
     blocks/007.csv       its losses, step by step
     current/             the block in progress: last.ckpt, and the results of its earlier stages
-    streams.safetensors  both activation streams at a block boundary
+    streams.safetensors  both activation streams at a block boundary, until the run is finished
     perplexity.json  summary.json  model/
+    export.json          the settings that model/ is written with
 
 Of several processes the first holds the lock and writes; all read. Activation streams on disk are files without a name.
 
@@ -247,6 +248,10 @@ class RunDir:
         """Keep both streams, with the samples of all processes, as they enter block ``streams.index``."""
         tensors = {"full_precision": streams.full_precision, "quantized": streams.quantized}
         save_tensors(self.path / "streams.safetensors", tensors, {"index": str(streams.index)})
+
+    def forget_streams(self) -> None:
+        """Remove the streams, which a finished run no longer needs: the finished blocks give them again."""
+        (self.path / "streams.safetensors").unlink(missing_ok=True)
 
     def _discard(self, path: Path, error: Exception, consequence: str) -> None:
         if self.writes:

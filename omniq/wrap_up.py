@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from omniq.config import Export
 from omniq.data import digest
 from omniq.data.text import one_line
+from omniq.errors import UserError
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
 from omniq.evaluate.table import perplexity_table
 from omniq.export import Report, export_checkpoint, verify_checkpoint
@@ -32,14 +33,49 @@ FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
 
 
 def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
-    """Evaluate, export, verify and summarize; what an earlier process finished is kept."""
+    """Evaluate, export, verify and summarize; what an earlier process finished is kept.
+
+    Raises:
+        UserError: the run has its checkpoint already, written with other settings.
+    """
+    check_export(folder, plan.run.export)
     facts = summary(plan, folder)
     if plan.evaluation is not None and plan.run.evaluation is not None:
         text = plan.run.evaluation.describe()
         facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none":
+        if not (folder.path / "model").exists():
+            folder.save_record("export.json", layout_of(plan.run.export))
         write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, plan.run.scheme, facts, console)
+    folder.forget_streams()
+
+
+def check_export(folder: RunDir, export: Export) -> None:
+    """Refuse to take a checkpoint that was written with other settings for the one that is asked for.
+
+    Raises:
+        UserError: names the settings and two ways to go on.
+    """
+    model = folder.path / "model"
+    written = folder.load_record("export.json") if model.exists() and export.format != "none" else None
+    if written is None:
+        return
+    changed = [
+        f"export.{key} was {written[key]!r}, now {value!r}"
+        for key, value in layout_of(export).items()
+        if written[key] != value
+    ]
+    if changed:
+        raise UserError(
+            f"{model} was written with other settings ({'; '.join(changed)}): remove it to have it written again, or "
+            f"write another one: omniq export --run {folder.path} --out FOLDER --export.format {export.format}"
+        )
+
+
+def layout_of(export: Export) -> dict[str, Any]:
+    """The settings that a checkpoint on disk depends on."""
+    return {"format": export.format, "max_shard_size": export.max_shard_size}
 
 
 def write_checkpoint(

@@ -32,6 +32,7 @@ def tiny_task(grid: Grid, samples: int = 3, length: int = 12) -> BlockTask:
 
 def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False, **trainer: Any) -> BlockModule:
     """One fit without a run directory; its losses and its checkpoint are in ``folder``."""
+    folder.mkdir(exist_ok=True)
     last = folder / "last.ckpt"
     kept = [NonFiniteGuard(), BlockLosses(folder / "losses.csv", "stage")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}

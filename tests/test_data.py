@@ -19,12 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from omniq.data import Calibration, Evaluation, HubText, LocalText, Stdlib, TextSource, digest
 from omniq.data import text as text_module
 from omniq.errors import UserError
-from tests.tiny import tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"
 

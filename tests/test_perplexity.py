@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny import VOCAB_SIZE, save_tiny, tiny_model
 from torch import nn
 
 from omniq.errors import UserError
@@ -22,7 +23,6 @@ from omniq.evaluate import (
     write_results,
 )
 from omniq.models.source import SourceModel
-from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 
 def reference(logits, tokens):

@@ -69,13 +69,13 @@ def test_configs_parse_over_the_demo(path: Path, tmp_path: Path) -> None:
 
     What a run records as its config.yaml is that run again.
     """
-    from omniq.cli import parse
+    from omniq.cli import parse_run
 
-    run, resolved = parse(["--config", str(ROOT / "configs" / "demo.yaml"), "--config", str(path)])
+    run, resolved = parse_run([ROOT / "configs" / "demo.yaml", path])
     run.check()
     record = tmp_path / "config.yaml"
     record.write_text(resolved)
-    assert parse(["--config", str(record)])[1] == resolved
+    assert parse_run([record])[1] == resolved
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:

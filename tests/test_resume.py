@@ -37,6 +37,7 @@ FILES = [
     "blocks/001.safetensors",
     "perplexity.json",
     "summary.json",
+    "export.json",
     "model.partial/model.safetensors",
     "model",
 ]
@@ -213,8 +214,8 @@ def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path)
 @pytest.mark.parametrize("every", [0, 2])
 def test_streams_saved_more_rarely(reference: Reference, tmp_path: Path, every: int) -> None:
     extra = ("--save_streams_every", str(every))
-    reference.finish(tmp_path / "whole", extra)
-    assert (tmp_path / "whole/streams.safetensors").exists() == (every == 2)
+    whole = reference.finish(tmp_path / "whole", extra)
+    assert whole.files.count("streams.safetensors") == (every == 2)
     killed = reference.attempts.run([*reference.args, *extra], tmp_path / "run", aim=("after", "current/001.0.block"))
     assert killed.killed
     last = reference.finish(tmp_path / "run", extra)
@@ -225,6 +226,29 @@ def test_a_finished_run_has_nothing_to_do(reference: Reference) -> None:
     again = reference.finish(reference.folder / "reference")
     assert not again.steps
     assert "continuing the run" in again.output
+    assert not (reference.folder / "reference/streams.safetensors").exists()
+
+
+def test_a_checkpoint_with_other_settings_is_refused(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference.folder / "reference", out)
+    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 2
+    message = capsys.readouterr().err
+    assert "export.format was 'compressed-tensors', now 'omniq'" in message
+    assert f"omniq export --run {out} --out FOLDER --export.format omniq" in message
+    assert outcome(out) == reference.outcome
+    shutil.rmtree(out / "model")
+    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 0
+    assert '"quant_method": "omniq"' in (out / "model/config.json").read_text()
+
+
+def test_a_text_may_move(reference: Reference, tmp_path: Path) -> None:
+    """What was read counts, not where it lay."""
+    shutil.copytree(reference.folder / "reference", tmp_path / "run")
+    moved = shutil.copy(reference.folder / "text.txt", tmp_path / "text.txt")
+    reference.finish(tmp_path / "run", ("--data.source.init_args.path", str(moved)))
 
 
 def test_changed_settings_are_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``omniq evaluate``: a full-precision model is streamed block by block, a quantized checkpoint is run by transformers."""
+"""``omniq evaluate``: a full-precision model is streamed block by block, a quantized one run by transformers."""
 
 import json
 from pathlib import Path

@@ -102,7 +102,7 @@ def prepare(
         gram=gram,
         scale=scale.to(dtype).t().contiguous(),
         zero_point=zero_point.to(dtype).t().contiguous(),
-        group_index=groups_of(target, scale) if group_index is None else group_index,
+        group_index=groups_of(target, scale) if group_index is None else group_index.to(target.device),
         levels=2**bits - 1,
         inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, diagonal)),
         dead=frozenset(dead.nonzero().flatten().tolist()),

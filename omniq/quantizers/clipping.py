@@ -55,8 +55,8 @@ class Clipping(ClippingMethod):
         Args:
             weight: ``[o, i]``.
             grid: bits, group size and symmetry.
-            importance: mean square of each input, ``[i]`` (the diagonal of the Gram matrix), or that matrix, ``[i, i]``,
-                where it was asked for.
+            importance: mean square of each input, ``[i]`` (the diagonal of the Gram matrix), or that matrix,
+                ``[i, i]``, where it was asked for.
 
         Returns:
             ``lo <= 0 <= hi``, each float32 ``[o, G]``.
@@ -77,8 +77,8 @@ class MinMax(Clipping):
 class Searched(Clipping):
     """The shrunken range of least rounding error, each input weighted by what it carries.
 
-    Minimises ``sum_j H_jj (w_j - Q(w_j))^2``, the diagonal of the layer's reconstruction error, or ``d S d^T``, all of it
-    within a group.
+    Minimises ``sum_j H_jj (w_j - Q(w_j))^2``, the diagonal of the layer's reconstruction error, or ``d S d^T``, all of
+    it within a group.
 
     Args:
         weighting: ``diagonal`` suits stages that compensate for errors (GPTQ, coordinate descent); ``gram`` suits
@@ -138,9 +138,7 @@ class LearnedClip(LearnableClip):
     hi: Tensor
     start: Tensor
 
-    def __init__(
-        self, weight: Tensor, grid: Grid, start: tuple[Tensor, Tensor], limit: float = INITIAL_LOGIT
-    ) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, start: tuple[Tensor, Tensor], limit: float = INITIAL_LOGIT) -> None:
         super().__init__()
         lo, hi = grid.range(weight.float())
         for name, value in (("lo", lo), ("hi", hi)):

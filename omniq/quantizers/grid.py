@@ -143,7 +143,9 @@ def parse_scheme(name: str) -> tuple[int, int, int, int]:
     """
     match = _SCHEME.fullmatch(name)
     if match is None:
-        raise UserError(f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128")
+        raise UserError(
+            f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128"
+        )
     given = match.groupdict()
     kv, group = int(given["kv"] or 16), int(given["group"] or -1)
     return int(given["weight"]), int(given["activation"]), kv, group

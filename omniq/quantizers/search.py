@@ -19,11 +19,11 @@ much (synthetic layers, 2 to 4 bit, per-channel and in groups). An exhaustive se
 find 0.4 to 1 % less weighted error (3 % in small groups), and 1.5 % less final error at most; 80 joint steps instead of
 40, 0.1 %. A symmetric grid has no separate ends and stops after pass 1.
 
-With the whole Gram matrix instead of its diagonal the error of a group is ``d S_gg d^T``, ``S_gg`` the part of S between
-its own inputs: errors that point the same way on inputs that move together then count as what they are. Clipping makes
-such errors, so the diagonal clips too much where nothing compensates for it. For plain rounding, and as the start of
-learned clipping, this lowers the output error of a SmolLM2 block at W4 per-channel by a further 16 to 26 %; at groups of
-64 it changes nothing. Coordinate descent compensates by itself and does as well with the diagonal.
+With the whole Gram matrix instead of its diagonal the error of a group is ``d S_gg d^T``, ``S_gg`` the part of S
+between its own inputs: errors that point the same way on inputs that move together then count as what they are.
+Clipping makes such errors, so the diagonal clips too much where nothing compensates for it. For plain rounding, and as
+the start of learned clipping, this lowers the output error of a SmolLM2 block at W4 per-channel by another 16 to 26 %;
+at groups of 64 it changes nothing. Coordinate descent compensates by itself and does as well with the diagonal.
 
 The published tools search with a fixed power of 2.4 and equal weights, or not at all. Rows are taken a chunk at a time,
 so memory does not grow with the number of candidates. No randomness: the same input gives the same bits.

@@ -138,6 +138,10 @@ class PassLoader:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
         return torch.randperm(self.samples, generator=generator)
 
+    def pass_of(self, step: int) -> int:
+        """Number of the pass, from 0, that step number ``step`` (from 1) belongs to."""
+        return (step - 1) // self.steps_per_pass
+
     def ends_pass(self, step: int) -> bool:
         """Whether step number ``step`` (from 1) is the last of its pass: a moment to save."""
         return step % self.steps_per_pass == 0

@@ -80,7 +80,7 @@ class CoordinateDescent(Optimizer):
         damping: added to the diagonal of the Gram matrix for solving, as a share of its mean. Errors are reported
             without it.
         refit_scales: refit scales by least squares between sweeps.
-        precision: of the products; see ``omniq.kernels.layer_problem.prepare``.
+        precision, block: of the products; see ``omniq.kernels.layer_problem.prepare``.
         backend: see ``omniq.kernels.coordinate_descent.sweep_``.
 
     Raises:
@@ -102,10 +102,11 @@ class CoordinateDescent(Optimizer):
         damping: float = 0.0,
         refit_scales: bool = False,
         precision: Precision = "float32",
+        block: int = layer.BLOCK,
         backend: Backend = "auto",
     ) -> None:
-        settings = {"sweeps": sweeps, "damping": damping, "refit_scales": refit_scales, "precision": precision}
-        super().__init__(params, settings)
+        settings = {"sweeps": sweeps, "damping": damping, "refit_scales": refit_scales}
+        super().__init__(params, settings | {"precision": precision, "block": block})
         self.weight: nn.Parameter = self.param_groups[0]["params"][0]
         self.grid, self.backend = grid, backend
         self._check(gram)
@@ -116,7 +117,7 @@ class CoordinateDescent(Optimizer):
         start = self.weight.data
         problem = layer.prepare(
             start if target is None else target.detach(), gram, scale, zero_point, grid.bits,
-            group_index=group_index, mask=mask, precision=precision,
+            group_index=group_index, mask=mask, precision=precision, block=block,
         )  # fmt: skip
         self._problem: Problem | None = problem
         self.weight.data = problem.target.t()
@@ -174,7 +175,7 @@ class CoordinateDescent(Optimizer):
             self._problem = layer.prepare(
                 state["target"].t(), state["gram"], state["scale"].t(), state["zero_point"].t(), self.grid.bits,
                 group_index=state["group_index"], mask=state["mask"].t() if "mask" in state else None,
-                precision=self.param_groups[0]["precision"],
+                precision=self.param_groups[0]["precision"], block=self.param_groups[0]["block"],
             )  # fmt: skip
         return self._problem
 

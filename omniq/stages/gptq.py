@@ -36,7 +36,9 @@ class GPTQ(GramStage):
     ) -> None:
         super().__init__(clipping, true_sequential, batch_size)
         if not 0 <= damping < 1:
-            raise UserError(f"damping {damping} of GPTQ is outside 0 to 1: it is a share of the mean diagonal, such as 0.01")
+            raise UserError(
+                f"damping {damping} of GPTQ is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"
+            )
         self.damping, self.act_order = damping, act_order
 
     def module(self, task: BlockTask) -> "GPTQModule":
@@ -50,7 +52,7 @@ class GPTQModule(GramModule):
 
     def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
         grid, settings = self.task.grid, self.settings
-        stack.choose_grid(grid, settings.clipping, self.importance(k))
+        stack.grid = grid.fit(*settings.clipping.range(stack.weight, grid, self.importance(k)))
         rounded = gptq(
             stack.weight,
             gram,

@@ -10,10 +10,10 @@ solved together, which is exact because rows are independent. The inputs are tho
 ``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block already quantized.
 
 Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
-solver's own steps (sweeps). A checkpoint after each of them makes the stage resumable (at most one every five seconds).
+solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
 
-S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16 are
-exact in float32); under several processes S is summed over them.
+S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16
+are exact in float32); under several processes S is summed over them.
 
 Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, ``i`` input features, ``G`` groups.
 """
@@ -61,14 +61,13 @@ class Stack:
         names: of the linears, in order.
         rows: output features of each.
         weight: float32 ``[o, i]``.
-        scale, zero_point: ``[o, G]`` once the grid is chosen.
+        grid: scale and zero point, each ``[o, G]``, once they are chosen.
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     weight: Tensor
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
+    grid: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, task: BlockTask, names: tuple[str, ...]) -> "Stack":
@@ -80,22 +79,31 @@ class Stack:
         """Rows of each linear of something ``[o, …]``."""
         yield from zip(self.names, stacked.split(self.rows), strict=True)
 
-    def choose_grid(self, grid: Grid, clipping: Clipping, importance: Tensor) -> None:
-        """Scales and zero points by a clipping; shapes as in ``Clipping.range``."""
-        self.scale, self.zero_point = grid.fit(*clipping.range(self.weight, grid, importance))
+    @property
+    def scale(self) -> Tensor:
+        """Scales, ``[o, G]``."""
+        return self._chosen()[0]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero points, ``[o, G]``."""
+        return self._chosen()[1]
+
+    def _chosen(self) -> tuple[Tensor, Tensor]:
+        if self.grid is None:
+            raise RuntimeError(f"the grid of {', '.join(self.names)} has not been chosen")
+        return self.grid
 
     def linears(self, grid: Grid, codes: Tensor) -> dict[str, QuantizedLinear]:
         """The finished linears, from codes ``[o, i]``."""
-        if self.scale is None or self.zero_point is None:
-            raise RuntimeError("the grid of these linears has not been chosen")
         parts = zip(self.split(codes), self.scale.split(self.rows), self.zero_point.split(self.rows), strict=True)
         return {name: QuantizedLinear.of(grid, part, scale, zero) for (name, part), scale, zero in parts}
 
     def grid_from(self, result: BlockResult) -> None:
         """Take scales and zero points of an earlier stage."""
         linears = [result.linears[name] for name in self.names]
-        self.scale = torch.cat([linear.scale for linear in linears]).to(self.weight)
-        self.zero_point = torch.cat([linear.zero_point for linear in linears]).to(self.weight)
+        scale, zero_point = (torch.cat([getattr(x, part) for x in linears]) for part in ("scale", "zero_point"))
+        self.grid = scale.to(self.weight), zero_point.to(self.weight)
 
     def codes_from(self, result: BlockResult) -> Tensor:
         """Codes of an earlier stage, uint8 ``[o, i]``."""
@@ -120,6 +128,11 @@ class PlanLoader(PassLoader):
         """Gathering and working steps of one round."""
         return self.gathering + self.work
 
+    def pass_of(self, step: int) -> int:
+        """The gathering of a round is one pass, and so is each step of the solver."""
+        turn, inside = divmod(step - 1, self.steps_per_pass)
+        return turn * (1 + self.work) + max(0, inside - self.gathering + 1)
+
     def ends_pass(self, step: int) -> bool:
         """After the gathering, and after each step of the solver."""
         inside = step % self.steps_per_pass
@@ -129,8 +142,8 @@ class PlanLoader(PassLoader):
         while self.position < len(self):
             step = self.position % self.steps_per_pass
             self.position += 1
-            indices = torch.arange(self.samples)
-            yield indices[step * self.batch_size : (step + 1) * self.batch_size] if step < self.gathering else indices[:0]
+            start = step * self.batch_size if step < self.gathering else self.samples
+            yield torch.arange(self.samples)[start : start + self.batch_size]
 
 
 class GramModule(BlockModule):
@@ -226,8 +239,8 @@ class GramModule(BlockModule):
         samples, tokens = self.task.inputs.shape[:2]
         if bad or not torch.isfinite(self.grams[k]).all():
             raise UserError(
-                f"{self.task.name} {name}: the Gram matrix is not finite, {bad} of {samples} samples have inputs that are "
-                "not; use trainer.precision 32-true or bf16-mixed, or other calibration text"
+                f"{self.task.name} {name}: the Gram matrix is not finite, {bad} of {samples} samples have inputs that "
+                "are not; use trainer.precision 32-true or bf16-mixed, or other calibration text"
             )
         width = len(self.grams[k])
         if samples * tokens * self.trainer.world_size < width:

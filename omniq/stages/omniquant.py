@@ -14,8 +14,8 @@ ones (``torch.func.functional_call``). One AdamW step for each batch; the paper'
 20 epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order.
 
 The augmented loss adds ``|| F(W, X) - F(Q(W), X) ||^2``. With ``a`` and ``b`` the two targets,
-``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``, so omniq averages them once and trains on one target; the
-constant is added so that the loss reads as the two-term one.
+``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``, so omniq averages them once and trains on one target;
+the constant is added so that the loss reads as the two-term one.
 
 Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
 storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate is offered; the
@@ -27,8 +27,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LRScheduler
 
 from omniq.errors import UserError
 from omniq.models.family import Family
@@ -82,8 +84,8 @@ class OmniQuant(Stage):
             raise UserError(f"stages: OmniQuant.clipping_lr {self.clipping_lr} is no usable rate: the paper's is 0.01")
         if isinstance(self.clipping, Clipping) and self.transform is None:
             raise UserError(
-                f"stages: OmniQuant has nothing to learn with clipping {type(self.clipping).__name__}: give it one that "
-                "learns, such as LWC, or a transform"
+                f"stages: OmniQuant has nothing to learn with clipping {type(self.clipping).__name__}: give it one "
+                "that learns, such as LWC, or a transform"
             )
 
     def module(self, task: BlockTask) -> "OmniQuantModule":
@@ -181,18 +183,20 @@ class OmniQuantModule(BlockModule):
         if self.gap is not None:
             loss = loss + self.gap[indices.to(self.gap.device)].mean()
         self.track("loss", loss)
-        if (schedule := self.lr_schedulers()) is not None:
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LRScheduler):
             schedule.step()
 
     @cached_property
     def step(self) -> OptimizerStep:
         """The whole update, a CUDA graph where there is a GPU."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return OptimizerStep(self.loss, self.optimizers(use_pl_optimizer=False), scaler)
+        return OptimizerStep(self.loss, self.trainer.optimizers[0], scaler)
 
     def _shared_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The update under several processes: Lightning averages the gradients."""
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         loss = self.loss(inputs, targets)
         self.manual_backward(loss)

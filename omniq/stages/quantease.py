@@ -19,6 +19,7 @@ arithmetic with the same codes, damping; group grids always belong to runs of ne
 published ``--static-groups``), because no runtime reads scattered groups any more.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,8 +44,8 @@ class QuantEase(GramStage):
 
     Args:
         sweeps: over all columns (30 in the published code).
-        start: ``weights`` (published: the first sweep rounds), ``nearest``, ``gptq``, or ``previous`` for the codes of the
-            stage before.
+        start: ``weights`` (published: the first sweep rounds), ``nearest``, ``gptq``, or ``previous`` for the codes of
+            the stage before.
         grid: ``clipping`` chooses a new one, ``previous`` keeps that of the stage before, ``auto`` keeps it if there is
             such a stage.
         clipping: the range of each group; searched by default. Not used with the grid of the stage before.
@@ -79,7 +80,9 @@ class QuantEase(GramStage):
     ) -> None:
         super().__init__(clipping, true_sequential, batch_size)
         if sweeps < 1:
-            raise UserError(f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)")
+            raise UserError(
+                f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"
+            )
         if not 0 <= outliers <= 50:
             raise UserError(f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: 1 is a good start")
         if not 0 <= damping < 1:
@@ -91,12 +94,12 @@ class QuantEase(GramStage):
         self.outliers, self.outlier_columns = outliers, outlier_columns
         self.outlier_support, self.outlier_method = outlier_support, outlier_method
 
-    def check(self, before: "list[Stage]") -> None:  # type: ignore[override]
+    def check(self, before: Sequence[Stage]) -> None:
         if not before and (self.start == "previous" or self.grid == "previous"):
             what = "start" if self.start == "previous" else "grid"
             raise UserError(
-                f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is none: "
-                f"put another stage first, or change {what}"
+                f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
+                f"none: put another stage first, or change {what}"
             )
 
     def module(self, task: BlockTask) -> "QuantEaseModule":
@@ -126,7 +129,7 @@ class QuantEaseModule(GramModule):
         solution = optimizer.result()
         del self.optimizers_of[k]
         back = self.orders.pop(k).argsort()
-        stack.scale, stack.zero_point = solution.scale, solution.zero_point
+        stack.grid = solution.scale, solution.zero_point
         found = stack.linears(self.task.grid, solution.codes[:, back])
         if solution.sparse is None:
             return found
@@ -139,12 +142,12 @@ class QuantEaseModule(GramModule):
         """Choose support, grid, start and order of one group, and set up its optimizer."""
         settings, grid, previous = self.settings, self.task.grid, self.task.result
         mask = self._support(k, stack) if settings.outliers else None
-        if settings.grid == "previous" or (settings.grid == "auto" and previous is not None):
+        if settings.grid != "clipping" and previous is not None:
             stack.grid_from(previous)
         else:
             free = stack.weight if mask is None else stack.weight.masked_fill(mask, 0)
             lo, hi = settings.clipping.range(free, grid, self.importance(k))
-            stack.scale, stack.zero_point = grid.fit(lo, hi)
+            stack.grid = grid.fit(lo, hi)
         identity = torch.arange(len(gram), device=gram.device)
         order = gram.diagonal().argsort(descending=True, stable=True) if settings.act_order else identity
         self.orders[k] = order
@@ -186,25 +189,30 @@ class QuantEaseModule(GramModule):
         return CoordinateDescent([parameter], gram, grid, scale, zero_point, target=target, mask=mask, **common)
 
     def _support(self, k: int, stack: Stack) -> Tensor:
-        """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear."""
-        settings = self.settings
+        """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
+
+        Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
+        """
+        settings, diagonal = self.settings, self.grams[k].diagonal()
+        together = settings.outlier_method == "algorithm3"
+        parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
             choose_support(
                 part,
                 settings.outliers / 100,
                 by=settings.outlier_support,
                 structured=settings.outlier_columns,
-                importance=self.grams[k].diagonal(),
+                importance=diagonal,
                 grid=self.task.grid,
             )
-            for _, part in stack.split(stack.weight)
+            for part in parts
         ]
         return torch.cat(chosen)
 
     def _start(self, stack: Stack, gram: Tensor, mask: Tensor | None) -> Tensor | None:
         """Quantized weights to start from, ``[o, i]``; None for the weights themselves."""
         settings, grid = self.settings, self.task.grid
-        if settings.start == "weights" or stack.scale is None or stack.zero_point is None:
+        if settings.start == "weights":
             return None
         if settings.start == "gptq":
             start = gptq(

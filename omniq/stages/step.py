@@ -6,9 +6,9 @@ the GPU idle most of the time. After a few eager steps the whole of it (forward,
 with the batch in fixed buffers, and from then on a step is two copies and one launch, with nothing waited for.
 
 The captured graph reads and writes the optimizer's own state, so Lightning saves and restores it as always; whoever
-replaces tensors of the module or the optimizer (a guard going back to a good state) calls ``reset`` and the next step is
-eager again. On the CPU, under several processes, and for a batch of another size every step is eager; numbers are the
-same up to the order of sums inside a kernel.
+replaces tensors of the module or the optimizer (a guard going back to a good state) calls ``reset`` and the next step
+is eager again. On the CPU, under several processes, and for a batch of another size every step is eager; numbers are
+the same up to the order of sums inside a kernel.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,9 @@ class OptimizerStep:
             if self._eager_steps <= WARMUP:
                 return self._on_side_stream(inputs, targets)
             self._capture(inputs, targets)
-        assert self._graph is not None and self._buffers is not None and self._result is not None
+        assert self._graph is not None
+        assert self._buffers is not None
+        assert self._result is not None
         self._buffers[0].copy_(inputs)
         self._buffers[1].copy_(targets)
         self._graph.replay()
