@@ -75,7 +75,8 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
             _show(display, index, pass_block(plan, folder, display, block, streams, result))
             del block  # NOTE: or a third one is alive while the next but one is read
             every = plan.run.save_streams_every
-            if every and streams.index % every == 0 and (snapshot := streams.snapshot()) is not None:
+            more = streams.index < plan.source.num_blocks
+            if every and more and streams.index % every == 0 and (snapshot := streams.snapshot()) is not None:
                 writer.start(folder.save_streams, snapshot)
 
 

@@ -202,3 +202,23 @@ def test_alternating_descent_resumes_to_the_same_bits() -> None:
         assert mine is not None
         assert theirs is not None
         assert torch.equal(mine, theirs)
+
+
+def test_columns_of_stacked_linears_are_their_own() -> None:
+    """Two linears that share an input, stacked, each with columns of its own: the same as one after the other."""
+    weight, gram = (tensor.double() for tensor in make_layer(30, 48, tokens=200))
+    supports = [choose_support(part, 0.1, structured=True) for part in weight.split(15)]
+    assert not torch.equal(supports[0], supports[1])
+    mask, found = torch.cat(supports), []
+    scale, zero_point, _ = fit_grid(weight.masked_fill(mask, 0), Grid(3))
+    for rows in (slice(0, 30), slice(0, 15), slice(15, 30)):
+        grid = (scale[rows], zero_point[rows])
+        options = {"support": mask[rows], "structured": True, "precision": "float64", "sweeps": 4}
+        optimizer = AlternatingDescent([nn.Parameter(weight[rows].clone())], gram, Grid(3), *grid, **options)
+        for _ in range(4):
+            optimizer.step()
+        codes, *_, sparse = optimizer.result()
+        assert sparse is not None
+        found.append((codes, sparse))
+    assert torch.equal(found[0][0], torch.cat([found[1][0], found[2][0]]))
+    torch.testing.assert_close(found[0][1], torch.cat([found[1][1], found[2][1]]))

@@ -28,10 +28,11 @@ class AlternatingDescent(CoordinateDescent):
     """Algorithm 3 on one stacked weight.
 
     Args:
-        params: one parameter ``[o, i]`` that holds the original weights W; it becomes B.
+        params: one parameter ``[o, i]`` that holds the original weights W; it becomes W - H.
         gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
         support: where H starts, bool ``[o, i]``, from ``omniq.kernels.outliers.choose_support``; H starts as W there.
-        structured: the support is whole columns.
+        structured: the support is whole columns, which may be others for each of the stacked linears: neighbouring rows
+            with the same support keep as many columns, in common.
         settings: the other settings of ``CoordinateDescent``, except target and mask.
     """
 
@@ -52,8 +53,11 @@ class AlternatingDescent(CoordinateDescent):
         sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
         weight.data = (target - sparse).t()  # moves with H, in memory of its own
         super().__init__(params, gram, grid, scale, zero_point, **settings)
-        count = int(support.any(0).sum()) if structured else int(support.sum())
-        self.param_groups[0] |= {"count": count, "structured": structured}
+        self.param_groups[0] |= {"structured": structured, "parts": _parts(support) if structured else [len(support)]}
+        counts = [
+            int(part[0].sum() if structured else part.sum()) for part in support.split(self.param_groups[0]["parts"])
+        ]
+        self.param_groups[0]["counts"] = counts
         state, problem = self.state[self.weight], self.problem
         ridge = state["ridge"] * squares(target)
         state |= {
@@ -66,10 +70,18 @@ class AlternatingDescent(CoordinateDescent):
     def _after_sweep(self, problem: Problem, sweep: int) -> None:
         super()._after_sweep(problem, sweep)
         state, group, problem = self.state[self.weight], self.param_groups[0], self.problem
-        moved = threshold_step(
-            state["residual"].t(), state["sparse"].t(), problem.gram, group["count"], state["lambda_max"],
-            group["structured"],
-        ).t()  # fmt: skip
+        parts = zip(
+            state["residual"].t().split(group["parts"]),
+            state["sparse"].t().split(group["parts"]),
+            group["counts"],
+            strict=True,
+        )
+        moved = torch.cat(
+            [
+                threshold_step(residual, sparse, problem.gram, count, state["lambda_max"], group["structured"])
+                for residual, sparse, count in parts
+            ]
+        ).t()
         change = moved - state["sparse"]
         state["sparse"] = moved.contiguous()
         problem.target.sub_(change)  # W - H
@@ -91,3 +103,10 @@ class AlternatingDescent(CoordinateDescent):
         """The best codes, and H beside them."""
         solution = super().result()
         return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())
+
+
+def _parts(support: Tensor) -> list[int]:
+    """Lengths of the runs of rows with equal support."""
+    starts = (support[1:] != support[:-1]).any(1).nonzero().flatten() + 1
+    edges = [0, *starts.tolist(), len(support)]
+    return [end - start for start, end in zip(edges, edges[1:], strict=False)]
