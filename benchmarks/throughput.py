@@ -3,7 +3,7 @@
 
     python benchmarks/throughput.py                              # CUDA: 4 blocks of LLaMA-7B, 16 samples of 2048 tokens
     python benchmarks/throughput.py --blocks 32 --streams host   # the whole model, streams in pinned memory
-    torchrun --nproc-per-node 2 benchmarks/throughput.py --folder /tmp/bench   # several processes (a shared folder)
+    torchrun --nproc-per-node 2 benchmarks/throughput.py --folder bench   # several processes (a shared folder)
 
 The checkpoint is written first (every block has the same weights; that takes no part in the figures). Then the run is
 an ordinary one, learned clipping without evaluation and export, with a clock around its parts. Where a part ends, the

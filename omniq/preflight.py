@@ -107,7 +107,8 @@ def prepare(run: Run, settings: str) -> Plan:
     check_trainer(run.trainer)
     check_writable(run.out)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme)
+        sparse = any(stage.sparse for stage in run.stages)
+        find_format(run.export.format).check(run.scheme, outliers=sparse)
     source = open_model(run)
     check_family(source.family, run.scheme.activations)
     for stage in run.stages:

@@ -12,6 +12,7 @@ from runs import omniquant, outcome, write_run
 from stages import fit, fitted, tiny_task
 from torch import Tensor
 
+from omniq.api import load
 from omniq.cli import main
 from omniq.config import Run
 from omniq.errors import UserError
@@ -265,6 +266,25 @@ def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) ->
     run: Any = type("", (), {"stages": [QuantEase(**settings)]})
     with pytest.raises(UserError, match="'previous' refines the codes of the stage before it, and there is none"):
         Run.check(run)
+
+
+def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = write_run(tmp_path, stages=[stage("QuantEase", sweeps=1, outliers=2.0)])
+    assert main(args) == 2
+    told = capsys.readouterr().err
+    assert "outliers" in told
+    assert "omniq" in told
+    assert not (tmp_path / "run" / "blocks" / "000.safetensors").exists()
+
+
+def test_outliers_are_saved_and_evaluated_from_disk(tmp_path: Path) -> None:
+    args = write_run(tmp_path, stages=[stage("QuantEase", sweeps=2, outliers=2.0)], export={"format": "omniq"})
+    assert main(args) == 0
+    result = BlockResult.load(tmp_path / "run" / "blocks" / "000.safetensors")
+    assert all(linear.outliers is not None for linear in result.linears.values())
+    model = load(tmp_path / "run")
+    weight = model.model.layers[0].mlp.up_proj.quantized().dequantize(torch.float16)
+    assert torch.equal(weight, result.linears["mlp.up_proj"].dequantize(torch.float16))
 
 
 def test_blocks_after_the_last_stay_as_they_are(tmp_path: Path) -> None:

@@ -227,6 +227,11 @@ class BlockModule(L.LightningModule):
 class Stage(ABC):
     """Settings of a method, named in YAML by ``class_path``; one module is built of them for each block."""
 
+    @property
+    def sparse(self) -> bool:
+        """Whether results have outliers beside the codes, which not every format can hold."""
+        return False
+
     @abstractmethod
     def module(self, task: BlockTask) -> BlockModule:
         """The LightningModule that works on this block."""

@@ -102,6 +102,10 @@ class QuantEase(GramStage):
                 f"none: put another stage first, or change {what}"
             )
 
+    @property
+    def sparse(self) -> bool:
+        return self.outliers > 0
+
     def module(self, task: BlockTask) -> "QuantEaseModule":
         return QuantEaseModule(task, self)
 
@@ -178,7 +182,7 @@ class QuantEaseModule(GramModule):
             "refit_scales": settings.refit_scales,
             "precision": settings.precision,
         }
-        parameter = nn.Parameter((weight if start is None else start).to(dtype, copy=True), requires_grad=False)
+        parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
         grid = self.task.grid
         if mask is not None and settings.outlier_method == "algorithm3":
             columns = settings.outlier_columns
