@@ -33,6 +33,7 @@ class BlockLosses(Callback):
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
         self.length = 0
+        self.latest: tuple[str, ...] = ()
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
         self._waiting: list[tuple[int, str, Tensor]] = []
@@ -94,6 +95,7 @@ class BlockLosses(Callback):
             self._count(name, turn, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
+        self.latest = tuple(dict.fromkeys(name for _, name, _ in self._waiting))
         self._waiting.clear()
         if processes.rank() == 0:
             self._append("".join(rows).encode())

@@ -34,4 +34,5 @@ class BlockProgress(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.display.step(batch_idx + 1, self.losses.last_pass)
+        means = self.losses.last_pass
+        self.display.step(batch_idx + 1, {name: means[name] for name in self.losses.latest[-3:]})
