@@ -84,8 +84,8 @@ class Grid:
 
     def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight of each group, zero included: two ``[o, G]`` tensors, ``lo <= 0 <= hi``."""
-        lo, hi = self.split(weight).aminmax(dim=-1)
-        return lo.clamp(max=0), hi.clamp(min=0)
+        split = self.split(weight)  # not aminmax: before torch 2.13 it has no derivative
+        return split.amin(dim=-1).clamp(max=0), split.amax(dim=-1).clamp(min=0)
 
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """The grid that covers ``[lo, hi]``.
