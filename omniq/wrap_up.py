@@ -189,10 +189,13 @@ def quantized(plan: Plan, folder: RunDir) -> Callable[[int, nn.Module], nn.Modul
 
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
     """What the model card and summary.json tell: recipe, data, versions, losses, size."""
-    blocks = [BlockResult.load(folder.block_path(index)) for index in range(plan.source.num_blocks)]
-    weights = [linear for block in blocks for linear in block.linears.values()]
-    total = sum(linear.codes.numel() for linear in weights)
-    bits = sum(linear.bits_per_weight() * linear.codes.numel() for linear in weights) / total
+    read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    for index in range(plan.source.num_blocks):  # one at a time: all codes of a large model do not fit into memory
+        block = read(index)
+        blocks.append(dict(block.summary))
+        for linear in block.linears.values():
+            bits += linear.bits_per_weight() * linear.codes.numel()
+            total += linear.codes.numel()
     return {
         "base_model": str(plan.run.model.path),
         "scheme": plan.run.scheme.name,
@@ -201,7 +204,7 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,
-        "bits_per_weight": round(bits, 3),
+        "bits_per_weight": round(bits / total, 3),
         "versions": dict(plan.environment),
-        "blocks": [dict(block.summary) for block in blocks],
+        "blocks": blocks,
     }

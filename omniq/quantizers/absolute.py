@@ -16,39 +16,20 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group s
 import torch
 from torch import Tensor, nn
 
-from omniq.quantizers.clipping import Clipping, ClippingMethod, LearnableClip, MinMax
+from omniq.quantizers.clipping import LearnableClip, StartedClipping
 from omniq.quantizers.grid import Grid
 
 SMALLEST_FACTOR = 1e-2  # of a learned step or threshold: an optimizer step must not turn it over
 
 
-class _Ablation(ClippingMethod):
-    """A clipping that learns factors on a start.
-
-    Args:
-        initial: the range to start from; min-max by default.
-    """
-
-    def __init__(self, initial: Clipping | None = None) -> None:
-        self.initial = initial or MinMax()
-
-    @property
-    def needs_importance(self) -> bool:
-        return self.initial.needs_importance
-
-    @property
-    def needs_gram(self) -> bool:
-        return self.initial.needs_gram
-
-
-class PACT(_Ablation):
+class PACT(StartedClipping):
     """Learned thresholds, for comparison with LWC."""
 
     def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:
         return ThresholdClip(grid, torch.stack(self.initial.range(weight, grid, importance)))
 
 
-class LSQ(_Ablation):
+class LSQ(StartedClipping):
     """A learned step, for comparison with LWC."""
 
     def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:

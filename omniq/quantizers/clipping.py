@@ -164,11 +164,11 @@ class LearnedClip(LearnableClip):
         self.upper.copy_(self.start[1])
 
 
-class LWC(ClippingMethod):
-    """Learnable weight clipping, started from a range.
+class StartedClipping(ClippingMethod):
+    """A clipping that is learned from a range to start with.
 
     Args:
-        initial: the range to start from; by default the published start, min-max shrunk by 1.8 %.
+        initial: the range to start from; min-max by default.
     """
 
     def __init__(self, initial: Clipping | None = None) -> None:
@@ -181,6 +181,10 @@ class LWC(ClippingMethod):
     @property
     def needs_gram(self) -> bool:
         return self.initial.needs_gram
+
+
+class LWC(StartedClipping):
+    """Learnable weight clipping; from min-max it starts 1.8 % inside, as published."""
 
     def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:
         return LearnedClip(weight, grid, self.initial.range(weight, grid, importance))
