@@ -13,6 +13,7 @@ from omniq.quantizers.clipping import Clipping
 from omniq.result import QuantizedLinear
 from omniq.stages.base import BlockTask
 from omniq.stages.gram import GramModule, GramStage, Stack
+from omniq.stages.tokens import TokenWeights
 
 
 class GPTQ(GramStage):
@@ -24,6 +25,7 @@ class GPTQ(GramStage):
         act_order: visit columns by descending mean square of their input.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
+        token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class GPTQ(GramStage):
         act_order: bool = False,
         true_sequential: bool = True,
         batch_size: int = 4,
+        token_weights: TokenWeights = "uniform",
     ) -> None:
-        super().__init__(clipping, true_sequential, batch_size)
+        super().__init__(clipping, true_sequential, batch_size, token_weights)
         if not 0 <= damping < 1:
             raise UserError(
                 f"damping {damping} of GPTQ is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"

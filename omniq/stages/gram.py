@@ -35,6 +35,7 @@ from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
 from omniq.stages.statistics import gram_of, observed
+from omniq.stages.tokens import TokenWeights, relative_weights
 
 log = logging.getLogger("omniq")
 
@@ -46,11 +47,19 @@ class GramStage(Stage):
         clipping: the range of each group: ``Searched`` (weighted with the diagonal of S) unless another is given.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
+        token_weights: how much each token counts in S.
     """
 
-    def __init__(self, clipping: Clipping | None = None, true_sequential: bool = True, batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        clipping: Clipping | None = None,
+        true_sequential: bool = True,
+        batch_size: int = 4,
+        token_weights: TokenWeights = "uniform",
+    ) -> None:
         self.clipping = clipping or Searched()
         self.true_sequential, self.batch_size = true_sequential, batch_size
+        self.token_weights: TokenWeights = token_weights
 
 
 @dataclass
@@ -217,9 +226,12 @@ class GramModule(BlockModule):
         names = {self.task.family.inputs[k][0]: k for k in groups}
         waiting = set(names)
 
+        inputs, targets = self.batch(indices)
+        weights = None if self.settings.token_weights == "uniform" else relative_weights(targets).flatten()
+
         def add(name: str, x: Tensor) -> None:
             k = names[name]
-            product = gram_of(x)
+            product = gram_of(x, weights)
             bad = (~torch.isfinite(x.view(len(indices), -1))).any(1).sum()
             self.grams[k] = self.grams[k] + product if k in self.grams else product
             self.bad[k] = self.bad[k] + bad if k in self.bad else bad
@@ -227,7 +239,6 @@ class GramModule(BlockModule):
             if not waiting:
                 raise _Enough
 
-        inputs, _ = self.batch(indices)
         with self.task.quantized_activations(), observed(self.task.block, tuple(names), add), suppress(_Enough):
             functional_call(self.task.block, self._deployed, (inputs,), dict(self.task.kwargs))
 

@@ -35,6 +35,7 @@ from omniq.stages.alternating_descent import AlternatingDescent
 from omniq.stages.base import BlockTask, Stage
 from omniq.stages.coordinate_descent import CoordinateDescent
 from omniq.stages.gram import GramModule, GramStage, Stack
+from omniq.stages.tokens import TokenWeights
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
 
@@ -59,6 +60,7 @@ class QuantEase(GramStage):
         precision: of the products on a GPU.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
+        token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class QuantEase(GramStage):
         precision: Literal["float32", "tf32", "float64"] = "float32",
         true_sequential: bool = True,
         batch_size: int = 4,
+        token_weights: TokenWeights = "uniform",
     ) -> None:
-        super().__init__(clipping, true_sequential, batch_size)
+        super().__init__(clipping, true_sequential, batch_size, token_weights)
         if sweeps < 1:
             raise UserError(
                 f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"

@@ -81,9 +81,12 @@ def importance_for(clipping: ClippingMethod, task: BlockTask) -> dict[str, Tenso
     return input_importance(task) if clipping.needs_importance else {}
 
 
-def gram_of(x: Tensor) -> Tensor:
-    """``x^T x`` of ``[tokens, i]`` in float32; half-precision inputs are multiplied exactly, with float32 sums."""
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_t w_t x_t x_t^T`` of ``[tokens, i]`` in float32.
+
+    Without weights ``[tokens]``, half-precision inputs are multiplied exactly, with float32 sums.
+    """
+    if weights is None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(x.t(), x, out_dtype=torch.float32)
-    x = x.float()
+    x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
     return x.t() @ x
