@@ -50,7 +50,7 @@ class OmniQuant(Reconstruction):
         augmented_loss: add the distance to the full-precision block on the quantized stream (published for 2 bits).
         schedule: ``constant`` (published) or ``cosine``, which decays the rate to zero over the block.
         shuffle: draw a new order of samples each epoch; off as published.
-        token_weights: how much each token counts in the loss; ``uniform`` as published.
+        token_weights: how much each token counts in the loss (and in a search for its start); ``uniform`` as published.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class OmniQuantModule(ReconstructionModule):
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task, settings)
         self.transform, self.moves = self._start_transform()
-        importance = importance_for(settings.clipping, task)
+        importance = importance_for(settings.clipping, task, settings.token_weights)
         weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
         self.clips = nn.ModuleDict(
             {

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from omniq import processes
 from omniq.quantizers.clipping import ClippingMethod
 from omniq.stages.base import BlockTask
+from omniq.stages.tokens import TokenWeights, relative_weights
+from omniq.streams import take
 
 Observe = Callable[[str, Tensor], None]
 
@@ -35,7 +37,7 @@ def observed(block: nn.Module, names: tuple[str, ...], observe: Observe) -> Iter
             handle.remove()
 
 
-def input_importance(task: BlockTask) -> dict[str, Tensor]:
+def input_importance(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
     """Mean square of each input channel on the quantized stream: the diagonal of the Gram matrix over the tokens.
 
     Over the samples of all processes, if there are several.
@@ -43,42 +45,54 @@ def input_importance(task: BlockTask) -> dict[str, Tensor]:
     Returns:
         for each linear of the family, float32 ``[i]``.
     """
-    sums: dict[str, Tensor] = {}
 
-    def add(name: str, x: Tensor) -> None:
-        samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
-        square = samples.float().square().sum(1).double().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
+    def squares(x: Tensor, weights: Tensor | None) -> Tensor:
+        square = x.float().square()
+        return (square if weights is None else square * weights.unsqueeze(-1)).sum(1).double().sum(0)
 
-    first = tuple(group[0] for group in task.family.inputs)
-    with task.quantized_activations(), observed(task.block, first, add):
-        task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
-    means = {name: (processes.all_reduce_sum(square) / tokens).float() for name, square in sums.items()}
-    return {name: means[group[0]] for group in task.family.inputs for name in group}
+    return {name: mean.float() for name, mean in _means(task, token_weights, squares).items()}
 
 
-def input_grams(task: BlockTask) -> dict[str, Tensor]:
+def input_grams(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
     """Mean of ``x x^T`` over the tokens of the quantized stream, for each linear of the family float32 ``[i, i]``."""
+
+    def products(x: Tensor, weights: Tensor | None) -> Tensor:
+        return gram_of(x.flatten(0, 1), None if weights is None else weights.flatten())
+
+    return _means(task, token_weights, products)
+
+
+def _means(
+    task: BlockTask, token_weights: TokenWeights, sum_over: Callable[[Tensor, Tensor | None], Tensor]
+) -> dict[str, Tensor]:
+    """Mean over all tokens of something summed over inputs ``[batch, t, i]`` with weights ``[batch, t]``."""
     sums: dict[str, Tensor] = {}
+    seen = dict.fromkeys((group[0] for group in task.family.inputs), 0)
 
     def add(name: str, x: Tensor) -> None:
-        product = gram_of(x)
-        sums[name] = sums[name] + product if name in sums else product
+        batch = x.unflatten(0, (-1, task.inputs.shape[1]))
+        weights = None
+        if token_weights == "relative":
+            targets = take(task.targets, slice(seen[name], seen[name] + len(batch)), task.device)
+            weights = relative_weights(targets)
+        seen[name] += len(batch)
+        total = sum_over(batch, weights)
+        sums[name] = sums[name] + total if name in sums else total
 
-    first = tuple(group[0] for group in task.family.inputs)
-    with task.quantized_activations(), observed(task.block, first, add):
+    with task.quantized_activations(), observed(task.block, tuple(seen), add):
         task.visit(task.inputs)
     tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
     means = {name: processes.all_reduce_sum(total) / tokens for name, total in sums.items()}
     return {name: means[group[0]] for group in task.family.inputs for name in group}
 
 
-def importance_for(clipping: ClippingMethod, task: BlockTask) -> dict[str, Tensor]:
+def importance_for(
+    clipping: ClippingMethod, task: BlockTask, token_weights: TokenWeights = "uniform"
+) -> dict[str, Tensor]:
     """What a clipping wants to know of the inputs of each linear; nothing if it needs none."""
     if clipping.needs_gram:
-        return input_grams(task)
-    return input_importance(task) if clipping.needs_importance else {}
+        return input_grams(task, token_weights)
+    return input_importance(task, token_weights) if clipping.needs_importance else {}
 
 
 def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
