@@ -132,7 +132,7 @@ def prepare(run: Run, settings: str) -> Plan:
         held_out=len(windows.held_out) // processes.count(),
         evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
         device=device,
-        home=Home.choose(run.streams, device, run.out, 2 * len(share) * sample.nbytes),
+        home=Home.choose(run.streams, device, run.out, len(share) * sample.nbytes),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
         fingerprint=processes.first(

@@ -12,6 +12,7 @@ from omniq.config import Export, Run
 from omniq.errors import UserError
 from omniq.evaluate.perplexity import PerplexityResult
 from omniq.evaluate.table import perplexity_table
+from omniq.export import check_output, find_format
 from omniq.preflight import open_model
 from omniq.result import BlockResult
 from omniq.run_dir import RunDir
@@ -34,12 +35,14 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     """Write another checkpoint of a finished run.
 
     Raises:
-        UserError: no such run, it is not finished, or the format cannot hold it.
+        UserError: no such run, it is not finished, the format cannot hold it, or ``out`` holds something else.
     """
     run = open_run(path)
     facts = path / "summary.json"
     if not facts.is_file():
         raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
+    find_format(export.format).check(run.scheme)
+    check_output(out)
     with RunDir(path) as folder:
         write_checkpoint(open_model(run), folder, out, export, run.scheme, json.loads(facts.read_text()), Console())
 

@@ -6,7 +6,8 @@
     environment.json     versions and machine, for the record
     lock                 held by the one run that works here
     blocks/007.safetensors   a finished block (its presence means done)
-    blocks/007.csv       its losses, step by step
+    blocks/007.0.csv     its losses in its first stage, step by step
+    tensorboard/         the same for TensorBoard, where that is installed
     current/             the block in progress: last.ckpt, and the results of its earlier stages
     streams.safetensors  both activation streams at a block boundary, until the run is finished
     perplexity.json  summary.json  model/

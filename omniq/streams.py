@@ -48,7 +48,7 @@ class Home:
         Args:
             wanted: a place, or ``auto``: the memory of the GPU, if three streams (some stages need a third) take no
                 more than half of what is free there; then host memory by the same rule; then files.
-            size: bytes of both streams.
+            size: bytes of a stream.
         """
         if wanted == "auto":
             room = {"device": _free_device_memory(device), "host": _free_host_memory()}

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test: those marked ``gpu`` run where there is one."""
+"""What holds for every test (``gpu`` ones run where there is one), and what several files of tests start from."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from exported import opened, rounded
+from runs import SMALL, write_run
+
+from omniq.models.source import SourceModel
+from omniq.quantizers.grid import Grid
+from omniq.result import BlockResult
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,3 +19,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceModel:
+    """A tiny source of an export, ..."""
+    return opened(tmp_path / "source", Grid(4, 32))
+
+
+@pytest.fixture
+def results(source: SourceModel) -> list[BlockResult]:
+    """... and its finished blocks."""
+    return rounded(source, Grid(4, 32))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text and a ``run.yaml`` that works."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_run(folder, model=SMALL)
+    return folder

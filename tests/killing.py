@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed by SIGKILL: after a while, or at a chosen moment of a chosen file.
 
-Starting Python and importing torch takes seconds, so one helper process imports everything once and forks a child for
-each attempt. A child is an ordinary run of ``omniq.cli.main``; nothing of it survives the kill but its files.
+Each attempt is an ordinary run of the command line in a forked child (``forking``).
 
     with Attempts(folder) as attempts:
         attempts.run(args, aim=("torn", "blocks/001.safetensors"))
@@ -15,14 +14,14 @@ appended to, ``torn`` cuts the last row in two.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from forking import Forking, answer, become, orders
 
 
 @dataclass(frozen=True)
@@ -48,28 +47,10 @@ class Attempt:
         return self.status == -signal.SIGKILL
 
 
-class Attempts:
-    """The helper process, as a context manager.
+class Attempts(Forking):
+    """The helper process that makes them, as a context manager."""
 
-    Args:
-        folder: for its scratch files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> "Attempts":
-        self._helper = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._helper.stdin is not None
-        self._helper.stdin.close()
-        self._helper.wait()
+    script = __file__
 
     def run(
         self, args: list[str], out: Path, aim: tuple[str, str] | None = None, delay: float | None = None
@@ -83,37 +64,26 @@ class Attempts:
         """
         log = self.folder / "attempt"
         order = {"args": [*args, "--out", str(out)], "out": str(out), "aim": aim, "delay": delay, "log": str(log)}
-        assert self._helper.stdin is not None
-        assert self._helper.stdout is not None
-        print(json.dumps(order), file=self._helper.stdin, flush=True)
-        answer = json.loads(self._helper.stdout.readline())
+        ended = self.ask(order)
         events = [json.loads(line) for line in log.with_suffix(".events").read_text().splitlines()]
         return Attempt(
-            answer["status"],
+            ended["status"],
             log.with_suffix(".output").read_text(),
             [tuple(event["step"]) for event in events if "step" in event],
             [event["file"] for event in events if "file" in event],
-            answer["seconds"],
+            ended["seconds"],
         )
 
 
 def serve() -> None:
-    """The helper: import everything, then fork for each order that comes in."""
-    import torch
-
-    torch.set_num_threads(1)  # before the fork: a pool of threads would not survive it
-    import omniq.pipeline  # noqa: F401
-    from omniq.cli import quiet
-
-    quiet()
-    for line in sys.stdin:
-        order = json.loads(line)
+    """The helper: a child for each order, killed after its delay if it has one."""
+    for order in orders():
         log, (begun, begin) = Path(order["log"]), os.pipe()
         log.with_suffix(".events").write_text("")
         child = os.fork()
         if child == 0:
             os.close(begun)
-            _child(order, log, begin)
+            become(order["args"], log.with_suffix(".output"), partial(_install, order, log, begin))
         os.close(begin)
         os.read(begun, 1)  # returns when the first block begins, or when the child ends
         os.close(begun)
@@ -122,30 +92,7 @@ def serve() -> None:
             time.sleep(order["delay"])
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - started}
-        print(json.dumps(answer), flush=True)
-
-
-def _child(order: dict[str, Any], log: Path, begin: int) -> None:
-    """Never returns: a run of the command line with our hooks in place."""
-    status = 70
-    try:
-        output = os.open(log.with_suffix(".output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdin = open(os.devnull)  # noqa: SIM115
-        from omniq import cli
-
-        _install(order, log, begin)
-        status = cli.main(order["args"])
-    except BaseException:  # the traceback is part of the output
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        answer(status=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - started)
 
 
 def _install(order: dict[str, Any], log: Path, begin: int) -> None:

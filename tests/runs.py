@@ -29,6 +29,10 @@ WORDS = (
     "that",
     "learned",
 )
+QUICK: dict[str, Any] = {
+    "export": {"format": "none"},
+    "evaluation": None,
+}  # sections of a run that ends with its blocks
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 

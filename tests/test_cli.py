@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import SMALL, configuration, write_config, write_run
+from runs import QUICK, configuration, write_config
 
 from omniq.cli import main, parse_run
 from omniq.errors import UserError
 from omniq.stages import RTN, OmniQuant
-
-QUICK = {"export": {"format": "none"}, "evaluation": None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text and a configuration that works."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_run(folder, model=SMALL)
-    return folder
 
 
 def test_print_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +80,51 @@ def test_evaluate_export_report(folder: Path, tmp_path: Path, capsys: pytest.Cap
         found = json.loads((tmp_path / "result.json").read_text())
         assert f"{measured[name]['perplexity']:.2f}" in capsys.readouterr().out
         assert str(round(measured[name]["perplexity"], 3))[:6] in json.dumps(found)
+
+
+def test_export_over_an_earlier_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is there of another format or another run is replaced, and that is said; the same export is kept."""
+    run, out = tmp_path / "run", tmp_path / "exported"
+
+    def export(*options: str, run: Path = run) -> str:
+        assert main(["export", "--run", str(run), "--out", str(out), *options]) == 0
+        said = capsys.readouterr()
+        return "".join((said.out + said.err).split())  # a terminal's width breaks lines anywhere
+
+    args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK))
+    assert main([*args, "--out", str(run)]) == 0
+    assert main([*args, "--out", str(tmp_path / "other"), "--seed", "5"]) == 0
+    capsys.readouterr()
+    out.mkdir()
+    assert f"writing{out}informatcompressed-tensorsverified" in export()
+    said = export("--export.format", "omniq")
+    assert said.startswith(f"writing{out}informatomniq,intheplaceofanexportinformatcompressed-tensorsverified")
+    before = (out / "model.safetensors").stat().st_ino
+    assert export("--export.format", "omniq").startswith("verified")
+    assert (out / "model.safetensors").stat().st_ino == before
+    said = export("--export.format", "omniq", "--export.verify", "false", run=tmp_path / "other")
+    assert said == f"writing{out}informatomniq,intheplaceofanexportinformatomniq"
+    assert (out / "model.safetensors").stat().st_ino != before
+    assert not caplog.text
+    assert "writing" in export("--export.format", "omniq")
+    assert f"{out} is not what this run writes there (" in caplog.text
+
+
+def test_export_refuses_before_it_opens_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK))
+    assert main([*args, "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.setattr("omniq.reopen.open_model", lambda _: pytest.fail("opened"))
+    export = ["export", "--run", str(tmp_path / "run"), "--out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").touch()
+    assert main([*export, str(tmp_path / "mine")]) == 2
+    assert "it holds something that omniq did not export; choose an empty" in capsys.readouterr().err
+    assert main([*export, str(tmp_path / "out"), "--export.format", "none"]) == 2
+    assert "export format 'none' is not known: choose one of compressed-tensors, omniq" in capsys.readouterr().err
 
 
 def test_parse_run_refuses_in_one_line(folder: Path) -> None:

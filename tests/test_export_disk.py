@@ -9,23 +9,13 @@ from typing import Any
 
 import pytest
 import transformers
-from exported import CARD, opened, rounded
+from exported import CARD, rounded
 
 from omniq.errors import UserError
 from omniq.export import check_output, export_checkpoint, shards
 from omniq.models.source import SourceModel
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> SourceModel:
-    return opened(tmp_path / "source", Grid(4, 32))
-
-
-@pytest.fixture
-def results(source: SourceModel) -> list[BlockResult]:
-    return rounded(source, Grid(4, 32))
 
 
 class Killed(BaseException):

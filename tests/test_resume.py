@@ -188,12 +188,12 @@ def test_damaged_files_are_named_and_computed_again(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_written_again(reference: Reference, tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_replaced(reference: Reference, tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     shutil.copytree(reference.folder / "reference", out)
     content = (out / "model" / name).read_bytes()
     (out / "model" / name).write_bytes(content[: len(content) // 2])
-    warning = next(line for line in reference.finish(out).output.splitlines() if "it is written again" in line)
+    warning = next(line for line in reference.finish(out).output.splitlines() if "it is replaced" in line)
     assert str(out / "model") in warning
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import CARD, WINDOWS, opened, rounded
+from exported import CARD, WINDOWS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,18 +15,7 @@ from omniq.errors import UserError
 from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
 from omniq.files import CorruptFile
 from omniq.models.source import SourceModel
-from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> SourceModel:
-    return opened(tmp_path / "source", Grid(4, 32))
-
-
-@pytest.fixture
-def results(source: SourceModel) -> list[BlockResult]:
-    return rounded(source, Grid(4, 32))
 
 
 def altered(out: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:

