@@ -38,7 +38,8 @@ def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     options = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, **quiet, **trainer}
     callbacks = [*kept, *more, Fuse(), PassCheckpoint(last)]
-    L.Trainer(callbacks=callbacks, plugins=[AtomicCheckpointIO()], **options).fit(
+    plugins = [AtomicCheckpointIO(), *options.pop("plugins", [])]
+    L.Trainer(callbacks=callbacks, plugins=plugins, **options).fit(
         module, module.batches, ckpt_path=last if resume else None
     )
     return module
@@ -47,6 +48,17 @@ def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False
 def fitted(stage: Stage, task: BlockTask, folder: Path, **trainer: Any) -> BlockModule:
     """A stage's module after its fit."""
     return fit(stage.module(task), folder, **trainer)
+
+
+class Stop(Callback):
+    """Ends the process of a fit after a step, as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.step:
+            raise RuntimeError("stopped by the test")
 
 
 def losses(folder: Path) -> list[float]:

@@ -13,6 +13,7 @@ construction: every format in the field can store the result. A symmetric grid f
 ``s = 2 max|w| / L`` (the convention of GPTQ and compressed-tensors).
 
 Because scales are storage-rounded *before* codes are chosen, ``(q - z) * s`` is what a runtime computes, to the bit.
+A stage may restrict scales and zero points further, to a few levels: ``omniq.quantizers.second_level``.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size (``i = G g``).
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
+from omniq.quantizers.second_level import SecondLevel
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,27 @@ class Grid:
         group_size: inputs that share one scale and zero point; -1 for one group per output channel.
         symmetric: fix the zero point in the middle of the code range.
         scale_dtype: the dtype in which scales are stored and deployed.
+        second: how scales and zero points are stored as codes, if they are.
 
     Raises:
-        UserError: bits outside 2..8, or a group size that is neither -1 nor positive.
+        UserError: bits outside 2..8, a group size that is neither -1 nor positive, or zero points whose codes would
+            take as much as they do.
     """
 
     bits: int
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
+    second: SecondLevel | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise UserError(f"weight bits {self.bits} are outside 2..8: choose a scheme from W2 to W8, such as W4A16")
         if self.group_size != -1 and self.group_size < 1:
             raise UserError(f"group size {self.group_size} is not usable: give a positive size, or -1 for per-channel")
+        if self.second is not None and self.second.zero_bits and (self.symmetric or self.second.zero_bits >= self.bits):
+            kind = "of a symmetric grid" if self.symmetric else f"of {self.bits} bits"
+            raise UserError(f"zero points {kind} need no code of {self.second.zero_bits} bits: set zero_bits to 0")
 
     @property
     def levels(self) -> int:
