@@ -54,7 +54,18 @@ class QueryKey:
     norm_offset: float = 0.0
 
 
-Equivalence = NormToLinears | ValueToOutput | QueryKey
+@dataclass(frozen=True)
+class UpToDown:
+    """Rows of the up projection against columns of the down projection of a gated MLP, ``down(act(gate) * up)``.
+
+    Exact because nothing but a product lies between them. Not so where an activation does (``fc1``, ``fc2``).
+    """
+
+    up: str
+    down: str
+
+
+Equivalence = NormToLinears | ValueToOutput | QueryKey | UpToDown
 
 
 def _accept(config: PretrainedConfig) -> str | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaMA and the families that share its block: grouped-query attention, rotary embedding, gated MLP, RMSNorm."""
 
-from omniq.models.family import Family, NormToLinears, QueryKey, ValueToOutput
+from omniq.models.family import Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2"),
@@ -17,6 +17,7 @@ LLAMA = Family(
         NormToLinears("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ValueToOutput("self_attn.v_proj", "self_attn.o_proj"),
         QueryKey("self_attn.q_proj", "self_attn.k_proj", rotary="half"),
+        UpToDown("mlp.up_proj", "mlp.down_proj"),
     ),
     attention="self_attn",
 )

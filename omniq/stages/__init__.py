@@ -9,5 +9,16 @@ from omniq.stages.outlier_suppression import OutlierSuppression
 from omniq.stages.quantease import QuantEase
 from omniq.stages.rtn import RTN
 from omniq.stages.smoothquant import SmoothQuant
+from omniq.stages.spqr import SpQR
 
-__all__ = ["AWQ", "GPTQ", "RTN", "LearnedRounding", "OmniQuant", "OutlierSuppression", "QuantEase", "SmoothQuant"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "RTN",
+    "LearnedRounding",
+    "OmniQuant",
+    "OutlierSuppression",
+    "QuantEase",
+    "SmoothQuant",
+    "SpQR",
+]

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWQ (arXiv 2306.00978): scale up the weights of inputs that carry much, search how far to clip, round to nearest.
+
+For linears ``W`` that read one input ``x``, with the scale folded into whatever makes that input (section 3.2,
+equations 4 and 5):
+
+    s(alpha) = a^alpha / sqrt(max a^alpha * min a^alpha),   a_j = mean |x_j|
+    alpha    = argmin over a grid of 0..1 of || Q(W diag(s)) diag(s)^-1 X - W X ||^2
+
+A larger ``s_j`` makes the rounding error of column ``j`` smaller in proportion, as long as it does not widen the range
+of its group. ``alpha = 0`` is plain rounding, so no input ends with a larger error than that has.
+
+1. One pass of the quantized stream through the block gathers ``a`` and ``S = mean x x^T`` of each input.
+2. Each ``alpha`` of the grid is one step of the fit. With ``W^ = Q(W diag(s)) diag(s)^-1`` its error is
+   ``tr((W - W^) S (W - W^)^T)``: exactly the mean square of the output's error, so no sample runs again. The steps log
+   the best so far, relative to the output's power, as ``block/007/input_layernorm/recon_error`` and ``.../alpha``.
+3. The scales are folded by the function that fuses every transform. The inputs do not depend on each other: dividing
+   rows of a linear moves none of its codes, so the order of the folds does not matter and one pass is enough.
+4. The clip search. The published one tries shrunken ranges for the least output error of each group of weights, which
+   is ``Searched`` with the weighting ``gram``; here both ends shrink, each by itself. Then rounding to nearest.
+
+What is left in the block is equivalent and in full precision, so that GPTQ, QuantEase or OmniQuant can follow, whose
+codes replace those of AWQ.
+
+Where a scale may move: behind norms, from values to output (with grouped-query attention one scale for each KV channel,
+of the mean over its readers; the published code leaves those out), and in gated MLPs from up to down.
+
+Deviations from the published code: the error is that of the linears that read an input (equation 4), where it compares
+outputs of the whole attention or MLP; the error is of the quantized stream; the grid of alpha has both ends; queries
+and keys are clipped, too; the search and the fold are done in float32.
+
+The search sees what rounding the weights does, not what rounding activations does. A scheme with activation bits runs,
+with scales that were not made for them: there ``OutlierSuppression`` searches on quantized inputs.
+
+Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equivalence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from omniq import processes
+from omniq.errors import UserError
+from omniq.models.family import Equivalence, Family, ValueToOutput
+from omniq.quantizers.clipping import Clipping, Searched
+from omniq.quantizers.grid import Grid
+from omniq.result import BlockResult
+from omniq.stages.base import BlockTask, PassLoader, Stage
+from omniq.stages.gram import GramStage
+from omniq.stages.reconstruction import Reconstruction
+from omniq.stages.rtn import RTNModule
+from omniq.stages.statistics import gram_of, observed
+from omniq.stages.transform import fuse
+from omniq.transforms.equivalence import LIMIT, ends
+from omniq.transforms.initial import FLOOR
+from omniq.transforms.let import Kind, block_transform, check_equivalences, kinds_of
+
+_KINDS = ("norm", "value_output", "up_down")  # not query_key, which scales rows of weights: their codes would not move
+
+
+class AWQ(Stage):
+    """Searched scales and clipping, no learning.
+
+    Args:
+        candidates: values of alpha to try, evenly from 0 to 1 (20 in the paper).
+        equivalences: where scales move: norm, value_output, up_down; all that the family has if not given.
+        clipping: the range of each group after scaling; searched by the error of its outputs (weighting ``gram``) by
+            default. ``diagonal`` suits a stage that refines the codes, min-max leaves the clip search out.
+    """
+
+    def __init__(
+        self, candidates: int = 20, equivalences: Sequence[Kind] | None = None, clipping: Clipping | None = None
+    ) -> None:
+        if candidates < 2:
+            raise UserError(
+                f"stages: AWQ.candidates {candidates} is too small: give 2 or more, such as 20; the first is no scale"
+            )
+        unknown = [kind for kind in equivalences or () if kind not in _KINDS]
+        if unknown or equivalences is not None and not equivalences:
+            given = repr(unknown[0]) if unknown else "an empty list"
+            raise UserError(f"stages: AWQ.equivalences: {given} is not usable, choose from {', '.join(_KINDS)}")
+        self.candidates, self.equivalences = candidates, equivalences
+        self.clipping = clipping or Searched("gram")
+
+    def check(self, before: Sequence[Stage]) -> None:
+        for stage in before:
+            if isinstance(stage, GramStage | Reconstruction) and getattr(stage, "transform", None) is None:
+                name = type(stage).__name__
+                raise UserError(f"stages: AWQ rounds anew and would lose what {name} has found: put AWQ before {name}")
+
+    def check_family(self, family: Family) -> None:
+        check_equivalences(family, self.kinds(family) or _KINDS[:1])
+
+    def kinds(self, family: Family) -> list[str]:
+        """The kinds of equivalences to use in this family."""
+        there = [kind for kind in kinds_of(family) if kind in _KINDS]
+        return there if self.equivalences is None else list(self.equivalences)
+
+    def module(self, task: BlockTask) -> "AWQModule":
+        return AWQModule(task, self)
+
+
+@dataclass
+class Input:
+    """What the search knows of one input, whose linears it takes together.
+
+    Args:
+        move: the equivalence that scales it.
+        size: mean magnitude of each parameter of the equivalence, float32 ``[c]``.
+        gram: mean of ``x x^T``, float32 ``[i, i]``.
+        power: mean square of the outputs of its readers.
+    """
+
+    move: Equivalence
+    size: Tensor
+    gram: Tensor
+    power: Tensor
+
+
+class AWQModule(RTNModule):
+    """A block whose scales are being searched: one step for each alpha, then one rounding.
+
+    Buffers hold the best so far, so that a search resumes: ``<key>/log_scale`` of each equivalence ``[c]``, and its
+    error and alpha, in the order of the equivalences.
+    """
+
+    save_interval = 5.0  # seconds: a step takes milliseconds on a GPU
+    least: Tensor
+    alphas: Tensor
+
+    def __init__(self, task: BlockTask, settings: AWQ) -> None:
+        super().__init__(task, settings.clipping)
+        self.settings = settings
+        self.transform = block_transform(task.block, task.family, settings.kinds(task.family), shift=False)
+        for name, shape in self.transform.shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+        number = len(self.transform.moves)
+        self.register_buffer("least", torch.full((number,), torch.finfo(torch.float32).max))
+        self.register_buffer("alphas", torch.zeros(number))
+        self.to(task.device)
+
+    def loader(self) -> PassLoader:
+        return PassLoader(samples=1, passes=self.settings.candidates)
+
+    @torch.no_grad()
+    def training_step(self, indices: Tensor, batch_idx: int = 0) -> None:
+        alpha = batch_idx / (self.settings.candidates - 1)
+        for place, (key, inputs) in enumerate(self.inputs.items()):
+            best = self.get_buffer(f"{key}/log_scale")
+            log_scale = log_scale_of(inputs.size, alpha)
+            error = self._error(inputs, log_scale.exp()) / inputs.power
+            better = error < self.least[place]
+            best.copy_(torch.where(better, log_scale, best))
+            self.alphas[place] = torch.where(better, alpha, self.alphas[place])
+            self.least[place] = torch.minimum(error, self.least[place])
+        for name, values in (("alpha", self.alphas), ("recon_error", self.least)):
+            for key, value in zip(self.inputs, values.clone(), strict=True):
+                self.track(f"{key.rpartition('/')[2]}/{name}", value)
+
+    @torch.no_grad()
+    def finish(self) -> BlockResult:
+        self.__dict__.pop("inputs", None)  # the clip search gathers Gram matrices of its own
+        values = {name: self.get_buffer(name).to(self.task.device) for name in self.transform.shapes}
+        fuse(self.task.block, self.transform, values)
+        return super().finish()
+
+    @cached_property
+    def inputs(self) -> dict[str, Input]:
+        """What the search needs of each input, by key of its equivalence: one pass over the quantized stream."""
+        task, by_key = self.task, self.transform.heads.by_key
+        found = _gather(task, tuple(ends(move)[1] for move in self.transform.moves.values()))
+        inputs = {}
+        for key, move in self.transform.moves.items():
+            size, gram = found[ends(move)[1]]
+            size = by_key(size).mean(1) if isinstance(move, ValueToOutput) else size
+            power = torch.stack([_power(task.linear(name).weight.float(), gram) for name in ends(move)[1:]]).sum()
+            inputs[key] = Input(move, size, gram, power.clamp(min=torch.finfo(torch.float32).tiny))
+        return inputs
+
+    def _error(self, inputs: Input, scale: Tensor) -> Tensor:
+        """Mean squared error of the outputs at this scale ``[c]``, summed over the readers."""
+        wide = self.transform.heads.to_query(scale) if isinstance(inputs.move, ValueToOutput) else scale  # [i]
+        weights = [self.task.linear(name).weight for name in ends(inputs.move)[1:]]
+        return torch.stack([output_error(weight, inputs.gram, wide, self.task.grid) for weight in weights]).sum()
+
+
+def log_scale_of(size: Tensor, alpha: float) -> Tensor:
+    """``log s(alpha)`` of mean magnitudes ``[c]``, within a transform's limits; zero at ``alpha = 0``.
+
+    Magnitudes are bounded from below by ``FLOOR`` (the published code bounds ``a^alpha`` by 1e-4).
+    """
+    log_scale = alpha * size.clamp(min=FLOOR).log()
+    return (log_scale - (log_scale.max() + log_scale.min()) / 2).clamp(-LIMIT, LIMIT)
+
+
+def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """``tr((W - W^) S (W - W^)^T)`` of scaled weights on the min-max grid, ``W^ = Q(W diag(s)) diag(s)^-1``.
+
+    Args:
+        weight: ``W``, ``[o, i]``.
+        gram: ``S``, mean of ``x x^T``, float32 ``[i, i]``.
+        scale: ``s``, ``[i]``.
+        grid: of the codes.
+    """
+    scaled = weight.float() * scale
+    step, zero_point = grid.fit(*grid.range(scaled))
+    rounded = grid.dequantize(grid.quantize(scaled, step, zero_point), step, zero_point)
+    return _power((scaled - rounded) / scale, gram)
+
+
+def _power(weight: Tensor, gram: Tensor) -> Tensor:
+    """``tr(W S W^T)``: mean square of ``W x``, summed over the outputs."""
+    return (weight @ gram).mul_(weight).sum()
+
+
+def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean ``|x|`` ``[i]`` and mean ``x x^T`` ``[i, i]`` of what these linears read, both float32, over all processes.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
+        new = samples.float().abs().sum(1).double().sum(0), gram_of(x)
+        sums[name] = (sums[name][0] + new[0], sums[name][1] + new[1]) if name in sums else new
+
+    with observed(task.block, names, add):
+        task.visit(task.inputs)
+    tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
+    found = {}
+    for name, parts in sums.items():
+        size, gram = (processes.all_reduce_sum(part).div_(tokens).float() for part in parts)
+        if not torch.isfinite(gram).all():
+            raise UserError(
+                f"{task.name} {name}: the Gram matrix is not finite; use trainer.precision 32-true or bf16-mixed, or "
+                "other calibration text"
+            )
+        found[name] = size, gram
+    return found
