@@ -3,13 +3,15 @@
 
     python benchmarks/block_step.py                          # CUDA: LLaMA-7B shapes, samples of 2048 tokens, float16
     python benchmarks/block_step.py --shape 70b --json step.json
+    python benchmarks/block_step.py --schemes W4A4KV4 --profile      # which kernels the time goes to
     python benchmarks/block_step.py --device cpu             # a SmolLM2-135M block, float32, 256 tokens
 
-A step is forward, loss, backward and AdamW on one sample. Figures of a scheme:
+A step is forward, loss, backward and AdamW on one sample: of learned clipping, and where a scheme has activation bits,
+of clipping and transform, with queries quantized too wherever keys and values are. Figures of a scheme:
 
     step ms     the step as a run makes it (CUDA graph, fused fake-quant, SDPA), median
     fit ms      the same inside Lightning's Trainer.fit, per step, with losses tracked
-    eager ms    differentiable torch throughout (``fake_quantize_reference``), materialised attention, every loss read
+    eager ms    differentiable torch throughout, materialised attention, every loss read (``benchmarks/plain/step.py``)
     floor ms    arithmetic (linears forward, dW, dX; causal attention) over the matrix rate measured in the same run
     GiB         peak memory of the step beside the block, omniq and eager
     agreement   largest relative difference of the two losses over 50 steps from the same start
@@ -20,24 +22,25 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from plain.step import Eager
 from transformers import LlamaConfig, LlamaModel
 
 from omniq.callbacks import BlockLosses
 from omniq.cli import quiet
-from omniq.kernels.fake_quant import fake_quantize_reference
 from omniq.models.llama import LLAMA
-from omniq.quantizers.grid import Grid, parse_scheme
+from omniq.quantizers.grid import parse_scheme
+from omniq.quantizers.scheme import Scheme
 from omniq.stages.base import BlockTask
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.stages.step import OptimizerStep
+from omniq.transforms.let import LET
 
 SHAPES = {
     "smollm2": (576, 1536, 9, 3),
@@ -45,7 +48,16 @@ SHAPES = {
     "13b": (5120, 13824, 40, 40),
     "70b": (8192, 28672, 64, 8),
 }
-SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g128"), "cpu": ("W4A16", "W3A16g64")}
+SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g128", "W4A4KV4", "W6A6KV6"), "cpu": ("W4A16", "W3A16g64", "W4A4KV4")}
+# What kernels are about, by a part of their name; the first that fits.
+KINDS = {
+    "attention": ("flash", "fmha", "cudnn", "sdpa", "attention"),
+    "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "cublas", "splitK"),
+    "weights": ("fake_quant", "moving_"),
+    "activations": ("tokens_",),
+    "optimizer": ("multi_tensor", "FusedAdam", "amp_"),
+    "others": ("",),
+}
 
 
 def make_task(shape: str, scheme: str, device: str, tokens: int, samples: int, dtype: torch.dtype) -> BlockTask:
@@ -65,51 +77,16 @@ def make_task(shape: str, scheme: str, device: str, tokens: int, samples: int, d
     inputs = torch.randn(samples, tokens, hidden, device=device).to(dtype)
     cos, sin = model.rotary_emb(inputs[:1], torch.arange(tokens, device=device)[None])
     kwargs = {"attention_mask": None, "position_embeddings": (cos, sin)}
-    bits, _, _, group_size = parse_scheme(scheme)
+    _, activation_bits, kv_bits, _ = parse_scheme(scheme)
+    whole = Scheme(scheme, queries=activation_bits < 16 and kv_bits < 16)
 
     def precision() -> Any:
         return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
-    task = BlockTask(0, LLAMA, model.layers[0], Grid(bits, group_size), inputs, inputs, kwargs, precision=precision)
+    block, activations = model.layers[0], whole.activations
+    task = BlockTask(0, LLAMA, block, whole.grid, inputs, inputs, kwargs, precision=precision, activations=activations)
     task.targets = task.run(inputs)
     return task
-
-
-class Eager:
-    """The same algorithm, written plainly."""
-
-    def __init__(self, task: BlockTask) -> None:
-        self.module = OmniQuantModule(task, OmniQuant(epochs=1))
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-2, weight_decay=0.0, foreach=False)
-        self.scaler = torch.amp.GradScaler(enabled=task.inputs.dtype == torch.float16)
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward with reference fake quantization and eager attention."""
-        task, weights = self.module.task, {}
-        for name in task.family.linears:
-            clip = self.module.clip(name)
-            weight = task.linear(name).weight.float()  # a float32 copy of every weight, as in the published code
-            weights[f"{name}.weight"] = fake_quantize_reference(
-                weight, clip.lo, clip.hi, clip.upper, clip.lower, clip.grid, inputs.dtype
-            )
-        config = task.block.self_attn.config
-        before, config._attn_implementation = config._attn_implementation, "eager"
-        tokens = inputs.shape[1]
-        mask = torch.full((tokens, tokens), torch.finfo(inputs.dtype).min, device=inputs.device).triu(1)[None, None]
-        kwargs = {**task.kwargs, "attention_mask": mask.to(inputs.dtype)}
-        output = functional_call(task.block, weights, (inputs,), kwargs)
-        config._attn_implementation = before
-        return nn.functional.mse_loss(output.float(), targets.float())
-
-    def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """One update; the loss is read back, as the published code does."""
-        self.optimizer.zero_grad()
-        loss = self.loss(inputs, targets)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.item()
 
 
 def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
@@ -135,23 +112,30 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / (timed(lambda: a @ b, device, 10) / 1e3)
 
 
-def floor_ms(shape: str, tokens: int, rate: float) -> float:
-    """Least arithmetic of a step: forward, dW of all linears, dX of those behind learned ones, causal attention."""
+def floor_ms(shape: str, tokens: int, rate: float, transform: bool) -> float:
+    """Least arithmetic of a step: forward, dW of all linears, dX of those behind what is learned, causal attention.
+
+    A transform learns the norm that the first linears read.
+    """
     hidden, inner, heads, kv_heads = SHAPES[shape]
     kv = hidden // heads * kv_heads
     attention_in = hidden * (hidden + 2 * kv)
     rest = hidden * hidden + 3 * hidden * inner
-    linears = 2 * tokens * (2 * (attention_in + rest) + rest)
+    linears = 2 * tokens * (2 * (attention_in + rest) + rest + (attention_in if transform else 0))
     attention = 3 * 2 * tokens * tokens * hidden  # QK and PV, causal, once forward and twice backward
     return 1e3 * (linears + attention) / rate
 
 
-def build_step(task: BlockTask, graph: bool) -> tuple[OmniQuantModule, OptimizerStep]:
+def settings_of(task: BlockTask, epochs: int = 1) -> OmniQuant:
+    """Learned clipping; with quantized activations a transform too."""
+    return OmniQuant(epochs=epochs, transform=LET() if task.activations.quantized else None)
+
+
+def build_step(task: BlockTask) -> OptimizerStep:
     """omniq's step outside Lightning."""
-    module = OmniQuantModule(task, OmniQuant(epochs=1))
-    module.to(task.device)
+    module = OmniQuantModule(task, settings_of(task)).to(task.device)
     scaler = torch.amp.GradScaler() if task.inputs.dtype == torch.float16 else None
-    return module, OptimizerStep(module.loss, module.configure_optimizers(), scaler, graph)
+    return OptimizerStep(module.loss, module.configure_optimizers(), scaler)
 
 
 def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
@@ -166,7 +150,7 @@ def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
                 marks.append(time.perf_counter())
 
     epochs = max(1, steps // len(task.inputs))
-    module = OmniQuantModule(task, OmniQuant(epochs=epochs))
+    module = OmniQuantModule(task, settings_of(task, epochs))
     half = {torch.float16: "16-mixed", torch.bfloat16: "bf16-mixed"}.get(task.inputs.dtype, "32-true")
     trainer = L.Trainer(
         accelerator="gpu" if task.device.type == "cuda" else "cpu",
@@ -193,15 +177,20 @@ def peak_gib(run: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def compare(task: BlockTask, device: str, repeats: int) -> dict[str, Any]:
+def batches_of(task: BlockTask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Its samples, one by one."""
+    return [(task.inputs[i : i + 1], task.targets[i : i + 1]) for i in range(len(task.inputs))]
+
+
+def compare(make: Callable[[], BlockTask], device: str, repeats: int) -> dict[str, Any]:
     """omniq's step beside the eager one: agreement, peak memory, time; neither outlives the call."""
-    batches = [(task.inputs[i : i + 1], task.targets[i : i + 1]) for i in range(len(task.inputs))]
+    task, plain = make(), make()  # a transform's start is fused into the block
+    batches = batches_of(task)
     with task.precision():
-        _, step = build_step(task, graph=True)
-        eager = Eager(task)
+        step, eager = build_step(task), Eager(plain, settings_of(plain))
         ours = [float(step(*batches[i % 8])) for i in range(50)]
         theirs = [eager.step(*batches[i % 8]) for i in range(50)]
-        _, fresh = build_step(task, graph=True)
+        fresh = build_step(make())
         return {
             "agreement": max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)),
             "gib": peak_gib(lambda: [fresh(*batches[i % 8]) for i in range(6)], device),
@@ -215,13 +204,40 @@ def measure(
     shape: str, scheme: str, device: str, tokens: int, dtype: torch.dtype, repeats: int, rate: float
 ) -> dict[str, Any]:
     """One line of the table."""
-    task = make_task(shape, scheme, device, tokens, 8, dtype)
-    row = {"shape": shape, "scheme": scheme, **compare(task, device, repeats)}
+    make = partial(make_task, shape, scheme, device, tokens, 8, dtype)
+    row = {"shape": shape, "scheme": scheme, **compare(make, device, repeats)}
+    task = make()
     with TemporaryDirectory() as folder:
         row["fit_ms"] = fit_ms(task, 96 if device == "cuda" else 16, Path(folder))
     row["forward_ms"] = timed(lambda: task.run(task.inputs), device, 5) / len(task.inputs)
-    row["floor_ms"] = floor_ms(shape, tokens, rate)
+    row["floor_ms"] = floor_ms(shape, tokens, rate, task.activations.quantized)
     return row | {"speedup": row["eager_ms"] / row["step_ms"], "over_floor": row["step_ms"] / row["floor_ms"]}
+
+
+def print_kernels(task: BlockTask, steps: int = 10, longest: int = 25) -> None:
+    """Which kernels a step spends the GPU's time on, by kind and by name; milliseconds and launches a step."""
+    batches = batches_of(task)
+    with task.precision():
+        step = build_step(task)
+        for _ in range(6):  # beyond the capture
+            step(*batches[0])
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for i in range(steps):
+                step(*batches[i % 8])
+            torch.cuda.synchronize()
+    each_step = ((kernel.self_device_time_total / 1e3, kernel.count, kernel.key) for kernel in profile.key_averages())
+    found = sorted(((ms / steps, count / steps, name) for ms, count, name in each_step if ms > 0), reverse=True)
+    kinds = dict.fromkeys(KINDS, (0.0, 0.0))
+    for ms, count, name in found:
+        kind = next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+        kinds[kind] = (kinds[kind][0] + ms, kinds[kind][1] + count)
+    kinds["all"] = (sum(ms for ms, _, _ in found), sum(count for _, count, _ in found))
+    for name, (ms, count) in kinds.items():
+        print(f"{ms:8.3f} ms {count:6.1f} x  {name}")
+    print()
+    for ms, count, name in found[:longest]:
+        print(f"{ms:8.3f} ms {count:6.1f} x  {name[:160]}")
 
 
 def cell(value: Any) -> str:
@@ -238,15 +254,23 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes instead")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     arguments = parser.parse_args()
     device = arguments.device
+    if arguments.profile and device != "cuda":
+        parser.error("--profile times kernels of a GPU: leave it out here")
     shape = arguments.shape or ("7b" if device == "cuda" else "smollm2")
     tokens = arguments.tokens or (2048 if device == "cuda" else 256)
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
     rate = matrix_rate(device, dtype)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {dtype}, {rate / 1e12:.2f} TFLOP/s, {tokens} tokens a sample")
+    if arguments.profile:
+        for scheme in arguments.schemes or SCHEMES[device]:
+            print(f"\n{shape} {scheme}")
+            print_kernels(make_task(shape, scheme, device, tokens, 8, dtype))
+        return
     columns = ["shape", "scheme", "step_ms", "fit_ms", "eager_ms", "floor_ms", "speedup", "over_floor", "forward_ms"]
     columns += ["gib", "eager_gib", "agreement"]
     print(" ".join(cell(column) for column in columns))

@@ -5,14 +5,15 @@
     python benchmarks/fake_quant.py --device cpu             # one SmolLM2-135M block, float32
     python benchmarks/fake_quant.py --json results.json
 
-For every scheme, with only the clipping learned (LWC) and with moving weights as under a transform (LET):
+For every scheme, with only the clipping learned (LWC) and with a factor for each row and column of the weights as under
+a transform (LET):
 
     fused ms    the operator, in a CUDA graph on CUDA (as in a training step), median of the repeats
     calls ms    the same called one by one from Python
     eager ms    ``fake_quantize_reference``: differentiable torch, as the published code has it
-    floor ms    bytes that must move (the weight in, the result out, the weight and its gradient in, and under a
-                transform the weight's gradient out), over the copy bandwidth measured in the same run
-    MiB         peak memory beside weights, results and gradients, fused and eager (CUDA only)
+    floor ms    bytes that must move (the weight in, the result out, the weight and the result's gradient in), over the
+                copy bandwidth measured in the same run
+    MiB         peak memory beside weights, results and their gradients, fused and eager (CUDA only)
 """
 
 import argparse
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
+from omniq.kernels.fake_quant_moving import fake_quantize_moving
+from omniq.kernels.scaled import Scaled
 from omniq.quantizers.grid import Grid, parse_scheme
 
 LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
@@ -35,22 +38,32 @@ SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g64"), "cpu": ("W4A16", "W3A16g6
 
 
 class Linear:
-    """One weight with its range, logits and the gradient that comes back."""
+    """One weight with its range, factors, logits and the gradient that comes back."""
 
     def __init__(self, shape: tuple[int, int], grid: Grid, dtype: torch.dtype, device: str, moving: bool) -> None:
-        self.grid, self.moving = grid, moving
-        self.weight = (0.02 * torch.randn(shape, device=device)).to(dtype).requires_grad_(moving)
+        self.grid = grid
+        self.weight = (0.02 * torch.randn(shape, device=device)).to(dtype)
+        self.factors = [torch.ones(size, device=device, requires_grad=True) for size in shape] if moving else []
         with torch.no_grad():
             self.range = tuple(bound.float() for bound in grid.range(self.weight))
         self.upper, self.lower = (torch.full_like(self.range[0], 4.0).requires_grad_() for _ in range(2))
         self.grad = torch.randn(shape, device=device).to(dtype)
 
-    def step(self, form: Callable[..., Tensor]) -> None:
-        """Forward and backward; a moving weight gives its own range."""
-        lo, hi = (None, None) if self.moving else self.range
-        out = form(self.weight, lo, hi, self.upper, self.lower, self.grid)
-        inputs = [self.upper, self.lower, *([self.weight] if self.moving else [])]
-        torch.autograd.grad(out, inputs, self.grad)
+    def fused(self) -> Tensor:
+        """Through the operators."""
+        if self.factors:
+            return fake_quantize_moving(Scaled(self.weight, *self.factors), self.upper, self.lower, self.grid)
+        return fake_quantize(self.weight, *self.range, self.upper, self.lower, self.grid)
+
+    def eager(self) -> Tensor:
+        """As the specification."""
+        weight = Scaled(self.weight, *self.factors).tensor()
+        lo, hi = (None, None) if self.factors else self.range
+        return fake_quantize_reference(weight, lo, hi, self.upper, self.lower, self.grid, self.weight.dtype)
+
+    def step(self, form: Callable[["Linear"], Tensor]) -> None:
+        """Forward and backward."""
+        torch.autograd.grad(form(self), [self.upper, self.lower, *self.factors], self.grad)
 
 
 def milliseconds(run: Callable[[], Any], device: str, repeats: int) -> float:
@@ -92,7 +105,7 @@ def in_graph(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def peak_mebibytes(linears: list[Linear], form: Callable[..., Tensor], device: str) -> float | None:
+def peak_mebibytes(linears: list[Linear], form: Callable[[Linear], Tensor], device: str) -> float | None:
     """Most memory that one linear needs beside its weight, result and gradients."""
     if device != "cuda":
         return None
@@ -101,8 +114,7 @@ def peak_mebibytes(linears: list[Linear], form: Callable[..., Tensor], device: s
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         linear.step(form)
-        kept = linear.weight.nbytes * (3 if linear.moving else 1)
-        peaks.append((torch.cuda.max_memory_allocated() - before - kept) / 2**20)
+        peaks.append((torch.cuda.max_memory_allocated() - before - linear.weight.nbytes) / 2**20)
     return max(peaks)
 
 
@@ -114,13 +126,13 @@ def measure(scheme: str, moving: bool, device: str, repeats: int, bandwidth: flo
 
     def fused() -> None:
         for linear in linears:
-            linear.step(fake_quantize)
+            linear.step(Linear.fused)
 
     def eager() -> None:
         for linear in linears:
-            linear.step(fake_quantize_reference)
+            linear.step(Linear.eager)
 
-    moved = sum(linear.weight.nbytes for linear in linears) * (5 if moving else 4)
+    moved = 4 * sum(linear.weight.nbytes for linear in linears)
     groups = 4 * (4 + 4 + 2) * sum(linear.upper.numel() for linear in linears)  # ranges and logits twice, gradients
     calls = milliseconds(fused, device, repeats)
     row: dict[str, Any] = {
@@ -130,8 +142,8 @@ def measure(scheme: str, moving: bool, device: str, repeats: int, bandwidth: flo
         "calls_ms": calls,
         "eager_ms": milliseconds(eager, device, max(3, repeats // 4)),
         "floor_ms": 1e3 * (moved + groups) / bandwidth,
-        "fused_mib": peak_mebibytes(linears, fake_quantize, device),
-        "eager_mib": peak_mebibytes(linears, fake_quantize_reference, device),
+        "fused_mib": peak_mebibytes(linears, Linear.fused, device),
+        "eager_mib": peak_mebibytes(linears, Linear.eager, device),
     }
     return row | {"speedup": row["eager_ms"] / row["fused_ms"], "over_floor": row["fused_ms"] / row["floor_ms"]}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from omniq.kernels.scaled import Scaled
 from omniq.quantizers.absolute import LSQ, PACT
 from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, MinMax, Searched
 from omniq.quantizers.grid import Grid
@@ -28,8 +29,8 @@ def test_what_is_trained_is_what_is_fused(grid: Grid, method: ClippingMethod) ->
     weight, importance = drawn()
     clip = method.build(weight, grid, importance if method.needs_importance else None)
     for step in range(2):
-        for moving in (False, True):
-            trained = clip(weight, torch.float32, moving)
+        for given in (weight, Scaled(weight)):
+            trained = clip(given, torch.float32)
             scale, zero_point = clip.grid_of(weight)
             final = grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)
             torch.testing.assert_close(trained, final, rtol=1e-5, atol=1e-6)
@@ -58,7 +59,7 @@ def gradients(method: ClippingMethod, grid: Grid, weight: Tensor, towards: Tenso
     with torch.no_grad():
         for value in clip.parameters():
             value *= 0.8  # so that something is clipped
-    (clip(weight, torch.float32, moving=True) * towards).sum().backward()
+    (clip(Scaled(weight), torch.float32) * towards).sum().backward()
     return clip, weight.grad
 
 

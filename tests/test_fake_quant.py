@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake quantization with learnable clipping: values and gradients against the paper's formula in float64."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,29 @@ def gradients(function, tensors: list[Tensor], grad: Tensor, *args) -> tuple[Ten
 
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)).item()
+
+
+# Relative error of w / s in float32, doubled: sigmoid 10 u, range, scale and quotient 5 u, with u = 2^-24.
+TIE = 2.0**-19
+
+
+def misses(out: Tensor, w: Tensor, lo: Tensor, hi: Tensor, up: Tensor, low: Tensor, bits: int, symmetric: bool) -> int:
+    """How many values are not what float64 gives, rounded to their dtype.
+
+    Where ``w / s`` or ``-xmin / s`` is so near to a tie that ``TIE`` turns it over, both codes are right; nowhere else.
+    """
+    levels = 2**bits - 1
+    n = w.unflatten(1, (lo.shape[1], -1))
+    biggest, smallest = (hi * up.sigmoid())[..., None], (lo * low.sigmoid())[..., None]
+    step = (2 * torch.maximum(biggest, -smallest) if symmetric else biggest - smallest) / levels
+    wrong = torch.ones(out.shape, dtype=torch.bool)
+    for of_zero, of_code in itertools.product((1 - TIE, 1 + TIE), repeat=2):
+        zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else (-smallest / step * of_zero).round()
+        code = ((n / step * of_code).round() + zero).clamp(0, levels)
+        right = ((code - zero) * step).flatten(1)
+        ulp = torch.finfo(out.dtype).eps / 2 + TIE
+        wrong &= (out.double() - right).abs() > ulp * right.abs() + 1e-7  # float16 is subnormal below 6e-5
+    return int(wrong.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -127,13 +151,12 @@ def test_open_clipping_covers_the_grid_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "positive", "negative", "zero"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_reaches_a_moving_weight_through_its_extremes(
-    symmetric: bool, kind: str, own: bool, form: Callable[..., Tensor]
+    symmetric: bool, kind: str, form: Callable[..., Tensor]
 ) -> None:
-    """Under a transform the range is the weight's own, given or taken inside; ties share, as torch.amax has it."""
+    """A range that depends on the weight hands its gradient on; ties share, as torch.amax has it."""
     grid = Grid(3, 16, symmetric)
     w, _, _, up, low = problem(4, 32, grid, kind=kind)
     w[1, 3] = w[1, 5] = 0.5 * w[1, 0].sign()
@@ -141,7 +164,7 @@ def test_gradient_reaches_a_moving_weight_through_its_extremes(
     grad = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def moving(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
-        return form(w, *((None, None) if own else grid.range(w)), up, low, grid)
+        return form(w, *grid.range(w), up, low, grid)
 
     def expected(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
         groups = w.view(-1, 16)
@@ -212,12 +235,10 @@ def test_a_compiled_step_has_no_graph_break() -> None:
         assert all(torch.equal(x, y) for x, y in zip(da, db, strict=True))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_operator_passes_torch_own_checks(own: bool) -> None:
+def test_the_operator_passes_torch_own_checks() -> None:
     grid = Grid(3, 16)
-    w, lo, hi, up, low = (t.float().requires_grad_() for t in problem(4, 32, grid))
-    bounds = (torch.empty(0), torch.empty(0)) if own else (lo, hi)
-    torch.library.opcheck(torch.ops.omniq.fake_quantize.default, (w, *bounds, up, low, 3, False, torch.float32))
+    tensors = [t.float().requires_grad_() for t in problem(4, 32, grid)]
+    torch.library.opcheck(torch.ops.omniq.fake_quantize.default, (*tensors, 3, False, torch.float32))
 
 
 @pytest.mark.gpu
@@ -232,13 +253,12 @@ def test_triton_equals_float64(bits: int, size: int, o: int, i: int, dtype: torc
     w, lo, hi, up, low = problem(o, i, grid)
     w = w.to(dtype).double()
     lo, hi = grid.range(w)
-    grad = torch.randn(o, i).to(dtype)
+    grad = torch.randn(o, i, generator=torch.Generator().manual_seed(1)).to(dtype)
     tensors = [w, lo, hi, up.float().double(), low.float().double()]
-    expected, grads = gradients(fake_quantize, tensors, grad.double(), grid)
+    _, grads = gradients(fake_quantize, tensors, grad.double(), grid)
     device = [tensors[0].to("cuda", dtype), *(t.to("cuda", torch.float32) for t in tensors[1:])]
     out, actual = gradients(fake_quantize, device, grad.cuda(), grid)
-    off = (out.cpu().double() - expected).abs() > 4e-3 * expected.abs() + 1e-6  # half of a bfloat16 ulp is 2e-3
-    assert off.float().mean() < 1e-4  # a code may turn over within an ulp of a tie
+    assert misses(out.cpu(), *tensors, bits, symmetric) == 0
     coarse = {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 1e-5}
     for mine, theirs in zip(actual, grads, strict=True):
         # A code that turns over moves a sum by one step of the grid, rounding of the result by its dtype.
@@ -246,15 +266,6 @@ def test_triton_equals_float64(bits: int, size: int, o: int, i: int, dtype: torc
     again = gradients(fake_quantize, device, grad.cuda(), grid)
     assert torch.equal(again[0], out)
     assert all(torch.equal(a, b) for a, b in zip(again[1], actual, strict=True))
-
-    def moving(w: Tensor, up: Tensor, low: Tensor) -> Tensor:
-        return fake_quantize(w, None, None, up, low, grid)
-
-    expected, grads = gradients(moving, [tensors[0], *tensors[3:]], grad.double())
-    out, actual = gradients(moving, [device[0], *device[3:]], grad.cuda())
-    assert relative(out.cpu(), expected) < 5e-3
-    for mine, theirs in zip(actual, grads, strict=True):
-        assert relative(mine.cpu(), theirs) < coarse[mine.dtype] + 1e-3
 
 
 @pytest.mark.gpu
@@ -270,16 +281,17 @@ def test_triton_in_a_cuda_graph_and_compiled() -> None:
         out = fake_quantize(w, lo, hi, up, low, grid)
         return [out, *torch.autograd.grad(out, (up, low), grad)]
 
-    expected = [t.clone() for t in step()]
-    compiled = torch.compile(lambda: fake_quantize(w, lo, hi, up, low, grid), fullgraph=True)()
-    assert torch.equal(compiled, expected[0])
+    # NOTE: a result that is not detached keeps the leaves' nodes, which remember the stream that they were made on; a
+    # backward under capture would then wait for that stream, and capturing fails. See omniq.stages.step.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()
+        expected = [t.detach().clone() for t in step()]
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    compiled = torch.compile(lambda: fake_quantize(w, lo, hi, up, low, grid), fullgraph=True)()
+    assert torch.equal(compiled, expected[0])

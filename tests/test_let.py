@@ -164,6 +164,10 @@ def test_selection_of_equivalences() -> None:
     module = OmniQuant(transform=LET(equivalences=["query_key"])).module(task_of())
     assert module.moves is not None
     assert list(module.moves) == ["self_attn/q_proj/log_scale"]
+    module = OmniQuant(transform=LET(equivalences=["up_down"])).module(task_of())
+    assert module.moves is not None
+    assert list(module.moves) == ["mlp/up_proj/log_scale"]
+    assert "up_down" not in LET().equivalences
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import tiny_block
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey
+from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, UpToDown
 from omniq.models.llama import LLAMA
 from omniq.models.opt import OPT
 from omniq.models.qwen3 import QWEN3
@@ -102,7 +102,7 @@ def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: st
         moved = transform.apply(block.tensors, random_parameters(transform))
         changed = {name for name, value in moved.items() if not torch.equal(value, block.tensors[name])}
         norms = isinstance(move, QueryKey) and move.query_norm is not None
-        names = {"query_norm", "key_norm"} if norms else {"norm", "value", "output", "query", "key"}
+        names = {"query_norm", "key_norm"} if norms else {"norm", "value", "output", "query", "key", "up", "down"}
         ends = {value for name, value in vars(move).items() if name in names} | set(getattr(move, "linears", ()))
         assert {name.rpartition(".")[0] for name in changed} == ends
 
@@ -128,7 +128,7 @@ def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
         assert {name.removesuffix("/shift") for name in transform.shapes if name.endswith("/shift")} == shifted
         assert (
             set(transform.unshifted)
-            == {key for key, move in transform.moves.items() if not isinstance(move, QueryKey)} - shifted
+            == {key for key, move in transform.moves.items() if not isinstance(move, QueryKey | UpToDown)} - shifted
         )
         assert not any(
             name.endswith("/shift")

@@ -20,14 +20,14 @@ A symmetric grid has ``2 / L`` in place of ``1 / L`` and gives the gradient to t
 tie, as ``torch.maximum``).
 
 While no transform moves the weights, ``w``, ``lo`` and ``hi`` are constants, the range is computed once, and only the
-logits get a gradient. Under a transform pass no range: it is then taken from the weight in each call, and ``d lo`` and
-``d hi`` go to the weights at the extremes, ties sharing evenly (what autograd does with ``Grid.range(weight)``).
+logits get a gradient. Weights that a transform moves have an operator of their own
+(``omniq.kernels.fake_quant_moving``).
 
 Three versions of one function: ``fake_quantize_reference`` is the text above in differentiable torch, the thing to
-read; the operator ``omniq::fake_quantize`` has the analytic gradient, saves nothing but its inputs (and a range it took
-itself), and runs in chunks that stay in cache (``omniq.kernels.fake_quant_torch``) or, on CUDA, as one fused Triton
-kernel each way (``omniq.kernels.fake_quant_triton``). Arithmetic is float32 whatever the weight's dtype (float64 for
-float64). The operator is opaque to torch.compile (no graph break) and safe inside CUDA graphs.
+read; the operator ``omniq::fake_quantize`` has the analytic gradient, saves nothing but its inputs, and runs in chunks
+that stay in cache (``omniq.kernels.fake_quant_torch``) or, on CUDA, as one fused Triton kernel each way
+(``omniq.kernels.fake_quant_triton``). Arithmetic is float32 whatever the weight's dtype (float64 for float64). The
+operator is opaque to torch.compile (no graph break) and safe inside CUDA graphs.
 
 Differences from the published code (arXiv 2308.13137, section 3.2): ranges include zero, so ``0 <= z <= L`` always;
 the least scale is the smallest normal number, not 1e-5; a symmetric grid is the one of ``Grid``; nothing of the form
@@ -37,9 +37,6 @@ the scale to its storage dtype; ``Grid.fit`` does so when the learned clipping i
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size.
 """
 
-import functools
-import importlib.util
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +45,7 @@ from torch import Tensor
 
 from omniq.kernels import fake_quant_torch
 from omniq.kernels.fake_quant_torch import clip_range
+from omniq.kernels.fused import is_fused
 from omniq.quantizers.grid import Grid
 
 __all__ = ["clip_range", "fake_quantize", "fake_quantize_reference"]
@@ -55,8 +53,8 @@ __all__ = ["clip_range", "fake_quantize", "fake_quantize_reference"]
 
 def fake_quantize(
     weight: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
+    lo: Tensor,
+    hi: Tensor,
     upper: Tensor,
     lower: Tensor,
     grid: Grid,
@@ -66,8 +64,7 @@ def fake_quantize(
 
     Args:
         weight: ``[o, i]``, float16, bfloat16, float32 or float64.
-        lo, hi: range of each group, ``[o, G]`` with ``lo <= 0 <= hi``, as ``Grid.range`` gives it; both None to take it
-            from the weight, gradient included.
+        lo, hi: range of each group, ``[o, G]`` with ``lo <= 0 <= hi``, as ``Grid.range`` gives it.
         upper, lower: logits of the share of ``hi`` and ``lo`` that is kept, ``[o, G]``.
         grid: bits and symmetry; the group size follows from the shapes.
         out_dtype: dtype of the result; the weight's by default.
@@ -75,9 +72,7 @@ def fake_quantize(
     Returns:
         ``[o, i]``.
     """
-    if lo is None or hi is None:
-        lo = hi = weight.new_empty(0)
-    return _fake_quantize(weight, lo, hi, upper, lower, grid.bits, grid.symmetric, out_dtype or weight.dtype)[0]
+    return _fake_quantize(weight, lo, hi, upper, lower, grid.bits, grid.symmetric, out_dtype or weight.dtype)
 
 
 def fake_quantize_reference(
@@ -89,7 +84,10 @@ def fake_quantize_reference(
     grid: Grid,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``fake_quantize`` as plain differentiable torch: the specification. Same arguments and result."""
+    """``fake_quantize`` as plain differentiable torch: the specification.
+
+    Same arguments and result; without ``lo`` and ``hi`` the range is the weight's own, gradient included.
+    """
     levels = grid.levels
     if lo is None or hi is None:
         lo, hi = grid.range(weight)
@@ -113,8 +111,7 @@ def _fake_quantize(
     bits: int,
     symmetric: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the range where it was taken from the weight (``lo``, ``hi`` empty); else two empty tensors."""
+) -> Tensor:
     return _version(weight).forward(weight, lo, hi, upper, lower, bits, symmetric, out_dtype)
 
 
@@ -128,9 +125,8 @@ def _(
     bits: int,
     symmetric: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = fake_quant_torch.room_for_range(weight, lo, upper)
-    return torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format), *found
+) -> Tensor:
+    return torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("omniq::fake_quantize_backward", mutates_args=())
@@ -144,15 +140,9 @@ def _fake_quantize_backward(
     bits: int,
     symmetric: bool,
     moving: bool,
-    own_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, lo, hi, upper, lower.
-
-    Without ``moving`` the first three are empty. With ``own_range`` (which is moving) those of lo and hi are empty,
-    having gone on to the weights at the extremes.
-    """
-    version = _version(weight)
-    return version.backward(grad, weight, lo, hi, upper, lower, bits, symmetric, moving, own_range)
+    """Gradients of weight, lo, hi, upper, lower; the first three empty without ``moving``."""
+    return _version(weight).backward(grad, weight, lo, hi, upper, lower, bits, symmetric, moving)
 
 
 @_fake_quantize_backward.register_fake
@@ -166,24 +156,18 @@ def _(
     bits: int,
     symmetric: bool,
     moving: bool,
-    own_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return fake_quant_torch.room_for_gradients(weight, lo, hi, upper, lower, moving, own_range)
+    return fake_quant_torch.room_for_gradients(weight, lo, hi, upper, lower, moving)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     weight, lo, hi, upper, lower, ctx.bits, ctx.symmetric, _ = inputs
-    ctx.own_range = lo.numel() == 0
-    if ctx.own_range:
-        _, lo, hi = output
-    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(weight, lo, hi, upper, lower)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     moving = any(ctx.needs_input_grad[:3])
-    own_range = moving and ctx.own_range
-    grads = _fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, moving, own_range)
+    grads = _fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, moving)
     needed = (each if need else None for each, need in zip(grads, ctx.needs_input_grad[:5], strict=True))
     return *needed, None, None, None
 
@@ -193,16 +177,8 @@ _fake_quantize.register_autograd(_backward, setup_context=_setup_context)
 
 def _version(weight: Tensor) -> ModuleType:
     """The module whose ``forward`` and ``backward`` take this weight."""
-    if weight.device.type == "cuda" and weight.dtype != torch.float64 and _has_triton():
+    if is_fused(weight):
         from omniq.kernels import fake_quant_triton
 
         return fake_quant_triton
     return fake_quant_torch
-
-
-@functools.cache
-def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn("triton is not installed: fake quantization on CUDA runs unfused, several times slower", stacklevel=2)
-    return False

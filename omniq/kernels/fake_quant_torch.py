@@ -33,22 +33,15 @@ def forward(
     bits: int,
     symmetric: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``w^`` in ``out_dtype``, ``[o, i]``, and the range ``[o, G]`` if it was to be found (``lo`` and ``hi`` empty)."""
+) -> Tensor:
+    """``w^`` in ``out_dtype``, ``[o, i]``."""
     out = torch.empty_like(weight, dtype=out_dtype, memory_format=torch.contiguous_format)
-    found = room_for_range(weight, lo, upper)
-    groups = (upper.shape[-1], -1)
-    if lo.numel() == 0:
-        lo, hi = found
-        for rows in _chunks(weight):
-            smallest, largest = weight[rows].unflatten(-1, groups).aminmax(dim=-1)
-            lo[rows], hi[rows] = smallest.clamp_(max=0), largest.clamp_(min=0)
-    s, least, most = _bounds(weight, lo, hi, upper, lower, bits, symmetric)
-    for rows in _chunks(weight):
-        steps = weight[rows].unflatten(-1, groups) / s[rows]  # [r, G, g]
-        steps.round_().clamp_(least[rows], most[rows])
-        torch.mul(steps, s[rows], out=out[rows].unflatten(-1, groups))
-    return out, *found
+    groups = (lo.shape[-1], -1)
+    s, least, most = bounds(computed(weight), lo, hi, upper, lower, bits, symmetric)
+    for part in chunks(weight):
+        w = weight[part].unflatten(-1, groups)
+        round_into(out[part].unflatten(-1, groups), w, s[part], least[part], most[part])
+    return out
 
 
 def backward(
@@ -61,59 +54,45 @@ def backward(
     bits: int,
     symmetric: bool,
     moving: bool,
-    own_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of weight, lo, hi, upper, lower, each in its own dtype, or empty (see ``room_for_gradients``)."""
-    made = room_for_gradients(weight, lo, hi, upper, lower, moving, own_range)
-    s, least, most = _bounds(weight, lo, hi, upper, lower, bits, symmetric)
+    made = room_for_gradients(weight, lo, hi, upper, lower, moving)
+    s, least, most = bounds(computed(weight), lo, hi, upper, lower, bits, symmetric)
     groups = (lo.shape[-1], -1)
-    for rows in _chunks(weight):
-        G = grad[rows].unflatten(-1, groups)  # [r, G, g]
-        w = weight[rows].unflatten(-1, groups)
-        steps = w / s[rows]
-        inside = steps.round()
-        codes = inside.clamp(least[rows], most[rows])  # q - z
-        inside.eq_(codes)
-        residual = codes.addcmul_(steps, inside, value=-1).mul_(G)
-        d_lo, d_hi, made[3][rows], made[4][rows] = _range_gradients(
-            residual.sum(-1), lo[rows], hi[rows], upper[rows], lower[rows], bits, symmetric
+    for part in chunks(weight):
+        G, w = (each[part].unflatten(-1, groups) for each in (grad, weight))  # [r, G, g]
+        d_scale, d_w = through_rounding(G, w, s[part], least[part], most[part])
+        d_lo, d_hi, made[3][part], made[4][part] = range_gradients(
+            d_scale, lo[part], hi[part], upper[part], lower[part], bits, symmetric
         )
         if moving:
-            d_w = inside.mul_(G)
-            if own_range:
-                _add_at(d_w, w, lo[rows], d_lo)
-                _add_at(d_w, w, hi[rows], d_hi)
-            else:
-                made[1][rows], made[2][rows] = d_lo, d_hi
-            made[0][rows] = d_w.flatten(-2)
+            made[0][part], made[1][part], made[2][part] = d_w.flatten(-2), d_lo, d_hi
     return made
 
 
-def room_for_range(weight: Tensor, lo: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """New tensors for the range of every group, ``[o, G]``; empty where the range is given."""
-    shape = upper.shape if lo.numel() == 0 else (0,)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
-
-
 def room_for_gradients(
-    weight: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, moving: bool, own_range: bool
+    weight: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, moving: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """New tensors for the gradients of weight, lo, hi, upper, lower; empty where nobody asks."""
-    asked = (moving, moving and not own_range, moving and not own_range, True, True)
-    d_weight, d_lo, d_hi, d_upper, d_lower = (
-        torch.empty_like(each, memory_format=torch.contiguous_format) if ask else each.new_empty(0)
-        for each, ask in zip((weight, lo, hi, upper, lower), asked, strict=True)
-    )
-    return d_weight, d_lo, d_hi, d_upper, d_lower
+    """New tensors for the gradients of weight, lo, hi, upper, lower; the first three empty if nobody asks."""
+    d_weight, d_lo, d_hi = (room(each) if moving else each.new_empty(0) for each in (weight, lo, hi))
+    return d_weight, d_lo, d_hi, room(upper), room(lower)
 
 
-def _bounds(
-    weight: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
+def room(like: Tensor) -> Tensor:
+    """A new contiguous tensor of that shape and dtype."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def computed(weight: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float32, or float64 for a weight in float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def bounds(
+    dtype: torch.dtype, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, ``-z`` and ``L - z``, each ``[o, G, 1]``."""
+    """Scale, ``-z`` and ``L - z`` of each group, ``[o, G, 1]``."""
     levels = 2**bits - 1
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     xmin, xmax = clip_range(*(each.to(dtype).unsqueeze(-1) for each in (lo, hi, upper, lower)))
     s = 2 * torch.maximum(xmax, -xmin) / levels if symmetric else (xmax - xmin) / levels
     s = s.clamp(min=torch.finfo(dtype).tiny)
@@ -121,7 +100,23 @@ def _bounds(
     return s, -z, levels - z
 
 
-def _range_gradients(
+def round_into(out: Tensor, w: Tensor, s: Tensor, least: Tensor, most: Tensor) -> None:
+    """Fake-quantize groups ``[r, G, g]`` on their grids ``[r, G, 1]``."""
+    steps = (w / s).round_().clamp_(least, most)
+    torch.mul(steps, s, out=out)
+
+
+def through_rounding(G: Tensor, w: Tensor, s: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient ``G`` of the result to that of the scale, ``[r, G]``, and of the weights, ``[r, G, g]``."""
+    steps = w / s
+    inside = steps.round()
+    codes = inside.clamp(least, most)  # q - z
+    inside.eq_(codes)
+    residual = codes.addcmul_(steps, inside, value=-1).mul_(G)
+    return residual.sum(-1), inside.mul_(G)
+
+
+def range_gradients(
     d_scale: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of the scale to those of lo, hi, upper, lower, ``[r, G]`` each."""
@@ -140,14 +135,7 @@ def _range_gradients(
     return d_min * keep_lo, d_max * keep_hi, d_max * xmax * (1 - keep_hi), d_min * xmin * (1 - keep_lo)
 
 
-def _add_at(d_w: Tensor, w: Tensor, bound: Tensor, d_bound: Tensor) -> None:
-    """Add the gradient of a bound ``[r, G]`` to that of the weights ``[r, G, g]`` equal to it, shared evenly."""
-    extreme = (w == bound.unsqueeze(-1)).to(d_w.dtype)
-    share = d_bound / extreme.sum(-1).clamp(min=1)  # none where the bound is the included zero
-    d_w.addcmul_(extreme, share.unsqueeze(-1))
-
-
-def _chunks(weight: Tensor) -> Iterator[slice]:
+def chunks(weight: Tensor) -> Iterator[slice]:
     """Slices of rows whose scratch stays in cache."""
     size = _CHUNK if weight.device.type == "cpu" else _CHUNK_DEVICE
     step = max(1, size // weight.shape[-1])

@@ -16,6 +16,7 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group s
 import torch
 from torch import Tensor, nn
 
+from omniq.kernels.scaled import Scaled, whole
 from omniq.quantizers.clipping import LearnableClip, StartedClipping
 from omniq.quantizers.grid import Grid
 
@@ -52,7 +53,8 @@ class ThresholdClip(LearnableClip):
         self.register_buffer("start", start, persistent=False)
         self.factors = nn.Parameter(torch.ones_like(start))
 
-    def forward(self, weight: Tensor, dtype: torch.dtype, moving: bool = False) -> Tensor:
+    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
+        weight = whole(weight)
         lo, hi = self._thresholds()
         if self.grid.symmetric:
             hi = torch.maximum(-lo, hi)
@@ -96,9 +98,9 @@ class StepClip(LearnableClip):
         self.register_buffer("zero_point", zero_point, persistent=False)
         self.factors = nn.Parameter(torch.ones_like(step))
 
-    def forward(self, weight: Tensor, dtype: torch.dtype, moving: bool = False) -> Tensor:
+    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
         step, zero = self._step().unsqueeze(-1), self.zero_point.unsqueeze(-1)  # [o, G, 1]
-        steps = self.grid.split(weight.float()) / step
+        steps = self.grid.split(whole(weight).float()) / step
         rounded = steps + (steps.round() - steps).detach()
         return (((rounded + zero).clamp(0, self.grid.levels) - zero) * step).flatten(-2).to(dtype)
 

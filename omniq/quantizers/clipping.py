@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from omniq.kernels.fake_quant import fake_quantize
+from omniq.kernels.fake_quant_moving import fake_quantize_moving
+from omniq.kernels.scaled import Scaled
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.search import search_range
 
@@ -106,13 +108,12 @@ class LearnableClip(nn.Module, ABC):
     """The clipping of one linear in the hands of a stage: fake-quantizes its weight and knows its grid."""
 
     @abstractmethod
-    def forward(self, weight: Tensor, dtype: torch.dtype, moving: bool = False) -> Tensor:
+    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
         """The fake-quantized weight, differentiable in the clipping.
 
         Args:
-            weight: ``[o, i]``.
+            weight: ``[o, i]``; with factors if a transform moves it from call to call (it is then differentiable too).
             dtype: of the result.
-            moving: whether a transform changes the weight from call to call (it is then differentiable too).
         """
 
     @abstractmethod
@@ -149,9 +150,10 @@ class LearnedClip(LearnableClip):
         self.lower = nn.Parameter(initial[0].clone())
         self.upper = nn.Parameter(initial[1].clone())
 
-    def forward(self, weight: Tensor, dtype: torch.dtype, moving: bool = False) -> Tensor:
-        lo, hi = (None, None) if moving else (self.lo, self.hi)
-        return fake_quantize(weight, lo, hi, self.upper, self.lower, self.grid, dtype)
+    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, Scaled):
+            return fake_quantize_moving(weight, self.upper, self.lower, self.grid, dtype)
+        return fake_quantize(weight, self.lo, self.hi, self.upper, self.lower, self.grid, dtype)
 
     @torch.no_grad()
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.errors import UserError
+from omniq.kernels.scaled import Scaled, whole
 from omniq.models.family import Family
 from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, LearnableClip
 from omniq.result import BlockResult, QuantizedLinear
@@ -32,7 +33,7 @@ from omniq.stages.base import BlockTask, Stage
 from omniq.stages.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
 from omniq.stages.statistics import importance_for
 from omniq.stages.tokens import TokenWeights
-from omniq.stages.transform import fuse, input_ranges, moved_tensors
+from omniq.stages.transform import fuse, input_ranges
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
 from omniq.transforms.let import LET, block_transform, check_equivalences
@@ -123,17 +124,20 @@ class OmniQuantModule(ReconstructionModule):
 
     def tensors(self) -> dict[str, Tensor]:
         """Full-precision tensors of the block as the transform makes them, differentiable in it."""
-        if self.transform is None or self.moves is None:
-            return {f"{name}.weight": self.task.linear(name).weight for name in self.task.family.linears}
-        return moved_tensors(self.task.block, self.transform, self.moves)
+        return {name: whole(value) for name, value in self._moved().items()}
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors = self.tensors()
+        tensors = self._moved()
         for name in self.task.family.linears:
             out = dtype or self.task.linear(name).weight.dtype
-            moving = self.transform is not None
-            tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out, moving)
-        return tensors
+            tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out)
+        return {name: whole(value) for name, value in tensors.items()}
+
+    def _moved(self) -> dict[str, Tensor | Scaled]:
+        """The same, weights that the transform moves still with their factors; without one, weights alone."""
+        if self.transform is None or self.moves is None:
+            return {f"{name}.weight": self.task.linear(name).weight for name in self.task.family.linears}
+        return self.transform.move(dict(self.task.block.named_parameters()), self.moves)
 
     def clip(self, name: str) -> LearnableClip:
         """The clipping of one linear."""

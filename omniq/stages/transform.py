@@ -37,11 +37,4 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
 @torch.no_grad()
 def fuse(block: nn.Module, transform: Transform, parameters: Mapping[str, Tensor] | nn.ParameterDict) -> None:
     """Store the transformed tensors in the block: the same function as in training, float32, rounded once."""
-    set_tensors(block, moved_tensors(block, transform, parameters))
-
-
-def moved_tensors(
-    block: nn.Module, transform: Transform, parameters: Mapping[str, Tensor] | nn.ParameterDict
-) -> dict[str, Tensor]:
-    """Every tensor of the block after the transform, differentiable in its parameters."""
-    return transform.apply(dict(block.named_parameters()), parameters)
+    set_tensors(block, transform.apply(dict(block.named_parameters()), parameters))

@@ -10,6 +10,7 @@ With per-channel scale ``s = exp(theta)`` and shift ``d`` (arXiv 2308.13137, sec
     norm -> linears     norm.w / s,  norm.b = (norm.b - d) / s;    W diag(s),  b + W d      for every reader
     value -> output     rows of Wv / s,  bv = (bv - d) / s;        Wo diag(s),  bo + Wo d   softmax rows sum to one
     query . key         rows of Wq and bq / s;                     rows of Wk and bk * s
+    up -> down          rows of Wu and bu / s;                     Wd diag(s)               a product: act(gate) * up
 
 They hold exactly, not only in the published cases:
 
@@ -22,10 +23,12 @@ They hold exactly, not only in the published cases:
   none, and ``Transform.unshifted`` says why.
 
 ``theta`` is clamped to +-10, so a scale stays within 4.5e-5 .. 2.2e4: positive and finite, without the published
-truncation at 1e-2. Down projections are left alone (the paper: unstable after the non-linearity). Order does not
-matter: each equivalence holds for whatever tensors the others leave.
+truncation at 1e-2. Down projections are left alone unless asked for (the paper: unstable after the non-linearity).
+Order does not matter: each equivalence holds for whatever tensors the others leave.
 
-Tensors are promoted to the dtype of the parameters (float32): nothing is rounded between transform and grid.
+Tensors are promoted to the dtype of the parameters (float32): nothing is rounded between transform and grid. Nor are
+matrices multiplied before somebody wants them: a weight keeps its factors beside it (``omniq.kernels.scaled``) until it
+is quantized or stored.
 
 Shapes: ``o`` output features, ``i`` input features, ``H`` query heads, ``K`` KV heads, ``c`` channels of a head,
 ``P`` channels of a head after tying pairs.
@@ -36,7 +39,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from omniq.models.family import Equivalence, NormToLinears, QueryKey, ValueToOutput
+from omniq.kernels.scaled import Scaled, whole
+from omniq.models.family import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
 
 LIMIT = 10.0  # of |theta|: e^10 = 22026, of the order of the largest half-precision number
@@ -73,7 +77,7 @@ class Transform:
         self.unshifted: dict[str, str] = {}
         for key, move in self.moves.items():
             shape = self.shapes[f"{key}/log_scale"] = self._shape(move, tensors)
-            if isinstance(move, QueryKey) or not shift:
+            if isinstance(move, QueryKey | UpToDown) or not shift:
                 continue
             bare = [name for name in ends(move) if f"{name}.bias" not in tensors and name not in can_bias]
             if bare:
@@ -99,22 +103,32 @@ class Transform:
         Returns:
             every tensor by name: those that moved are new, and biases that shifts create are added.
         """
-        moved = dict(tensors)
+        return {name: whole(value) for name, value in self.move(tensors, parameters).items()}
+
+    def move(
+        self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | nn.ParameterDict
+    ) -> dict[str, Tensor | Scaled]:
+        """As ``apply``, but weights of linears that moved are given with the factors of their rows and columns."""
+        moved = _Moving(tensors, [name for move in self.moves.values() for name in _linears(move)])
         for key, move in self.moves.items():
             scale = parameters[f"{key}/log_scale"].clamp(-LIMIT, LIMIT).exp()
             shift = parameters.get(f"{key}/shift")
             match move:
                 case NormToLinears():
-                    _divide(moved, move.norm, scale, shift, move.offset)
+                    moved.divide(move.norm, scale, shift, move.offset)
                     for linear in move.linears:
-                        _multiply_inputs(moved, linear, scale, shift)
+                        moved.multiply_inputs(linear, scale, shift)
                 case ValueToOutput():
-                    _divide(moved, move.value, scale, shift)
+                    moved.divide(move.value, scale, shift)
                     shift = None if shift is None else self.heads.to_query(shift)
-                    _multiply_inputs(moved, move.output, self.heads.to_query(scale), shift)
+                    moved.multiply_inputs(move.output, self.heads.to_query(scale), shift)
                 case QueryKey():
-                    self._move_query_key(moved, move, scale)
-        return moved
+                    channels = tensors[f"{move.key}.weight"].shape[0] // self.heads.key
+                    self._move_query_key(moved, move, scale, channels)
+                case UpToDown():
+                    moved.divide(move.up, scale)
+                    moved.multiply_inputs(move.down, scale, None)
+        return moved.plain | {f"{name}.weight": weight for name, weight in moved.weights.items()}
 
     def _shape(self, move: Equivalence, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """``[i]``, ``[K c]``, ``[K, P]``, or ``[P]`` where a norm of one head is shared by all."""
@@ -125,25 +139,60 @@ class Transform:
         norms = [tensors[f"{norm}.weight"] for norm in (move.query_norm, move.key_norm) if norm is not None]
         return (tied,) if any(norm.numel() == channels for norm in norms) else (self.heads.key, tied)
 
-    def _move_query_key(self, tensors: dict[str, Tensor], move: QueryKey, scale: Tensor) -> None:
+    def _move_query_key(self, moved: "_Moving", move: QueryKey, scale: Tensor, channels: int) -> None:
         """Divide the queries, multiply the keys: rows of the projections, or the weights of norms after them."""
-        channels = tensors[f"{move.key}.weight"].shape[0] // self.heads.key
         where = (channels, move.rotary, scale.device)
         if where not in self._tied:  # kept on the device: a copy from the host cannot be captured in a CUDA graph
             self._tied[where] = self.heads.tied_channels(channels, move.rotary).to(scale.device)
         tied = self._tied[where]
         on_keys = scale.index_select(-1, tied).expand(self.heads.key, -1).flatten()  # [K c]
         on_queries = self.heads.to_query(on_keys)  # [H c]
-        ends = (
-            (move.query_norm or move.query, on_queries, move.query_norm),
-            (move.key_norm or move.key, 1 / on_keys, move.key_norm),
-        )
+        ends = ((move.query, on_queries, move.query_norm), (move.key, 1 / on_keys, move.key_norm))
         for name, divisor, norm in ends:
-            weight = tensors[f"{name}.weight"]
+            if norm is None:
+                moved.divide(name, divisor)
+                continue
+            weight = moved.plain[f"{norm}.weight"]
             # A norm over one head sees the same scale in every head; take the first. Others are [H c] or [H, c].
-            divisor = divisor[:channels] if norm is not None and weight.numel() == channels else divisor
-            shape = weight.shape if norm is not None else (-1,)
-            _divide(tensors, name, divisor.reshape(shape), offset=move.norm_offset if norm is not None else 0.0)
+            divisor = divisor[:channels] if weight.numel() == channels else divisor
+            moved.divide(norm, divisor.reshape(weight.shape), offset=move.norm_offset)
+
+
+class _Moving:
+    """A block's tensors on their way: weights of linears collect factors, all others are rewritten.
+
+    Args:
+        tensors: by name.
+        linears: those whose weights get factors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], linears: Collection[str]) -> None:
+        self.plain = dict(tensors)
+        self.weights = {name: Scaled(self.plain.pop(f"{name}.weight")) for name in dict.fromkeys(linears)}
+
+    def divide(self, name: str, scale: Tensor, shift: Tensor | None = None, offset: float = 0.0) -> None:
+        """The module's output less ``shift``, over ``scale``: rows of a linear, or the weight of a norm.
+
+        Args:
+            offset: what the norm adds to its weight.
+        """
+        if name in self.weights:
+            self.weights[name] = self.weights[name].times_rows(1 / scale)
+        else:
+            weight = self.plain[f"{name}.weight"]
+            self.plain[f"{name}.weight"] = (weight + offset) / scale - offset if offset else weight / scale
+        bias = self.plain.get(f"{name}.bias")
+        if shift is not None:
+            bias = -shift if bias is None else bias - shift
+        if bias is not None:
+            self.plain[f"{name}.bias"] = bias / scale
+
+    def multiply_inputs(self, name: str, scale: Tensor, shift: Tensor | None) -> None:
+        """Make up for inputs of a linear that lost ``shift`` and were divided by ``scale``, both ``[i]``."""
+        if shift is not None:
+            lost = self.weights[name].product(shift)
+            self.plain[f"{name}.bias"] = self.plain[f"{name}.bias"] + lost if f"{name}.bias" in self.plain else lost
+        self.weights[name] = self.weights[name].times_columns(scale)
 
 
 def ends(move: Equivalence) -> tuple[str, ...]:
@@ -155,26 +204,17 @@ def ends(move: Equivalence) -> tuple[str, ...]:
             return (value, output)
         case QueryKey(query, key):
             return (query, key)
+        case UpToDown(up, down):
+            return (up, down)
 
 
-def _divide(
-    tensors: dict[str, Tensor], name: str, scale: Tensor, shift: Tensor | None = None, offset: float = 0.0
-) -> None:
-    """The module's output less ``shift``, over ``scale``: rows of a linear ``[o, i]``, or the weight of a norm."""
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    rows = scale.unsqueeze(-1) if weight.dim() > scale.dim() else scale
-    tensors[f"{name}.weight"] = (weight + offset) / rows - offset if offset else weight / rows
-    if shift is not None:
-        bias = -shift if bias is None else bias - shift
-    if bias is not None:
-        tensors[f"{name}.bias"] = bias / scale
-
-
-def _multiply_inputs(tensors: dict[str, Tensor], name: str, scale: Tensor, shift: Tensor | None) -> None:
-    """A linear that computes the same from inputs that lost ``shift`` and were divided by ``scale``, both ``[i]``."""
-    weight = tensors[f"{name}.weight"]
-    if shift is not None:
-        with torch.autocast(weight.device.type, enabled=False):  # which would compute this product in half precision
-            lost = weight.to(shift.dtype) @ shift
-        tensors[f"{name}.bias"] = tensors[f"{name}.bias"] + lost if f"{name}.bias" in tensors else lost
-    tensors[f"{name}.weight"] = weight * scale
+def _linears(move: Equivalence) -> tuple[str, ...]:
+    """Those of these modules that are linears whose rows or columns get a factor."""
+    match move:
+        case NormToLinears():
+            return move.linears
+        case QueryKey():
+            sides = ((move.query, move.query_norm), (move.key, move.key_norm))
+            return tuple(name for name, norm in sides if norm is None)
+        case _:
+            return ends(move)

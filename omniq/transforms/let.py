@@ -12,20 +12,25 @@ switch for it (LLaMA's ``attention_bias``), since the exported model must be a s
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from omniq.errors import UserError
-from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, ValueToOutput
+from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.heads import Heads
 from omniq.transforms.initial import check_alpha
 
 log = logging.getLogger("omniq")
 
-Kind = Literal["norm", "value_output", "query_key"]
-KINDS: dict[str, type[Equivalence]] = {"norm": NormToLinears, "value_output": ValueToOutput, "query_key": QueryKey}
+Kind = Literal["norm", "value_output", "query_key", "up_down"]
+KINDS: dict[str, type[Equivalence]] = {
+    "norm": NormToLinears,
+    "value_output": ValueToOutput,
+    "query_key": QueryKey,
+    "up_down": UpToDown,
+}
 BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}  # config key -> the part of a block it governs
 
 
@@ -37,7 +42,7 @@ class LET:
             null starts at one.
         lr: AdamW rate (published code: 5e-3, for some models 1e-3; the paper's text has it swapped with clipping's).
         shift: learn shifts where the stock module can store the biases they make.
-        equivalences: those to use.
+        equivalences: those to use; the paper's by default, which leave out ``up_down``.
 
     Raises:
         UserError: alpha outside 0..1, a rate that is not positive, no equivalence or an unknown one.
@@ -48,7 +53,7 @@ class LET:
         alpha: float | None = 0.5,
         lr: float = 5e-3,
         shift: bool = True,
-        equivalences: Sequence[Kind] = get_args(Kind),
+        equivalences: Sequence[Kind] = ("norm", "value_output", "query_key"),
     ) -> None:
         check_alpha(alpha)
         if lr <= 0:
@@ -69,13 +74,18 @@ def check_kinds(kinds: Sequence[str]) -> None:
         raise UserError(f"transform.equivalences: {given} is not usable, choose from {', '.join(KINDS)}")
 
 
+def kinds_of(family: Family) -> list[str]:
+    """Which kinds of equivalences a family has."""
+    return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in family.equivalences)]
+
+
 def check_equivalences(family: Family, kinds: Sequence[str]) -> None:
     """Refuse equivalences that a family does not have.
 
     Raises:
         UserError: names the family and those it has.
     """
-    there = [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in family.equivalences)]
+    there = kinds_of(family)
     for kind in kinds:
         if kind not in there:
             raise UserError(
