@@ -169,7 +169,10 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     try:
         return parser.instantiate(config)
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):  # of a class that is one choice of several
+            cause = cause.__cause__
+        raise UserError(str(cause or error)) from error
 
 
 def quiet() -> None:

@@ -26,6 +26,7 @@ from omniq.quantizers.hooks import quantized_activations
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask
+from omniq.stages.static_inputs import fix_inputs
 from omniq.streams import Streams, propagate
 from omniq.wrap_up import wrap_up
 
@@ -92,7 +93,7 @@ def pass_block(
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     deploy(block, result)
-    with quantized_activations(block, plan.source.family, plan.run.scheme.activations):
+    with quantized_activations(block, plan.source.family, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
     if not finished:
@@ -122,7 +123,8 @@ def run_stages(
         fit_stage(task, stage, Fitting(plan.run, folder, display, number))
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")
-    return task.result.with_summary(**task.notes)
+    result = task.result.with_summary(**task.notes)
+    return fix_inputs(task, result) if task.activations.static else result
 
 
 def summarize(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from omniq.files import load_tensors, save_tensors
+from omniq.quantizers.activations import StaticGrid
 from omniq.quantizers.grid import Grid
+from omniq.quantizers.second_level import SecondLevel
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Outliers:
         return out
 
 
+# Parts of a linear that have tensors of their own, by their name there.
+_NESTED: dict[str, type[Outliers] | type[StaticGrid]] = {"outliers": Outliers, "input": StaticGrid}
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """One linear layer on its grid.
@@ -60,6 +66,7 @@ class QuantizedLinear:
         scale: ``[o, G]`` in ``grid.scale_dtype``.
         zero_point: uint8 ``[o, G]``.
         outliers: the sparse part, if the method has one.
+        input: the grid of its input, if the scheme fixes that.
     """
 
     grid: Grid
@@ -67,6 +74,7 @@ class QuantizedLinear:
     scale: Tensor
     zero_point: Tensor
     outliers: Outliers | None = None
+    input: StaticGrid | None = None
 
     @classmethod
     def of(
@@ -83,15 +91,15 @@ class QuantizedLinear:
 
     def to_state(self) -> dict[str, Any]:
         """Plain containers and tensors, for a checkpoint."""
-        sparse = None if self.outliers is None else dict(vars(self.outliers))
-        return {**vars(self), "grid": _grid_to_json(self.grid), "outliers": sparse}
+        nested = {key: getattr(self, key) for key in _NESTED}
+        parts = {key: None if part is None else dict(vars(part)) for key, part in nested.items()}
+        return {**vars(self), "grid": _grid_to_json(self.grid), **parts}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "QuantizedLinear":
         """Invert ``to_state``."""
-        sparse = state["outliers"]
-        outliers = None if sparse is None else Outliers(**sparse)
-        return cls(**{**state, "grid": _grid_from_json(state["grid"]), "outliers": outliers})
+        parts = {key: None if state[key] is None else kind(**state[key]) for key, kind in _NESTED.items()}
+        return cls(**{**state, "grid": _grid_from_json(state["grid"]), **parts})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``."""
@@ -102,9 +110,11 @@ class QuantizedLinear:
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zero points and outliers over the number of weights."""
-        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * self.scale.element_size() * 8
-        if not self.grid.symmetric:
-            bits += self.zero_point.numel() * self.grid.bits
+        grid, second = self.grid, self.grid.second or SecondLevel(0, 0)
+        bits = self.codes.numel() * grid.bits
+        bits += second.stored_bits(self.scale, second.scale_bits, 8 * self.scale.element_size())
+        if not grid.symmetric:
+            bits += second.stored_bits(self.zero_point, second.zero_bits, grid.bits)
         if self.outliers is not None:
             parts = (self.outliers.row_pointer, self.outliers.column, self.outliers.value)
             bits += sum(part.numel() * part.element_size() * 8 for part in parts)
@@ -129,6 +139,11 @@ class BlockResult:
         """The same result with more in its summary."""
         return replace(self, summary={**self.summary, **entries})
 
+    def with_inputs(self, grids: Mapping[str, StaticGrid]) -> "BlockResult":
+        """The same result with the grid of each linear's input."""
+        linears = {name: replace(linear, input=grids[name]) for name, linear in self.linears.items()}
+        return replace(self, linears=linears)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All parameters of the block as a plain module holds them: a state dict."""
         weights = {f"{name}.weight": linear.dequantize(dtype) for name, linear in self.linears.items()}
@@ -141,8 +156,9 @@ class BlockResult:
         for name, linear in self.linears.items():
             grids[name] = _grid_to_json(linear.grid)
             parts = {"codes": linear.codes, "scale": linear.scale, "zero_point": linear.zero_point}
-            if linear.outliers is not None:
-                parts |= {f"outliers.{key}": value for key, value in vars(linear.outliers).items()}
+            for part in _NESTED:
+                if (nested := getattr(linear, part)) is not None:
+                    parts |= {f"{part}.{key}": value for key, value in vars(nested).items()}
             tensors |= {f"linears.{name}:{part}": tensor for part, tensor in parts.items()}
         save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))})
 
@@ -157,11 +173,11 @@ class BlockResult:
         linears: dict[str, QuantizedLinear] = {}
         for name, grid in json.loads(head["grids"]).items():
             prefix = f"linears.{name}:"
-            part = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-            sparse = {key.removeprefix("outliers."): part.pop(key) for key in list(part) if key.startswith("outliers.")}
-            linears[name] = QuantizedLinear(
-                _grid_from_json(grid), **part, outliers=Outliers(**sparse) if sparse else None
-            )
+            part: dict[str, Any] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            for key, kind in _NESTED.items():
+                fields = {last.removeprefix(f"{key}."): part.pop(last) for last in list(part) if last.startswith(key)}
+                part[key] = kind(**fields) if fields else None
+            linears[name] = QuantizedLinear(_grid_from_json(grid), **part)
         others = {key.removeprefix("tensors."): value for key, value in tensors.items() if key.startswith("tensors.")}
         return cls(linears, others, json.loads(head["summary"]))
 
@@ -191,8 +207,10 @@ def set_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
-    return vars(grid) | {"scale_dtype": str(grid.scale_dtype).removeprefix("torch.")}
+    second = None if grid.second is None else vars(grid.second)
+    return vars(grid) | {"scale_dtype": str(grid.scale_dtype).removeprefix("torch."), "second": second}
 
 
 def _grid_from_json(grid: dict[str, Any]) -> Grid:
-    return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"])})
+    second = SecondLevel(**grid["second"]) if grid.get("second") else None  # results of earlier versions have no key
+    return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"]), "second": second})

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniq.errors import UserError
-from omniq.quantizers.activations import TensorQuantizer, TokenQuantizer, quantize_static, quantize_tokens
+from omniq.quantizers.activations import StaticGrid, quantize_samples, quantize_static, quantize_tokens
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -47,7 +46,6 @@ def test_same_numbers_as_the_runtime(bits: int, symmetric: bool, dtype: torch.dt
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
     expected = runtime_fake_quantize(x, scale, zero, args)
     assert torch.equal(quantize_tokens(x, bits, symmetric), expected)
-    assert torch.equal(TokenQuantizer(bits, symmetric)(x), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,27 +96,52 @@ def test_half_precision_gradients_are_finite_and_near_float64(dtype: torch.dtype
     assert error < 0.02  # measured 0.0026 in bfloat16, 0.0005 in float16
 
 
-def test_static_quantizer_covers_what_it_observed() -> None:
-    quantizer = TensorQuantizer(8)
-    calls = [tokens(4, 16, seed=seed, dtype=torch.float32) for seed in range(3)]
-    for x in calls:
-        quantizer.observe(x)
-    everything = torch.cat(calls)
-    step = (everything.max() - everything.min()) / 255
-    assert torch.isclose(quantizer.scale, step)
-    assert ((quantizer(everything) - everything).abs() <= 0.5001 * step).all()
-    again = TensorQuantizer(8)
-    again.load_state_dict(quantizer.state_dict())
-    assert torch.equal(again(everything), quantizer(everything))
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_static_quantizer_equals_the_runtime(symmetric: bool) -> None:
-    quantizer, x = TensorQuantizer(6, symmetric), tokens(2, 3, 32, dtype=torch.float32)
-    quantizer.observe(x)
+@pytest.mark.parametrize(("given", "rows"), [((2, 3, 5), (2, 15)), ((6, 5), (1, 30))])
+def test_samples_on_one_range(given: tuple[int, ...], rows: tuple[int, ...], symmetric: bool) -> None:
+    """The paper's gradient, with the sample for a token."""
+    x, grad = tokens(*given), tokens(*given, seed=1)
+    results = []
+    for form, shape in ((quantize_samples, given), (paper, rows)):
+        leaf = x.view(shape).clone().requires_grad_()
+        out = form(leaf, 4, symmetric)
+        results.append((out.flatten(), torch.autograd.grad(out, leaf, grad.view(shape))[0].flatten()))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@settings(max_examples=20, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    lo=st.floats(-2e4, 2e4, width=32),
+    width=st.floats(0, 2e4, width=32),
+)
+def test_static_grid_covers_its_range(dtype: torch.dtype, bits: int, symmetric: bool, lo: float, width: float) -> None:
+    """The rounded step of the formula, an integer zero point beside it, and values of the range within a step."""
+    fixed = StaticGrid.fit(torch.tensor(lo), torch.tensor(lo + width), bits, symmetric, dtype)
+    least, most = min(lo, 0.0), max(lo + width, 0.0)
+    step = (2 * max(-least, most) if symmetric else most - least) / (2**bits - 1)
+    rounding = torch.finfo(dtype).eps
+    assert (fixed.scale.dtype, fixed.scale.shape, fixed.zero_point.dtype) == (dtype, (1,), torch.int8)
+    assert fixed.scale.item() == pytest.approx(step, rel=rounding, abs=1e-7)
+    assert fixed.scale.item() > 0
+    assert not symmetric or fixed.zero_point.item() == 0
+    assert -(2 ** (bits - 1)) <= fixed.zero_point.item() < 2 ** (bits - 1)
+    x = torch.linspace(least, most, 101)
+    # half a step, another half for the zero point and for symmetric ranges, and what rounding takes off the range
+    assert (fixed.quantize(x, bits) - x).abs().max() <= (1.01 + 2**bits * rounding) * fixed.scale.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_static_grid_equals_the_runtime(symmetric: bool, dtype: torch.dtype) -> None:
+    x = tokens(2, 3, 32, dtype=dtype)
+    fixed = StaticGrid.fit(x.min(), x.max(), 6, symmetric, dtype)
     args = QuantizationArgs(num_bits=6, symmetric=symmetric, strategy="tensor")
-    expected = runtime_fake_quantize(3 * x, quantizer.scale, quantizer.zero_point, args)
-    assert torch.equal(quantizer(3 * x), expected)
+    expected = runtime_fake_quantize(3 * x, fixed.scale, fixed.zero_point, args)
+    assert torch.equal(fixed.quantize(3 * x, 6), expected)
 
 
 def test_static_gradient_passes_inside_the_range_only() -> None:
@@ -164,9 +187,3 @@ def test_cuda_equals_the_cpu_and_runs_in_a_graph(symmetric: bool, dtype: torch.d
     graph.replay()
     assert torch.equal(captured[0].cpu(), expected[0])
     torch.testing.assert_close(captured[1].cpu(), expected[1], rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("quantizer", [TokenQuantizer, TensorQuantizer])
-def test_bits_outside_the_range_are_refused(quantizer: type) -> None:
-    with pytest.raises(UserError, match="activation bits 9 are outside 2..8"):
-        quantizer(9)

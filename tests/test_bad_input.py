@@ -12,22 +12,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from runs import SMALL, configuration, omniquant, write_config, write_run
+from runs import QUICK, configuration, omniquant, write_config
 from safetensors.torch import load_file
 
 from omniq.cli import main
 from omniq.config import COMPUTE_DTYPES
 from omniq.models.families import FAMILIES
-
-QUICK = {"export": {"format": "none"}, "evaluation": None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a text and a configuration that works."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_run(folder, model=SMALL)
-    return folder
 
 
 @pytest.fixture
@@ -74,6 +64,17 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
             ["group size 48 does not divide the 32 inputs of model.layers.0.self_attn.q_proj", "16, 32, or -1"],
         ),
         ("--scheme.dtype int8", ["scheme.dtype", "int8", "'float16', 'bfloat16', 'float32'"]),
+        ("--scheme.name W4A12", ["scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"]),
+        ("--scheme.name W4A4KV12", ["scheme.name 'W4A4KV12': keys and values of 12 bits are not possible: use 2"]),
+        ("--scheme.name W4A4KV4", ["compressed-tensors cannot hold a dynamic KV cache of 4 bits: use KV16"]),
+        ("--scheme.activation_symmetric true", ["scheme.activation_symmetric: 'W3A16g16' quantizes no activations"]),
+        ("--scheme.activation_range tensor", ["scheme.activation_range: 'W3A16g16' quantizes no inputs of linears"]),
+        ("--scheme.activation_range row", ["scheme.activation_range", "'token', 'tensor'", "row"]),
+        ("--scheme.queries true", ["scheme.queries: 'W3A16g16' has no activation bits to give to queries; use a name"]),
+        ("--stages.transform.alpha 1.5", ["omniq: alpha 1.5 is outside 0..1: 0 leaves activations alone, 1 moves all"]),
+        ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is not positive: give a rate such as 5e-3"]),
+        ("--stages.transform.equivalences []", ["omniq: transform.equivalences: an empty list is not usable, choose"]),
+        ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0..1: 0 leaves"]),
         ("--data.samples 0", ["data.samples: 0 is too few; give 1 or more"]),
         ("--data.length 1", ["data.length: 1 is too few; give 2 or more"]),
         ("--data.length 100000", ["data.source: the text is too short", "needs 200000 tokens, found ", "data.length"]),
@@ -191,9 +192,12 @@ def _only_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
 
-def _retype(path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+def retyped(model_type: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -205,9 +209,11 @@ def _retype(path: Path) -> None:
         (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (_only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
-        (_retype, ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
+        (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
+        (retyped("bloom"), ["model type 'bloom' is not supported: choose", *FAMILIES[0].model_types]),
+        (retyped("falcon"), ["model type 'falcon' is not supported: choose", *FAMILIES[0].model_types]),
     ],
-    ids=["truncated", "no weights", "no config", "broken config", "no tokenizer", "pickle", "type"],
+    ids=["truncated", "no weights", "no config", "broken config", "no tokenizer", "pickle", "type", "bloom", "falcon"],
 )
 def test_broken_models(
     change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]

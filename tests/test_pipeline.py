@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import SMALL, configuration, omniquant, write_config, write_run
+from runs import QUICK, SMALL, configuration, omniquant, write_config, write_run
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import VOCAB_SIZE
@@ -96,7 +96,7 @@ def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
 def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) -> None:
     """Per-channel at 2 bits with enough steps: each block's error as deployed is below that of round to nearest."""
     learned = omniquant(epochs=12, clipping={"initial": {"class_path": "omniq.quantizers.clipping.Searched"}})
-    quick = {"scheme": {"name": "W2A16"}, "export": {"format": "none"}, "evaluation": None}
+    quick = {"scheme": {"name": "W2A16"}, **QUICK}
     args = write_run(tmp_path, model=SMALL, stages=[learned], **quick)
     assert main([*args, "--out", str(tmp_path / "learned")]) == 0
     rtn = [{"class_path": "omniq.stages.RTN"}]
@@ -129,7 +129,7 @@ def test_round_to_nearest(tmp_path: Path) -> None:
 
 def test_the_loss_as_deployed(tmp_path: Path) -> None:
     """Summaries tell the error of the streams, on calibration and on held-out windows, recomputed here."""
-    assert main(write_run(tmp_path, model=SMALL, export={"format": "none"}, evaluation=None)) == 0
+    assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     source = SourceModel.open(tmp_path / "source")
     from omniq.data import Calibration, LocalText
 
@@ -152,7 +152,7 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
 def test_losses_on_disk(tmp_path: Path) -> None:
     """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary."""
     stages = [omniquant(epochs=3), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
-    assert main(write_run(tmp_path, model=SMALL, stages=stages, export={"format": "none"}, evaluation=None)) == 0
+    assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
     run = tmp_path / "run"
     assert sorted(path.name for path in (run / "blocks").glob("*.csv")) == [
         "000.0.csv",
@@ -201,8 +201,7 @@ def test_summary_and_card(tmp_path: Path) -> None:
 
 
 def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
-    quick = {"export": {"format": "none"}, "evaluation": None}
-    assert main(write_run(tmp_path, model=SMALL, **quick)) == 0
+    assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     again = ["quantize", "--config", str(tmp_path / "run/config.yaml"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     for ours, theirs in zip(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "again"), strict=True):
@@ -226,7 +225,7 @@ def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
 
 def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any error in a block leaves the finished ones; the same command goes on."""
-    args = write_run(tmp_path, model=SMALL, export={"format": "none"}, evaluation=None)
+    args = write_run(tmp_path, model=SMALL, **QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(BlockModule, "track", lambda module, *_: 1 / 0 if module.task.index else None)
         with pytest.raises(ZeroDivisionError):

@@ -14,6 +14,8 @@ Two layouts, chosen by the scheme. ``q`` and ``z`` are omniq's codes and zero po
     weight             int8 [o, i]                 q - u
     weight_scale       [o, G]                      s
     weight_zero_point  int8 [o, G]                 z - u; asymmetric only
+    input_scale        [1]                         of the linear's input, where one range is fixed for all tokens
+    input_zero_point   int8 [1]                    signed; asymmetric activations only
 
 The runtime computes ``(q - z) * s`` in the dtype of ``s``: integers up to 255 are exact there and the product is
 rounded once, so the result is ``QuantizedLinear.dequantize`` to the bit as long as the model runs in that dtype.
@@ -25,8 +27,8 @@ Four traps, all met in transformers 5.23:
   know it ignore it. It drops integer activations, so ``int-quantized`` files never carry it.
 * That loading path reads one scheme for the whole model. Models with several grids would load silently wrong, hence one
   grid per model.
-* Activations are quantized for each token, but an input of two dimensions gets one range for all of it. OPT flattens
-  samples and tokens before its MLP; models of such a family are refused with integer activations.
+* Where each token has its own range, an input of two dimensions gets one range for all of it. OPT flattens samples and
+  tokens before its MLP; such a family needs fixed ranges, and is refused without.
 * ``format`` must also stand inside the group, or the layout is inferred from the presence of activations.
 """
 
@@ -37,14 +39,13 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.format import Written
+from omniq.export.format import Written, check_scheme
 from omniq.export.packing import pack, unpack
 from omniq.models.family import Family
+from omniq.quantizers.activations import StaticGrid
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
-
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class PackQuantized:
@@ -75,22 +76,36 @@ class PackQuantized:
 
 
 class IntQuantized:
-    """Codes as signed bytes, whatever their bits."""
+    """Codes as signed bytes, whatever their bits.
+
+    Args:
+        input_symmetric: no zero points of inputs are stored.
+    """
 
     name = "int-quantized"
+
+    def __init__(self, input_symmetric: bool) -> None:
+        self.input_symmetric = input_symmetric
 
     def store(self, linear: QuantizedLinear) -> dict[str, Tensor]:
         """The tensors of one linear by their last name."""
         stored = {"weight": _signed(linear.codes, linear.grid), "weight_scale": linear.scale}
         if not linear.grid.symmetric:
             stored["weight_zero_point"] = _signed(linear.zero_point, linear.grid)
+        if linear.input is not None:
+            stored["input_scale"] = linear.input.scale
+            stored |= {} if self.input_symmetric else {"input_zero_point": linear.input.zero_point}
         return stored
 
     def load(self, stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         """Invert ``store``."""
         codes, scale = _unsigned(stored["weight"], grid), stored["weight_scale"]
         zero_point = _middle(scale, grid) if grid.symmetric else _unsigned(stored["weight_zero_point"], grid)
-        return QuantizedLinear(grid, codes, scale, zero_point)
+        fixed = None
+        if "input_scale" in stored:
+            none = torch.zeros(1, dtype=torch.int8)
+            fixed = StaticGrid(stored["input_scale"], none if self.input_symmetric else stored["input_zero_point"])
+        return QuantizedLinear(grid, codes, scale, zero_point, input=fixed)
 
 
 class CompressedTensors:
@@ -101,7 +116,7 @@ class CompressedTensors:
 
     def layout(self, scheme: Scheme) -> PackQuantized | IntQuantized:
         """The layout that the scheme asks for."""
-        return PackQuantized() if scheme.activation_bits == 16 else IntQuantized()
+        return PackQuantized() if scheme.activation_bits == 16 else IntQuantized(scheme.activation_symmetric)
 
     def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
         """Refuse outliers, quantized queries, keys and values, flat inputs with integer activations, and odd dtypes.
@@ -112,29 +127,28 @@ class CompressedTensors:
         problem = ""
         if outliers:
             problem = (
-                "has no place for the sparse outliers of this method: use format omniq, or a method without outliers"
+                "has no place for the sparse outliers or second-level scales of this method: use format omniq, or a "
+                "method without them"
             )
         elif scheme.kv_bits != 16:
-            problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16"
-        elif scheme.activation_bits != 16 and family is not None and family.flat:
+            problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16, or format omniq"
+        elif scheme.activation_bits != 16 and not scheme.activations.static and family is not None and family.flat:
             problem = (
                 f"would give all tokens one range in {', '.join(family.flat)} of {', '.join(family.model_types)} when "
-                "transformers runs it, so the checkpoint would not be the optimised model: use A16, or set "
-                "export.format to none"
+                "transformers runs it, so the checkpoint would not be the optimised model: set "
+                "scheme.activation_range to tensor, use format omniq, or use A16"
             )
         elif scheme.queries:
-            problem = "cannot hold quantized queries: set scheme.queries to false"
-        elif scheme.grid.scale_dtype not in _SCALE_DTYPES:
-            problem = f"cannot hold scales in {scheme.grid.scale_dtype}: use float16, bfloat16 or float32"
-        if problem:
-            raise UserError(f"scheme {scheme.name}: format {self.name} {problem}")
+            problem = "cannot hold quantized queries: set scheme.queries to false, or use format omniq"
+        check_scheme(scheme, self.name, problem)
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.
 
         Raises:
             UserError: the linear has outliers, or is on another grid than the model.
-            ValueError: a symmetric linear whose zero point is not the middle of the code range.
+            ValueError: a symmetric linear whose zero point is not the middle of the code range, or a linear without the
+                range of its input that the scheme fixes.
         """
         if linear.outliers is not None:
             raise UserError(f"{name} has outliers: format {self.name} has no place for them; use format omniq")
@@ -145,6 +159,8 @@ class CompressedTensors:
             )
         if linear.grid.symmetric and bool((linear.zero_point != _middle(linear.scale, linear.grid)).any()):
             raise ValueError(f"{name}: the zero point of a symmetric grid is not {2 ** (linear.grid.bits - 1)}")
+        if scheme.activations.static and linear.input is None:
+            raise ValueError(f"{name}: the scheme fixes the range of its input, and it has none")
         return {f"{name}.{key}": tensor for key, tensor in self.layout(scheme).store(linear).items()}
 
     def read(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
@@ -187,13 +203,12 @@ class CompressedTensors:
 def _activations(scheme: Scheme) -> dict[str, Any] | None:
     if scheme.activation_bits == 16:
         return None
-    symmetric = scheme.activation_symmetric
     return {
         "num_bits": scheme.activation_bits,
         "type": "int",
-        "symmetric": symmetric,
-        "strategy": "token",
-        "dynamic": True,
+        "symmetric": scheme.activation_symmetric,
+        "strategy": scheme.activation_range,
+        "dynamic": not scheme.activations.static,
     }
 
 

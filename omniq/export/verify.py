@@ -9,8 +9,7 @@
    else. Both run the same modules on the same numbers, so the logits agree to the bit.
 
 The second step holds a whole model in memory, one after the other; leave ``windows`` out to skip it. Where activations
-are integers too, it is made twice: with full activations, which compares the weights alone, and with quantized ones,
-omniq's own hooks against what transformers makes of the folder.
+are quantized too, it holds omniq's own hooks against what transformers makes of the folder.
 """
 
 import os
@@ -29,8 +28,8 @@ from omniq.export.registry import find_format
 from omniq.export.shards import ShardReader, same_bits
 from omniq.models.reload import open_checkpoint
 from omniq.quantizers.grid import Grid
-from omniq.quantizers.hooks import attach
-from omniq.quantizers.scheme import Activations, Scheme
+from omniq.quantizers.hooks import attach_all
+from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
 
 
@@ -75,7 +74,7 @@ def verify_checkpoint(
     Args:
         path: the folder.
         source: the model that was exported.
-        results: as given to ``export_checkpoint``; if not a function, it must allow two passes.
+        results: as given to ``export_checkpoint``; if not a function, it must allow several passes.
         format, scheme: as given to ``export_checkpoint``.
         windows: int64 tokens ``[n, t]`` for the comparison of logits; None to leave that out.
         tolerance: largest relative error of the logits. Measured on SmolLM2-135M and on the tiny models of the tests,
@@ -90,15 +89,12 @@ def verify_checkpoint(
     report, scheme = _compare_tensors(path, source, results, layout, scheme)
     if windows is None:
         return report
-    none = Activations()
-    for activations in (none, scheme.activations) if scheme.activations.quantized else (none,):
-        dtype = scheme.grid.scale_dtype
-        largest, relative = _compare_logits(path, source, results, windows, dtype, device, activations)
-        if not relative <= tolerance:  # NaN must not pass
-            raise VerificationError(
-                f"{path}: its weights are right, but its logits {'with quantized activations ' * activations.quantized}"
-                f"are off by {largest:.3g} at most and {relative:.3g} relatively, more than {tolerance:.3g}"
-            )
+    largest, relative = _compare_logits(path, source, results, windows, device, scheme)
+    if not relative <= tolerance:  # NaN must not pass
+        raise VerificationError(
+            f"{path}: its weights are right, but its logits are off by {largest:.3g} at most and {relative:.3g} "
+            f"relatively, more than {tolerance:.3g}"
+        )
     return replace(report, windows=len(windows), max_error=largest, relative_error=relative)
 
 
@@ -133,7 +129,14 @@ def _compare_tensors(
 
 
 def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme, grid: Grid) -> QuantizedLinear:
-    own = Scheme.of(grid, scheme.activation_bits, scheme.activation_symmetric, scheme.kv_bits, scheme.queries)
+    own = Scheme.of(
+        grid,
+        scheme.activation_bits,
+        scheme.activation_symmetric,
+        scheme.kv_bits,
+        scheme.queries,
+        scheme.activation_range,
+    )
     try:
         return layout.read(name, stored, own)
     except KeyError as error:
@@ -145,13 +148,14 @@ def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme, 
 def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear) -> None:
     for part in ("codes", "scale", "zero_point"):
         _compare(f"{name}: {part}", getattr(found, part), getattr(expected, part))
-    if found.outliers is None or expected.outliers is None:
-        if found.outliers is not expected.outliers:
-            where = "model" if found.outliers is None else "file"
-            raise VerificationError(f"{name}: outliers are in the {where} only")
-        return
-    for part, sparse in vars(expected.outliers).items():
-        _compare(f"{name}: outliers' {part}", getattr(found.outliers, part), sparse)
+    for part, what in (("outliers", "outliers are"), ("input", "the range of its input is")):
+        ours, theirs = getattr(found, part), getattr(expected, part)
+        if ours is None or theirs is None:
+            if ours is not theirs:
+                raise VerificationError(f"{name}: {what} in the {'model' if ours is None else 'file'} only")
+            continue
+        for key, tensor in vars(theirs).items():
+            _compare(f"{name}: {key} of {part}", getattr(ours, key), tensor)
 
 
 def _compare_plain(name: str, expected: Tensor, file: ShardReader, scheme: Scheme) -> set[str]:
@@ -180,21 +184,17 @@ def _compare_logits(
     source: Source,
     results: Results,
     windows: Tensor,
-    dtype: torch.dtype,
     device: str,
-    activations: Activations,
+    scheme: Scheme,
 ) -> tuple[float, float]:
     """Largest difference, and root mean square difference over root mean square."""
     model = open_checkpoint(path)
     attention = model.config._attn_implementation
-    if not activations.quantized:
-        for module in model.modules():
-            module.__dict__["quantization_enabled"] = False  # integer activations of compressed-tensors
     found = _logits(model, windows, device)
     del model
-    plain = _dequantized_model(source, results, dtype, attention)
-    for index in range(source.num_blocks):
-        attach(plain.get_submodule(source.block_name(index)), source.family, activations)
+    plain = _dequantized_model(source, results, scheme.grid.scale_dtype, attention)
+    finished = ((plain.get_submodule(block), result.linears) for block, result in each_result(source, results))
+    attach_all(finished, source.family, scheme.activations)
     expected = _logits(plain, windows, device)
     pairs = [(left.double(), right.double()) for left, right in zip(found, expected, strict=True)]
     difference = sum(float((left - right).square().sum()) for left, right in pairs)

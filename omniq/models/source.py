@@ -123,6 +123,12 @@ class SourceModel:
             chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)
         return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), checkpoint)
 
+    def in_dtype(self, dtype: torch.dtype) -> "SourceModel":
+        """The same model, all of it handed out in another dtype."""
+        config, place = copy.deepcopy(self.config), self._place
+        model = meta_model(config, dtype, config._attn_implementation, place.remote_code)
+        return SourceModel(self.path, place, model, self._checkpoint)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights, or in the GGUF file.
 

@@ -17,6 +17,10 @@ dtype's epsilon), so a reloaded model computes the numbers that were optimised. 
   (a family whose block flattens tokens before a linear, as OPT does, therefore reloads to other numbers there);
 - GPU runtimes may compute in float32: they agree up to the rounding of half precision.
 
+``StaticGrid`` is the same with one fixed range for all tokens. While a block is being calibrated, that range is not
+final: a transform moves it with every step. There ``quantize_samples`` gives each sample the range it has, and tells a
+transform by the gradient what its extremes cost.
+
 The gradient is that of the paper (arXiv 2308.13137; its code does not detach the range): straight-through for the
 rounding, none through ``z``, and through ``s`` to the extreme elements, ties sharing evenly. With ``G = dLoss/dx^`` and
 ``in`` where the rounded code is not clipped:
@@ -27,26 +31,47 @@ rounding, none through ``z``, and through ``s`` to the extreme elements, ties sh
 computed analytically with ``g_s`` in float32, from ``x`` and its range: autograd would form ``x / s^2``, which
 overflows in float16 at 8 bits, and keep six copies of ``x``. Nothing waits for the host.
 
+``quantize_tokens_reference`` is this text in torch, and what the CPU runs. On CUDA the operator
+``omniq::quantize_tokens`` does the same in one kernel each way (``omniq.kernels.token_quant_triton``), opaque to
+torch.compile and safe inside CUDA graphs.
+
 Shapes: ``...`` any leading dimensions (samples, tokens, heads), ``c`` channels of a token.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from omniq.errors import UserError
+from omniq.kernels.fused import is_fused, packed
+from omniq.quantizers.grid import Grid
 
 
-def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """Fake-quantize each token of ``[..., c]`` on its own range; differentiable.
 
     Args:
-        x: ``[..., c]``, any floating dtype; the result has the same.
+        x: ``[..., c]``, any floating dtype and layout.
         bits: 2 to 8.
         symmetric: no zero point.
+        dtype: to convert ``x`` to first, and of the result; its own by default.
     """
+    dtype = dtype or x.dtype
+    if is_fused(x) and dtype != torch.float64:
+        return _fused(x, bits, symmetric, dtype)
+    return quantize_tokens_reference(x.to(dtype), bits, symmetric)
+
+
+def quantize_tokens_reference(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """``quantize_tokens`` in plain torch: the specification, a dozen passes over ``x``."""
     return _Tokens.apply(x, bits, symmetric)
+
+
+def quantize_samples(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """Fake-quantize each sample of ``[n, t, c]`` on its own range, or ``[t, c]`` on one; differentiable."""
+    rows = x.reshape(x.shape[0] if x.dim() > 2 else 1, -1)
+    return quantize_tokens_reference(rows, bits, symmetric).view(x.shape)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -73,64 +98,70 @@ def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     return scale, (least - lo / scale).clamp(least, most).round()
 
 
-class TokenQuantizer(nn.Module):
-    """Dynamic fake quantization of each token, ``[..., c] -> [..., c]``. The default for activations.
+@dataclass(frozen=True)
+class StaticGrid:
+    """Static fake quantization: one range for the whole input of a linear, found beforehand.
 
     Args:
-        bits: 2 to 8.
-        symmetric: no zero point. The paper is asymmetric; integer kernels of the field prefer symmetric.
-
-    Raises:
-        UserError: bits outside 2..8.
-    """
-
-    def __init__(self, bits: int, symmetric: bool = False) -> None:
-        super().__init__()
-        self.bits, self.symmetric = _check_bits(bits), symmetric
-
-    def forward(self, x: Tensor) -> Tensor:
-        return quantize_tokens(x, self.bits, self.symmetric)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, symmetric={self.symmetric}"
-
-
-class TensorQuantizer(nn.Module):
-    """Static fake quantization with one range for the whole tensor, gathered beforehand with ``observe``.
-
-    Args:
-        bits: 2 to 8.
-        symmetric: no zero point.
-
-    Raises:
-        UserError: bits outside 2..8.
+        scale: ``[1]``, in the dtype of deployment.
+        zero_point: int8 ``[1]``, in the signed code range; 0 on a symmetric grid.
     """
 
     scale: Tensor
     zero_point: Tensor
-    observed: Tensor
 
-    def __init__(self, bits: int, symmetric: bool = False) -> None:
-        super().__init__()
-        self.bits, self.symmetric = _check_bits(bits), symmetric
-        self.register_buffer("observed", torch.zeros(2))  # smallest and largest value seen, zero included
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros(()))
+    @classmethod
+    def fit(cls, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> "StaticGrid":
+        """The grid that covers ``[lo, hi]`` and zero, on the CPU; the zero point goes with the rounded scale.
 
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Widen the range to cover ``x``, and refit scale and zero point to it."""
-        lo, hi = x.aminmax()
-        self.observed.copy_(torch.stack([self.observed[0].minimum(lo), self.observed[1].maximum(hi)]))
-        scale, zero_point = fit_range(self.observed[0], self.observed[1], self.bits, self.symmetric)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        Args:
+            lo, hi: scalars.
+            bits: 2 to 8.
+            symmetric: no zero point.
+            dtype: of deployment.
+        """
+        scale, unsigned = Grid(bits, symmetric=symmetric, scale_dtype=dtype).fit(lo.reshape(1), hi.reshape(1))
+        return cls(scale.to("cpu", dtype), (unsigned - 2 ** (bits - 1)).to("cpu", torch.int8))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return quantize_static(x, self.scale.to(x.dtype), self.zero_point, self.bits)
+    def quantize(self, x: Tensor, bits: int) -> Tensor:
+        """Fake-quantize any shape and floating dtype; the result has the same."""
+        return quantize_static(x, self.scale.to(x), self.zero_point.to(x), bits)
 
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, symmetric={self.symmetric}"
+
+@torch.library.custom_op("omniq::quantize_tokens", mutates_args=())
+def _fused(x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    from omniq.kernels import token_quant_triton
+
+    return token_quant_triton.forward(x, bits, symmetric, dtype)
+
+
+@_fused.register_fake
+def _(x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(packed(x), dtype=dtype)
+
+
+@torch.library.custom_op("omniq::quantize_tokens_backward", mutates_args=())
+def _fused_backward(grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    from omniq.kernels import token_quant_triton
+
+    return token_quant_triton.backward(grad, x, bits, symmetric)
+
+
+@_fused_backward.register_fake
+def _(grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    return torch.empty_like(packed(x))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, ctx.bits, ctx.symmetric, _ = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _fused_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric), None, None, None
+
+
+_fused.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Tokens(torch.autograd.Function):
@@ -183,9 +214,3 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, T
     rounded = codes.round()
     inside = (rounded >= least) & (rounded <= most)
     return codes.clamp_(least, most).round_(), inside
-
-
-def _check_bits(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise UserError(f"activation bits {bits} are outside 2..8: choose a scheme from A2 to A8, or A16 to leave them")
-    return bits

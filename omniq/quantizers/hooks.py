@@ -4,21 +4,23 @@
 The block's code stays as it is. Two things are attached to it and can be taken off again:
 
 - A pre-hook on every quantized linear replaces its input by the fake-quantized one. Linears that share an input get the
-  very same tensor: it is quantized once, when the first of them asks.
+  very same tensor: it is quantized once, when the first of them asks. Each token has its own range; or, if the scheme
+  says so, all tokens share one, which is fixed where the block is finished and that of the sample where it is not.
 - ``config._attn_implementation`` of the block's attention names a function of omniq's, which quantizes queries, keys
   and values as they come (after rotary embedding, before keys and values are repeated for the query heads), each token
   of each head on its own range, and hands them to the implementation that was named before. The softmax output is left
   alone.
 
-Every range belongs to one token, so a full forward and decoding token by token with a cache compute the same: what the
-cache holds is quantized on its way into every attention, always to the same numbers.
+Every range belongs to one token or is fixed, so a full forward and decoding token by token with a cache compute the
+same: what the cache holds is quantized on its way into every attention, always to the same numbers.
 
 Under autocast everything is first brought to the dtype that products are computed in, as in the deployed model: a
 LayerNorm would hand over float32 there.
 """
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +30,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from omniq.errors import UserError
 from omniq.models.family import Family
-from omniq.quantizers.activations import quantize_tokens
+from omniq.quantizers.activations import StaticGrid, quantize_samples, quantize_tokens
 from omniq.quantizers.scheme import Activations
+from omniq.result import QuantizedLinear
+
+Finished = Mapping[str, QuantizedLinear]
 
 
 def check_family(family: Family, activations: Activations) -> None:
@@ -47,17 +52,25 @@ def check_family(family: Family, activations: Activations) -> None:
 
 
 @contextmanager
-def quantized_activations(block: nn.Module, family: Family, activations: Activations) -> Iterator[None]:
+def quantized_activations(
+    block: nn.Module, family: Family, activations: Activations, finished: Finished | None = None
+) -> Iterator[None]:
     """While this is entered, the block computes on quantized activations."""
-    detach = attach(block, family, activations)
+    detach = attach(block, family, activations, finished)
     try:
         yield
     finally:
         detach()
 
 
-def attach(block: nn.Module, family: Family, activations: Activations) -> Callable[[], None]:
+def attach(
+    block: nn.Module, family: Family, activations: Activations, finished: Finished | None = None
+) -> Callable[[], None]:
     """Let a block compute on quantized activations.
+
+    Args:
+        finished: the linears of a finished block by name, which know their inputs' range where that is fixed; a block
+            without any is not quantized and computes in full precision. None while the block is being calibrated.
 
     Returns:
         what takes everything off again.
@@ -67,13 +80,41 @@ def attach(block: nn.Module, family: Family, activations: Activations) -> Callab
     """
     check_family(family, activations)
     undo: list[Callable[[], None]] = []
+    if finished is not None and not finished:
+        activations = Activations()
     if activations.inputs != 16:
         for names in family.inputs:
+            fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
-            shared = SharedInput(activations.inputs, activations.symmetric, linears[-1])
+            shared = SharedInput(activations, fixed, linears[-1])
             undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
     if activations.attention and family.attention is not None:
         undo.append(_redirect(block.get_submodule(family.attention), activations))
+
+    def detach() -> None:
+        for each in undo:
+            each()
+
+    return detach
+
+
+def attach_all(
+    blocks: Iterable[tuple[nn.Module, Finished | None]], family: Family, activations: Activations
+) -> Callable[[], None]:
+    """Let the blocks of a whole model compute on quantized activations, each as ``attach`` does.
+
+    Args:
+        blocks: with what is finished of each.
+
+    Returns:
+        what takes everything off again.
+    """
+    undo = []
+    for block, finished in blocks:
+        if activations.attention and family.attention is not None:
+            attention = block.get_submodule(family.attention)
+            attention.config = copy.copy(attention.config)  # one for all blocks would be redirected once for each
+        undo.append(attach(block, family, activations, finished))
 
     def detach() -> None:
         for each in undo:
@@ -86,32 +127,42 @@ class SharedInput:
     """A pre-hook of all linears that read one tensor.
 
     Args:
-        bits, symmetric: of the quantization.
+        activations: what becomes of it.
+        fixed: its range, if that is fixed and known.
         last: the linear that runs last; nothing is held after it.
     """
 
-    def __init__(self, bits: int, symmetric: bool, last: nn.Module) -> None:
-        self.bits, self.symmetric, self.last = bits, symmetric, last
+    def __init__(self, activations: Activations, fixed: StaticGrid | None, last: nn.Module) -> None:
+        self.activations, self.fixed, self.last = activations, fixed, last
         self._source: Tensor | None = None
         self._result: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = args
         if self._source is not x or self._result is None:
-            self._source, self._result = x, _quantize(x, self.bits, self.symmetric)
+            self._source, self._result = x, self._quantize(x)
         result = self._result
         if module is self.last:
             self._source = self._result = None
         return (result, *others)
 
+    def _quantize(self, x: Tensor) -> Tensor:
+        bits, symmetric = self.activations.inputs, self.activations.symmetric
+        if not self.activations.static:
+            return _quantize(x, bits, symmetric)
+        x = x.to(_computed_in(x))
+        return quantize_samples(x, bits, symmetric) if self.fixed is None else self.fixed.quantize(x, bits)
+
 
 def _quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Each token of ``[..., c]`` on its own range, in the dtype of the computation; 16 bits leave it alone."""
-    if bits == 16:
-        return x
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return quantize_tokens(x, bits, symmetric)
+    return x if bits == 16 else quantize_tokens(x, bits, symmetric, _computed_in(x))
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would bring it to before the product."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _redirect(attention: nn.Module, activations: Activations) -> Callable[[], None]:

@@ -6,6 +6,9 @@
     W6A6         the inputs of every linear in 6 bits as well, each token on its own range
     W4A4KV4      keys and values too, each token of each head on its own range, after rotary embedding
 
+With ``activation_range: tensor`` all tokens share one range, which is found in the calibration text once the block is
+finished, and fixed. The field calls this static, and a range for each token dynamic.
+
 The same object is what a user writes in YAML, what the blocks are calibrated under, and what an export tells a runtime.
 
 OmniQuant's tables quantize queries, keys and values to the activations' bits whenever these are below 16, while their
@@ -31,12 +34,15 @@ class Activations:
         queries: bits of queries, as they enter the attention product.
         keys_values: bits of keys and values.
         symmetric: no zero points.
+        static: one fixed range for the inputs of a linear; else each token has its own. Queries, keys and values
+            always have one a token.
     """
 
     inputs: int = 16
     queries: int = 16
     keys_values: int = 16
     symmetric: bool = False
+    static: bool = False
 
     @property
     def attention(self) -> bool:
@@ -59,6 +65,8 @@ class Scheme:
         dtype: of scales and of everything that is not quantized, as deployed.
         activation_symmetric: activations without zero points, which the integer kernels of the field prefer; the
             paper has them.
+        activation_range: what shares a range in the inputs of linears: each ``token``, found as it comes (the paper),
+            or the whole ``tensor``, found in the calibration text and fixed.
         queries: quantize queries to the bits of the linears' inputs, as the paper does.
 
     Raises:
@@ -70,6 +78,7 @@ class Scheme:
     symmetric: bool = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     activation_symmetric: bool = False
+    activation_range: Literal["token", "tensor"] = "token"
     queries: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +89,10 @@ class Scheme:
         if self.activation_symmetric and inputs == keys_values == 16:
             raise UserError(
                 f"scheme.activation_symmetric: {self.name!r} quantizes no activations; use a name such as W4A8"
+            )
+        if self.activation_range == "tensor" and inputs == 16:
+            raise UserError(
+                f"scheme.activation_range: {self.name!r} quantizes no inputs of linears; use a name such as W8A8"
             )
         if self.queries and inputs == 16:
             raise UserError(
@@ -95,13 +108,21 @@ class Scheme:
         activation_symmetric: bool = False,
         kv_bits: int = 16,
         queries: bool = False,
+        activation_range: Literal["token", "tensor"] = "token",
     ) -> "Scheme":
         """The scheme of weights on this grid."""
         cache = "" if kv_bits == 16 else f"KV{kv_bits}"
         group = "" if grid.group_size == -1 else f"g{grid.group_size}"
         name = f"W{grid.bits}A{activation_bits}{cache}{group}"
         dtype = str(grid.scale_dtype).removeprefix("torch.")
-        return cls(name, grid.symmetric, dtype, activation_symmetric, queries)  # type: ignore[arg-type]
+        return cls(
+            name,
+            grid.symmetric,
+            dtype,  # type: ignore[arg-type]
+            activation_symmetric=activation_symmetric,
+            activation_range=activation_range,
+            queries=queries,
+        )
 
     @property
     def grid(self) -> Grid:
@@ -111,7 +132,7 @@ class Scheme:
 
     @property
     def activation_bits(self) -> int:
-        """Bits of the linears' inputs, quantized anew for every token; 16 for none."""
+        """Bits of the linears' inputs; 16 for none."""
         return parse_scheme(self.name)[1]
 
     @property
@@ -123,7 +144,8 @@ class Scheme:
     def activations(self) -> Activations:
         """What becomes of activations while a block computes."""
         queries = self.activation_bits if self.queries else 16
-        return Activations(self.activation_bits, queries, self.kv_bits, self.activation_symmetric)
+        static = self.activation_range == "tensor"
+        return Activations(self.activation_bits, queries, self.kv_bits, self.activation_symmetric, static)
 
     @property
     def deploy_dtype(self) -> torch.dtype:

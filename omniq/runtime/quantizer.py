@@ -2,14 +2,15 @@
 """What transformers is told of omniq's format: the config and the quantizer of ``quant_method: omniq``.
 
 Steps of ``from_pretrained``: transformers builds the stock model without memory; every linear that the config names is
-replaced by a ``PackedLinear``; the tensors are read into its buffers; their content is checked. With ``dequantize:
-true`` in the config the stock linears come back at the end.
+replaced by a ``PackedLinear``; the tensors are read into its buffers; their content is checked; quantizers of
+activations are attached. With ``dequantize: true`` in the config a stock model comes out, and nothing is quantized any
+more while it runs.
 
 Importing this module registers both. It is imported from within an import of transformers, hence nothing here may need
 more of transformers than what its registry has loaded already: ``omniq.runtime.linear`` is imported when a model is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from omniq.errors import UserError
 from omniq.files import CorruptFile
 from omniq.quantizers.grid import Grid
+from omniq.quantizers.scheme import Activations
+from omniq.quantizers.second_level import SecondLevel
 
 METHOD = "omniq"
 VERSION = 1  # of the layout; a reader refuses what is newer than itself
 _DTYPES = ("float16", "bfloat16", "float32")
+_ACTIVATIONS = {"inputs", "queries", "keys_values", "symmetric"}
 
 
 @register_quantization_config(METHOD)
@@ -33,8 +37,11 @@ class OmniqConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of ``config.json``.
 
     Args:
-        linears: of every quantized linear, by full name, its grid (``bits``, ``group_size``, ``symmetric``) and, where
-            it has a sparse part, the number of ``outliers``.
+        linears: of every quantized linear, by full name, its grid (``bits``, ``group_size``, ``symmetric``), where it
+            has one, its ``second`` level (``scale_bits``, ``zero_bits``, ``rows``), and where it has a sparse part, the
+            number of ``outliers``.
+        activations: bits of the ``inputs`` of linears, of ``queries`` and of ``keys_values`` (16 for none), each token
+            on its own range, and whether that is ``symmetric``; they are left alone if it is not given.
         scale_dtype: of all scales: float16, bfloat16 or float32.
         version: of the layout.
         dequantize: make stock linears while loading.
@@ -51,6 +58,7 @@ class OmniqConfig(QuantizationConfigMixin):
         version: int = VERSION,
         dequantize: bool = False,
         quant_method: str = METHOD,
+        activations: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if version != VERSION or unknown:
@@ -60,6 +68,10 @@ class OmniqConfig(QuantizationConfigMixin):
             raise UserError(f"quantization_config.scale_dtype {scale_dtype!r} is none of {', '.join(_DTYPES)}")
         self.quant_method: Any = quant_method  # transformers annotates the enumeration of its own methods
         self.version, self.scale_dtype, self.dequantize = version, scale_dtype, dequantize
+        self.activations = dict(activations or {})
+        if not self.activations.keys() <= _ACTIVATIONS:
+            strange = ", ".join(map(repr, sorted(self.activations.keys() - _ACTIVATIONS)))
+            raise UserError(f"quantization_config.activations has {strange}, which this omniq cannot do: upgrade omniq")
         self.linears = {name: dict(entry) for name, entry in linears.items()}
         for name in self.linears:
             self.grid(name)
@@ -72,7 +84,11 @@ class OmniqConfig(QuantizationConfigMixin):
         """
         entry = self.linears[name]
         try:
-            return Grid(entry["bits"], entry["group_size"], entry["symmetric"], getattr(torch, self.scale_dtype))
+            second = entry.get("second")
+            if second is not None:
+                second = SecondLevel(second["scale_bits"], second["zero_bits"], second["rows"])
+            dtype = getattr(torch, self.scale_dtype)
+            return Grid(entry["bits"], entry["group_size"], entry["symmetric"], dtype, second)
         except KeyError as error:
             raise UserError(
                 f"quantization_config.linears: {name} lacks {error.args[0]}; get config.json again"
@@ -105,9 +121,13 @@ class OmniqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, packed in _packed(model).items():
             packed.check(name)
-        return self._dequantize(model) if self.quantization_config.dequantize else model
+        if self.quantization_config.dequantize:
+            return self._dequantize(model)
+        self._detach = _quantize_activations(model, self.quantization_config.activations)
+        return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        getattr(self, "_detach", lambda: None)()
         for name, packed in _packed(model).items():
             model.set_submodule(name, packed.plain(dtype or model.dtype))
         return model
@@ -126,6 +146,19 @@ def _packed(model: nn.Module) -> dict[str, Any]:
     from omniq.runtime.linear import PackedLinear
 
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], None]:
+    """Let blocks with quantized linears compute on quantized activations; returns what takes that off again."""
+    from omniq.models.families import family_of
+    from omniq.quantizers.hooks import Finished, attach_all
+
+    family, modules = family_of(model.config), dict(model.named_modules())
+    blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
+    finished: list[tuple[nn.Module, Finished | None]] = []
+    for block in blocks.children():
+        finished.append((block, None if _packed(block) else {}))
+    return attach_all(finished, family, Activations(**given))
 
 
 def _find(model: Any, name: str) -> tuple[str, nn.Linear]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from omniq import processes
 from omniq.errors import UserError
 from omniq.models.family import Equivalence, Family, ValueToOutput
-from omniq.quantizers.activations import quantize_tokens
+from omniq.quantizers.activations import quantize_samples, quantize_tokens
 from omniq.quantizers.clipping import Clipping, MinMax
 from omniq.result import BlockResult
 from omniq.stages.base import BlockTask, Stage
@@ -117,7 +117,8 @@ class OutlierSuppressionModule(RTNModule):
         given, total = self.task.activations, x.new_zeros(())
         moved = x / scale
         if given.inputs != 16:
-            moved = quantize_tokens(moved, given.inputs, given.symmetric)
+            quantize = quantize_samples if given.static else quantize_tokens
+            moved = quantize(moved, given.inputs, given.symmetric)
         for name in readers:
             weight = self.task.linear(name).weight.float()
             rounded = round_to_nearest(weight * scale, self.task.grid).dequantize().to(weight)
