@@ -7,31 +7,34 @@
 
 Weights are random, the Gram matrices those of random low-rank activations plus noise; 3 bit, per channel. First, on
 small layers, the fused kernel is compared with the torch version and that with the sequential sweep: the exit status is
-1 if a code differs in float64. Then, for the stacked linears of each shared input, in milliseconds for all sweeps:
+1 if a code differs in float64. Then, for each stack of linears with one input, in milliseconds for all sweeps:
 
-    prepare      triangles, norm of the weights, state
-    descent      the optimizer's steps: sweeps, errors, best codes
+    sequential   the published form (``plain/descent.py``) in float32; --reference sweeps are timed and scaled up
+    solver       what a layer costs: prepare (triangles, norm of the weights, state) and descent (the optimizer's steps:
+                 sweeps, errors, best codes; its result); ``ratio``: sequential over solver
     sweeps       the sweeps alone;  graph: the same replayed from CUDA graphs
-    GEMM         the products alone, and the share of the rate of a large square product that they reach
-    floor        2 o i^2 flop a sweep over that rate
-    sequential   the published form (P - P^ by one product, then a matrix-vector product a column, no host waits), as
-                 many sweeps as --reference says, rounded, relaxed, rounded, ...; ``ratio`` to ours over the same sweeps
+    gemm         their products alone
+    floor        2 o i^2 flop a sweep, at the rate of a large square product of that precision
+
+Memory, on CUDA: weights and Gram matrices of the whole block are there in float32. ``before_mib`` is allocated before
+the solver starts (on an H100, cuBLAS has 32 MiB of that), ``solver_mib`` what it adds at most.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from plain.descent import published_sweeps
 from torch import Tensor, nn
 
 from omniq.kernels.coordinate_descent import sweep_
 from omniq.kernels.layer_problem import Precision, Problem, codes_of, matmul_precision, prepare
 from omniq.quantizers.grid import Grid
-from omniq.stages.coordinate_descent import CoordinateDescent, is_relaxed
+from omniq.stages.coordinate_descent import CoordinateDescent, Solution, is_relaxed
 
 LAYERS = {
     "cuda": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},
@@ -39,6 +42,9 @@ LAYERS = {
 }
 GRID = Grid(3)
 MIB = 2**20
+
+Layers = dict[str, tuple[Tensor, Tensor]]  # weight and Gram matrix
+Figures = dict[str, dict[str, float]]
 
 
 def random_gram(width: int, device: torch.device) -> Tensor:
@@ -81,42 +87,24 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def published_sweeps(weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, kinds: Iterable[bool]) -> Tensor:
-    """The published form, a column at a time, one group a row; rounded where ``kinds`` says so: ``W^``, ``[o, i]``."""
-    scale, zero_point = scale[:, 0].to(gram), zero_point[:, 0].to(gram)
-    normalized = gram / gram.diagonal()
-    products = weight @ normalized
-    normalized.fill_diagonal_(0)
-    values = weight.clone()
-    for rounded in kinds:
-        estimate, moved = values @ normalized, values.clone()
-        for j in range(weight.shape[1]):
-            beta = products[:, j] - estimate[:, j] + moved[:, :j] @ normalized[:j, j]
-            if rounded:
-                beta = (((beta / scale).round() + zero_point).clamp(0, GRID.levels) - zero_point) * scale
-            values[:, j] = beta
-            moved[:, j] -= beta
-    return values
-
-
 def check(device: torch.device) -> dict[str, int]:
     """Codes that differ on small layers, by comparison."""
     found = {}
-    for outputs, width, size, masked in ((300, 700, -1, False), (512, 1024, 128, True)):
+    for outputs, width, size, masked in ((304, 704, -1, False), (512, 1024, 128, True)):
         weight, gram = random_weight(outputs, width, device), random_gram(width, device).double()
         gram[3] = gram[:, 3] = 0  # a dead column
         scale, zero_point = fit(weight, Grid(3, size))
         mask = random_weight(outputs, width, device) > 0.04 if masked else None
         name = f"{outputs}x{width}{' masked, groups' if masked else ''}"
-        precisions: list[Any] = ["float64", "float32", "tf32"] if device.type == "cuda" else []
-        for precision in precisions:
+        precisions: list[Any] = ["float64"] if masked else ["float64", "float32", "tf32"]  # each compiles for seconds
+        for precision in precisions if device.type == "cuda" else ():
             problem = prepare(weight, gram, scale, zero_point, 3, mask=mask, precision=precision)
             torch_, fused = (_codes(problem, backend) for backend in ("torch", "triton"))
             found[f"fused and torch, {name}, {precision}"] = int((torch_ != fused).sum())
         if not masked:
             gram[3, 3] = 1.0  # alone, but no longer dead: the published form divides by it
             problem = prepare(weight, gram, scale, zero_point, 3, precision="float64")
-            values = published_sweeps(weight.double(), gram, scale, zero_point, (True, False, True))
+            values = published_sweeps(weight.double(), gram, (scale, zero_point), GRID.levels, (True, False, True))
             codes = ((values / scale).round() + zero_point).clamp(0, GRID.levels)
             found[f"blocked and sequential, {name}, float64"] = int((_codes(problem, "auto").t() != codes).sum())
     return found
@@ -133,9 +121,10 @@ def square_rate(precision: Precision, device: torch.device) -> float:
     """Flop per second of a large square product."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty_like(a)
     with matmul_precision(precision, device):
-        torch.mm(a, b)
-        return 2 * size**3 / seconds_of(lambda: torch.mm(a, b), device, 5)
+        torch.mm(a, b, out=out)
+        return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device, 5)
 
 
 def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict[str, float]:
@@ -146,21 +135,11 @@ def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict
     for rounded in (True, False):
         sweep_(problem, residual, rounded)  # compiles
         once[rounded] = seconds_of(lambda rounded=rounded: sweep_(problem, residual, rounded), device, 3)  # type: ignore[misc]
-    room = residual.new_empty(problem.block, outputs)
-
-    def products() -> None:
-        for columns in problem.blocks():
-            torch.mm(problem.gram[columns], residual, out=room[: columns.stop - columns.start])
-
-    with matmul_precision(problem.precision, device):
-        products()
-        gemm = seconds_of(products, device, 3)
     figures = {
         "rounded_ms": 1e3 * once[True],
         "relaxed_ms": 1e3 * once[False],
         "sweeps_ms": 1e3 * sum(once[rounded] for rounded in kinds),
-        "gemm_ms": 1e3 * gemm * len(kinds),
-        "gemm_share": 2 * outputs * width**2 / gemm / rate,
+        "gemm_ms": 1e3 * products_alone(problem, residual) * len(kinds),
         "floor_ms": 1e3 * 2 * outputs * width**2 * len(kinds) / rate,
     }
     if device.type == "cuda":
@@ -173,9 +152,23 @@ def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict
     return figures
 
 
+def products_alone(problem: Problem, residual: Tensor) -> float:
+    """Seconds for the products of one sweep."""
+    room = residual.new_empty(problem.block, residual.shape[1])
+
+    def products() -> None:
+        for columns in problem.blocks():
+            torch.mm(problem.gram[columns], residual, out=room[: columns.stop - columns.start])
+
+    with matmul_precision(problem.precision, residual.device):
+        products()
+        return seconds_of(products, residual.device, 3)
+
+
 def measure_descent(weight: Tensor, gram: Tensor, precision: Precision, block: int, sweeps: int) -> dict[str, float]:
-    """The optimizer, from its making to its result."""
+    """The optimizer, from its making to its result; its error as it reports it, and by products."""
     made: list[CoordinateDescent] = []
+    found: list[Solution] = []
     grid = fit(weight)
 
     def make() -> None:
@@ -185,35 +178,33 @@ def measure_descent(weight: Tensor, gram: Tensor, precision: Precision, block: i
     def descend() -> None:
         for _ in range(sweeps):
             made[0].step()
-        made[0].result()
+        found.append(made[0].result(last=True))
 
+    before = torch.cuda.memory_allocated() if weight.is_cuda else 0
     if weight.is_cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     figures = {
         "prepare_ms": 1e3 * seconds_of(make, weight.device),
         "descent_ms": 1e3 * seconds_of(descend, weight.device),
     }
+    figures["solver_ms"] = figures["prepare_ms"] + figures["descent_ms"]
     if weight.is_cuda:
-        figures["peak_mib"] = torch.cuda.max_memory_allocated() / MIB
-    figures["error_percent"] = 100 * float(made[0].relative_error())
-    residual = weight - made[0].iterate()
+        figures["before_mib"] = before / MIB
+        figures["solver_mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
+    state = made[0].state[made[0].weight]
+    figures["error_percent"] = 100 * float(state["best_objective"].sum() / state["baseline"].sum())
+    residual = weight - GRID.dequantize(*found[0][:3])
     with matmul_precision("float32", weight.device):
         exact = (residual @ gram).mul_(residual).sum() / (weight @ gram).mul_(weight).sum()
-    figures["error_by_products_percent"] = 100 * float(exact)
-    return figures
+    return figures | {"error_by_products_percent": 100 * float(exact)}
 
 
-def measure_reference(weight: Tensor, gram: Tensor, block: int, sweeps: int) -> dict[str, float]:
-    """The sequential sweep, and ours in float32 over the same sweeps."""
-    kinds = [k % 3 != 1 for k in range(sweeps)]
-    scale, zero_point = fit(weight)
+def measure_reference(weight: Tensor, gram: Tensor, kinds: Sequence[bool], sweeps: int) -> float:
+    """Milliseconds of all sweeps of the sequential form in float32, from those of its first few."""
+    grid = fit(weight)
     with matmul_precision("float32", weight.device):
-        slow = seconds_of(lambda: published_sweeps(weight, gram, scale, zero_point, kinds), weight.device)
-    problem = prepare(weight, gram, scale, zero_point, 3, block=block)
-    residual = torch.zeros_like(problem.target)
-    quick = seconds_of(lambda: [sweep_(problem, residual, rounded) for rounded in kinds], weight.device)
-    return {"sequential_ms": 1e3 * slow, "ours_ms": 1e3 * quick, "ratio": slow / quick}
+        few = seconds_of(lambda: published_sweeps(weight, gram, grid, GRID.levels, kinds[:sweeps]), weight.device)
+    return 1e3 * few * len(kinds) / sweeps
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -223,41 +214,52 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, count in report["codes that differ"].items():
         print(f"{count:8d} codes differ: {name}")
     shapes = {name: LAYERS[device.type][name] for name in options.layers or LAYERS[device.type]}
-    weights = {name: random_weight(*shape, device) for name, shape in shapes.items()}
-    grams = {name: random_gram(shape[1], device) for name, shape in shapes.items()}
-    resident = sum(4 * tensor.numel() for each in (weights, grams) for tensor in each.values()) / MIB
-    report["gram_and_weights_mib"] = resident
+    given = {name: (random_weight(*shape, device), random_gram(shape[1], device)) for name, shape in shapes.items()}
+    report["gram_and_weights_mib"] = sum(4 * tensor.numel() for pair in given.values() for tensor in pair) / MIB
     kinds = [not is_relaxed(k, options.sweeps) for k in range(options.sweeps)]
+    few = report["reference_sweeps"] = min(options.reference, len(kinds))
+    sequential = {name: measure_reference(*pair, kinds, few) for name, pair in given.items()} if few else {}
+    print(f"sequential: {few} sweeps were timed, times {len(kinds)} / {few}" if few else "sequential: not timed")
     report["runs"] = []
     for precision in options.precisions:
         rate = square_rate(precision, device)
         for block in options.blocks:
-            layers = {}
-            for name, weight in weights.items():
-                problem = prepare(weight, grams[name], *fit(weight), 3, precision=precision, block=block)
-                layers[name] = measure_sweeps(problem, kinds, rate)
-                del problem
-                layers[name] |= measure_descent(weight, grams[name], precision, block, options.sweeps)
-                _print(f"{precision} block {block} {name} {tuple(weight.shape)}", layers[name])
-            total = {key: sum(each[key] for each in layers.values()) for key in layers[name] if key.endswith("_ms")}
-            if device.type == "cuda":
-                total["peak_mib"] = max(each["peak_mib"] for each in layers.values())
-                total["peak_over_gram_and_weights"] = total["peak_mib"] / resident
-            total["solver_over_floor"] = (total["prepare_ms"] + total["descent_ms"]) / total["floor_ms"]
+            layers = measure_block(given, kinds, precision, block, rate)
+            for name, figures in layers.items():
+                figures |= {"sequential_ms": sequential[name]} if few else {}
+                _print(f"{precision} block {block} {name} {shapes[name]}", figures)
+            total = whole_block(layers, report["gram_and_weights_mib"])
             _print(f"{precision} block {block} WHOLE BLOCK, {rate / 1e12:.1f} TFLOP/s", total)
-            report["runs"].append(
-                {"precision": precision, "block": block, "rate": rate, "layers": layers, "total": total}
-            )
-    if options.reference:
-        pairs = {
-            name: measure_reference(w, grams[name], options.blocks[0], options.reference) for name, w in weights.items()
-        }
-        total = {key: sum(pair[key] for pair in pairs.values()) for key in ("sequential_ms", "ours_ms")}
-        total["ratio"] = total["sequential_ms"] / total["ours_ms"]
-        report["reference"] = {"sweeps": options.reference, "layers": pairs, "total": total}
-        for name, pair in (*pairs.items(), ("WHOLE BLOCK", total)):
-            _print(f"sequential, {options.reference} sweeps, {name}", pair)
+            how = {"precision": precision, "block": block, "rate": rate}
+            report["runs"].append(how | {"layers": layers, "total": total})
     return report
+
+
+def measure_block(given: Layers, kinds: Sequence[bool], precision: Precision, block: int, rate: float) -> Figures:
+    """All layers in one precision, with products of so many columns."""
+    layers: Figures = {}
+    device = next(iter(given.values()))[0].device
+    measure_descent(random_weight(512, 1024, device), random_gram(1024, device), precision, block, 4)  # compiles
+    for name, (weight, gram) in given.items():
+        problem = prepare(weight, gram, *fit(weight), 3, precision=precision, block=block)
+        layers[name] = measure_sweeps(problem, kinds, rate)
+        del problem
+        layers[name] |= measure_descent(weight, gram, precision, block, len(kinds))
+    return layers
+
+
+def whole_block(layers: Figures, given_mib: float) -> dict[str, float]:
+    """Sums of times, the largest of what is in memory at a time, and the ratios."""
+    any_ = next(iter(layers.values()))
+    total = {key: sum(each[key] for each in layers.values()) for key in any_ if key.endswith("_ms")}
+    total["solver_over_floor"] = total["solver_ms"] / total["floor_ms"]
+    if "sequential_ms" in total:
+        total["ratio"] = total["sequential_ms"] / total["solver_ms"]
+    if "solver_mib" in any_:
+        total["gram_and_weights_mib"] = given_mib
+        total |= {key: max(each[key] for each in layers.values()) for key in ("before_mib", "solver_mib")}
+        total["peak_over_gram_and_weights"] = 1 + total["solver_mib"] / given_mib
+    return total
 
 
 def _name(device: torch.device) -> str:
@@ -276,7 +278,7 @@ def main() -> int:
     parser.add_argument("--layers", nargs="+", help="some of qkv o gate_up down; default: all, a whole block")
     parser.add_argument("--precisions", nargs="+", help="default: float32 and, on CUDA, tf32")
     parser.add_argument("--blocks", nargs="+", type=int, default=[256], help="columns of a product")
-    parser.add_argument("--reference", type=int, default=3, help="sweeps of the sequential form; 0 for none")
+    parser.add_argument("--reference", type=int, default=3, help="sweeps of the sequential form to time; 0 for none")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     options.sweeps = options.sweeps or (30 if options.device == "cuda" else 12)

@@ -3,8 +3,9 @@
 
 A run is data-parallel. Of ``N`` processes, number ``r`` holds the samples ``r, r + N, r + 2 N, …``, so that one step of
 all of them, with ``b`` samples each, sees the samples that one process would see in a step of ``N b``. Gradients are
-averaged by DDP; sums over tokens (Gram matrices, importances) go through ``all_reduce_sum``; everything else is either
-computed alike by all or by the first process alone, which also writes all files, and told to the others.
+averaged by DDP; sums over tokens (Gram matrices, importances) go through ``all_reduce_sum``; rows of a layer that are
+solved without the others are shared (``my_rows``) and then gathered; everything else is either computed alike by all or
+by the first process alone, which also writes all files, and told to the others.
 
 With one process nothing here does anything. With several, Lightning's strategy makes the process group, from whatever
 started them (``torchrun``, ``fabric run``, SLURM); its timeout is finite, so a process whose peer is gone fails.
@@ -48,6 +49,25 @@ def rank() -> int:
 def mine(samples: Tensor) -> Tensor:
     """This process' share of something that has an entry a sample: every ``N``-th."""
     return samples[rank() :: count()]
+
+
+def my_rows(rows: int) -> slice:
+    """This process' share of so many rows: neighbours, and as many as the others have, or one less."""
+    return slice(rows * rank() // count(), rows * (rank() + 1) // count())
+
+
+def gather_rows(share: Tensor, rows: int) -> Tensor:
+    """All rows in their order, ``[rows, …]``, of the shares ``my_rows(rows)`` of all processes."""
+    if not _several():
+        return share
+    room = -(-rows // count())
+    padded = share.new_zeros(room, *share.shape[1:], device=_device())
+    padded[: len(share)] = share
+    parts = [torch.empty_like(padded) for _ in range(count())]
+    dist.all_gather(parts, padded)
+    ends = [rows * number // count() for number in range(count() + 1)]
+    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(share.device)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from killing import Attempts
-from lightning.pytorch.callbacks import Callback
 from runs import omniquant, outcome, write_run
-from stages import fit, fitted, tiny_task
+from stages import Stop, fit, fitted, tiny_task
 from torch import Tensor
 
 from omniq.api import load
@@ -155,17 +154,6 @@ def test_outliers_are_few_and_help(tmp_path: Path, columns: bool, method: Any, s
     assert total[1] < total[0]
 
 
-class Stop(Callback):
-    """Ends the process of a fit after a step, as Ctrl-C would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.step:
-            raise RuntimeError("stopped by the test")
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -266,6 +254,13 @@ def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) ->
     run: Any = type("", (), {"stages": [QuantEase(**settings)]})
     with pytest.raises(UserError, match="'previous' refines the codes of the stage before it, and there is none"):
         Run.check(run)
+
+
+@pytest.mark.parametrize("settings", [{}, {"grid": "clipping", "start": "previous"}])
+def test_refining_codes_without_their_outliers_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="the codes of QuantEase without the outliers"):
+        QuantEase(**settings).check([QuantEase(outliers=1.0)])
+    QuantEase(grid="clipping").check([QuantEase(outliers=1.0)])
 
 
 def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_batches_add_up(pair: Pair, tmp_path: Path) -> None:
             assert ours.summary[key] == pytest.approx(theirs.summary[key], rel=1e-3)  # measured: 3e-7
 
 
-@pytest.mark.parametrize("stage", ["GPTQ", "QuantEase"])
+@pytest.mark.parametrize("stage", ["GPTQ", "QuantEase", "AWQ"])
 def test_gram_matrices_add_up(pair: Pair, tmp_path: Path, stage: str) -> None:
     """Not to the bit: the sums over tokens are not exact."""
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"}])
@@ -116,6 +116,17 @@ def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
     assert ends.statuses[1] == -9
     together(pair, args, out)
     assert_same_codes(blocks(out), blocks(tmp_path / "whole"))
+
+
+def test_descent_goes_on(pair: Pair, tmp_path: Path) -> None:
+    """Killed as soon as there is a checkpoint: behind the first gathering, while each process sweeps its own rows."""
+    args = prepared(tmp_path, [{"class_path": "omniq.stages.QuantEase", "init_args": {"sweeps": 20}}])
+    together(pair, args, tmp_path / "whole")
+    out = tmp_path / "run"
+    assert pair.run([*args, "--out", str(out)], kill_at=out / "current/000.0.last.ckpt").statuses[1] == -9
+    together(pair, args, out)
+    assert_same_codes(blocks(out), blocks(tmp_path / "whole"))
+    assert (out / "blocks/000.0.csv").read_text() == (tmp_path / "whole/blocks/000.0.csv").read_text()
 
 
 @pytest.mark.slow
@@ -216,6 +227,7 @@ assert processes.count() == 2
 share = processes.mine(whole)
 assert share.equal(whole[rank::2])
 assert processes.gather_samples(share).equal(whole)
+assert all(processes.gather_rows(whole[:n][processes.my_rows(n)], n).equal(whole[:n]) for n in (0, 1, 9, 10))
 assert processes.all_reduce_sum(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
 assert processes.all_reduce_max(torch.tensor([1.0, rank])).tolist() == [1.0, 1.0]
 assert processes.all_agree(True) and not processes.all_agree(rank == 0)

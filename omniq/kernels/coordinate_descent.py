@@ -20,7 +20,8 @@ One sweep visits the columns in order, each with the newest values of all others
 
 **Relaxed sweeps** leave columns unrounded: Gauss-Seidel on the unconstrained problem, from which the next rounded sweep
 starts in a better basin. Their step 2 is a triangular system, ``E L_bb^T = -G`` with L the lower triangle of S
-including the diagonal, so it becomes a product with a B x B inverse computed once.
+including the diagonal, so it becomes a product with a B x B inverse computed once. In a large layer that is done a few
+rows of the inverse at a time, which need less room, and no columns to the right of their own.
 
 **The objective is free**: a step changes a row's error by exactly ``S_jj ((new - u)^2 - (old - u)^2)``.
 
@@ -29,7 +30,8 @@ TF32 costs nothing; S is used as it is, neither scaled nor copied; dead columns 
 (``omniq.kernels.layer_problem``); supported coordinates of a sparse part (``mask``) are not rounded and otherwise like
 all others, where the published outlier variant never writes what it rounds.
 
-Inside a sweep nothing waits for the device: a sweep can be captured in a CUDA graph.
+Inside a sweep nothing waits for the device: a sweep can be captured in a CUDA graph. Beside the layer itself it needs
+room for ``B o`` numbers and 6 MiB.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block, ``n`` of a sub-block.
 """
@@ -47,6 +49,7 @@ from omniq.kernels.layer_problem import Precision, Problem, matmul_precision
 Backend = Literal["auto", "torch", "triton"]
 
 INNER = 32  # columns that go one by one between two small products
+_ROOM = 3 * 2**19  # numbers: steps of a relaxed block at a time
 
 
 class Sweep(NamedTuple):
@@ -106,8 +109,8 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
     Args:
         residual: ``W - W^``, contiguous ``[i, o]``, 0 in dead columns (``to_residual_``); overwritten.
         rounded: False for a relaxed sweep.
-        backend: what rounds the columns of a block; by default Triton on CUDA where it is installed. Both compute the
-            same numbers up to the order of float32 sums.
+        backend: what rounds the columns of a block; by default Triton (3.3 or newer) on CUDA where it is installed.
+            Both compute the same numbers up to the order of float32 sums.
 
     Returns:
         ``changed`` and ``gain`` as in ``Sweep``; both stay on the device.
@@ -121,7 +124,7 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
         for number, columns in enumerate(problem.blocks()):
             gradient = torch.mm(problem.gram[columns], residual, out=work[: columns.stop - columns.start])
             if not rounded:
-                _relax_block(problem, residual, gradient, number, columns, gain)
+                _relax_block(problem, residual, gradient, number, columns, gain, fused)
             elif fused:
                 from omniq.kernels.coordinate_descent_triton import round_block as round_block_fused
 
@@ -137,16 +140,31 @@ def _is_fused(tensor: Tensor, backend: Backend) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    if find_spec("triton") is None:
+        return False
+    from triton import __version__
+
+    return tuple(int(part) for part in __version__.split(".")[:2]) >= (3, 3)  # the kernel holds columns in tuples
 
 
 def _relax_block(
-    problem: Problem, residual: Tensor, gradient: Tensor, number: int, columns: slice, gain: Tensor
+    problem: Problem, residual: Tensor, gradient: Tensor, number: int, columns: slice, gain: Tensor, fused: bool
 ) -> None:
-    size = columns.stop - columns.start
-    steps = torch.mm(problem.triangles[number, :size, :size], gradient)  # -E, [B, o]
-    residual[columns] -= steps
-    gain -= torch.mv(steps.square_().t(), problem.gram.diagonal()[columns])  # to exact minimisers: -S_jj e_j^2
+    size, outputs = gradient.shape
+    length = min(size, _ROOM // max(1, outputs) or 1)
+    room = gradient.new_empty(length, outputs)
+    for low in range(0, size, length):
+        high = min(low + length, size)
+        triangle = problem.triangles[number, low:high, :high]
+        steps = torch.mm(triangle, gradient[:high], out=room[: high - low])  # -E, [n, o]
+        here = slice(columns.start + low, columns.start + high)
+        if fused:
+            from omniq.kernels.coordinate_descent_triton import take_steps as take_steps_fused
+
+            take_steps_fused(problem, residual, steps, here, gain)
+        else:
+            residual[here] -= steps
+            gain -= torch.mv(steps.square_().t(), problem.gram.diagonal()[here])  # to exact minimisers: -S_jj e_j^2
 
 
 def round_block(
@@ -202,19 +220,11 @@ def _round_columns(
     gain += torch.mv(difference.t(), gram.diagonal())
 
 
-def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, codes: Tensor, backend: Backend = "auto") -> None:
-    """Overwrite the codes of some rows of the layer with those of the iterate.
-
-    Args:
-        residual: ``[i, o]``, after a rounded sweep.
-        rows: which, bool ``[o]``.
-        codes: uint8 ``[i, o]``.
-    """
+def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, packed: Tensor, backend: Backend = "auto") -> None:
+    """As ``omniq.kernels.layer_problem.keep_codes_``, by Triton where the sweep is."""
     if _is_fused(residual, backend):
         from omniq.kernels.coordinate_descent_triton import keep_codes_ as keep_codes_fused_
 
-        keep_codes_fused_(problem, residual, rows, codes)
-        return
-    for columns in problem.blocks():
-        now = layer.nearest(problem, residual, columns).to(torch.uint8)
-        codes[columns] = torch.where(rows, now, codes[columns])
+        keep_codes_fused_(problem, residual, rows, packed)
+    else:
+        layer.keep_codes_(problem, residual, rows, packed)

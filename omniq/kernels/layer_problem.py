@@ -26,6 +26,9 @@ Precision = Literal["float32", "tf32", "float64"]
 
 DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
 BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
+RUN = 16  # columns that the fused sweep holds in registers: the fewest that a tensor core takes
+_FEW = 32  # columns at a time where there is nothing to gain but memory
+_MANY = 2048  # terms of a float32 sum of squares: its error is a millionth
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Problem:
         dead: columns that no input reaches.
         triangles: inverse of the lower triangle of each diagonal block, ``[ceil(i / B), B, B]``; zero for dead columns.
         mask: coordinates that are not rounded, bool ``[i, o]``, or None.
+        one_grid: whether each run of 16 columns, counted from the start of its block, lies in one group.
         precision: of the products.
     """
 
@@ -55,6 +59,7 @@ class Problem:
     dead: frozenset[int]
     triangles: Tensor
     mask: Tensor | None
+    one_grid: bool
     precision: Precision
 
     @property
@@ -62,11 +67,16 @@ class Problem:
         """Columns of a block, ``B``."""
         return self.triangles.shape[-1]
 
-    def blocks(self) -> Iterator[slice]:
-        """The columns of each block in turn."""
-        width = self.target.shape[0]
-        for start in range(0, width, self.block):
-            yield slice(start, min(start + self.block, width))
+    @property
+    def codes_per_byte(self) -> int:
+        """How many codes are kept in a byte: two up to 4 bit."""
+        return 2 if self.levels < 16 else 1
+
+    def blocks(self, size: int | None = None) -> Iterator[slice]:
+        """The columns of each block in turn, or so many at a time."""
+        width, size = self.target.shape[0], size or self.block
+        for start in range(0, width, size):
+            yield slice(start, min(start + size, width))
 
 
 def prepare(
@@ -97,17 +107,20 @@ def prepare(
     gram = gram.to(dtype)
     diagonal = gram.diagonal()
     dead = dead_columns(gram)
+    group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
+    block = min(block, len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
         gram=gram,
         scale=scale.to(dtype).t().contiguous(),
         zero_point=zero_point.to(dtype).t().contiguous(),
-        group_index=groups_of(target, scale) if group_index is None else group_index.to(target.device),
+        group_index=group_index,
         levels=2**bits - 1,
         inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, diagonal)),
         dead=frozenset(dead.nonzero().flatten().tolist()),
-        triangles=_triangles(gram, dead, min(block, len(gram))),
+        triangles=_triangles(gram, dead, block),
         mask=None if mask is None else mask.t().contiguous(),
+        one_grid=_one_grid(group_index, block),
         precision=precision,
     )
 
@@ -118,9 +131,9 @@ def check_finite(gram: Tensor) -> None:
     Raises:
         UserError: some entries are infinite or not a number.
     """
-    finite = torch.isfinite(gram)
-    if not finite.all():
-        bad = int((~finite.diagonal()).sum()) or int((~finite).any(1).sum())  # a bad input spoils its whole row
+    spoilt = torch.cat([(~torch.isfinite(part)).any(1) for part in gram.split(BLOCK)])  # not all at once: it copies
+    if spoilt.any():
+        bad = int((~torch.isfinite(gram.diagonal())).sum()) or int(spoilt.sum())  # a bad input spoils its whole row
         raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
 
 
@@ -134,6 +147,12 @@ def groups_of(weight: Tensor, scale: Tensor) -> Tensor:
     """Group of each column where groups are equal runs of neighbours, int64 ``[i]``."""
     width = weight.shape[1]
     return torch.arange(width, device=weight.device) // (width // scale.shape[1])
+
+
+def _one_grid(group_index: Tensor, block: int) -> bool:
+    """Whether the columns of each run of 16 share a group; a block begins a new run."""
+    column = torch.arange(len(group_index), device=group_index.device)
+    return bool((group_index == group_index[column - column % block % RUN]).all())
 
 
 def _triangles(gram: Tensor, dead: Tensor, block: int) -> Tensor:
@@ -162,14 +181,49 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
 def codes_of(problem: Problem, residual: Tensor) -> Tensor:
     """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
     codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
-    for columns in problem.blocks():
+    for columns in problem.blocks(_FEW):
         codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
+    return codes
+
+
+def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, packed: Tensor) -> None:
+    """Overwrite the packed codes of some rows of the layer with those of the iterate.
+
+    Args:
+        residual: ``[i, o]``, after a rounded sweep.
+        rows: which, bool ``[o]``.
+        packed: uint8, as ``no_codes`` makes it.
+    """
+    per_byte = problem.codes_per_byte
+    for columns in problem.blocks(_FEW):
+        codes = nearest(problem, residual, columns).to(torch.uint8)
+        low, high = codes[::per_byte], codes[1:] if per_byte == 1 else codes[1::2]
+        if per_byte == 2:
+            low[: len(high)] |= high << 4
+        here = packed[columns.start // per_byte :][: len(low)]
+        torch.where(rows, low, here, out=here)
+
+
+def no_codes(problem: Problem) -> Tensor:
+    """Room for codes, zeros: uint8 ``[i, o]``, or ``[ceil(i / 2), o]`` up to 4 bit, the even column in the low half."""
+    width, outputs = problem.target.shape
+    lines = -(-width // problem.codes_per_byte)
+    return torch.zeros(lines, outputs, dtype=torch.uint8, device=problem.target.device)
+
+
+def unpacked(problem: Problem, packed: Tensor) -> Tensor:
+    """Codes that ``keep_codes_`` kept, uint8 ``[i, o]``."""
+    if problem.codes_per_byte == 1:
+        return packed
+    codes = packed.new_empty(problem.target.shape)
+    torch.bitwise_and(packed, 15, out=codes[::2])
+    torch.bitwise_right_shift(packed[: len(codes) // 2], 4, out=codes[1::2])
     return codes
 
 
 def to_values_(problem: Problem, residual: Tensor, rounded: bool) -> Tensor:
     """Overwrite the residual with ``W^``, ``[i, o]``: exactly on the grid wherever it was rounded."""
-    for columns in problem.blocks():
+    for columns in problem.blocks(_FEW):
         group = problem.group_index[columns]
         free = problem.target[columns] - residual[columns]
         grid = (nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
@@ -189,8 +243,14 @@ def to_residual_(problem: Problem, values: Tensor) -> Tensor:
 
 
 def squares(matrix: Tensor) -> Tensor:
-    """Sum of squares of each row of the layer, float64 ``[o]``, of ``[i, o]``."""
-    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).square()
+    """Sum of squares of each row of the layer, float64 ``[o]``, of ``[i, o]``.
+
+    NOTE: float64 only between parts, because a reduction to another dtype begins with a copy of the whole in it.
+    """
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for part in matrix.split(_MANY):
+        total += torch.linalg.vector_norm(part, dim=0).double().square_()
+    return total
 
 
 def objective(problem: Problem, residual: Tensor) -> Tensor:
@@ -198,7 +258,7 @@ def objective(problem: Problem, residual: Tensor) -> Tensor:
     total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
     with matmul_precision(problem.precision, residual.device):
         for columns in problem.blocks():
-            total += (torch.mm(problem.gram[columns], residual) * residual[columns]).sum(0)
+            total += torch.mm(problem.gram[columns], residual).mul_(residual[columns]).sum(0)
     return total
 
 

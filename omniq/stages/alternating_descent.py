@@ -99,9 +99,9 @@ class AlternatingDescent(CoordinateDescent):
         state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
         super()._keep_best()
 
-    def result(self) -> Solution:
+    def result(self, last: bool = False) -> Solution:
         """The best codes, and H beside them."""
-        solution = super().result()
+        solution = super().result(last)
         return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())
 
 

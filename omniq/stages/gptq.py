@@ -12,7 +12,8 @@ from omniq.kernels.gptq import gptq
 from omniq.quantizers.clipping import Clipping
 from omniq.result import QuantizedLinear
 from omniq.stages.base import BlockTask
-from omniq.stages.gram import GramModule, GramStage, Stack
+from omniq.stages.gram import GramModule, GramStage
+from omniq.stages.stack import Stack
 from omniq.stages.tokens import TokenWeights
 
 
@@ -55,14 +56,16 @@ class GPTQModule(GramModule):
 
     def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
         grid, settings = self.task.grid, self.settings
-        stack.grid = grid.fit(*settings.clipping.range(stack.weight, grid, self.importance(k)))
+        part = stack.part(stack.my_rows)
+        part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.importance(k)))
         rounded = gptq(
-            stack.weight,
+            part.weight,
             gram,
-            stack.scale,
-            stack.zero_point,
+            part.scale,
+            part.zero_point,
             grid.bits,
             damping=settings.damping,
             act_order=settings.act_order,
         )
-        return stack.linears(grid, rounded.codes)
+        stack.grid = stack.gather(part.scale), stack.gather(part.zero_point)
+        return stack.linears(grid, stack.gather(rounded.codes))

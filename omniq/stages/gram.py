@@ -6,8 +6,9 @@ GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
 and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
-solved together, which is exact because rows are independent. The inputs are those of the quantized stream; with
-``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block already quantized.
+solved together, which is exact because rows are independent (``omniq.stages.stack``). The inputs are those of the
+quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block
+already quantized.
 
 Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
 solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
@@ -22,18 +23,18 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from omniq import processes
 from omniq.errors import UserError
 from omniq.quantizers.clipping import Clipping, Searched
-from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
+from omniq.stages.stack import Stack
 from omniq.stages.statistics import gram_of, observed
 from omniq.stages.tokens import TokenWeights, relative_weights
 
@@ -62,63 +63,6 @@ class GramStage(Stage):
         self.token_weights: TokenWeights = token_weights
 
 
-@dataclass
-class Stack:
-    """The linears of one shared input as one matrix.
-
-    Args:
-        names: of the linears, in order.
-        rows: output features of each.
-        weight: float32 ``[o, i]``.
-        grid: scale and zero point, each ``[o, G]``, once they are chosen.
-    """
-
-    names: tuple[str, ...]
-    rows: tuple[int, ...]
-    weight: Tensor
-    grid: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, task: BlockTask, names: tuple[str, ...]) -> "Stack":
-        """Stack the weights of these linears."""
-        weights = [task.linear(name).weight.detach().float() for name in names]
-        return cls(names, tuple(len(weight) for weight in weights), torch.cat(weights))
-
-    def split(self, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Rows of each linear of something ``[o, …]``."""
-        yield from zip(self.names, stacked.split(self.rows), strict=True)
-
-    @property
-    def scale(self) -> Tensor:
-        """Scales, ``[o, G]``."""
-        return self._chosen()[0]
-
-    @property
-    def zero_point(self) -> Tensor:
-        """Zero points, ``[o, G]``."""
-        return self._chosen()[1]
-
-    def _chosen(self) -> tuple[Tensor, Tensor]:
-        if self.grid is None:
-            raise RuntimeError(f"the grid of {', '.join(self.names)} has not been chosen")
-        return self.grid
-
-    def linears(self, grid: Grid, codes: Tensor) -> dict[str, QuantizedLinear]:
-        """The finished linears, from codes ``[o, i]``."""
-        parts = zip(self.split(codes), self.scale.split(self.rows), self.zero_point.split(self.rows), strict=True)
-        return {name: QuantizedLinear.of(grid, part, scale, zero) for (name, part), scale, zero in parts}
-
-    def grid_from(self, result: BlockResult) -> None:
-        """Take scales and zero points of an earlier stage."""
-        linears = [result.linears[name] for name in self.names]
-        scale, zero_point = (torch.cat([getattr(x, part) for x in linears]) for part in ("scale", "zero_point"))
-        self.grid = scale.to(self.weight), zero_point.to(self.weight)
-
-    def codes_from(self, result: BlockResult) -> Tensor:
-        """Codes of an earlier stage, uint8 ``[o, i]``."""
-        return torch.cat([result.linears[name].codes for name in self.names]).to(self.weight.device)
-
-
 class PlanLoader(PassLoader):
     """For each round: the batches that gather, as sample indices, then the solver's steps, as empty tensors.
 
@@ -143,9 +87,12 @@ class PlanLoader(PassLoader):
         return turn * (1 + self.work) + max(0, inside - self.gathering + 1)
 
     def ends_pass(self, step: int) -> bool:
-        """After the gathering, and after each step of the solver."""
+        """After the gathering, and after each step of the solver; of several processes, after the last one of a round.
+
+        In between each of them has rows of its own, which no checkpoint holds.
+        """
         inside = step % self.steps_per_pass
-        return inside == 0 or inside >= self.gathering
+        return inside in (0, self.gathering) if processes.count() > 1 else inside == 0 or inside >= self.gathering
 
     def __iter__(self) -> Iterator[Tensor]:
         while self.position < len(self):

@@ -81,8 +81,8 @@ class LearnedRounding(Reconstruction):
             )
         if before[-1].sparse:
             raise UserError(
-                f"stages: LearnedRounding cannot follow {type(before[-1]).__name__} with outliers, which it would "
-                "drop: use outliers 0"
+                f"stages: LearnedRounding cannot follow {type(before[-1]).__name__} with outliers or quantized scales, "
+                "which it would drop: give that stage neither, or leave one of the two out"
             )
 
     def module(self, task: BlockTask) -> "LearnedRoundingModule":

@@ -16,7 +16,8 @@ supported entries unrounded, or by Algorithm 3, which lets the support move.
 
 Deviations from the published code: one searched grid instead of min-max, a per-row best iterate, early stop, blocked
 arithmetic with the same codes, damping; group grids always belong to runs of neighbours in the original order (the
-published ``--static-groups``), because no runtime reads scattered groups any more.
+published ``--static-groups``), because no runtime reads scattered groups any more. Several processes solve a share of
+the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from omniq import processes
 from omniq.errors import UserError
 from omniq.kernels.gptq import gptq
 from omniq.kernels.layer_problem import groups_of
@@ -33,8 +35,9 @@ from omniq.quantizers.clipping import Clipping
 from omniq.result import Outliers, QuantizedLinear
 from omniq.stages.alternating_descent import AlternatingDescent
 from omniq.stages.base import BlockTask, Stage
-from omniq.stages.coordinate_descent import CoordinateDescent
-from omniq.stages.gram import GramModule, GramStage, Stack
+from omniq.stages.coordinate_descent import CoordinateDescent, Solution
+from omniq.stages.gram import GramModule, GramStage
+from omniq.stages.stack import Stack
 from omniq.stages.tokens import TokenWeights
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
@@ -104,6 +107,12 @@ class QuantEase(GramStage):
                 f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
                 f"none: put another stage first, or change {what}"
             )
+        if before and before[-1].sparse and (self.grid != "clipping" or self.start == "previous"):
+            name = type(before[-1]).__name__
+            raise UserError(
+                f"stages: QuantEase would refine the codes of {name} without the outliers or scales that belong to "
+                "them: give it grid 'clipping' and another start, or leave one of the two out"
+            )
 
     @property
     def sparse(self) -> bool:
@@ -121,50 +130,64 @@ class QuantEaseModule(GramModule):
     def __init__(self, task: BlockTask, settings: QuantEase) -> None:
         super().__init__(task, settings, work=settings.sweeps)
         self.optimizers_of: dict[int, CoordinateDescent] = {}
-        self.orders: dict[int, Tensor] = {}
+        self.orders: dict[int, Tensor | None] = {}
         self._saved: dict[int, Any] = {}
 
     def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
         if k not in self.optimizers_of:
             self.optimizers_of[k] = self._reopen(k, stack, gram) if k in self._saved else self._open(k, stack, gram)
+            # The optimizer has what it needs of the weights, and the Gram matrix as it needs it, damped and in order.
+            stack.weight, self.grams[k] = stack.weight.new_empty(0), self.optimizers_of[k].problem.gram
         optimizer = self.optimizers_of[k]
-        if not optimizer.converged:
+        # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
+        if optimizer.shaken or not processes.all_agree(optimizer.converged):
             optimizer.step()
         self._track_errors(stack, optimizer)
-        if step + 1 < self.work:
-            return None
-        solution = optimizer.result()
-        del self.optimizers_of[k]
-        back = self.orders.pop(k).argsort()
+        return None if step + 1 < self.work else self._finished(k, stack)
+
+    def _finished(self, k: int, stack: Stack) -> dict[str, QuantizedLinear]:
+        """What the optimizers of all processes found for one group."""
+        solution, order = self.optimizers_of.pop(k).result(last=True), self.orders.pop(k)
+        back = slice(None) if order is None else order.argsort()
+        if self._shared:
+            solution = Solution._make(None if part is None else stack.gather(part) for part in solution)
         stack.grid = solution.scale, solution.zero_point
         found = stack.linears(self.task.grid, solution.codes[:, back])
         if solution.sparse is None:
             return found
         return {
-            name: QuantizedLinear.of(x.grid, x.codes, x.scale, x.zero_point, Outliers.from_dense(sparse))
-            for (name, sparse), x in zip(stack.split(solution.sparse[:, back]), found.values(), strict=True)
+            name: QuantizedLinear.of(x.grid, x.codes, x.scale, x.zero_point, Outliers.from_dense(dense))
+            for (name, dense), x in zip(stack.split(solution.sparse[:, back]), found.values(), strict=True)
         }
+
+    @property
+    def _shared(self) -> bool:
+        """Whether each process solves its share of the rows. Algorithm 3 moves weights from row to row: all do all."""
+        return not (self.settings.outliers and self.settings.outlier_method == "algorithm3")
+
+    def _rows(self, stack: Stack) -> slice:
+        """The rows that this process solves."""
+        return stack.my_rows if self._shared else slice(0, sum(stack.rows))
 
     def _open(self, k: int, stack: Stack, gram: Tensor) -> CoordinateDescent:
         """Choose support, grid, start and order of one group, and set up its optimizer."""
         settings, grid, previous = self.settings, self.task.grid, self.task.result
-        mask = self._support(k, stack) if settings.outliers else None
+        rows = self._rows(stack)
+        mask = self._support(k, stack)[rows] if settings.outliers else None
         if settings.grid != "clipping" and previous is not None:
             stack.grid_from(previous)
-        else:
-            free = stack.weight if mask is None else stack.weight.masked_fill(mask, 0)
+        part = stack.part(rows)
+        if part.grid is None:
+            free = part.weight if mask is None else part.weight.masked_fill(mask, 0)
             lo, hi = settings.clipping.range(free, grid, self.importance(k))
-            stack.grid = grid.fit(lo, hi)
-        identity = torch.arange(len(gram), device=gram.device)
-        order = gram.diagonal().argsort(descending=True, stable=True) if settings.act_order else identity
-        self.orders[k] = order
-        start = self._start(stack, gram, mask)
-        return self._optimizer(
-            stack.weight[:, order], gram[order][:, order], stack.scale, stack.zero_point,
-            groups_of(stack.weight, stack.scale)[order],
-            None if mask is None else mask[:, order],
-            None if start is None else start[:, order],
-        )  # fmt: skip
+            part.grid = grid.fit(lo, hi)
+        start, weight = self._start(part, gram, mask, rows), part.weight
+        group_index = groups_of(weight, part.scale)
+        self.orders[k] = order = gram.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
+        if order is not None:
+            gram, weight, group_index = gram[order][:, order], weight[:, order], group_index[order]
+            mask, start = (None if each is None else each[:, order] for each in (mask, start))
+        return self._optimizer(weight, gram, part.scale, part.zero_point, group_index, mask, start, settings.damping)
 
     def _optimizer(
         self,
@@ -175,13 +198,14 @@ class QuantEaseModule(GramModule):
         group_index: Tensor,
         mask: Tensor | None,
         start: Tensor | None,
+        damping: float,
     ) -> CoordinateDescent:
         settings = self.settings
         dtype = torch.float64 if settings.precision == "float64" else torch.float32
         common: dict[str, Any] = {
             "sweeps": settings.sweeps,
             "group_index": group_index,
-            "damping": settings.damping,
+            "damping": damping,
             "refit_scales": settings.refit_scales,
             "precision": settings.precision,
         }
@@ -216,30 +240,32 @@ class QuantEaseModule(GramModule):
         ]
         return torch.cat(chosen)
 
-    def _start(self, stack: Stack, gram: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Quantized weights to start from, ``[o, i]``; None for the weights themselves."""
+    def _start(self, part: Stack, gram: Tensor, mask: Tensor | None, rows: slice) -> Tensor | None:
+        """Quantized weights to start from, ``[o, i]``, for some rows; None for the weights themselves."""
         settings, grid = self.settings, self.task.grid
         if settings.start == "weights":
             return None
         if settings.start == "gptq":
             start = gptq(
-                stack.weight, gram, stack.scale, stack.zero_point, grid.bits,
+                part.weight, gram, part.scale, part.zero_point, grid.bits,
                 damping=max(settings.damping, 0.01), act_order=settings.act_order, mask=mask,
             )  # fmt: skip
             return start.values
         previous = self.task.result
         if settings.start == "previous" and previous is not None:
-            codes = stack.codes_from(previous)
+            codes = part.codes_from(previous)[rows]
         else:
-            codes = grid.quantize(stack.weight, stack.scale, stack.zero_point)
-        values = grid.dequantize(codes, stack.scale, stack.zero_point)
-        return values if mask is None else torch.where(mask, stack.weight, values)
+            codes = grid.quantize(part.weight, part.scale, part.zero_point)
+        values = grid.dequantize(codes, part.scale, part.zero_point)
+        return values if mask is None else torch.where(mask, part.weight, values)
 
     def _track_errors(self, stack: Stack, optimizer: CoordinateDescent) -> None:
         """Relative reconstruction error of each linear, without waiting for the device."""
-        power = optimizer.state[optimizer.weight]["baseline"]
-        for (name, error), (_, total) in zip(stack.split(optimizer.row_errors()), stack.split(power), strict=True):
-            self.track(f"{name.rpartition('.')[2]}/recon_error", error.sum() / total.sum())
+        rows = torch.stack([optimizer.row_errors(), optimizer.state[optimizer.weight]["baseline"]])  # [2, o]
+        parts = rows.split(stack.lengths(self._rows(stack)), 1)
+        sums = processes.all_reduce_sum(torch.stack([part.sum(1) for part in parts]))  # rows are shared, or all alike
+        for name, (error, power) in zip(stack.names, sums, strict=True):
+            self.track(f"{name.rpartition('.')[2]}/recon_error", error / power)
 
     def solver_state(self) -> dict[int, Any]:
         return {k: {"order": self.orders[k], **o.state_dict()} for k, o in self.optimizers_of.items()}
@@ -253,12 +279,13 @@ class QuantEaseModule(GramModule):
         """Set up the optimizer of a group in mid-solution, and give it back its state."""
         saved = self._saved.pop(k)
         state = {name: value.to(gram.device) for name, value in saved["state"][0].items()}
-        self.orders[k] = saved["order"].to(gram.device)
+        self.orders[k] = order = None if saved["order"] is None else saved["order"].to(gram.device)
         mask = state["mask"].t() if "mask" in state else None
         if "sparse" in state:
             mask = (state["sparse"] != 0).t()
-        weight = stack.weight[:, self.orders[k]]
+        weight = stack.weight if order is None else stack.weight[:, order]
         scale, zero_point = state["scale"].t(), state["zero_point"].t()
-        optimizer = self._optimizer(weight, gram, scale, zero_point, state["group_index"], mask, None)
+        damping = 0.0  # the saved Gram matrix has had it
+        optimizer = self._optimizer(weight, gram, scale, zero_point, state["group_index"], mask, None, damping)
         optimizer.load_state_dict(saved)
         return optimizer
