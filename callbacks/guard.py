@@ -82,6 +82,7 @@ class NonFiniteGuard(Callback):
         for config in trainer.lr_scheduler_configs:
             base_lrs = getattr(config.scheduler, "base_lrs", [])
             config.scheduler.base_lrs = [rate * self.factor for rate in base_lrs]
+        module.restored()
         self.note = f"non-finite loss in {self.failed} pass(es): learning rate x {self.factor**self.failed:g}"
         if self.failed >= self.tries:
             self.note = f"non-finite loss in {self.failed} passes: kept {module.abandon()}"

@@ -8,6 +8,7 @@ overrides, ``--print_config`` shows everything. What the user can mend ends in o
 
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -51,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ToldElsewhere:
         return 2
     except ArgumentError as error:
-        print(f"omniq: {' '.join(str(error).split())}; `omniq COMMAND --help` lists what there is", file=sys.stderr)
+        print(f"omniq: {_understood(error)}", file=sys.stderr)
         return 2
     except UserError as error:
         print(f"omniq: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,6 +64,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print("omniq: interrupted; the same command continues this run", file=sys.stderr)
         return 130
     return 0
+
+
+def _understood(error: ArgumentError) -> str:
+    """What the parser refuses, in one line, and where its choices are listed: settings of a class by its own help."""
+    text = " ".join(str(error).split())
+    owner = re.match(r"Parser key \"([\w.]+)\": Problem with given class_path '([\w.]+)'", text)
+    options = f"--{owner[1]}.help {owner[2]}" if owner else "--help"
+    return f"{text}; `omniq COMMAND {options}` lists what there is"
 
 
 def evaluate(

@@ -75,6 +75,11 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is not positive: give a rate such as 5e-3"]),
         ("--stages.transform.equivalences []", ["omniq: transform.equivalences: an empty list is not usable, choose"]),
         ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0..1: 0 leaves"]),
+        ("--stages.token_weights mean", ["token_weights", "'uniform', 'relative'", "mean"]),
+        (
+            "--stages.token_weigths relative",
+            ["'token_weigths' is not accepted", "--stages.help omniq.stages.OmniQuant"],
+        ),
         ("--data.samples 0", ["data.samples: 0 is too few; give 1 or more"]),
         ("--data.length 1", ["data.length: 1 is too few; give 2 or more"]),
         ("--data.length 100000", ["data.source: the text is too short", "needs 200000 tokens, found ", "data.length"]),

@@ -234,7 +234,7 @@ def test_unsupported_schemes_are_refused_by_name(
     grid = Grid(4, 32)
     layout.check(Scheme.of(grid))
     layout.check(Scheme.of(grid, activation_bits=4))
-    with pytest.raises(UserError, match="W4A16g32: format compressed-tensors has no place for the sparse outliers"):
+    with pytest.raises(UserError, match="W4A16g32: export.format compressed-tensors has no place for the sparse"):
         layout.check(Scheme.of(grid), outliers=True)
     for scheme, words in [
         (Scheme.of(grid, 4, kv_bits=4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from stages import fit, fitted, losses, tiny_task
+from stages import Stop, fit, fitted, losses, tiny_task
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from omniq.errors import UserError
 from omniq.quantizers.clipping import Searched
@@ -18,6 +19,7 @@ from omniq.result import BlockResult, deploy
 from omniq.stages import RTN, LearnedRounding, QuantEase
 from omniq.stages.base import BlockTask
 from omniq.stages.learned_rounding import MARGIN, LearnedRoundingModule
+from omniq.stages.step import OptimizerStep
 from omniq.streams import call_block
 
 GRID = Grid(2, 16)
@@ -130,6 +132,59 @@ def test_relative_errors_and_the_augmented_loss_train(tmp_path: Path) -> None:
     assert sum(every[-4:]) < 0.9 * sum(every[:4])
 
 
+def from_disk(folder: Path) -> BlockTask:
+    """As a run that was interrupted has it: the result of the stage before is read."""
+    task = rounded(folder)
+    assert task.result is not None
+    task.result.save(folder / "result.safetensors")
+    task.result = BlockResult.load(folder / "result.safetensors")
+    return task
+
+
+@pytest.mark.parametrize("killed_at", [5, 11])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_killed_stage_goes_on_where_it_was(killed_at: int, schedule: Any, tmp_path: Path) -> None:
+    rates = {"rounding_lr": 2e-2, "scale_lr": 5e-3, "norm_lr": 1e-3}
+    stage = LearnedRounding(epochs=3, schedule=schedule, augmented_loss=True, token_weights="relative", **rates)
+    for name in ("whole", "first", "second"):
+        (tmp_path / name).mkdir()
+    whole = fitted(stage, rounded(tmp_path / "whole"), tmp_path / "whole").task.result
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        fit(stage.module(rounded(tmp_path / "first")), tmp_path / "cut", Stop(killed_at))
+    found = fit(stage.module(from_disk(tmp_path / "second")), tmp_path / "cut", resume=True).task.result
+    assert (tmp_path / "cut" / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
+    assert whole is not None
+    assert found is not None
+    for name, linear in whole.linears.items():
+        for part in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(linear, part), getattr(found.linears[name], part)), (name, part)
+    assert all(torch.equal(value, found.tensors[name]) for name, value in whole.tensors.items())
+
+
+@pytest.mark.gpu
+def test_a_captured_step_from_a_result_on_disk(tmp_path: Path) -> None:
+    """A graph cannot fetch from the host what a resumed run has read from its directory."""
+    found = []
+    for graph in (False, True):
+        (tmp_path / str(graph)).mkdir()
+        task = from_disk(tmp_path / str(graph))
+        task.block.cuda()
+        task.inputs, task.targets = task.inputs.cuda(), task.targets.cuda()
+        task.kwargs = tree_map(lambda part: part.cuda() if isinstance(part, Tensor) else part, dict(task.kwargs))
+        module = LearnedRounding(schedule="constant", norm_lr=1e-3).module(task)
+        update = OptimizerStep(module.loss, module.configure_optimizers(), graph=graph)
+        found.append([float(update(task.inputs[i % 4, None], task.targets[i % 4, None])) for i in range(9)])
+    assert found[0] == pytest.approx(found[1], rel=0.02)  # a code may turn over by the order of a sum
+
+
+@pytest.mark.parametrize("rates", [{}, {"rounding_lr": 0.0}, {"scale_lr": 0.0, "norm_lr": 1e-3}])
+def test_what_is_not_learned_takes_no_gradient_from_the_start(rates: dict[str, float], tmp_path: Path) -> None:
+    """DDP looks before there is an optimizer, and waits for the gradient of everything that asks for one."""
+    module = LearnedRounding(**rates).module(rounded(tmp_path))
+    asking = [id(value) for value in module.parameters() if value.requires_grad]
+    assert sorted(asking) == sorted(id(value) for group in module.learned() for value in group["params"])
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -143,3 +198,11 @@ def test_relative_errors_and_the_augmented_loss_train(tmp_path: Path) -> None:
 def test_bad_settings_are_named(make: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         make()
+
+
+@pytest.mark.parametrize("settings", [{}, {"grid": "clipping", "start": "previous"}])
+def test_refining_codes_without_their_norms_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="without the norms tuned with them: set norm_lr of LearnedRounding to 0"):
+        QuantEase(**settings).check([RTN(), LearnedRounding(norm_lr=1e-3)])
+    QuantEase(**settings).check([RTN(), LearnedRounding()])
+    QuantEase(grid="clipping").check([RTN(), LearnedRounding(norm_lr=1e-3)])

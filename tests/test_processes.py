@@ -95,6 +95,21 @@ def test_batches_add_up(pair: Pair, tmp_path: Path) -> None:
             assert ours.summary[key] == pytest.approx(theirs.summary[key], rel=1e-3)  # measured: 3e-7
 
 
+@pytest.mark.parametrize("norm_lr", [0.0, 1e-3])
+def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float) -> None:
+    """Also what DDP must not wait for: the norms, when they are not learned."""
+    runs = {}
+    for name, batch_size in (("one", 2), ("two", 1)):
+        learned = {"epochs": 2, "shuffle": False, "norm_lr": norm_lr, "batch_size": batch_size}
+        stages = [RTN, {"class_path": "omniq.stages.LearnedRounding", "init_args": learned}]
+        runs[name] = prepared(tmp_path / name / "settings", stages)
+    alone(runs["one"], tmp_path / "one" / "run")
+    together(pair, runs["two"], tmp_path / "two" / "run")
+    ours, theirs = (losses(tmp_path / name / "run/blocks/000.1.csv") for name in ("two", "one"))
+    assert len(ours) == 8  # two passes of four steps
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", ["GPTQ", "QuantEase", "AWQ"])
 def test_gram_matrices_add_up(pair: Pair, tmp_path: Path, stage: str) -> None:
     """Not to the bit: the sums over tokens are not exact."""

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project as a package: where things lie, what a wheel holds, whether the pins and the ranges agree."""
 
+import ast
 import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import omniq
 
@@ -23,6 +26,11 @@ def run(*command: str) -> str:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def walk(path: Path) -> list[ast.AST]:
+    """Every node of a source file."""
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def test_callbacks_are_the_top_level_folder() -> None:
@@ -90,6 +98,20 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
             (pin,) = pins[requirement.name.lower()].specifier
             assert pin.operator == "=="
             assert requirement.specifier.contains(pin.version), requirement
+
+
+def test_every_import_is_a_dependency() -> None:
+    """Not something that happens to be there because another package needs it."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    nodes = [x for path in (*ROOT.glob("omniq/**/*.py"), *ROOT.glob("callbacks/*.py")) for x in walk(path)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    roots = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"omniq", "triton"}  # torch's own
+    owners = packages_distributions()
+    assert "torch" in roots
+    assert not [name for name in roots if asked.isdisjoint(map(canonicalize_name, owners.get(name, [name])))]
 
 
 @pytest.fixture(scope="module")

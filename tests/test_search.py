@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from synthetic_layer import make_layer
 from torch import Tensor
 
-from omniq.errors import UserError
 from omniq.quantizers import search
-from omniq.quantizers.clipping import Searched
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.search import search_range
 
@@ -46,27 +44,6 @@ def test_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) 
     unseen = grid.split(importance.expand_as(weight)).sum(-1) == 0
     assert torch.equal(lo[unseen], lowest[unseen])
     assert torch.equal(hi[unseen], highest[unseen])
-
-
-@settings(max_examples=30, deadline=None)
-@given(layers(), st.sampled_from([0.05, 0.2, 1.0]))
-def test_slack_takes_the_widest_range_that_is_good_enough(layer: tuple[Tensor, Grid, Tensor], slack: float) -> None:
-    weight, grid, importance = layer
-    lo, hi = search_range(weight, grid, importance, slack)
-    lowest, highest = grid.range(weight)
-    shares = torch.linspace(1.0, 0.2, 40)
-    losses = torch.stack([loss(weight, grid, (lowest * s, highest * s), importance) for s in shares])
-    limit = losses.amin(0) * (1 + slack)
-    share = torch.where(highest > -lowest, hi / highest, lo / lowest).nan_to_num(1.0)
-    taken = losses.gather(0, (shares.view(-1, 1, 1) - share).abs().argmin(0, keepdim=True))[0]
-    assert (taken <= limit * (1 + 1e-3) + 1e-12).all()
-    wider = shares.view(-1, 1, 1) > share + 1e-3
-    assert ((losses >= limit * (1 - 1e-3) - 1e-12) | ~wider).all()
-
-
-def test_negative_slack_is_refused() -> None:
-    with pytest.raises(UserError, match="slack -0.1 of Searched is negative"):
-        Searched(slack=-0.1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages import fitted, tiny_task
 
+from omniq.quantizers.clipping import MinMax, Searched
+from omniq.quantizers.grid import Grid
+from omniq.stages import RTN, QuantEase
 from omniq.stages.stack import Stack
 
 
@@ -33,6 +37,19 @@ def test_one_process_has_all_rows() -> None:
     stack = Stack(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2))
     assert stack.my_rows == slice(0, 5)
     assert stack.gather(stack.weight) is stack.weight
+
+
+def test_a_start_from_codes_of_another_grid_is_their_weights(tmp_path: Path) -> None:
+    """The start is what the stage before made of the weights, not its codes read on a grid that they do not mean."""
+    grid, task = Grid(3, 16), tiny_task(Grid(3, 16), samples=6)
+    previous = fitted(RTN(clipping=MinMax()), task, tmp_path / "rtn").task.result
+    assert previous is not None
+    module = QuantEase(sweeps=1, start="previous", grid="clipping", clipping=Searched()).module(task)
+    for names in task.family.inputs:
+        part = Stack.of(task, names)
+        part.grid = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
+        start = module._start(part, torch.empty(0), None, slice(0, len(part.weight)))
+        assert torch.equal(start, torch.cat([previous.linears[name].dequantize() for name in names]))
 
 
 SHARES = """

@@ -35,7 +35,7 @@ def check_scheme(scheme: Scheme, format: str, problem: str = "") -> None:
     if not problem and scheme.grid.scale_dtype not in _SCALE_DTYPES:
         problem = f"cannot hold scales in {scheme.grid.scale_dtype}: use float16, bfloat16 or float32"
     if problem:
-        raise UserError(f"scheme {scheme.name}: format {format} {problem}")
+        raise UserError(f"scheme {scheme.name}: export.format {format} {problem}")
 
 
 def scheme_of(result: BlockResult) -> Scheme:

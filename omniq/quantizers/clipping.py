@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from omniq.errors import UserError
 from omniq.kernels.fake_quant import fake_quantize
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled import Scaled
@@ -86,16 +85,10 @@ class Searched(Clipping):
     Args:
         weighting: ``diagonal`` suits stages that compensate for errors (GPTQ, coordinate descent); ``gram`` suits
             plain rounding and learned clipping per channel.
-        slack: share by which that error may exceed the least for a wider range; 0.2 suits learned clipping.
-
-    Raises:
-        UserError: slack is negative.
     """
 
-    def __init__(self, weighting: Literal["diagonal", "gram"] = "diagonal", slack: float = 0.0) -> None:
-        if slack < 0:
-            raise UserError(f"slack {slack} of Searched is negative: it is a share of the least error, such as 0.2")
-        self.weighting, self.slack = weighting, slack
+    def __init__(self, weighting: Literal["diagonal", "gram"] = "diagonal") -> None:
+        self.weighting = weighting
 
     @property
     def needs_importance(self) -> bool:
@@ -108,7 +101,7 @@ class Searched(Clipping):
     def range(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         if importance is None:
             raise ValueError("a searched range needs the mean square of each input")
-        return search_range(weight.float(), grid, importance.float(), self.slack)
+        return search_range(weight.float(), grid, importance.float())
 
 
 class LearnableClip(nn.Module, ABC):

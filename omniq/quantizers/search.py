@@ -25,19 +25,12 @@ Clipping makes such errors, so the diagonal clips too much where nothing compens
 the start of learned clipping, this lowers the output error of a SmolLM2 block at W4 per-channel by another 16 to 26 %;
 at groups of 64 it changes nothing. Coordinate descent compensates by itself and does as well with the diagonal.
 
-**Slack.** The weighted error is flat around its least, and what it does not see speaks for the wider range: clipping
-errs in one direction, rounding in all. With slack, the joint pass takes the widest range whose error is within that
-share of the least, and the ends stay where that leaves them. This is for learned clipping, which narrows a range in a
-few steps but hardly ever reopens one: SmolLM2 at W4 per-channel, ``gram``, slack 0.2 against none, after ten epochs:
-6 % less loss after five blocks, 3 % on held-out text.
-
 The published tools search with a fixed power of 2.4 and equal weights, or not at all. Rows are taken a chunk at a time,
 so memory does not grow with the number of candidates. No randomness: the same input gives the same bits.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group size.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -50,7 +43,7 @@ _ENDS = tuple(torch.linspace(-reach, reach, 17).tolist() for reach in (0.16, 0.0
 _CHUNK = {"cpu": 2**18, "cuda": 2**25}  # weights at a time: a megabyte stays in a core's cache; 128 MB fill a GPU
 
 
-def search_range(weight: Tensor, grid: Grid, importance: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+def search_range(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
     """The range of least weighted rounding error.
 
     Args:
@@ -59,7 +52,6 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor, slack: float = 
         grid: bits, group size, symmetry and the storage dtype of scales.
         importance: weight of each input's error, ``[i]``, not negative: the diagonal of the Gram matrix; or that
             matrix, ``[i, i]``.
-        slack: share by which the error may exceed the least; the widest such range is taken.
 
     Returns:
         ``lo <= 0 <= hi`` for ``Grid.fit``, each ``[o, G]``, never wider than min-max. A group whose inputs have no
@@ -70,8 +62,7 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor, slack: float = 
         raise ValueError(f"importance {tuple(importance.shape)} is not one number for each of {weight.shape[1]} inputs")
     split = _by_group(importance.to(weight.dtype), groups)
     rows = max(1, _CHUNK.get(weight.device.type, 2**18) // weight.shape[1])
-    search = functools.partial(_widest, slack=slack) if slack else _search
-    parts = [search(grid.split(part), grid.range(part), grid, split) for part in weight.split(rows)]
+    parts = [_search(grid.split(part), grid.range(part), grid, split) for part in weight.split(rows)]
     lo, hi = zip(*parts, strict=True)
     return torch.cat(lo), torch.cat(hi)
 
@@ -97,18 +88,6 @@ def _search(weight: Tensor, widest: tuple[Tensor, Tensor], grid: Grid, importanc
         low, high = lo, hi
         consider((low, (high + move * span).clamp(zero, highest)) for move in moves)
     return lo, hi
-
-
-def _widest(
-    weight: Tensor, widest: tuple[Tensor, Tensor], grid: Grid, importance: Tensor, slack: float
-) -> tuple[Tensor, Tensor]:
-    """The joint pass with slack: the first share, from 1 downwards, that is good enough."""
-    lowest, highest = widest
-    shares = torch.tensor([1.0, *_JOINT], dtype=lowest.dtype, device=lowest.device)
-    losses = torch.stack([_loss(weight, lowest * share, highest * share, grid, importance) for share in shares])
-    enough = losses <= (1 + slack) * losses.amin(0)  # [shares, o, G]
-    share = shares[enough.to(torch.uint8).argmax(0)]  # the first of the largest
-    return lowest * share, highest * share
 
 
 def _loss(weight: Tensor, lo: Tensor, hi: Tensor, grid: Grid, importance: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ from omniq.stages.base import BlockTask, PassLoader, Stage
 from omniq.stages.gram import GramStage
 from omniq.stages.reconstruction import Reconstruction
 from omniq.stages.rtn import RTNModule
-from omniq.stages.statistics import gram_of, observed
+from omniq.stages.statistics import gram_of, observed, power_of
 from omniq.stages.transform import fuse
 from omniq.transforms.equivalence import LIMIT, ends
 from omniq.transforms.initial import FLOOR
@@ -176,7 +176,7 @@ class AWQModule(RTNModule):
         for key, move in self.transform.moves.items():
             size, gram = found[ends(move)[1]]
             size = by_key(size).mean(1) if isinstance(move, ValueToOutput) else size
-            power = torch.stack([_power(task.linear(name).weight.float(), gram) for name in ends(move)[1:]]).sum()
+            power = torch.stack([power_of(task.linear(name).weight.float(), gram) for name in ends(move)[1:]]).sum()
             inputs[key] = Input(move, size, gram, power.clamp(min=torch.finfo(torch.float32).tiny))
         return inputs
 
@@ -208,12 +208,7 @@ def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Ten
     scaled = weight.float() * scale
     step, zero_point = grid.fit(*grid.range(scaled))
     rounded = grid.dequantize(grid.quantize(scaled, step, zero_point), step, zero_point)
-    return _power((scaled - rounded) / scale, gram)
-
-
-def _power(weight: Tensor, gram: Tensor) -> Tensor:
-    """``tr(W S W^T)``: mean square of ``W x``, summed over the outputs."""
-    return (weight @ gram).mul_(weight).sum()
+    return power_of((scaled - rounded) / scale, gram)
 
 
 def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:

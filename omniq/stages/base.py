@@ -229,7 +229,7 @@ class Stage(ABC):
 
     @property
     def sparse(self) -> bool:
-        """Whether results have outliers beside the codes, which not every format can hold."""
+        """Whether results have outliers, or scales that are codes, beside the codes: not every format can hold them."""
         return False
 
     @abstractmethod

@@ -17,7 +17,8 @@ toward where the full-precision weight lies by at most 0.4: a code only changes 
 A position at the end of the grid takes no gradient that leads out of it.
 
 Scales do not move codes here (in EfficientQAT they do). With ``rounding_lr`` 0 only scales and norms are tuned.
-Memory: position, gradient and AdamW's two moments of every weight of one block, in float32.
+Memory: position, its start, gradient and AdamW's two moments of every weight of one block, in float32; and once more
+position and moments, as they were after the last good pass.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
@@ -102,15 +103,16 @@ class LearnedRoundingModule(ReconstructionModule):
         self.weights = nn.ModuleDict()
         for name, linear in self.start.linears.items():
             self.weights[module_key(name)] = LearnedCodes(task.linear(name).weight.detach().float(), linear)
-        norms = [name for name in self.start.tensors if name.endswith(".weight")]
-        self.norms = nn.ParameterDict({module_key(name): torch.zeros_like(self._plain(name)) for name in norms})
+        # On the device once and for all: a CUDA graph cannot fetch what a resumed run has read from disk.
+        self._plain = {name: value.to(task.device, torch.float32) for name, value in self.start.tensors.items()}
+        norms = {name: value for name, value in self._plain.items() if name.endswith(".weight")}
+        self.norms = nn.ParameterDict({module_key(name): torch.zeros_like(value) for name, value in norms.items()})
+        for rate, parts in self._parts().items():
+            for part in parts:  # before DDP looks for parameters that get gradients
+                part.requires_grad_(settings.rates[rate] > 0)
         self.to(task.device)
         if settings.augmented_loss:
             self.augment()
-
-    def _plain(self, name: str) -> Tensor:
-        """A norm or bias as the stage before left it, float32."""
-        return self.start.tensors[name].to(self.task.device, torch.float32)
 
     def codes(self, name: str) -> "LearnedCodes":
         """What is learned about one linear."""
@@ -120,7 +122,7 @@ class LearnedRoundingModule(ReconstructionModule):
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Norms and biases by name, float32; differentiable in what is learned."""
-        tensors = {name: self._plain(name) for name in self.start.tensors}
+        tensors = dict(self._plain)
         for key, change in self.norms.items():
             name = key.replace("/", ".")
             tensors[name] = tensors[name] * change.exp()
@@ -134,17 +136,21 @@ class LearnedRoundingModule(ReconstructionModule):
             tensors[f"{name}.weight"] = self.codes(name)().to(out)
         return tensors
 
-    def learned(self) -> list[dict[str, Any]]:
+    def _parts(self) -> dict[str, list[nn.Parameter]]:
+        """What could be learned, by the name of its rate."""
         each = [self.codes(name) for name in self.start.linears]
-        parts = {
+        return {
             "rounding_lr": [codes.position for codes in each],
             "scale_lr": [codes.log_scale for codes in each],
             "norm_lr": list(self.norms.values()),
         }
-        for name, rate in self.settings.rates.items():
-            for part in parts[name]:
-                part.requires_grad_(rate > 0)
-        return [{"params": parts[name], "lr": rate} for name, rate in self.settings.rates.items() if rate]
+
+    def learned(self) -> list[dict[str, Any]]:
+        return [
+            {"params": parts, "lr": rate}
+            for name, parts in self._parts().items()
+            if (rate := self.settings.rates[name])
+        ]
 
     @torch.no_grad()
     def finish(self) -> BlockResult:

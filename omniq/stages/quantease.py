@@ -37,6 +37,7 @@ from omniq.stages.alternating_descent import AlternatingDescent
 from omniq.stages.base import BlockTask, Stage
 from omniq.stages.coordinate_descent import CoordinateDescent, Solution
 from omniq.stages.gram import GramModule, GramStage
+from omniq.stages.learned_rounding import LearnedRounding
 from omniq.stages.stack import Stack
 from omniq.stages.tokens import TokenWeights
 
@@ -112,6 +113,12 @@ class QuantEase(GramStage):
             raise UserError(
                 f"stages: QuantEase would refine the codes of {name} without the outliers or scales that belong to "
                 "them: give it grid 'clipping' and another start, or leave one of the two out"
+            )
+        tuned = before and isinstance(before[-1], LearnedRounding) and before[-1].rates["norm_lr"]
+        if tuned and (self.grid != "clipping" or self.start == "previous"):
+            raise UserError(
+                "stages: QuantEase would refine the codes of LearnedRounding without the norms tuned with them: set "
+                "norm_lr of LearnedRounding to 0, or put QuantEase before it"
             )
 
     @property
@@ -253,10 +260,10 @@ class QuantEaseModule(GramModule):
             return start.values
         previous = self.task.result
         if settings.start == "previous" and previous is not None:
-            codes = part.codes_from(previous)[rows]
+            values = part.values_from(previous)[rows]
         else:
             codes = grid.quantize(part.weight, part.scale, part.zero_point)
-        values = grid.dequantize(codes, part.scale, part.zero_point)
+            values = grid.dequantize(codes, part.scale, part.zero_point)
         return values if mask is None else torch.where(mask, part.weight, values)
 
     def _track_errors(self, stack: Stack, optimizer: CoordinateDescent) -> None:

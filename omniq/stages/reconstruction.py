@@ -101,10 +101,10 @@ class ReconstructionModule(BlockModule):
         own = task.run(task.inputs)
         kind, gaps = self.settings.token_weights, []
         for target, other in zip(task.targets, own, strict=True):
-            middle = (target + other) / 2
+            middle = target / 2 + other / 2  # halves first: in float16 the sum may overflow
             gaps.append(weighted_error(target, other, kind, reference=middle) / 2)
         self.gap = torch.stack(gaps)
-        self.targets = own.add_(task.targets).div_(2)  # in place: a stream may be all that memory holds
+        self.targets = own.div_(2).add_(task.targets, alpha=0.5)  # in place: a stream may be all that memory holds
 
     def loader(self) -> PassLoader:
         settings = self.settings

@@ -30,7 +30,9 @@ from omniq.quantizers.grid import Grid
 from omniq.quantizers.second_level import SecondLevel
 from omniq.result import BlockResult, Outliers, QuantizedLinear
 from omniq.stages.base import BlockTask
-from omniq.stages.gram import GramModule, GramStage, Stack
+from omniq.stages.gram import GramModule, GramStage
+from omniq.stages.stack import Stack
+from omniq.stages.statistics import power_of
 
 
 class SpQR(GramStage):
@@ -109,7 +111,7 @@ class SpQRModule(GramModule):
             outliers = Outliers.from_dense(sparse) if settings.threshold else None
             found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
             missed = weight - grid.dequantize(codes, scale, zero_point) - sparse
-            self.track(f"{name.rpartition('.')[2]}/recon_error", _power(missed, gram) / _power(weight, gram))
+            self.track(f"{name.rpartition('.')[2]}/recon_error", power_of(missed, gram) / power_of(weight, gram))
         return found
 
     def finish(self) -> BlockResult:
@@ -118,8 +120,3 @@ class SpQRModule(GramModule):
         outliers = sum(linear.outliers.value.numel() for linear in linears if linear.outliers is not None)
         bits = sum(linear.bits_per_weight() * linear.codes.numel() for linear in linears)
         return super().finish().with_summary(outliers=outliers / weights, bits_per_weight=bits / weights)
-
-
-def _power(weight: Tensor, gram: Tensor) -> Tensor:
-    """``tr(W S W^T)``, a scalar."""
-    return ((weight @ gram) * weight).sum()

@@ -92,6 +92,6 @@ class Stack:
         scale, zero_point = (torch.cat([getattr(x, part) for x in linears]) for part in ("scale", "zero_point"))
         self.grid = scale.to(self.weight), zero_point.to(self.weight)
 
-    def codes_from(self, result: BlockResult) -> Tensor:
-        """Codes of an earlier stage, uint8 ``[o, i]``."""
-        return torch.cat([result.linears[name].codes for name in self.names]).to(self.weight.device)
+    def values_from(self, result: BlockResult) -> Tensor:
+        """Weights that an earlier stage has left, float32 ``[o, i]``: on its grid, which may be another."""
+        return torch.cat([result.linears[name].dequantize() for name in self.names]).to(self.weight.device)

@@ -104,3 +104,8 @@ def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
         return torch.mm(x.t(), x, out_dtype=torch.float32)
     x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
     return x.t() @ x
+
+
+def power_of(weight: Tensor, gram: Tensor) -> Tensor:
+    """``tr(W S W^T)`` of ``[o, i]`` and ``[i, i]``, a scalar: what ``W x`` carries, summed over its outputs."""
+    return (weight @ gram).mul_(weight).sum()
