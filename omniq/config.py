@@ -128,7 +128,14 @@ class Run:
         if not self.stages:
             raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
         for position, stage in enumerate(self.stages):
-            stage.check(self.stages[:position])
+            before = self.stages[:position]
+            stage.check(before)
+            if before and not (stage.refines or before[-1].moves):
+                name, lost = type(stage).__name__, type(before[-1]).__name__
+                raise UserError(
+                    f"stages: {name} starts from the weights and would lose what {lost} before it has found: leave one "
+                    "of the two out"
+                )
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is too small: give 1 or more")
         if self.blocks is not None and self.blocks < 1:

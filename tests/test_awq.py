@@ -16,7 +16,6 @@ from test_transforms import BLOCKS, Case
 from torch import Tensor
 
 from omniq.cli import main
-from omniq.config import Run
 from omniq.errors import UserError
 from omniq.models.families import family_of_type
 from omniq.models.family import Family, QueryKey, ValueToOutput
@@ -30,7 +29,6 @@ from omniq.stages.base import BlockTask, Stage
 from omniq.stages.rtn import round_to_nearest
 from omniq.stages.statistics import input_grams
 from omniq.transforms.equivalence import ends
-from omniq.transforms.let import LET
 
 A16 = Activations()
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -273,15 +271,6 @@ def test_families_without_the_equivalence_are_refused() -> None:
     with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
         AWQ(equivalences=["up_down"]).check_family(family_of_type("opt"))
     AWQ().check_family(family_of_type("opt"))
-
-
-@pytest.mark.parametrize("before", [GPTQ(), QuantEase(), OmniQuant()])
-def test_codes_it_would_lose_are_refused(before: Stage) -> None:
-    name = type(before).__name__
-    run: Any = type("", (), {"stages": [before, AWQ()]})
-    with pytest.raises(UserError, match=f"lose what {name} has found: put AWQ before {name}"):
-        Run.check(run)
-    AWQ().check([SmoothQuant(), OmniQuant(transform=LET())])
 
 
 def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from omniq.errors import UserError
 from omniq.quantizers.clipping import MinMax
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
-from omniq.stages import GPTQ, RTN, OmniQuant, QuantEase
+from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase
 from omniq.stages.base import BlockTask, Stage
 from omniq.stages.gram import GramModule, gram_of
 
@@ -260,7 +260,15 @@ def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) ->
 def test_refining_codes_without_their_outliers_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="the codes of QuantEase without the outliers"):
         QuantEase(**settings).check([QuantEase(outliers=1.0)])
-    QuantEase(grid="clipping").check([QuantEase(outliers=1.0)])
+
+
+@pytest.mark.parametrize(
+    "stages", [[GPTQ(), RTN()], [QuantEase(), OmniQuant()], [RTN(), QuantEase(grid="clipping")], [RTN(), AWQ()]]
+)
+def test_losing_what_a_stage_has_found_is_refused(stages: list[Stage]) -> None:
+    names = [type(each).__name__ for each in stages]
+    with pytest.raises(UserError, match=f"{names[1]} starts from the weights and would lose what {names[0]} before it"):
+        Run.check(type("", (), {"stages": stages}))  # type: ignore[arg-type]
 
 
 def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

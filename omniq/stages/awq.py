@@ -49,8 +49,6 @@ from omniq.quantizers.clipping import Clipping, Searched
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
 from omniq.stages.base import BlockTask, PassLoader, Stage
-from omniq.stages.gram import GramStage
-from omniq.stages.reconstruction import Reconstruction
 from omniq.stages.rtn import RTNModule
 from omniq.stages.statistics import gram_of, observed, power_of
 from omniq.stages.transform import fuse
@@ -85,11 +83,9 @@ class AWQ(Stage):
         self.candidates, self.equivalences = candidates, equivalences
         self.clipping = clipping or Searched("gram")
 
-    def check(self, before: Sequence[Stage]) -> None:
-        for stage in before:
-            if isinstance(stage, GramStage | Reconstruction) and getattr(stage, "transform", None) is None:
-                name = type(stage).__name__
-                raise UserError(f"stages: AWQ rounds anew and would lose what {name} has found: put AWQ before {name}")
+    @property
+    def moves(self) -> bool:
+        return True
 
     def check_family(self, family: Family) -> None:
         check_equivalences(family, self.kinds(family) or _KINDS[:1])

@@ -232,6 +232,16 @@ class Stage(ABC):
         """Whether results have outliers, or scales that are codes, beside the codes: not every format can hold them."""
         return False
 
+    @property
+    def refines(self) -> bool:
+        """Whether it builds on the codes or the grid of the stage before it, instead of starting from the weights."""
+        return False
+
+    @property
+    def moves(self) -> bool:
+        """Whether it leaves a transformed block, from whose weights a later stage may start."""
+        return False
+
     @abstractmethod
     def module(self, task: BlockTask) -> BlockModule:
         """The LightningModule that works on this block."""

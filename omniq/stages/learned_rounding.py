@@ -86,6 +86,10 @@ class LearnedRounding(Reconstruction):
                 "which it would drop: give that stage neither, or leave one of the two out"
             )
 
+    @property
+    def refines(self) -> bool:
+        return True
+
     def module(self, task: BlockTask) -> "LearnedRoundingModule":
         return LearnedRoundingModule(task, self)
 

@@ -79,6 +79,10 @@ class OmniQuant(Reconstruction):
                 "that learns, such as LWC, or a transform"
             )
 
+    @property
+    def moves(self) -> bool:
+        return self.transform is not None
+
     def module(self, task: BlockTask) -> "OmniQuantModule":
         return OmniQuantModule(task, self)
 

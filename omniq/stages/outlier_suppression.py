@@ -51,6 +51,10 @@ class OutlierSuppression(Stage):
                 raise UserError(f"stages: OutlierSuppression.{name} {value} is too small: give 1 or more")
         self.candidates, self.samples, self.clipping = candidates, samples, clipping or MinMax()
 
+    @property
+    def moves(self) -> bool:
+        return True
+
     def check_family(self, family: Family) -> None:
         check_equivalences(family, _KINDS)
 

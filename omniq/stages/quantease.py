@@ -108,18 +108,22 @@ class QuantEase(GramStage):
                 f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
                 f"none: put another stage first, or change {what}"
             )
-        if before and before[-1].sparse and (self.grid != "clipping" or self.start == "previous"):
+        if before and before[-1].sparse and self.refines:
             name = type(before[-1]).__name__
             raise UserError(
                 f"stages: QuantEase would refine the codes of {name} without the outliers or scales that belong to "
-                "them: give it grid 'clipping' and another start, or leave one of the two out"
+                "them: leave one of the two out"
             )
         tuned = before and isinstance(before[-1], LearnedRounding) and before[-1].rates["norm_lr"]
-        if tuned and (self.grid != "clipping" or self.start == "previous"):
+        if tuned and self.refines:
             raise UserError(
                 "stages: QuantEase would refine the codes of LearnedRounding without the norms tuned with them: set "
                 "norm_lr of LearnedRounding to 0, or put QuantEase before it"
             )
+
+    @property
+    def refines(self) -> bool:
+        return self.grid != "clipping" or self.start == "previous"
 
     @property
     def sparse(self) -> bool:

@@ -37,6 +37,10 @@ class SmoothQuant(Stage):
         check_kinds(equivalences)
         self.alpha, self.equivalences, self.clipping = alpha, tuple(equivalences), clipping or MinMax()
 
+    @property
+    def moves(self) -> bool:
+        return True
+
     def check_family(self, family: Family) -> None:
         check_equivalences(family, self.equivalences)
 
