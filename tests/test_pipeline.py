@@ -151,7 +151,7 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
 
 def test_losses_on_disk(tmp_path: Path) -> None:
     """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary."""
-    stages = [omniquant(epochs=3), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
+    stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
     assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
     run = tmp_path / "run"
     assert sorted(path.name for path in (run / "blocks").glob("*.csv")) == [

@@ -124,7 +124,7 @@ def test_gram_matrices_add_up(pair: Pair, tmp_path: Path, stage: str) -> None:
 
 def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
     """What one stage leaves for the next is in the run directory once, and all processes find it there."""
-    args = prepared(tmp_path, [omniquant(**LEARNED), {"class_path": "omniq.stages.GPTQ"}])
+    args = prepared(tmp_path, [omniquant(**LEARNED, transform={"alpha": 0.5}), {"class_path": "omniq.stages.GPTQ"}])
     together(pair, args, tmp_path / "whole")
     out = tmp_path / "run"
     ends = pair.run([*args, "--out", str(out)], kill_at=out / "current/000.0.block")
