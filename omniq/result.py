@@ -175,7 +175,9 @@ class BlockResult:
             prefix = f"linears.{name}:"
             part: dict[str, Any] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
             for key, kind in _NESTED.items():
-                fields = {last.removeprefix(f"{key}."): part.pop(last) for last in list(part) if last.startswith(key)}
+                fields = {
+                    last.removeprefix(f"{key}."): part.pop(last) for last in list(part) if last.startswith(f"{key}.")
+                }
                 part[key] = kind(**fields) if fields else None
             linears[name] = QuantizedLinear(_grid_from_json(grid), **part)
         others = {key.removeprefix("tensors."): value for key, value in tensors.items() if key.startswith("tensors.")}

@@ -238,6 +238,11 @@ class Stage(ABC):
         return False
 
     @property
+    def tunes_norms(self) -> bool:
+        """Whether its codes go with norms that its result holds and the block does not."""
+        return False
+
+    @property
     def moves(self) -> bool:
         """Whether it leaves a transformed block, from whose weights a later stage may start."""
         return False

@@ -90,6 +90,10 @@ class LearnedRounding(Reconstruction):
     def refines(self) -> bool:
         return True
 
+    @property
+    def tunes_norms(self) -> bool:
+        return self.rates["norm_lr"] > 0
+
     def module(self, task: BlockTask) -> "LearnedRoundingModule":
         return LearnedRoundingModule(task, self)
 
@@ -126,11 +130,11 @@ class LearnedRoundingModule(ReconstructionModule):
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Norms and biases by name, float32; differentiable in what is learned."""
-        tensors = dict(self._plain)
-        for key, change in self.norms.items():
-            name = key.replace("/", ".")
-            tensors[name] = tensors[name] * change.exp()
-        return tensors
+        keys = {name: module_key(name) for name in self._plain}
+        return {
+            name: value * self.norms[keys[name]].exp() if keys[name] in self.norms else value
+            for name, value in self._plain.items()
+        }
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         parameters = dict(self.task.block.named_parameters())

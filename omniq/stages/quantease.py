@@ -37,7 +37,6 @@ from omniq.stages.alternating_descent import AlternatingDescent
 from omniq.stages.base import BlockTask, Stage
 from omniq.stages.coordinate_descent import CoordinateDescent, Solution
 from omniq.stages.gram import GramModule, GramStage
-from omniq.stages.learned_rounding import LearnedRounding
 from omniq.stages.stack import Stack
 from omniq.stages.tokens import TokenWeights
 
@@ -108,17 +107,18 @@ class QuantEase(GramStage):
                 f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
                 f"none: put another stage first, or change {what}"
             )
-        if before and before[-1].sparse and self.refines:
-            name = type(before[-1]).__name__
+        if not before or not self.refines:
+            return
+        name = type(before[-1]).__name__
+        if before[-1].sparse:
             raise UserError(
                 f"stages: QuantEase would refine the codes of {name} without the outliers or scales that belong to "
                 "them: leave one of the two out"
             )
-        tuned = before and isinstance(before[-1], LearnedRounding) and before[-1].rates["norm_lr"]
-        if tuned and self.refines:
+        if before[-1].tunes_norms:
             raise UserError(
-                "stages: QuantEase would refine the codes of LearnedRounding without the norms tuned with them: set "
-                "norm_lr of LearnedRounding to 0, or put QuantEase before it"
+                f"stages: QuantEase would refine the codes of {name} without the norms tuned with them: set norm_lr of "
+                f"{name} to 0, or put QuantEase before it"
             )
 
     @property
