@@ -53,7 +53,7 @@ def mine(samples: Tensor) -> Tensor:
 
 def my_rows(rows: int) -> slice:
     """This process' share of so many rows: neighbours, and as many as the others have, or one less."""
-    return slice(rows * rank() // count(), rows * (rank() + 1) // count())
+    return _share(rows, rank())
 
 
 def gather_rows(share: Tensor, rows: int) -> Tensor:
@@ -65,9 +65,13 @@ def gather_rows(share: Tensor, rows: int) -> Tensor:
     padded[: len(share)] = share
     parts = [torch.empty_like(padded) for _ in range(count())]
     dist.all_gather(parts, padded)
-    ends = [rows * number // count() for number in range(count() + 1)]
-    lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(share.device)
+    shares = (_share(rows, number) for number in range(count()))
+    return torch.cat([part[: its.stop - its.start] for part, its in zip(parts, shares, strict=True)]).to(share.device)
+
+
+def _share(rows: int, number: int) -> slice:
+    """The rows of process ``number``."""
+    return slice(rows * number // count(), rows * (number + 1) // count())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
