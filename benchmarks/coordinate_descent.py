@@ -14,7 +14,8 @@ small layers, the fused kernel is compared with the torch version and that with 
                  sweeps, errors, best codes; its result); ``ratio``: sequential over solver
     sweeps       the sweeps alone;  graph: the same replayed from CUDA graphs
     gemm         their products alone
-    floor        2 o i^2 flop a sweep, at the rate of a large square product of that precision
+    floor        2 o i^2 flop a sweep, at the rate of a large square product of that precision (float32 on CUDA: a
+                 third of float16's, see omniq/kernels/products.py)
 
 Memory, on CUDA: weights and Gram matrices of the whole block are there in float32. ``before_mib`` is allocated before
 the solver starts (on an H100, cuBLAS has 32 MiB of that), ``solver_mib`` what it adds at most.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from omniq.kernels.coordinate_descent import sweep_
 from omniq.kernels.layer_problem import Precision, Problem, codes_of, matmul_precision, prepare
+from omniq.kernels.products import products_of
 from omniq.quantizers.grid import Grid
 from omniq.stages.coordinate_descent import CoordinateDescent, Solution, is_relaxed
 
@@ -118,13 +120,13 @@ def _codes(problem: Problem, backend: Any) -> Tensor:
 
 
 def square_rate(precision: Precision, device: torch.device) -> float:
-    """Flop per second of a large square product."""
-    size = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, size, size, device=device)
+    """Flop per second of a large square product; of float32 on CUDA, as three products of float16."""
+    size, parts = (8192, 3 if precision == "float32" else 1) if device.type == "cuda" else (1536, 1)
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.float16 if parts > 1 else None)
     out = torch.empty_like(a)
     with matmul_precision(precision, device):
         torch.mm(a, b, out=out)
-        return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device, 5)
+        return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device, 5) / parts
 
 
 def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict[str, float]:
@@ -157,8 +159,11 @@ def products_alone(problem: Problem, residual: Tensor) -> float:
     room = residual.new_empty(problem.block, residual.shape[1])
 
     def products() -> None:
+        made = products_of(problem, residual, fused=True)
         for columns in problem.blocks():
-            torch.mm(problem.gram[columns], residual, out=room[: columns.stop - columns.start])
+            made.gradient(columns, room[: columns.stop - columns.start])
+            made.close(columns)
+        made.finish()
 
     with matmul_precision(problem.precision, residual.device):
         products()
@@ -173,7 +178,9 @@ def measure_descent(weight: Tensor, gram: Tensor, precision: Precision, block: i
 
     def make() -> None:
         parameter = nn.Parameter(weight, requires_grad=False)
-        made.append(CoordinateDescent([parameter], gram, GRID, *grid, sweeps=sweeps, precision=precision, block=block))
+        made.append(
+            CoordinateDescent([parameter], gram, GRID, *grid, sweeps=sweeps, precision=precision, block=block or None)
+        )
 
     def descend() -> None:
         for _ in range(sweeps):
@@ -241,7 +248,7 @@ def measure_block(given: Layers, kinds: Sequence[bool], precision: Precision, bl
     device = next(iter(given.values()))[0].device
     measure_descent(random_weight(512, 1024, device), random_gram(1024, device), precision, block, 4)  # compiles
     for name, (weight, gram) in given.items():
-        problem = prepare(weight, gram, *fit(weight), 3, precision=precision, block=block)
+        problem = prepare(weight, gram, *fit(weight), 3, precision=precision, block=block or None)
         layers[name] = measure_sweeps(problem, kinds, rate)
         del problem
         layers[name] |= measure_descent(weight, gram, precision, block, len(kinds))
@@ -277,7 +284,7 @@ def main() -> int:
     parser.add_argument("--sweeps", type=int, help="default: 30 on CUDA, 12 on the CPU")
     parser.add_argument("--layers", nargs="+", help="some of qkv o gate_up down; default: all, a whole block")
     parser.add_argument("--precisions", nargs="+", help="default: float32 and, on CUDA, tf32")
-    parser.add_argument("--blocks", nargs="+", type=int, default=[256], help="columns of a product")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="columns of a product; 0: chosen")
     parser.add_argument("--reference", type=int, default=3, help="sweeps of the sequential form to time; 0 for none")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

@@ -13,7 +13,8 @@ One sweep visits the columns in order, each with the newest values of all others
 
 **The blocked form** computes the same numbers, almost all of them in matrix products. For each block b of columns:
 
-1. ``G = D S_b`` with the residuals as they are now: one product. This is half the negative gradient.
+1. ``G = D S_b`` with the residuals as they are now: one product (``omniq.kernels.products``). This is half the
+   negative gradient.
 2. Column by column, ``u = W^_j + G_j / S_jj``, round, and the step ``e_j = W^_j(old) - W^_j(new)`` moves the gradient
    of the columns to its right in the block by ``e_j S_jk``. Done in sub-blocks: a product brings all earlier steps to a
    sub-block, only inside it the columns go one by one. Steps overwrite the gradients that they came from.
@@ -31,7 +32,7 @@ TF32 costs nothing; S is used as it is, neither scaled nor copied; dead columns 
 all others, where the published outlier variant never writes what it rounds.
 
 Inside a sweep nothing waits for the device: a sweep can be captured in a CUDA graph. Beside the layer itself it needs
-room for ``B o`` numbers and 6 MiB.
+room for ``B o`` numbers and 8 MiB.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block, ``n`` of a sub-block.
 """
@@ -45,11 +46,12 @@ from torch import Tensor
 
 from omniq.kernels import layer_problem as layer
 from omniq.kernels.layer_problem import Precision, Problem, matmul_precision
+from omniq.kernels.products import products_of
 
 Backend = Literal["auto", "torch", "triton"]
 
 INNER = 32  # columns that go one by one between two small products
-_ROOM = 3 * 2**19  # numbers: steps of a relaxed block at a time
+_ROOM = 2**21  # numbers: steps of a relaxed block at a time
 
 
 class Sweep(NamedTuple):
@@ -121,8 +123,9 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
     work = residual.new_empty(problem.block, outputs)
     fused = _is_fused(residual, backend)
     with matmul_precision(problem.precision, residual.device):
+        products = products_of(problem, residual, fused)
         for number, columns in enumerate(problem.blocks()):
-            gradient = torch.mm(problem.gram[columns], residual, out=work[: columns.stop - columns.start])
+            gradient = products.gradient(columns, work[: columns.stop - columns.start])
             if not rounded:
                 _relax_block(problem, residual, gradient, number, columns, gain, fused)
             elif fused:
@@ -131,6 +134,8 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
                 round_block_fused(problem, residual, gradient, columns, changed, gain)
             else:
                 round_block(problem, residual, gradient, columns, changed, gain)
+            products.close(columns)
+        products.finish()
     return changed, gain
 
 

@@ -8,10 +8,15 @@ import warnings
 import torch
 from torch import Tensor
 
+_TRITON = importlib.util.find_spec("triton") is not None  # asked once, here: torch.compile cannot look into it
+
 
 def is_fused(tensor: Tensor) -> bool:
     """Whether a Triton kernel may take this tensor: on CUDA, not float64; says once if it could but for Triton."""
-    return tensor.device.type == "cuda" and tensor.dtype != torch.float64 and _has_triton()
+    fits = tensor.device.type == "cuda" and tensor.dtype != torch.float64
+    if fits and not _TRITON:
+        _say_slow()
+    return fits and _TRITON
 
 
 def packed(x: Tensor) -> Tensor:
@@ -30,8 +35,5 @@ def layout_of(x: Tensor) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn("triton is not installed: fake quantization on CUDA runs unfused, several times slower", stacklevel=2)
-    return False
+def _say_slow() -> None:
+    warnings.warn("triton is not installed: fake quantization on CUDA runs unfused, several times slower", stacklevel=3)

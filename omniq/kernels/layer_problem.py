@@ -26,6 +26,8 @@ Precision = Literal["float32", "tf32", "float64"]
 
 DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
 BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
+_LONGER = 512  # in TF32 up to so many output features, where a product of 256 does not fill the GPU
+_SLENDER = 16384
 RUN = 16  # columns that the fused sweep holds in registers: the fewest that a tensor core takes
 _FEW = 32  # columns at a time where there is nothing to gain but memory
 _MANY = 2048  # terms of a float32 sum of squares: its error is a millionth
@@ -89,7 +91,7 @@ def prepare(
     group_index: Tensor | None = None,
     mask: Tensor | None = None,
     precision: Precision = "float32",
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Problem:
     """Lay a layer out for sweeping; tensors that already lie right are not copied.
 
@@ -101,14 +103,15 @@ def prepare(
         group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
         mask: bool ``[o, i]``, True where a sparse part takes over and nothing is rounded.
         precision: "float64" computes in float64, the others in float32; "tf32" lets CUDA multiply in TF32.
-        block: columns of a block.
+        block: columns of a block; by default what was quickest (docs/results.md).
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
     gram = gram.to(dtype)
     diagonal = gram.diagonal()
     dead = dead_columns(gram)
     group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
-    block = min(block, len(gram))
+    longer = precision == "tf32" and target.is_cuda and len(target) <= _SLENDER
+    block = min(block or (_LONGER if longer else BLOCK), len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
         gram=gram,

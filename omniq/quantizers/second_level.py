@@ -115,7 +115,8 @@ def level(least: Tensor, greatest: Tensor, codes: Tensor | int, bits: int) -> Te
     dtype, top = least.dtype, 2**bits - 1
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     up = codes.to(wide) if isinstance(codes, Tensor) else float(codes)
-    value = (least.to(wide) * (top - up) + greatest.to(wide) * up) / top
+    # NOTE: CUDA multiplies by the reciprocal of a number, which may miss the last bit; by a tensor it divides.
+    value = (least.to(wide) * (top - up) + greatest.to(wide) * up) / least.new_full((), top, dtype=wide)
     return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)
 
 

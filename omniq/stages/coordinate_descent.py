@@ -13,10 +13,9 @@ to 1.7, 0.5 and 0.5 % worse, and never relaxes after sweep 25, which leaves 1 to
 **Best iterate.** Relaxed sweeps raise the error for a while. For each row the codes of the least error (with damping)
 after a rounded sweep are kept, and ``result()`` returns those. A start on the grid counts: the result is never worse.
 
-**Early stop.** ``converged`` once two rounded sweeps in a row were made, the second of which changed no code and no
-row's error by more than a millionth (supported coordinates of a sparse part are never quite still), and no relaxed
-sweep is ahead. This too is a matter of single rows: lots of rows, solved apart until all lots have converged, get what
-they would get together.
+**Early stop.** ``converged`` once the second of two rounded sweeps in a row has changed no code and no row's error by
+more than a millionth (a sparse part is never quite still), and neither a relaxed sweep nor a refit of scales is ahead.
+Lots of rows, solved apart until all lots have converged, get what they would get together.
 
 **Scales** may be refitted by least squares: after each rounded sweep that a relaxed one follows, and after the last. On
 min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones by about 1 %.
@@ -25,8 +24,9 @@ min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones 
 and loaded between any two steps, it continues to the same bits. What moves is the residual D.
 
 **Memory** beyond weights and Gram matrix is D, the best codes (half a byte each up to 4 bit), and in a sweep ``B o``
-numbers and 6 MiB. To the weights and Gram matrices of a LLaMA-7B block in float32, its largest stack (gate and up) adds
-24.1 % for D, 3.0 % for codes, 1.9 % inside a sweep, 0.4 % for all else. The last result is unpacked in D's place.
+numbers and 8 MiB, in float32 on a GPU ``B i`` more. To the weights and Gram matrices of a LLaMA-7B block in float32, its
+largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % inside a sweep, 0.4 % for all else. The last result
+is unpacked in D's place.
 
 Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups.
 """
@@ -102,17 +102,16 @@ class CoordinateDescent(Optimizer):
         damping: float = 0.0,
         refit_scales: bool = False,
         precision: Precision = "float32",
-        block: int = layer.BLOCK,
+        block: int | None = None,
         backend: Backend = "auto",
     ) -> None:
-        settings = {"sweeps": sweeps, "damping": damping, "refit_scales": refit_scales}
+        settings = {"sweeps": sweeps, "damping": damping, "refit_scales": refit_scales, "bits": grid.bits}
         super().__init__(params, settings | {"precision": precision, "block": block})
         self.weight: nn.Parameter = self.param_groups[0]["params"][0]
         self.grid, self.backend = grid, backend
         self._check(gram)
         ridge = damping * gram.diagonal().mean()
-        if damping:
-            gram.diagonal().add_(ridge)
+        gram.diagonal().add_(ridge)
         start = self.weight.data
         problem = layer.prepare(
             start if target is None else target.detach(), gram, scale, zero_point, grid.bits,
@@ -180,7 +179,8 @@ class CoordinateDescent(Optimizer):
     def shaken(self) -> bool:
         """Whether it is too early to have converged: known without waiting for the device, and alike for all rows."""
         done, sweeps = int(self.state[self.weight]["sweep"]), self.param_groups[0]["sweeps"]
-        return done < sweeps and (done < 2 or any(is_relaxed(k, sweeps) for k in range(done - 2, sweeps)))
+        refit = self.param_groups[0]["refit_scales"]  # the last one is after the last sweep
+        return done < sweeps and (refit or done < 2 or any(is_relaxed(k, sweeps) for k in range(done - 2, sweeps)))
 
     @property
     def converged(self) -> bool:
@@ -286,12 +286,12 @@ class CoordinateDescent(Optimizer):
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: it belongs to a layer of another shape.
+            ValueError: it belongs to a layer of another shape or other bits.
         """
         # NOTE: the base class would cast every tensor to the parameter's dtype, and the row errors are float64.
-        saved = state_dict["state"][0]
-        if (theirs := tuple(saved["target"].shape)) != (ours := tuple(self.state[self.weight]["target"].shape)):
-            raise ValueError(f"the saved layer is {theirs}, this one {ours}")
+        saved, ours = state_dict["state"][0], (*self.state[self.weight]["target"].shape, self.grid.bits)
+        if (theirs := (*saved["target"].shape, state_dict["param_groups"][0]["bits"])) != ours:
+            raise ValueError(f"the saved layer [i, o] and its bits are {theirs}, of this one {ours}")
         device = self.weight.device
         state = {name: value.to("cpu" if name == "sweep" else device, copy=True) for name, value in saved.items()}
         self.weight.data = state["target"].t()
