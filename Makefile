@@ -5,7 +5,7 @@
 #   make demo               quantize a 135M model on this machine, measure it, reopen it, let it speak
 #   make test               the whole test suite             make test ARGS="-m 'not slow' tests/test_grid.py"
 #   make check              lint, typecheck and test: what CI runs
-#   make bench              the benchmarks' CPU part
+#   make bench              the benchmarks' CPU part; their figures also as JSON in build/bench/
 #   make clean              remove what make and the tools have made; checkpoints/ stays
 #
 #   make PYTHON=python3.12  which Python makes the environment
@@ -64,7 +64,8 @@ typecheck: $(VENV)/.installed
 check: lint typecheck test
 
 bench: $(VENV)/.model
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" --device cpu || exit 1; done
+	@for script in benchmarks/*.py; do echo "== $$script"; \
+		$(BIN)/python "$$script" --device cpu --json "build/bench/$$(basename "$$script" .py).json" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

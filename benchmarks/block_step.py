@@ -3,6 +3,7 @@
 
     python benchmarks/block_step.py                          # CUDA: LLaMA-7B shapes, samples of 2048 tokens, float16
     python benchmarks/block_step.py --shape 70b --json step.json
+    python benchmarks/block_step.py --schemes W4A16 --compile        # what torch.compile would make of the step
     python benchmarks/block_step.py --schemes W4A4KV4 --profile      # which kernels the time goes to
     python benchmarks/block_step.py --device cpu             # a SmolLM2-135M block, float32, 256 tokens
 
@@ -11,15 +12,24 @@ of clipping and transform, with queries quantized too wherever keys and values a
 
     step ms     the step as a run makes it (CUDA graph, fused fake-quant, SDPA), median
     fit ms      the same inside Lightning's Trainer.fit, per step, with losses tracked
+    calls ms    the same without the graph, kernels launched one by one (on a CPU a step is that anyway)
     eager ms    differentiable torch throughout, materialised attention, every loss read (``benchmarks/plain/step.py``)
-    floor ms    arithmetic (linears forward, dW, dX; causal attention) over the matrix rate measured in the same run
-    GiB         peak memory of the step beside the block, omniq and eager
-    agreement   largest relative difference of the two losses over 50 steps from the same start
+    floor ms    the larger of arithmetic over matrix rate and bytes over copy bandwidth, both measured in the same run
+                (``benchmarks/measuring/llama.py`` counts them)
+    speedup     eager over step
+    forward ms  a sample through the full-precision block, eight at a time
+    gib         peak memory of the step beside the block, omniq and eager (``benchmarks/measuring/machine.py``)
+    agreement   largest relative difference of the two losses over 200 steps from the same start; ``at the end``: of
+                their means over the last pass. Where a weight or activation turns over to the next code by the order
+                of a sum, single losses differ by what a code is worth
+
+and with ``--compile``, which takes a minute for each, beside ``step ms`` and ``calls ms``:
+
+    compiled ms  the whole step by torch.compile (it breaks at the backward and goes on after it), no graph of ours
+    both ms      loss and gradient by torch.compile, all of it in our graph
 """
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,26 +39,23 @@ from typing import Any
 
 import lightning as L
 import torch
+from measuring.llama import SHAPES, forward_work, make_task, step_work
+from measuring.machine import Rates, name_of, peak_bytes, seconds_of, write_json
 from plain.step import Eager
-from transformers import LlamaConfig, LlamaModel
 
 from omniq.callbacks import BlockLosses
 from omniq.cli import quiet
-from omniq.models.llama import LLAMA
 from omniq.quantizers.grid import parse_scheme
-from omniq.quantizers.scheme import Scheme
+from omniq.quantizers.hooks import attach
+from omniq.quantizers.scheme import Activations, Scheme
 from omniq.stages.base import BlockTask
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.stages.step import OptimizerStep
 from omniq.transforms.let import LET
 
-SHAPES = {
-    "smollm2": (576, 1536, 9, 3),
-    "7b": (4096, 11008, 32, 32),
-    "13b": (5120, 13824, 40, 40),
-    "70b": (8192, 28672, 64, 8),
-}
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g128", "W4A4KV4", "W6A6KV6"), "cpu": ("W4A16", "W3A16g64", "W4A4KV4")}
+SAMPLES = 8
+GIB = 2**30
 # What kernels are about, by a part of their name; the first that fits.
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "sdpa", "attention"),
@@ -60,70 +67,10 @@ KINDS = {
 }
 
 
-def make_task(shape: str, scheme: str, device: str, tokens: int, samples: int, dtype: torch.dtype) -> BlockTask:
-    """A random block of the given shape with random streams."""
-    torch.manual_seed(0)
-    hidden, inner, heads, kv_heads = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=1,
-        vocab_size=8,
-        attn_implementation="sdpa",
-    )
-    model = LlamaModel(config).to(device, dtype).eval().requires_grad_(False)
-    inputs = torch.randn(samples, tokens, hidden, device=device).to(dtype)
-    cos, sin = model.rotary_emb(inputs[:1], torch.arange(tokens, device=device)[None])
-    kwargs = {"attention_mask": None, "position_embeddings": (cos, sin)}
-    _, activation_bits, kv_bits, _ = parse_scheme(scheme)
-    whole = Scheme(scheme, queries=activation_bits < 16 and kv_bits < 16)
-
-    def precision() -> Any:
-        return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-    block, activations = model.layers[0], whole.activations
-    task = BlockTask(0, LLAMA, block, whole.grid, inputs, inputs, kwargs, precision=precision, activations=activations)
-    task.targets = task.run(inputs)
-    return task
-
-
-def timed(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median milliseconds of a call, warmed up."""
-    for _ in range(5):
-        run()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large product."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / (timed(lambda: a @ b, device, 10) / 1e3)
-
-
-def floor_ms(shape: str, tokens: int, rate: float, transform: bool) -> float:
-    """Least arithmetic of a step: forward, dW of all linears, dX of those behind what is learned, causal attention.
-
-    A transform learns the norm that the first linears read.
-    """
-    hidden, inner, heads, kv_heads = SHAPES[shape]
-    kv = hidden // heads * kv_heads
-    attention_in = hidden * (hidden + 2 * kv)
-    rest = hidden * hidden + 3 * hidden * inner
-    linears = 2 * tokens * (2 * (attention_in + rest) + rest + (attention_in if transform else 0))
-    attention = 3 * 2 * tokens * tokens * hidden  # QK and PV, causal, once forward and twice backward
-    return 1e3 * (linears + attention) / rate
+def scheme_of(name: str) -> Scheme:
+    """With queries quantized wherever keys and values are."""
+    _, activation_bits, kv_bits, _ = parse_scheme(name)
+    return Scheme(name, queries=activation_bits < 16 and kv_bits < 16)
 
 
 def settings_of(task: BlockTask, epochs: int = 1) -> OmniQuant:
@@ -131,11 +78,26 @@ def settings_of(task: BlockTask, epochs: int = 1) -> OmniQuant:
     return OmniQuant(epochs=epochs, transform=LET() if task.activations.quantized else None)
 
 
-def build_step(task: BlockTask) -> OptimizerStep:
+def build_step(task: BlockTask, graph: bool = True) -> OptimizerStep:
     """omniq's step outside Lightning."""
     module = OmniQuantModule(task, settings_of(task)).to(task.device)
     scaler = torch.amp.GradScaler() if task.inputs.dtype == torch.float16 else None
-    return OptimizerStep(module.loss, module.configure_optimizers(), scaler)
+    return OptimizerStep(module.loss, module.configure_optimizers(), scaler, graph)
+
+
+def compiled_step(task: BlockTask, captured: bool) -> Callable[..., torch.Tensor]:
+    """The step by torch.compile: the whole, or captured its loss and gradient.
+
+    What quantizes activations is attached once, outside: attaching hooks would break the graph of the forward.
+    """
+    torch._dynamo.reset()
+    module = OmniQuantModule(task, settings_of(task))
+    attach(task.block, task.family, task.activations)
+    task.activations = Activations()
+    scaler = torch.amp.GradScaler() if task.inputs.dtype == torch.float16 else None
+    loss = torch.compile(module.loss) if captured else module.loss
+    step = OptimizerStep(loss, module.configure_optimizers(), scaler, captured)
+    return step if captured else torch.compile(step.__call__)
 
 
 def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
@@ -167,50 +129,61 @@ def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
     return 1e3 * (marks[1] - marks[0]) / (steps - steps // 2)
 
 
-def peak_gib(run: Callable[[], Any], device: str) -> float | None:
-    """Peak GPU memory of a call beside what is allocated before it."""
-    if device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
 def batches_of(task: BlockTask) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Its samples, one by one."""
     return [(task.inputs[i : i + 1], task.targets[i : i + 1]) for i in range(len(task.inputs))]
 
 
-def compare(make: Callable[[], BlockTask], device: str, repeats: int) -> dict[str, Any]:
-    """omniq's step beside the eager one: agreement, peak memory, time; neither outlives the call."""
+def compare(make: Callable[[], BlockTask], device: str, repeats: int, steps: int, rates: Rates) -> dict[str, Any]:
+    """omniq's step beside the eager one: agreement, peak memory, time, floor; neither outlives the call."""
     task, plain = make(), make()  # a transform's start is fused into the block
     batches = batches_of(task)
     with task.precision():
         step, eager = build_step(task), Eager(plain, settings_of(plain))
-        ours = [float(step(*batches[i % 8])) for i in range(50)]
-        theirs = [eager.step(*batches[i % 8]) for i in range(50)]
+        ours = [float(step(*batches[i % SAMPLES])) for i in range(steps)]
+        theirs = [eager.step(*batches[i % SAMPLES]) for i in range(steps)]
         fresh = build_step(make())
+        few = 6 if device == "cuda" else 2  # beyond the capture
+        work = step_work(plain, eager.module)
         return {
             "agreement": max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)),
-            "gib": peak_gib(lambda: [fresh(*batches[i % 8]) for i in range(6)], device),
-            "eager_gib": peak_gib(lambda: eager.step(*batches[0]), device),
-            "step_ms": timed(lambda: step(*batches[0]), device, repeats),
-            "eager_ms": timed(lambda: eager.step(*batches[0]), device, max(5, repeats // 4)),
+            "at_the_end": abs(sum(ours[-SAMPLES:]) / sum(theirs[-SAMPLES:]) - 1),
+            "gib": peak_bytes(lambda: [fresh(*batches[i]) for i in range(few)], device) / GIB,
+            "eager_gib": peak_bytes(lambda: eager.step(*batches[0]), device) / GIB,
+            "step_ms": 1e3 * seconds_of(lambda: step(*batches[0]), device, repeats),
+            "eager_ms": 1e3 * seconds_of(lambda: eager.step(*batches[0]), device, max(5, repeats // 4)),
+            "floor_ms": 1e3 * rates.floor(work),
+            "operations": work.operations,
+            "bytes": work.moved,
         }
 
 
-def measure(
-    shape: str, scheme: str, device: str, tokens: int, dtype: torch.dtype, repeats: int, rate: float
-) -> dict[str, Any]:
+def alternatives(make: Callable[[], BlockTask], device: str, repeats: int, compile: bool) -> dict[str, Any]:
+    """Milliseconds of the step made otherwise, so that how a run makes it is a choice by measurement."""
+    row: dict[str, Any] = {}
+    for name, wanted, build in (
+        ("calls_ms", device == "cuda", partial(build_step, graph=False)),
+        ("compiled_ms", compile, partial(compiled_step, captured=False)),
+        ("both_ms", compile and device == "cuda", partial(compiled_step, captured=True)),
+    ):
+        task = make()
+        batches = batches_of(task)
+        with task.precision():
+            step = build(task) if wanted else None
+            row[name] = None if step is None else 1e3 * seconds_of(partial(step, *batches[0]), device, repeats, 6)
+    return row
+
+
+def measure(make: Callable[[], BlockTask], device: str, arguments: argparse.Namespace, rates: Rates) -> dict[str, Any]:
     """One line of the table."""
-    make = partial(make_task, shape, scheme, device, tokens, 8, dtype)
-    row = {"shape": shape, "scheme": scheme, **compare(make, device, repeats)}
+    repeats = 30 if device == "cuda" else 5
+    row = compare(make, device, repeats, arguments.steps, rates)
+    row |= alternatives(make, device, repeats, arguments.compile)
     task = make()
     with TemporaryDirectory() as folder:
         row["fit_ms"] = fit_ms(task, 96 if device == "cuda" else 16, Path(folder))
-    row["forward_ms"] = timed(lambda: task.run(task.inputs), device, 5) / len(task.inputs)
-    row["floor_ms"] = floor_ms(shape, tokens, rate, task.activations.quantized)
+    row["forward_ms"] = 1e3 * seconds_of(lambda: task.run(task.inputs), device, 5) / SAMPLES
+    row["forward_floor_ms"] = 1e3 * rates.floor(forward_work(task, SAMPLES)) / SAMPLES
     return row | {"speedup": row["eager_ms"] / row["step_ms"], "over_floor": row["step_ms"] / row["floor_ms"]}
 
 
@@ -224,7 +197,7 @@ def print_kernels(task: BlockTask, steps: int = 10, longest: int = 25) -> None:
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for i in range(steps):
-                step(*batches[i % 8])
+                step(*batches[i % SAMPLES])
             torch.cuda.synchronize()
     each_step = ((kernel.self_device_time_total / 1e3, kernel.count, kernel.key) for kernel in profile.key_averages())
     found = sorted(((ms / steps, count / steps, name) for ms, count, name in each_step if ms > 0), reverse=True)
@@ -243,44 +216,55 @@ def print_kernels(task: BlockTask, steps: int = 10, longest: int = 25) -> None:
 def cell(value: Any) -> str:
     """A column of the table."""
     text = "" if value is None else value if isinstance(value, str) else f"{value:.3g}"
-    return f"{text:>10}"
+    return f"{text:>11}"
 
 
-def main() -> None:
-    quiet()
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The last row, below the names if it is the first."""
+    names = ["shape", "scheme", "step_ms", "fit_ms", "calls_ms", "eager_ms", "floor_ms", "speedup", "over_floor"]
+    names += ["forward_ms", "gib", "eager_gib", "agreement", "at_the_end", "compiled_ms", "both_ms"]
+    if len(rows) == 1:
+        print(" ".join(cell(name) for name in names))
+    print(" ".join(cell(rows[-1][name]) for name in names), flush=True)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES))
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--steps", type=int, default=200, help="over which losses are compared")
+    parser.add_argument("--compile", action="store_true", help="time what torch.compile makes of the step, too")
     parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes instead")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     arguments = parser.parse_args()
-    device = arguments.device
-    if arguments.profile and device != "cuda":
+    if arguments.profile and arguments.device != "cuda":
         parser.error("--profile times kernels of a GPU: leave it out here")
+    return arguments
+
+
+def main() -> None:
+    quiet()
+    arguments = parse()
+    device = arguments.device
     shape = arguments.shape or ("7b" if device == "cuda" else "smollm2")
     tokens = arguments.tokens or (2048 if device == "cuda" else 256)
     dtype = getattr(torch, arguments.dtype or ("float16" if device == "cuda" else "float32"))
-    rate = matrix_rate(device, dtype)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {dtype}, {rate / 1e12:.2f} TFLOP/s, {tokens} tokens a sample")
-    if arguments.profile:
-        for scheme in arguments.schemes or SCHEMES[device]:
-            print(f"\n{shape} {scheme}")
-            print_kernels(make_task(shape, scheme, device, tokens, 8, dtype))
-        return
-    columns = ["shape", "scheme", "step_ms", "fit_ms", "eager_ms", "floor_ms", "speedup", "over_floor", "forward_ms"]
-    columns += ["gib", "eager_gib", "agreement"]
-    print(" ".join(cell(column) for column in columns))
-    rows = []
+    rates = Rates.measure(device, dtype)
+    print(f"{name_of(device)}, torch {torch.__version__}, {dtype}, {rates}, {tokens} tokens a sample")
+    rows: list[dict[str, Any]] = []
     for scheme in arguments.schemes or SCHEMES[device]:
-        row = measure(shape, scheme, device, tokens, dtype, 30 if device == "cuda" else 5, rate)
-        rows.append(row)
-        print(" ".join(cell(row[column]) for column in columns))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+        make = partial(make_task, shape, scheme_of(scheme), device, tokens, SAMPLES, dtype)
+        if arguments.profile:
+            print(f"\n{shape} {scheme}")
+            print_kernels(make())
+            continue
+        rows.append({"shape": shape, "scheme": scheme, **measure(make, device, arguments, rates)})
+        print_table(rows)
+    settings = {"dtype": str(dtype), "tokens": tokens, "steps": arguments.steps, "rates": vars(rates)}
+    write_json(arguments.json, device, settings | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ small layers, the fused kernel is compared with the torch version and that with 
                  sweeps, errors, best codes; its result); ``ratio``: sequential over solver
     sweeps       the sweeps alone;  graph: the same replayed from CUDA graphs
     gemm         their products alone
-    floor        2 o i^2 flop a sweep, at the rate of a large square product of that precision (float32 on CUDA: a
-                 third of float16's, see omniq/kernels/products.py)
+    floor        the larger of 2 o i^2 flop a sweep, at the rate of a large square product of that precision (float32 on
+                 CUDA: a third of float16's, see omniq/kernels/products.py), and its bytes (S, W and the grid in, D in
+                 and out), at the bandwidth of a large copy; both measured in the same run
 
-Memory, on CUDA: weights and Gram matrices of the whole block are there in float32. ``before_mib`` is allocated before
-the solver starts (on an H100, cuBLAS has 32 MiB of that), ``solver_mib`` what it adds at most.
+Memory: weights and Gram matrices of the whole block are there in float32. ``before_mib``, on CUDA, is allocated before
+the solver starts (on an H100, cuBLAS has 32 MiB of that), ``solver_mib`` what it adds at most, in a call of its own
+(``measuring/machine.py``).
 """
 
 import argparse
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring.machine import Rates, Work, copy_bandwidth, name_of, peak_bytes
 from plain.descent import published_sweeps
 from torch import Tensor, nn
 
@@ -129,10 +132,11 @@ def square_rate(precision: Precision, device: torch.device) -> float:
         return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device, 5) / parts
 
 
-def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict[str, float]:
+def measure_sweeps(problem: Problem, kinds: Sequence[bool], rates: Rates) -> dict[str, float]:
     """Sweeps without the optimizer, and their products alone."""
     device, (width, outputs) = problem.target.device, problem.target.shape
     residual = torch.zeros_like(problem.target)
+    moved = (problem.gram, problem.target, problem.scale, problem.zero_point, residual, residual)
     once = {}
     for rounded in (True, False):
         sweep_(problem, residual, rounded)  # compiles
@@ -142,7 +146,7 @@ def measure_sweeps(problem: Problem, kinds: Sequence[bool], rate: float) -> dict
         "relaxed_ms": 1e3 * once[False],
         "sweeps_ms": 1e3 * sum(once[rounded] for rounded in kinds),
         "gemm_ms": 1e3 * products_alone(problem, residual) * len(kinds),
-        "floor_ms": 1e3 * 2 * outputs * width**2 * len(kinds) / rate,
+        "floor_ms": 1e3 * len(kinds) * rates.floor(Work(2 * outputs * width**2, sum(each.nbytes for each in moved))),
     }
     if device.type == "cuda":
         for rounded in (True, False):
@@ -187,17 +191,16 @@ def measure_descent(weight: Tensor, gram: Tensor, precision: Precision, block: i
             made[0].step()
         found.append(made[0].result(last=True))
 
-    before = torch.cuda.memory_allocated() if weight.is_cuda else 0
-    if weight.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    figures = {
-        "prepare_ms": 1e3 * seconds_of(make, weight.device),
-        "descent_ms": 1e3 * seconds_of(descend, weight.device),
-    }
+    def solve() -> None:
+        make()
+        descend()
+        del made[:], found[:]
+
+    figures = {"before_mib": torch.cuda.memory_allocated() / MIB} if weight.is_cuda else {}
+    figures["solver_mib"] = peak_bytes(solve, weight.device.type) / MIB
+    figures["prepare_ms"] = 1e3 * seconds_of(make, weight.device)
+    figures["descent_ms"] = 1e3 * seconds_of(descend, weight.device)
     figures["solver_ms"] = figures["prepare_ms"] + figures["descent_ms"]
-    if weight.is_cuda:
-        figures["before_mib"] = before / MIB
-        figures["solver_mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
     state = made[0].state[made[0].weight]
     figures["error_percent"] = 100 * float(state["best_objective"].sum() / state["baseline"].sum())
     residual = weight - GRID.dequantize(*found[0][:3])
@@ -216,7 +219,7 @@ def measure_reference(weight: Tensor, gram: Tensor, kinds: Sequence[bool], sweep
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
-    report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__, "sweeps": options.sweeps}
+    report: dict[str, Any] = {"device": name_of(device.type), "torch": torch.__version__, "sweeps": options.sweeps}
     report["codes that differ"] = check(device)
     for name, count in report["codes that differ"].items():
         print(f"{count:8d} codes differ: {name}")
@@ -227,29 +230,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     few = report["reference_sweeps"] = min(options.reference, len(kinds))
     sequential = {name: measure_reference(*pair, kinds, few) for name, pair in given.items()} if few else {}
     print(f"sequential: {few} sweeps were timed, times {len(kinds)} / {few}" if few else "sequential: not timed")
-    report["runs"] = []
+    report["runs"], bandwidth = [], copy_bandwidth(device.type)
     for precision in options.precisions:
-        rate = square_rate(precision, device)
+        rates = Rates(square_rate(precision, device), bandwidth)
         for block in options.blocks:
-            layers = measure_block(given, kinds, precision, block, rate)
+            layers = measure_block(given, kinds, precision, block, rates)
             for name, figures in layers.items():
                 figures |= {"sequential_ms": sequential[name]} if few else {}
                 _print(f"{precision} block {block} {name} {shapes[name]}", figures)
             total = whole_block(layers, report["gram_and_weights_mib"])
-            _print(f"{precision} block {block} WHOLE BLOCK, {rate / 1e12:.1f} TFLOP/s", total)
-            how = {"precision": precision, "block": block, "rate": rate}
+            _print(f"{precision} block {block} WHOLE BLOCK, {rates}", total)
+            how = {"precision": precision, "block": block, "rates": vars(rates)}
             report["runs"].append(how | {"layers": layers, "total": total})
     return report
 
 
-def measure_block(given: Layers, kinds: Sequence[bool], precision: Precision, block: int, rate: float) -> Figures:
+def measure_block(given: Layers, kinds: Sequence[bool], precision: Precision, block: int, rates: Rates) -> Figures:
     """All layers in one precision, with products of so many columns."""
     layers: Figures = {}
     device = next(iter(given.values()))[0].device
     measure_descent(random_weight(512, 1024, device), random_gram(1024, device), precision, block, 4)  # compiles
     for name, (weight, gram) in given.items():
         problem = prepare(weight, gram, *fit(weight), 3, precision=precision, block=block or None)
-        layers[name] = measure_sweeps(problem, kinds, rate)
+        layers[name] = measure_sweeps(problem, kinds, rates)
         del problem
         layers[name] |= measure_descent(weight, gram, precision, block, len(kinds))
     return layers
@@ -262,15 +265,10 @@ def whole_block(layers: Figures, given_mib: float) -> dict[str, float]:
     total["solver_over_floor"] = total["solver_ms"] / total["floor_ms"]
     if "sequential_ms" in total:
         total["ratio"] = total["sequential_ms"] / total["solver_ms"]
-    if "solver_mib" in any_:
-        total["gram_and_weights_mib"] = given_mib
-        total |= {key: max(each[key] for each in layers.values()) for key in ("before_mib", "solver_mib")}
-        total["peak_over_gram_and_weights"] = 1 + total["solver_mib"] / given_mib
+    total["gram_and_weights_mib"] = given_mib
+    total |= {key: max(each[key] for each in layers.values()) for key in any_ if key.endswith("_mib")}
+    total["peak_over_gram_and_weights"] = 1 + total["solver_mib"] / given_mib
     return total
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _print(title: str, figures: dict[str, float]) -> None:
@@ -292,6 +290,7 @@ def main() -> int:
     options.precisions = options.precisions or (["float32", "tf32"] if options.device == "cuda" else ["float32"])
     report = run(options)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1))
     return int(any(count for name, count in report["codes that differ"].items() if name.endswith("float64")))
 

@@ -3,28 +3,33 @@
 
     python benchmarks/fake_quant.py                          # CUDA: one LLaMA-7B block, float16
     python benchmarks/fake_quant.py --device cpu             # one SmolLM2-135M block, float32
+    python benchmarks/fake_quant.py --device cpu --compile   # and what torch.compile makes of the specification
     python benchmarks/fake_quant.py --json results.json
 
 For every scheme, with only the clipping learned (LWC) and with a factor for each row and column of the weights as under
 a transform (LET):
 
-    fused ms    the operator, in a CUDA graph on CUDA (as in a training step), median of the repeats
+    fused ms    the operator (on a CPU in chunks that stay in cache), in a CUDA graph on CUDA as in a training step
     calls ms    the same called one by one from Python
     eager ms    ``fake_quantize_reference``: differentiable torch, as the published code has it
-    floor ms    bytes that must move (the weight in, the result out, the weight and the result's gradient in), over the
-                copy bandwidth measured in the same run
-    MiB         peak memory beside weights, results and their gradients, fused and eager (CUDA only)
+    compiled ms the same by torch.compile; its making takes ``make s``, for the shapes of the block together
+    floor ms    the larger of arithmetic over the rate of a float32 product, which the same units do at best, and bytes
+                that must move (the weight in, the result out, the weight and the result's gradient in), over the copy
+                bandwidth, both measured in the same run
+    MiB         peak memory beside weights, results and their gradients, fused and eager
+                (``benchmarks/measuring/machine.py``)
 """
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring.llama import SHAPES
+from measuring.machine import Rates, Work, name_of, peak_bytes, seconds_of, write_json
 from torch import Tensor
 
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
@@ -32,9 +37,12 @@ from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled import Scaled
 from omniq.quantizers.grid import Grid, parse_scheme
 
-LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-SMOLLM2 = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
+BLOCKS = {"cuda": ("7b", torch.float16), "cpu": ("smollm2", torch.float32)}
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g64"), "cpu": ("W4A16", "W3A16g64")}
+# Operations a weight. Forward: divide, round, two bounds, multiply. Backward: the first four again, compare, multiply
+# and subtract for the residual, times the gradient, add. Factors: two products each way, least and greatest, and the
+# sums over rows and columns with a product each.
+CLIPPING, FACTORS = 5 + 9, 2 * 2 + 2 + 4
 
 
 class Linear:
@@ -66,32 +74,6 @@ class Linear:
         torch.autograd.grad(form(self), [self.upper, self.lower, *self.factors], self.grad)
 
 
-def milliseconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median time of a call, after three to warm up."""
-    times = []
-    for index in range(repeats + 3):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
-        times = times if index >= 3 else []
-    return statistics.median(times)
-
-
-def copy_bandwidth(device: str, repeats: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.ones((256 if device == "cuda" else 16) * 2**20, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return 2e3 * source.nbytes / milliseconds(lambda: target.copy_(source), device, repeats)
-
-
 def in_graph(run: Callable[[], None]) -> Callable[[], None]:
     """The same work as one CUDA graph."""
     stream = torch.cuda.Stream()
@@ -105,46 +87,69 @@ def in_graph(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def peak_mebibytes(linears: list[Linear], form: Callable[[Linear], Tensor], device: str) -> float | None:
+def peak_mebibytes(linears: list[Linear], form: Callable[[Linear], Tensor], device: str) -> float:
     """Most memory that one linear needs beside its weight, result and gradients."""
-    if device != "cuda":
-        return None
-    peaks = []
-    for linear in linears:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        linear.step(form)
-        peaks.append((torch.cuda.max_memory_allocated() - before - linear.weight.nbytes) / 2**20)
-    return max(peaks)
+    return max(peak_bytes(partial(each.step, form), device) - each.weight.nbytes for each in linears) / 2**20
 
 
-def measure(scheme: str, moving: bool, device: str, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """One line of the table."""
-    bits, _, _, group_size = parse_scheme(scheme)
-    shapes, dtype = (LLAMA_7B, torch.float16) if device == "cuda" else (SMOLLM2, torch.float32)
-    linears = [Linear(shape, Grid(bits, group_size), dtype, device, moving) for shape in shapes]
+def compiled_form() -> Callable[[Linear], Tensor]:
+    """The specification by torch.compile, anew for each shape."""
+    torch._dynamo.reset()
 
-    def fused() -> None:
-        for linear in linears:
-            linear.step(Linear.fused)
+    @torch.compile(dynamic=False)
+    def eager(weight: Scaled, *others: Any) -> Tensor:
+        return fake_quantize_reference(weight.tensor(), *others)
 
-    def eager() -> None:
-        for linear in linears:
-            linear.step(Linear.eager)
+    def form(each: Linear) -> Tensor:
+        lo, hi = (None, None) if each.factors else each.range
+        return eager(Scaled(each.weight, *each.factors), lo, hi, each.upper, each.lower, each.grid, each.weight.dtype)
 
+    return form
+
+
+def work_of(linears: list[Linear], moving: bool) -> Work:
+    """Of forward and backward."""
+    weights = sum(linear.weight.numel() for linear in linears)
     moved = 4 * sum(linear.weight.nbytes for linear in linears)
     groups = 4 * (4 + 4 + 2) * sum(linear.upper.numel() for linear in linears)  # ranges and logits twice, gradients
-    calls = milliseconds(fused, device, repeats)
+    factors = 4 * 3 * sum(factor.numel() for linear in linears for factor in linear.factors)  # twice, gradients
+    return Work((CLIPPING + (FACTORS if moving else 0)) * weights, moved + groups + factors)
+
+
+def measure(scheme: str, moving: bool, device: str, repeats: int, rates: Rates, compile: bool) -> dict[str, Any]:
+    """One line of the table."""
+    bits, _, _, group_size = parse_scheme(scheme)
+    shape, dtype = BLOCKS[device]
+    linears = [Linear(size, Grid(bits, group_size), dtype, device, moving) for size in SHAPES[shape].linears]
+
+    def whole(form: Callable[[Linear], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for linear in linears:
+                linear.step(form)
+
+        return run
+
+    def milliseconds(run: Callable[[], Any], times: int = repeats) -> float:
+        return 1e3 * seconds_of(run, device, times)
+
+    fused = whole(Linear.fused)
+    calls = milliseconds(fused)
     row: dict[str, Any] = {
         "scheme": scheme,
         "learned": "LWC+LET" if moving else "LWC",
-        "fused_ms": milliseconds(in_graph(fused), device, repeats) if device == "cuda" else calls,
+        "fused_ms": milliseconds(in_graph(fused)) if device == "cuda" else calls,
         "calls_ms": calls,
-        "eager_ms": milliseconds(eager, device, max(3, repeats // 4)),
-        "floor_ms": 1e3 * (moved + groups) / bandwidth,
+        "eager_ms": milliseconds(whole(Linear.eager), max(3, repeats // 4)),
+        "floor_ms": 1e3 * rates.floor(work_of(linears, moving)),
         "fused_mib": peak_mebibytes(linears, Linear.fused, device),
         "eager_mib": peak_mebibytes(linears, Linear.eager, device),
     }
+    if compile:
+        start = time.perf_counter()
+        run = whole(compiled_form())
+        run()
+        row["make_s"] = time.perf_counter() - start
+        row["compiled_ms"] = milliseconds(in_graph(run) if device == "cuda" else run)
     return row | {"speedup": row["eager_ms"] / row["fused_ms"], "over_floor": row["fused_ms"] / row["floor_ms"]}
 
 
@@ -152,30 +157,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--compile", action="store_true", help="time what torch.compile makes of the specification, too"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
-    bandwidth = copy_bandwidth(device, repeats)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    print(f"{'scheme':10} {'learned':8} {'fused ms':>9} {'calls ms':>9} {'eager ms':>9} {'floor ms':>9} "
-          f"{'speedup':>8} {'/ floor':>8} {'MiB':>7} {'eager':>7}")  # fmt: skip
+    rates = Rates.measure(device, torch.float32)
+    print(f"{name_of(device)}, torch {torch.__version__}, {rates}")
+    names = ["fused_ms", "calls_ms", "eager_ms", "floor_ms", "speedup", "over_floor", "fused_mib", "eager_mib"]
+    names += ["compiled_ms", "make_s"] if arguments.compile else []
+    print(f"{'scheme':10} {'learned':8}", *(f"{name:>11}" for name in names))
     rows = []
     for scheme in SCHEMES[device]:
         for moving in (False, True):
-            row = measure(scheme, moving, device, repeats, bandwidth)
+            row = measure(scheme, moving, device, repeats, rates, arguments.compile)
             rows.append(row)
-            figures = (f"{row[key]:9.3f}" for key in ("fused_ms", "calls_ms", "eager_ms", "floor_ms"))
-            memory = (f"{row[key]:7.0f}" if row[key] is not None else "      -" for key in ("fused_mib", "eager_mib"))
-            print(
-                f"{scheme:10} {row['learned']:8}",
-                *figures,
-                f"{row['speedup']:7.1f}x {row['over_floor']:7.1f}x",
-                *memory,
-            )
-    if arguments.json is not None:
-        result = {"device": name, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"{scheme:10} {row['learned']:8}", *(f"{row[name]:11.3f}" for name in names), flush=True)
+    write_json(arguments.json, device, {"rates": vars(rates), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,25 +8,26 @@
     pack s      one block, codes and zero points, median of the repeats
     GB/s        bytes of codes (one a weight) over that time
     7B s        the same for all 32 blocks of LLaMA-7B
-    floor s     one block: codes in and packed words out, over the copy bandwidth measured in the same run
-    plain s     one block in plain numpy, the same layout (for the layouts that have a plain form here): every code is
-                spread into its bits, and the bits are gathered
+    floor s     one block: codes and zero points in, packed words out, over the copy bandwidth measured in the same run
+                (scales are handed on; there is no arithmetic beside shifts)
+    plain s     one block in plain numpy, the same layout: every code is spread into its bits, and the bits are gathered
+    speedup     plain over pack
     read s      back to codes
+    MiB         peak memory of packing one block beside its codes, the packed words included
+                (``measuring/machine.py``)
 
 A random block is packed; what it takes does not depend on the codes. Both forms are compared before they are timed.
 """
 
 import argparse
-import json
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from measuring.llama import SHAPES
+from measuring.machine import Work, copy_bandwidth, name_of, peak_bytes, seconds_of, write_json
 from torch import Tensor
 
 from omniq.errors import UserError
@@ -34,9 +35,7 @@ from omniq.export.registry import FORMATS
 from omniq.quantizers.scheme import Scheme
 from omniq.result import QuantizedLinear
 
-LLAMA_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-SMOLLM2 = [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)]
-WEIGHTS_7B = 32 * sum(rows * columns for rows, columns in LLAMA_7B)
+WEIGHTS_7B = 32 * sum(rows * columns for rows, columns in SHAPES["7b"].linears)
 SCHEMES = ("W2A16g64", "W3A16g64", "W4A16", "W8A8")
 
 
@@ -58,72 +57,74 @@ def plain_bitstream(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(padded.view(numpy.int32))
 
 
-def plain(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-    """compressed-tensors, plainly: the codes, and the zero points along the other dimension."""
+def plain_bits(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+    """Dense bitstreams, plainly: the codes, and the zero points along the other dimension."""
     bits = linear.grid.bits
-    if scheme.activation_bits != 16:
-        shift = 2 ** (bits - 1)
-        return {
-            "weight": (linear.codes.short() - shift).to(torch.int8),
-            "weight_zero_point": (linear.zero_point.short() - shift).to(torch.int8),
-        }
     zero_point = plain_bitstream(linear.zero_point.t().contiguous(), bits).t().contiguous()
     return {"weight_packed": plain_bitstream(linear.codes, bits), "weight_zero_point": zero_point}
 
 
-PLAIN: dict[str, Callable[[QuantizedLinear, Scheme], dict[str, Tensor]]] = {"compressed-tensors": plain}
+def plain_bytes(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+    """compressed-tensors, plainly: signed bytes where activations are integers too, else bitstreams."""
+    if scheme.activation_bits == 16:
+        return plain_bits(linear, scheme)
+    shift = 2 ** (linear.grid.bits - 1)
+    return {
+        "weight": (linear.codes.short() - shift).to(torch.int8),
+        "weight_zero_point": (linear.zero_point.short() - shift).to(torch.int8),
+    }
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.ones(64 * 2**20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), repeats)
+PLAIN: dict[str, Callable[[QuantizedLinear, Scheme], dict[str, Tensor]]] = {
+    "compressed-tensors": plain_bytes,
+    "omniq": plain_bits,
+}
 
 
 def compare(name: str, linears: list[QuantizedLinear], packed: list[dict[str, Tensor]], scheme: Scheme) -> None:
     """Stop if the plain form is another layout, or if reading does not invert packing."""
     layout = FORMATS[name]
     for linear, tensors in zip(linears, packed, strict=True):
-        for key, value in PLAIN[name](linear, scheme).items() if name in PLAIN else ():
+        for key, value in PLAIN[name](linear, scheme).items():
             if not torch.equal(value, tensors[f"x.{key}"]):
                 raise SystemExit(f"{name} {scheme.name}: the plain form of {key} differs")
         if not torch.equal(layout.read("x", tensors, scheme).codes, linear.codes):
             raise SystemExit(f"{name} {scheme.name}: codes do not come back")
 
 
+def work_of(linears: list[QuantizedLinear], packed: list[dict[str, Tensor]]) -> Work:
+    """What must be read and written; what is handed on as it is takes neither."""
+    moved = sum(linear.codes.nbytes + linear.zero_point.nbytes for linear in linears)
+    for linear, tensors in zip(linears, packed, strict=True):
+        moved += sum(tensor.nbytes for tensor in tensors.values() if tensor.data_ptr() != linear.scale.data_ptr())
+    return Work(0, moved)
+
+
 def measure(name: str, scheme: Scheme, shapes: list[tuple[int, int]], repeats: int, bandwidth: float) -> dict[str, Any]:
     """One line of the table."""
-    layout = FORMATS[name]
+    layout, form = FORMATS[name], PLAIN[name]
     linears = [random_linear(shape, scheme) for shape in shapes]
     packed = [layout.tensors("x", linear, scheme) for linear in linears]
     compare(name, linears, packed, scheme)
     weights = sum(linear.codes.numel() for linear in linears)
-    out = sum(tensor.nbytes for tensors in packed for tensor in tensors.values())
-    pack = seconds(lambda: [layout.tensors("x", linear, scheme) for linear in linears], repeats)
-    read = seconds(lambda: [layout.read("x", tensors, scheme) for tensors in packed], repeats)
-    form = PLAIN.get(name)
-    slow = seconds(lambda: [form(linear, scheme) for linear in linears], 1) if form is not None else None
+
+    def pack() -> list[dict[str, Tensor]]:
+        return [layout.tensors("x", linear, scheme) for linear in linears]
+
+    seconds = seconds_of(pack, "cpu", repeats, 1)
+    slow = seconds_of(lambda: [form(linear, scheme) for linear in linears], "cpu", 1, 1)
+    read = seconds_of(lambda: [layout.read("x", tensors, scheme) for tensors in packed], "cpu", repeats, 1)
     return {
         "format": name,
         "scheme": scheme.name,
-        "pack_s": pack,
-        "codes_gb_per_s": weights / pack / 1e9,
-        "all_7b_s": pack * WEIGHTS_7B / weights,
-        "floor_s": (weights + out) / bandwidth,
+        "pack_s": seconds,
+        "codes_gb_per_s": weights / seconds / 1e9,
+        "all_7b_s": seconds * WEIGHTS_7B / weights,
+        "floor_s": work_of(linears, packed).moved / bandwidth,
         "plain_s": slow,
-        "speedup": None if slow is None else slow / pack,
+        "speedup": slow / seconds,
         "read_s": read,
+        "pack_mib": peak_bytes(pack, "cpu") / 2**20,
     }
 
 
@@ -133,10 +134,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     arguments = parser.parse_args()
-    shapes, bandwidth = SMOLLM2 if arguments.device == "cpu" else LLAMA_7B, copy_bandwidth(arguments.repeats)
-    print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
+    shapes = SHAPES["smollm2" if arguments.device == "cpu" else "7b"].linears
+    bandwidth = copy_bandwidth("cpu")
+    print(f"{name_of('cpu')}, torch {torch.__version__}, copy {bandwidth / 1e9:.1f} GB/s")
     print(f"{'format':20} {'scheme':10} {'pack s':>8} {'GB/s':>7} {'7B s':>7} {'floor s':>8} {'plain s':>8} "
-          f"{'speedup':>8} {'read s':>8}")  # fmt: skip
+          f"{'speedup':>8} {'read s':>8} {'MiB':>7}")  # fmt: skip
     rows = []
     for name, layout in sorted(FORMATS.items()):
         for wanted in SCHEMES:
@@ -147,14 +149,10 @@ def main() -> None:
                 continue  # this format has no such layout
             row = measure(name, scheme, shapes, arguments.repeats, bandwidth)
             rows.append(row)
-            slow = "       -        -" if row["plain_s"] is None else f"{row['plain_s']:8.3f} {row['speedup']:7.1f}x"
             print(f"{name:20} {wanted:10} {row['pack_s']:8.4f} {row['codes_gb_per_s']:7.2f} {row['all_7b_s']:7.1f} "
-                  f"{row['floor_s']:8.4f} {slow} {row['read_s']:8.4f}")  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of this process {peak / 2**30:.2f} GiB")
-    if arguments.json is not None:
-        result = {"threads": torch.get_num_threads(), "torch": torch.__version__, "peak_bytes": peak, "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+                  f"{row['floor_s']:8.4f} {row['plain_s']:8.3f} {row['speedup']:7.1f}x {row['read_s']:8.4f} "
+                  f"{row['pack_mib']:7.1f}")  # fmt: skip
+    write_json(arguments.json, "cpu", {"bytes_per_second": bandwidth, "rows": rows})
 
 
 if __name__ == "__main__":

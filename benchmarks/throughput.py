@@ -18,12 +18,15 @@ clock waits for the GPU, so that its time is its own; what goes on in the backgr
     summary     the loss of the deployed block
     other       everything else
 
+After the run, on a random block of the same shape, come the floor of a block (its steps and the forwards of both
+streams, each the larger of arithmetic over matrix rate and bytes over copy bandwidth, measured here; shared by the
+processes), and the step in plain eager torch (``benchmarks/plain/step.py``), beside what one took here, in a fit.
+
 Host memory: the largest anonymous part of the resident memory, sampled every 20 ms; files that are mapped (weights, and
 streams on disk) are not in it, as the system may drop them. ``ru_maxrss`` has them and is printed beside it.
 """
 
 import argparse
-import json
 import os
 import resource
 import tempfile
@@ -32,62 +35,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from measuring.checkpoint import write_checkpoint
+from measuring.llama import SHAPES, forward_work, make_task, step_work
+from measuring.machine import Rates, name_of, seconds_of, write_json
+from plain.step import Eager
 
 from omniq import pipeline
 from omniq.callbacks import AtomicCheckpointIO
 from omniq.cli import parse_run, quiet
+from omniq.kernels.layer_problem import matmul_precision
+from omniq.quantizers.scheme import Scheme
 from omniq.run_dir import RunDir
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.streams import Streams
 
-SHAPES = {
-    "tiny": (256, 704, 4, 4, 512),
-    "smollm2": (576, 1536, 9, 3, 49152),
-    "7b": (4096, 11008, 32, 32, 32000),
-    "13b": (5120, 13824, 40, 40, 32000),
-    "70b": (8192, 28672, 64, 8, 32000),
-}
 DEFAULTS = {  # shape, blocks, samples, length, epochs, scheme, precision
     "cuda": ("7b", 4, 16, 2048, 2, "W3A16g128", "16-mixed"),
     "cpu": ("tiny", 4, 8, 128, 2, "W3A16g64", "32-true"),
 }
-
-
-def write_checkpoint(folder: Path, shape: str, blocks: int, length: int, dtype: torch.dtype) -> None:
-    """A random LLaMA, one file a block, and a tokenizer of bytes; one block in memory at a time."""
-    hidden, inner, heads, kv_heads, vocabulary = SHAPES[shape]
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary, "num_hidden_layers": blocks}
-    heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    config = LlamaConfig(**sizes, **heads_of, max_position_embeddings=length, dtype=dtype)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    made: dict[tuple[int, ...], torch.Tensor] = {}
-    for size in set(shapes.values()):
-        noise = torch.randn(size, generator=generator) / size[-1] ** 0.5 if len(size) == 2 else torch.ones(size)
-        made[size] = noise.to(dtype)
-    files: dict[str, list[str]] = {}
-    for name in shapes:
-        block = name.split(".")[2] if name.startswith("model.layers.") else "outside"
-        files.setdefault(f"block-{block}.safetensors", []).append(name)
-    for file, names in files.items():
-        save_file({name: made[shapes[name]].clone() for name in names}, folder / file)
-    weight_map = {name: file for file, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+Matmul = Literal["tf32", "ieee", "bf16"]
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
 
 
 class Clock:
@@ -184,10 +155,11 @@ def install(clock: Clock) -> None:
         (pipeline, "propagate", "propagate"),
         (pipeline, "deploy", "propagate"),
         (pipeline, "summarize", "summary"),
-        (RunDir, "save_block", "write"),
+        (RunDir, "keep_block", "write"),
+        (RunDir, "keep_streams", "write"),
+        (RunDir, "flush", "write"),
         (AtomicCheckpointIO, "save_checkpoint", "write"),
         (Streams, "snapshot", "write"),
-        (pipeline.Writer, "wait", "write"),
     ):
         clock.watch(owner, name, part)
     clock.watch_blocks()
@@ -204,7 +176,7 @@ def install(clock: Clock) -> None:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run; its figures."""
     device, source, text = arguments.device, folder / "source", folder / "text.txt"
-    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(arguments.precision, torch.float32)
+    dtype = DTYPES[arguments.precision]
     if int(os.environ.get("RANK", 0)) == 0 and not (folder / "ready").exists():
         source.mkdir(parents=True, exist_ok=True)
         write_checkpoint(source, arguments.shape, arguments.blocks, arguments.length, dtype)
@@ -235,7 +207,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pass
     total = sum(clock.seconds.values())
     steps = arguments.blocks * arguments.epochs * arguments.samples
-    return {
+    figures = {
         "seconds": total,
         "seconds_per_block": total / arguments.blocks,
         "seconds_before_the_first_block": time.perf_counter() - started - total,
@@ -246,7 +218,28 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "host_bytes_at_start": memory.before,
         "host_bytes_with_mapped_files": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "device_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "stream_bytes": 2 * arguments.samples * arguments.length * SHAPES[arguments.shape][0] * dtype.itemsize,
+        "stream_bytes": 2 * arguments.samples * arguments.length * SHAPES[arguments.shape].hidden * dtype.itemsize,
+    }
+    return figures if int(os.environ.get("RANK", 0)) else figures | compare(arguments, figures, run[0].matmul)
+
+
+def compare(arguments: argparse.Namespace, figures: dict[str, Any], matmul: Matmul) -> dict[str, Any]:
+    """The floor of a block, and the step in plain torch, multiplying float32 as the run did."""
+    device, samples, dtype = arguments.device, arguments.samples, DTYPES[arguments.precision]
+    with matmul_precision("float32" if matmul == "ieee" else matmul, torch.device(device)):
+        task = make_task(arguments.shape, Scheme(arguments.scheme), device, arguments.length, 1, dtype)
+        rates = Rates.measure(device, dtype)
+        with task.precision():
+            eager = Eager(task, OmniQuant())
+            eager_ms = 1e3 * seconds_of(lambda: eager.step(task.inputs, task.targets), device, 5)
+    steps, processes = arguments.epochs * samples, int(os.environ.get("WORLD_SIZE", 1))
+    floor = steps * rates.floor(step_work(task, eager.module)) + 2 * rates.floor(forward_work(task, samples))
+    return {
+        "rates": vars(rates),
+        "floor_seconds_per_block": floor / processes,
+        "over_floor": figures["seconds_per_block"] / (floor / processes),
+        "eager_ms": eager_ms,
+        "speedup": eager_ms / figures["ms_per_step"],
     }
 
 
@@ -257,6 +250,8 @@ def show(result: dict[str, Any], blocks: int) -> None:
     for name, seconds in result["parts"].items():
         print(f"{name:12} {seconds / blocks:10.3f} {seconds / result['seconds']:7.1%}")
     print(f"{'all':12} {result['seconds_per_block']:10.3f}   {result['ms_per_step']:.2f} ms a step of one sample")
+    print(f"{'floor':12} {result['floor_seconds_per_block']:10.3f}   {result['over_floor']:.2f} times that")
+    print(f"eager {result['eager_ms']:.2f} ms a step: {result['speedup']:.2f} times ours")
     before, mapped = result["host_bytes_at_start"] / gib, result["host_bytes_with_mapped_files"] / gib
     print(f"outside the step {result['outside_the_step']:.1%}; streams {result['stream_bytes'] / gib:.2f} GiB")
     print(f"host {result['host_bytes'] / gib:.2f} GiB ({before:.2f} before the run, {mapped:.2f} with mapped files)")
@@ -287,11 +282,9 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) != 0:
         return
     chosen = {name: value for name, value in vars(arguments).items() if name not in ("json", "folder")}
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {chosen}")
+    print(f"{name_of(arguments.device)}, torch {torch.__version__}, {chosen}")
     show(result, arguments.blocks)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"device": name, "settings": chosen, **result}, indent=2) + "\n")
+    write_json(arguments.json, arguments.device, {"settings": chosen, **result})
 
 
 if __name__ == "__main__":

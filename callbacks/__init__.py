@@ -6,5 +6,6 @@ from omniq.callbacks.fuse import Fuse
 from omniq.callbacks.guard import NonFiniteGuard
 from omniq.callbacks.losses import BlockLosses
 from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 
-__all__ = ["AtomicCheckpointIO", "BlockLosses", "BlockProgress", "Fuse", "NonFiniteGuard", "PassCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "BlockLosses", "BlockProgress", "Fuse", "NonFiniteGuard", "PassCheckpoint", "Settle"]

@@ -13,6 +13,7 @@ from typing_extensions import override
 from omniq import processes
 from omniq.files import load_state, save_state
 from omniq.stages.base import BlockModule
+from omniq.stopwatch import Stopwatch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,14 +38,19 @@ class PassCheckpoint(Callback):
 
     Args:
         path: where it lies.
+        clock: of the block; a resumed fit goes on from what it showed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, clock: Stopwatch) -> None:
+        self.path, self.clock = path, clock
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"processes": processes.count()}
+        return {"processes": processes.count(), "seconds": self.clock.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.clock.go_on_from(state_dict.get("seconds", 0.0))  # checkpoints of earlier versions have no key
 
     def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
         """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""

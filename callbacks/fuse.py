@@ -5,11 +5,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from omniq import processes
 from omniq.stages.base import BlockModule
 
 
 class Fuse(Callback):
     """Round for the last time when the fit has ended.
+
+    If something of that cannot be stored in the dtype of deployment, the stage is abandoned for its start, and the
+    block's summary says so.
 
     NOTE: ``on_fit_end``, never ``on_train_end``: a fit that is resumed after its last step skips the training hooks.
     """
@@ -17,4 +21,10 @@ class Fuse(Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
-        pl_module.task.result = pl_module.finish()
+        task = pl_module.task
+        result, dtype = pl_module.finish(), task.grid.scale_dtype
+        name = processes.first(lambda: result.unstorable(dtype))
+        if name is not None:
+            task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"
+            result = pl_module.finish()
+        task.result = result

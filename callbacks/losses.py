@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
 from omniq import processes
-from omniq.files import appending
+from omniq.files import appending, others_writing
 from omniq.stages.base import BlockModule
 
 HEADER = b"stage,step,pass,name,value\n"
@@ -23,7 +24,8 @@ class BlockLosses(Callback):
 
     The CSV file is long: one value a row, floats written so that they read back exactly. Its length is part of the
     checkpoint: a resumed fit cuts the file there and continues, so that no row is lost or doubled. Loggers get the
-    same values as ``block/007/loss``. Of several processes the first writes the means over all.
+    same values as ``block/007/loss``. Of several processes the first writes the means over all. What became of the
+    block, calibration and held-out samples apart, follows when it is known (``conclude``).
 
     Args:
         path: the CSV file of this block and stage.
@@ -37,6 +39,8 @@ class BlockLosses(Callback):
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
         self._waiting: list[tuple[int, str, Tensor]] = []
+        self._loggers: list[Logger] = []
+        self._name, self._step, self._turn = "", 0, 0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -64,6 +68,8 @@ class BlockLosses(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BlockModule)
+        self._loggers, self._name = trainer.loggers, pl_module.task.name
         if processes.rank() != 0:
             return
         with appending(self.path) as file:
@@ -77,11 +83,24 @@ class BlockLosses(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, BlockModule)
-        step = batch_idx + 1
+        step = self._step = batch_idx + 1
+        self._turn = pl_module.batches.pass_of(step)
         self._waiting += [(step, name, value) for name, value in pl_module.tracked]
         pl_module.tracked.clear()
         if pl_module.pauses_after(step) or step == trainer.num_training_batches:
             self._write(trainer, pl_module)
+
+    def conclude(self, values: Mapping[str, float]) -> None:
+        """Add what is known of the block only after the fit, such as ``held_out_loss``, at the step that was its last.
+
+        NOTE: before the block counts as finished: a fit that is resumed cuts these rows off and writes them again.
+        """
+        with others_writing(self.path.parent):
+            for logger in self._loggers:
+                logger.log_metrics({f"{self._name}/{name}": value for name, value in values.items()}, self._step)
+                logger.finalize("success")  # the end of the fit has closed it
+        if processes.rank() == 0:
+            self._append("".join(self._row(self._step, self._turn, *item) for item in values.items()).encode())
 
     def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
         if not self._waiting:
@@ -91,7 +110,7 @@ class BlockLosses(Callback):
         rows: list[str] = []
         for (step, name, _), value in zip(self._waiting, values, strict=True):
             turn = module.batches.pass_of(step)
-            rows.append(f"{self.stage},{step},{turn},{name},{value!r}\n")
+            rows.append(self._row(step, turn, name, value))
             self._count(name, turn, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
@@ -108,6 +127,9 @@ class BlockLosses(Callback):
             if sums[name][0] == turn:
                 sums[name][1] += value
                 sums[name][2] += 1
+
+    def _row(self, step: int, turn: int, name: str, value: float) -> str:
+        return f"{self.stage},{step},{turn},{name},{value!r}\n"
 
     def _append(self, rows: bytes) -> None:
         with appending(self.path) as file:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from omniq.cli import parse_run, quiet
 from omniq.errors import UserError
+from omniq.models.reload import open_weights
 
 
 def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (), **settings: Any) -> Path:
@@ -44,10 +45,9 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         **options: for ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or its weights are pickled, missing or damaged.
     """
     folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no checkpoint: give a finished run directory or an exported folder")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model
+    return open_weights(folder, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens beside the calibration: the next block is read while this one trains, and streams are written.
+"""What happens beside the calibration: the next block is read while this one trains, and the last one is written.
 
 One thread each, host memory only: neither calls CUDA, so that a CUDA graph can be captured at any time.
 """
@@ -45,14 +45,14 @@ def blocks_ahead(source: Readable, start: int, device: torch.device) -> Iterator
 
 
 class Writer:
-    """Writes one thing at a time while the caller goes on; as a context manager it ends with everything written.
+    """Writes one thing after another while the caller goes on; as a context manager it ends with everything written.
 
-    An error of the writing is raised by the next call.
+    After an error nothing else is written: what comes later may count on what came before. Whoever waits is told.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._job: Future[None] | None = None
+        self._last: Future[None] | None = None
 
     def __enter__(self) -> "Writer":
         return self
@@ -64,13 +64,23 @@ class Writer:
         if error is None:
             self.wait()
 
-    def start(self, work: Callable[..., None], *args: Any) -> None:
-        """Do this once what was started before is done."""
-        self.wait()
-        self._job = self._thread.submit(work, *args)
+    def start(self, work: Callable[..., None], *args: Any) -> "Future[None]":
+        """Do this once everything that was started before is done.
+
+        Returns:
+            what tells when it is.
+        """
+        self._last = self._thread.submit(_after, self._last, work, *args)
+        return self._last
 
     def wait(self) -> None:
         """Return when everything is written."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+def _after(before: "Future[None] | None", work: Callable[..., None], *args: Any) -> None:
+    if before is not None:
+        before.result()
+    work(*args)

@@ -38,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for what the user can mend, 130 for an interruption from the keyboard.
     """
     quiet()
+    name = None
     try:
         parser, subparsers = build_parser()
         config = parser.parse_args(list(sys.argv[1:] if args is None else args))
@@ -61,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"omniq: {error}; run the quantize command again, which computes it anew", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("omniq: interrupted; the same command continues this run", file=sys.stderr)
+        print(f"omniq: interrupted{CONTINUES if name == 'quantize' else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -85,7 +86,8 @@ def evaluate(
     """Measure the perplexity of a model that omniq or transformers can load.
 
     Args:
-        model: a full-precision model (streamed block by block) or a quantized checkpoint (loaded by transformers).
+        model: one of a family that omniq knows is streamed block by block; any other, and one that is quantized
+            already, is run by transformers.
         evaluation: the text.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         batch: windows at once.
@@ -121,6 +123,8 @@ def report(run: Path) -> None:
     show_run(run)
 
 
+CONTINUES = "; the same command continues this run"
+
 COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "quantize": (Run, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
     "evaluate": (evaluate, "measure the perplexity of a model"),
@@ -139,8 +143,23 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, subparsers
 
 
+class _Parser(ArgumentParser):
+    """Names the configuration file that cannot be read, which jsonargparse does not."""
+
+    def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **options: Any) -> Namespace:
+        try:
+            content = yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"config {cfg_path} is not UTF-8 text ({error}): save it as UTF-8") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"config {cfg_path} is no valid YAML ({' '.join(str(error).split())}): mend it") from error
+        if not isinstance(content, dict):
+            raise UserError(f"config {cfg_path} holds no settings: give a YAML file of lines such as `seed: 2`")
+        return super().parse_path(cfg_path, *args, **options)
+
+
 def _subparser(target: Callable[..., Any], description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = _Parser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; of several, later ones win")
     if isinstance(target, type):
         parser.add_class_arguments(target, as_group=False)
@@ -188,7 +207,11 @@ def quiet() -> None:
     """Keep the chatter of a Trainer for every block out of the terminal; omniq's own warnings stay."""
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-    logging.basicConfig(format="omniq: %(message)s", level=logging.WARNING)
+    log = logging.getLogger("omniq")
+    if not log.hasHandlers():  # NOTE: on the root logger, other libraries' warnings would be said in omniq's name
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("omniq: %(message)s"))
+        log.addHandler(handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -4,6 +4,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ OWNED_TRAINER_ARGUMENTS = {
     "plugins": "nothing: checkpoints are always atomic",
 }
 COMPUTE_DTYPES = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_ROUNDING = ("16-true", "bf16-true")
 _PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's own
 
 
@@ -78,6 +80,12 @@ class Export:
     verify: bool = True
     prompt: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 1e-9 <= self.max_shard_size < inf:  # NaN must not pass
+            raise UserError(
+                f"export.max_shard_size {self.max_shard_size} is not usable: give gigabytes above 0, such as 5"
+            )
+
 
 @dataclass
 class Run:
@@ -100,7 +108,9 @@ class Run:
             save); 0 never saves them.
         batch: samples at once where no gradients are needed.
         blocks: how many blocks are quantized, from the first; the others stay as they are. All if not given.
-        matmul: how a GPU multiplies float32: ``tf32`` rounds the factors to 10 bits, ``ieee`` does not.
+        matmul: how float32 is multiplied. ``tf32``: a GPU rounds the factors to 10 bits, a CPU does not; ``ieee``:
+            neither does; ``bf16``: a CPU with AMX rounds them to 7 bits, one with AVX-512 alone uses oneDNN without
+            rounding (twice as fast on AMD's), and a GPU does as with ``tf32``.
     """
 
     model: Model
@@ -117,7 +127,7 @@ class Run:
     save_streams_every: int = 1
     batch: int = 4
     blocks: int | None = None
-    matmul: Literal["tf32", "ieee"] = "tf32"
+    matmul: Literal["tf32", "ieee", "bf16"] = "tf32"
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
@@ -129,9 +139,14 @@ class Run:
             raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
         for position, stage in enumerate(self.stages):
             before = self.stages[:position]
+            name, lost = type(stage).__name__, type(before[-1]).__name__ if before else ""
+            if before and stage.refines and before[-1].sparse:
+                raise UserError(
+                    f"stages: {name} would refine the codes of {lost} without the outliers or scales that belong to "
+                    f"them: give {lost} neither, or leave one of the two out"
+                )
             stage.check(before)
             if before and not (stage.refines or before[-1].moves):
-                name, lost = type(stage).__name__, type(before[-1]).__name__
                 raise UserError(
                     f"stages: {name} starts from the weights and would lose what {lost} before it has found: leave one "
                     "of the two out"
@@ -150,22 +165,23 @@ def trainer_arguments(factory: TrainerFactory) -> Mapping[str, Any]:
 
 
 def check_trainer(factory: TrainerFactory) -> None:
-    """Refuse Trainer arguments that omniq decides, an absent GPU, and precisions that would round what is learned.
+    """Refuse Trainer arguments that omniq decides, an absent GPU, and precisions that no block is calibrated in.
 
     Raises:
         UserError: names the argument, its value and what to use instead.
     """
     given, defaults = trainer_arguments(factory), inspect.signature(L.Trainer).parameters
     for name, instead in OWNED_TRAINER_ARGUMENTS.items():
-        if given.get(name) not in (None, False, defaults[name].default):
-            raise UserError(f"trainer.{name} {given[name]!r} is decided for each block: use {instead}")
+        value, default = given.get(name), defaults[name].default
+        same = type(value) is type(default) and value == default  # NOTE: 0 == False, and 0 steps are no training
+        if not (value is None or value is False or same):
+            raise UserError(f"trainer.{name} {value!r} is decided for each block: use {instead}")
     if given.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator {given['accelerator']!r}: no GPU is present; use cpu or auto")
     precision = _precision(factory)
     if precision not in COMPUTE_DTYPES:
-        raise UserError(
-            f"trainer.precision {precision!r} would round what is learned: use one of {', '.join(COMPUTE_DTYPES)}"
-        )
+        reason = "would round what is learned" if precision in _ROUNDING else "is not one that omniq calibrates in"
+        raise UserError(f"trainer.precision {precision!r} {reason}: use one of {', '.join(COMPUTE_DTYPES)}")
     if precision == "16-mixed" and (given.get("accelerator") == "cpu" or not torch.cuda.is_available()):
         raise UserError(f"trainer.precision {precision!r} needs a GPU: use bf16-mixed or 32-true")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that is the user's to mend."""
+"""What is the user's to mend."""
 
 
 class UserError(Exception):
@@ -8,3 +8,7 @@ class UserError(Exception):
     The message is one line that names the field, the value and the remedy. The command line prints it and exits with
     status 2, without a traceback; nothing long-running has started by then unless the message says so.
     """
+
+
+class NotByBlocks(UserError):
+    """omniq cannot take a model apart into blocks; transformers may still run it whole."""

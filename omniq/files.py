@@ -2,16 +2,18 @@
 """Files that are either whole or not there, and that know when they were altered.
 
 Everything is written beside its final name, flushed and renamed. Tensors go to safetensors files whose metadata holds
-a SHA-256 over all of their content; Python state goes to a digest followed by what ``torch.save`` writes.
+a SHA-256 over all of their content, and so do records in JSON; Python state goes to a digest followed by what
+``torch.save`` writes.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +37,9 @@ _DTYPES = {  # as safetensors calls them
 }
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 class CorruptFile(Exception):
     """A file of the run directory is truncated or altered; the message names it."""
 
@@ -54,7 +59,8 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a filesystem that has become read-only
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
 
 
@@ -72,6 +78,28 @@ def appending(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
+
+
+@contextmanager
+def others_writing(folder: Path) -> Iterator[None]:
+    """Let what others write into ``folder``, such as a logger, end in one line where the disk takes no more.
+
+    Raises:
+        UserError: the disk is full or read-only, or a quota or a limit on the size of files is reached.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in _NO_ROOM):
+            cause = cause.__cause__  # TensorBoard's logger wraps what goes wrong
+        if cause is None:
+            raise
+        raise UserError(
+            f"cannot write into {folder}: {cause.strerror}; free the disk or choose another folder"
+        ) from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
@@ -119,6 +147,30 @@ def load_state(path: Path, map_location: Any = "cpu") -> Any:
         return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
         raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
+
+
+def save_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what JSON can hold, for people and tools, sealed by a checksum."""
+    atomic_write(path, json.dumps({**content, "sha256": _seal(content)}, indent=1).encode())
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Read what ``save_record`` wrote.
+
+    Raises:
+        CorruptFile: truncated or altered.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
+        return content
+    raise CorruptFile(f"{path}: the checksum does not match its content")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:

@@ -7,22 +7,26 @@ later stage does not repeat it.
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from omniq import processes
-from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint
+from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
 from omniq.config import Run, trainer_arguments
 from omniq.display import Display
-from omniq.files import CorruptFile
+from omniq.errors import UserError
+from omniq.files import CorruptFile, others_writing
 from omniq.launch import launch_arguments
-from omniq.result import set_tensors
+from omniq.result import BlockResult, set_tensors
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask, Stage
+from omniq.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,24 @@ class Fitting:
         folder: the run directory.
         display: of the run.
         number: position of the stage in the list.
+        clock: of the block.
     """
 
     run: Run
     folder: RunDir
     display: Display
     number: int
+    clock: Stopwatch
 
 
-def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
-    """Run one stage on one block; its result is then ``task.result``, its notes are in ``task.notes``."""
+def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | None:
+    """Run one stage on one block; its result is then ``task.result``, its notes are in ``task.notes``.
+
+    Returns:
+        The losses it has written; None if the stage had finished before.
+    """
     if _restore(task, where):
-        return
+        return None
     name = type(stage).__name__
     module = stage.module(task)
     losses = BlockLosses(where.folder.block_path(task.index, f"{where.number}.csv"), name)
@@ -56,12 +66,14 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
         BlockProgress(where.display, name, losses),
         *[make() for make in where.run.callbacks],
         Fuse(),
-        checkpoint := PassCheckpoint(last),
+        Settle(where.folder.settle),
+        checkpoint := PassCheckpoint(last, where.clock),
     ]
     resume = last if processes.all_agree(_resumable(checkpoint, losses, where.folder)) else None
     trainer = make_trainer(where, task, callbacks)
     try:
-        trainer.fit(module, module.batches, ckpt_path=resume)
+        with others_writing(where.folder.path):
+            trainer.fit(module, module.batches, ckpt_path=resume)
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
     task.result = processes.first(lambda: task.result)  # the same codes everywhere, whatever the hardware
@@ -70,6 +82,7 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> None:
     task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
     if where.number + 1 < len(where.run.stages):
         _keep(task, where)
+    return losses
 
 
 def _resumable(saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
@@ -84,6 +97,21 @@ def _resumable(saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bo
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))
         return False
     return True
+
+
+def check_deployable(index: int, result: BlockResult, dtype: torch.dtype) -> None:
+    """Refuse a block that is not fit for deployment, before it counts as finished.
+
+    Raises:
+        UserError: names the block, and what is not finite in it.
+    """
+    if (name := result.unstorable(dtype)) is not None:
+        raise UserError(f"block {index}: {name} is not finite in {dtype}: set scheme.dtype to bfloat16 or float32")
+    if not all(isfinite(result.summary.get(key, 0.0)) for key in ("loss", "held_out_loss")):
+        raise UserError(
+            f"block {index}: what it computes is not finite: give another trainer.precision, such as bf16-mixed or "
+            "32-true, or leave the transform out"
+        )
 
 
 def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
@@ -130,7 +158,7 @@ def _keep(task: BlockTask, where: Fitting) -> None:
     if task.result is not None:
         where.folder.save_current_result(result, task.result)
         tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
-        where.folder.save_current(block, {"block": tensors, "notes": task.notes})
+        where.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": where.clock.seconds})
 
 
 def _restore(task: BlockTask, where: Fitting) -> bool:
@@ -143,4 +171,5 @@ def _restore(task: BlockTask, where: Fitting) -> bool:
     task.result = finished
     set_tensors(task.block, state["block"])
     task.notes = dict(state["notes"])
+    where.clock.go_on_from(state.get("seconds", 0.0))  # runs of earlier versions have no key
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from omniq import processes
@@ -58,7 +58,7 @@ def launch_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         given: the user's arguments of the Trainer.
 
     Raises:
-        UserError: a strategy that does not go with several processes.
+        UserError: a strategy that would share the model, not the samples.
     """
     total, local = started()
     arguments: dict[str, Any] = {}
@@ -66,13 +66,14 @@ def launch_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         arguments["devices"] = local
         if total > local and given.get("num_nodes") in (None, 1):
             arguments["num_nodes"] = total // local
+    strategy = given.get("strategy")
+    if strategy not in (None, "auto", "ddp") and not (total == 1 and isinstance(strategy, SingleDeviceStrategy)):
+        number = "several processes, which share" if total > 1 else "omniq, where several processes share"
+        raise UserError(f"trainer.strategy {strategy!r} does not go with {number} samples, not the model: leave it out")
     if total > 1:
-        if given.get("strategy") not in (None, "auto", "ddp"):
-            raise UserError(
-                f"trainer.strategy {given['strategy']!r} does not go with several processes, which share samples, not "
-                "the model: leave it out"
-            )
         arguments["strategy"] = BlockParallel()
+    elif strategy == "ddp":
+        arguments["strategy"] = "auto"  # one process shares with nobody, and Lightning's DDP needs gradients
     return arguments
 
 
@@ -85,11 +86,14 @@ def join(trainer: L.Trainer, given: Mapping[str, Any]) -> None:
     total, _ = started()
     meant = trainer.num_devices * trainer.num_nodes  # NOTE: not world_size, which may be what the launcher says
     if meant != total:
-        devices = f"trainer.devices {given.get('devices')} means {meant} process(es)"
+        nodes = trainer.num_nodes
+        asked = f"trainer.num_nodes {nodes}" if nodes > 1 else f"trainer.devices {given.get('devices')}"
+        if nodes > 1 and trainer.num_devices > 1:
+            asked += f" of {trainer.num_devices} devices"
+        means = f"{asked} means {meant} process(es)"
         if total > 1:
-            raise UserError(f"{devices}, but {total} were started: leave it out, or start {meant}")
-        raise UserError(
-            f"{devices}, but one was started: run torchrun --nproc-per-node {meant} -m omniq quantize …, or set it to 1"
-        )
+            raise UserError(f"{means}, but {total} were started: leave it out, or start {meant}")
+        start = (f"--nnodes {nodes} " if nodes > 1 else "") + f"--nproc-per-node {trainer.num_devices}"
+        raise UserError(f"{means}, but one was started: run torchrun {start} -m omniq quantize …, or set it to 1")
     if total > 1:
         trainer.strategy.setup_environment()

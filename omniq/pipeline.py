@@ -8,18 +8,20 @@ directory is read instead of computed.
 """
 
 import logging
-import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from omniq import processes
-from omniq.background import Writer, blocks_ahead
+from omniq.background import blocks_ahead
+from omniq.callbacks import BlockLosses
 from omniq.config import Run
 from omniq.display import Display
-from omniq.fit import Fitting, fit_stage
+from omniq.errors import UserError
+from omniq.fit import Fitting, check_deployable, fit_stage
 from omniq.kernels.layer_problem import matmul_precision
 from omniq.preflight import Plan, prepare
 from omniq.quantizers.hooks import quantized_activations
@@ -27,6 +29,7 @@ from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.base import BlockTask
 from omniq.stages.static_inputs import fix_inputs
+from omniq.stopwatch import Stopwatch
 from omniq.streams import Streams, propagate
 from omniq.wrap_up import wrap_up
 
@@ -47,16 +50,15 @@ def quantize(run: Run, settings: str) -> Path:
         UserError: something cannot be done as asked; found before the first block wherever possible.
     """
     plan = prepare(run, settings)
-    with RunDir(run.out) as folder, matmul_precision("tf32" if run.matmul == "tf32" else "float32", plan.device):
+    precision: Literal["float32", "tf32", "bf16"] = "float32" if run.matmul == "ieee" else run.matmul
+    with RunDir(run.out) as folder, matmul_precision(precision, plan.device):
         resumed = folder.claim(plan.fingerprint, settings)
         folder.write_json("environment.json", plan.environment)
         with Display(plan.source.num_blocks, Console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
             calibrate(plan, folder, display)
-        processes.part()
-        if folder.writes:
-            wrap_up(plan, folder, display.console)
+        processes.part(lambda: wrap_up(plan, folder, display.console))
     return run.out
 
 
@@ -68,45 +70,73 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         for index in blocks:
             _show(display, index, BlockResult.load(folder.block_path(index)))
         return
+    folder.clear_current(but=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
-    with Writer() as writer:
-        for index, block in blocks_ahead(plan.source, streams.index, plan.device):
-            result = BlockResult.load(folder.block_path(index)) if finished[index] else None
-            _show(display, index, pass_block(plan, folder, display, block, streams, result))
-            del block  # NOTE: or a third one is alive while the next but one is read
-            every = plan.run.save_streams_every
-            more = streams.index < plan.source.num_blocks
-            if every and more and streams.index % every == 0 and (snapshot := streams.snapshot()) is not None:
-                writer.start(folder.save_streams, snapshot)
+    for index, block in blocks_ahead(plan.source, streams.index, plan.device):
+        result = BlockResult.load(folder.block_path(index)) if finished[index] else None
+        _show(display, index, pass_block(plan, folder, display, block, streams, result))
+        del block, result  # NOTE: or a third one is alive while the next but one is read
+        _keep_streams(plan, folder, streams)
+    folder.flush()
 
 
 def pass_block(
     plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, result: BlockResult | None
 ) -> BlockResult:
     """Send both streams through one block, which is calibrated in between unless it is finished."""
-    index, kwargs, started = streams.index, plan.block_arguments[streams.index], time.perf_counter()
-    finished = result is not None
-    propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
+    index, kwargs, clock = streams.index, plan.block_arguments[streams.index], Stopwatch()
+    finished, losses = result is not None, None
+    numbers = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
+    check_numbers(numbers, plan.source.block_name(index))
     if result is None and (plan.run.blocks is None or index < plan.run.blocks):
-        result = run_stages(plan, folder, display, index, block, streams)
+        result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     deploy(block, result)
     with quantized_activations(block, plan.source.family, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
+    folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
     if not finished:
-        result = summarize(result, streams, plan.held_out, plan.device, time.perf_counter() - started)
-        folder.save_block(index, result)
+        result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
+        processes.first(lambda: check_deployable(index, result, plan.run.scheme.deploy_dtype))
+        if losses is not None:
+            ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
+            losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
+        folder.keep_block(index, result)
     return result
 
 
+def check_numbers(finite: bool, block: str) -> None:
+    """Refuse a model that computes something else than numbers, before anything is calibrated on that.
+
+    Args:
+        finite: whether all is that the full-precision block, of this full name, has put out for this process.
+
+    Raises:
+        UserError: names the block.
+    """
+
+    def refuse() -> None:
+        raise UserError(
+            f"{block}: the full-precision model puts out NaN or infinity here: get its weights again, or set "
+            "trainer.precision to 32-true"
+        )
+
+    if not processes.all_agree(finite):
+        processes.first(refuse)
+
+
 def run_stages(
-    plan: Plan, folder: RunDir, display: Display, index: int, block: nn.Module, streams: Streams
-) -> BlockResult:
-    """Send one block through all stages; a stage that finished before an interruption is not repeated."""
-    samples = len(streams.quantized) - plan.held_out
+    plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, clock: Stopwatch
+) -> tuple[BlockResult, BlockLosses | None]:
+    """Send one block through all stages; a stage that finished before an interruption is not repeated.
+
+    Returns:
+        The block's result, and the losses of its last stage.
+    """
+    index, samples = streams.index, len(streams.quantized) - plan.held_out
     task = BlockTask(
         index=index,
         family=plan.source.family,
@@ -119,12 +149,13 @@ def run_stages(
         precision=plan.precision,
         activations=plan.run.scheme.activations,
     )
+    losses = None
     for number, stage in enumerate(plan.run.stages):
-        fit_stage(task, stage, Fitting(plan.run, folder, display, number))
+        losses = fit_stage(task, stage, Fitting(plan.run, folder, display, number, clock))
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")
     result = task.result.with_summary(**task.notes)
-    return fix_inputs(task, result) if task.activations.static else result
+    return (fix_inputs(task, result) if task.activations.static else result), losses
 
 
 def summarize(
@@ -157,6 +188,16 @@ def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
     if processes.all_agree(usable is not None) and usable is not None:
         return usable
     return Streams.start(plan.embed())
+
+
+def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
+    """Have a copy of the streams written, where one is asked for and of use."""
+    every, index = plan.run.save_streams_every, streams.index
+    if not every or index % every or index == plan.source.num_blocks:
+        return
+    snapshot = streams.snapshot(plan.home.copies)
+    if snapshot is not None:
+        folder.keep_streams(snapshot)
 
 
 def _show(display: Display, index: int, result: BlockResult) -> None:

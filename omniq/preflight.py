@@ -3,9 +3,11 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -18,11 +20,11 @@ from omniq.config import Run, check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
 from omniq.data.text import one_line
 from omniq.errors import UserError
-from omniq.export import find_format
-from omniq.launch import join, launch_arguments
+from omniq.export import check_free, deployed, find_format
+from omniq.launch import join, launch_arguments, started
 from omniq.models.source import SourceModel
+from omniq.ownership import check_writable
 from omniq.quantizers.hooks import check_family
-from omniq.run_dir import check_writable
 from omniq.streams import Home, Precision
 
 # Sections and keys that may change between start and resume: they do not touch the calibration's result, or a digest of
@@ -109,14 +111,18 @@ def prepare(run: Run, settings: str) -> Plan:
     if run.export.format != "none":
         sparse = any(stage.sparse for stage in run.stages)
         find_format(run.export.format).check(run.scheme, outliers=sparse)
+        check_free(run.out / "model")
     source = open_model(run)
     check_family(source.family, run.scheme.activations)
     for stage in run.stages:
         stage.check_family(source.family)
     if run.export.format != "none":
         find_format(run.export.format).check(run.scheme, source.family)
-    for name, width in linear_widths(source).items():
-        run.scheme.grid.check_width(width, name)
+    widths = linear_widths(source)
+    for name, width in widths.items():
+        run.scheme.grid.check_width(width, name, widths.values())
+    check_lengths(run, getattr(source.config, "max_position_embeddings", None))
+    check_room(run, source)
     tokenizer = source.tokenizer()
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
@@ -132,7 +138,14 @@ def prepare(run: Run, settings: str) -> Plan:
         held_out=len(windows.held_out) // processes.count(),
         evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
         device=device,
-        home=Home.choose(run.streams, device, run.out, len(share) * sample.nbytes),
+        home=Home.choose(
+            run.streams,
+            device,
+            run.out,
+            len(share) * sample.nbytes,
+            neighbours=started()[1],
+            saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
+        ),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
         fingerprint=processes.first(
@@ -170,6 +183,42 @@ def check_shares(samples: int, held_out: int) -> None:
         if value % number:
             nearest = value - value % number or number
             raise UserError(f"{name} {value} is not divisible by the {number} processes: give {nearest}")
+
+
+def check_lengths(run: Run, positions: int | None) -> None:
+    """Refuse windows that are longer than the model's positions.
+
+    Raises:
+        UserError: names the field and both numbers.
+    """
+    wanted = {"data": run.data.length} | ({"evaluation": run.evaluation.length} if run.evaluation else {})
+    for section, length in wanted.items():
+        if positions is not None and length > positions:
+            raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
+
+
+def check_room(run: Run, source: SourceModel) -> None:
+    """Refuse a checkpoint that cannot be written: values beyond its dtype, or a disk without room for it.
+
+    Room is what is left to write at least: a byte for each code that is in no finished block yet, and the checkpoint
+    if there is none, without its scales.
+
+    Raises:
+        UserError: names the parameter, or what is needed and what is free.
+    """
+    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_widths(source))
+    written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
+    needed = max(0, codes - written)
+    if run.export.format != "none":
+        checkpoint = codes * run.scheme.grid.bits // 8
+        checkpoint += sum(deployed(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
+        needed += 0 if (run.out / "model").exists() else checkpoint
+    free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
+    if free < needed:
+        raise UserError(
+            f"out {run.out}: the run has {needed:,} bytes to write at least and the disk has {free:,}: free some or "
+            "choose another folder"
+        )
 
 
 def linear_widths(source: SourceModel) -> dict[str, int]:

@@ -12,7 +12,9 @@ started them (``torchrun``, ``fabric run``, SLURM); its timeout is finite, so a 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,6 +24,9 @@ from torch import Tensor
 from omniq.errors import UserError
 
 Value = TypeVar("Value")
+
+_DONE = "omniq/done"  # key of the store: what came of the work that the first process did by itself
+_ENDLESS = timedelta(days=30)
 
 
 class ToldElsewhere(UserError):
@@ -121,11 +126,50 @@ def first(work: Callable[[], Value]) -> Value:
     return value
 
 
-def part() -> None:
-    """Leave the other processes, when there is nothing more to do together."""
-    if _several():
-        dist.barrier()
-        dist.destroy_process_group()
+def told_once(message: str) -> UserError:
+    """A mistake that all processes meet alike, for each of them to raise: only the first one says it."""
+    return UserError(message) if rank() == 0 else ToldElsewhere(message)
+
+
+def part(rest: Callable[[], None] = lambda: None) -> None:
+    """Leave the other processes when there is nothing more to do together; all return when the first has done the rest.
+
+    That may take longer than any exchange may. So the group is left, and the others wait at the store through which
+    they have met: it lives in the launcher, which ends them if the first one dies, or in the first process.
+
+    Raises:
+        UserError: in the first process, whatever ``rest`` raised.
+        ToldElsewhere: in the others, when the first has raised a ``UserError``.
+    """
+    if not _several():
+        rest()
+        return
+    store, number = dist.distributed_c10d._get_default_store(), rank()
+    read = [f"{_DONE}/{other}" for other in range(1, count())]
+    dist.barrier()
+    dist.destroy_process_group()
+    if number == 0:
+        try:
+            rest()
+        except UserError as error:
+            _tell(store, str(error), read)
+            raise
+        _tell(store, "", read)
+    else:
+        store.wait([_DONE], _ENDLESS)
+        message = store.get(_DONE).decode()
+        store.set(read[number - 1], "")
+        if message:
+            raise ToldElsewhere(message)
+
+
+def _tell(store: dist.Store, message: str, read: list[str]) -> None:
+    """Let the others go, and stay until they have read it: the store may end with this process."""
+    store.set(_DONE, message)
+    with suppress(dist.DistStoreError):  # who has not read it in a minute is gone
+        store.wait(read, timedelta(minutes=1))
+    for key in (_DONE, *read):  # or the next run in these processes would find them
+        store.delete_key(key)
 
 
 def gather_samples(share: Tensor) -> Tensor:

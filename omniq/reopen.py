@@ -2,7 +2,9 @@
 """What can be done with a run directory afterwards: another export, and a look at its losses."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,38 +15,75 @@ from omniq.errors import UserError
 from omniq.evaluate.perplexity import PerplexityResult
 from omniq.evaluate.table import perplexity_table
 from omniq.export import check_output, find_format
-from omniq.preflight import open_model
+from omniq.files import load_record
+from omniq.preflight import fingerprint, open_model
 from omniq.result import BlockResult
 from omniq.run_dir import RunDir
 from omniq.wrap_up import write_checkpoint
 
+_ANEW = "run its quantize command again, which writes it anew"
 
-def open_run(path: Path) -> Run:
-    """The configuration a run directory was made with.
+
+def open_run(path: Path) -> tuple[Run, str]:
+    """The configuration of a run directory, and its settings as YAML.
 
     Raises:
-        UserError: no run lives there.
+        UserError: no run lives there, or its configuration is damaged.
     """
     config = path / "config.yaml"
     if not config.is_file():
         raise UserError(f"run {path} is not a run directory: it has no config.yaml; give the out of a quantize command")
-    return parse_run([config])[0]
+    try:
+        return parse_run([config])
+    except (UserError, ValueError) as error:  # not UTF-8, for one
+        raise UserError(f"{config} cannot be read ({error}): {_ANEW}") from error
 
 
 def export_run(path: Path, out: Path, export: Export) -> None:
     """Write another checkpoint of a finished run.
 
     Raises:
-        UserError: no such run, it is not finished, the format cannot hold it, or ``out`` holds something else.
+        UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
+            the format cannot hold it, or ``out`` holds something else.
     """
-    run = open_run(path)
-    facts = path / "summary.json"
-    if not facts.is_file():
-        raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
+    run, settings = open_run(path)
+    facts = _facts(path)
     find_format(export.format).check(run.scheme)
     check_output(out)
     with RunDir(path) as folder:
-        write_checkpoint(open_model(run), folder, out, export, run.scheme, json.loads(facts.read_text()), Console())
+        source = open_model(run)
+        _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
+        write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the card of a finished run tells."""
+    file = path / "summary.json"
+    if not file.is_file():
+        raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
+    try:
+        facts = json.loads(file.read_bytes())
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged: {_ANEW}")
+    return facts
+
+
+def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
+    """Make sure that configuration and model are those of the finished blocks.
+
+    Settings that only one of both versions of omniq knows are passed over.
+    """
+    then = folder.fingerprint()
+    changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
+    if changed == ["model digest"]:
+        raise UserError(
+            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: put that back, or give "
+            "its new place to the quantize command, which records it"
+        )
+    if changed:
+        raise UserError(f"{folder.path / 'config.yaml'} is not that of the run ({', '.join(changed)} differ): {_ANEW}")
 
 
 def show_run(path: Path) -> None:
@@ -52,17 +91,20 @@ def show_run(path: Path) -> None:
 
     Raises:
         UserError: no run lives there.
+        CorruptFile: a file of it is damaged; it stays where it is.
     """
     open_run(path)
     folder, console = RunDir(path), Console()
-    results = {index: BlockResult.load(folder.block_path(index)) for index in folder.finished()}
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
-    table = Table("block", *keys, "notes", title=str(path))
-    for index, result in results.items():
-        values = [f"{result.summary[key]:.4g}" if key in result.summary else "" for key in keys]
-        table.add_row(str(index), *values, str(result.summary.get("guard", "")))
+    # Headers of several words are broken between them where a terminal is narrow.
+    table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")
+    table.title = str(path)
+    for index in folder.finished():
+        summary = BlockResult.load(folder.block_path(index)).summary
+        values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
+        table.add_row(str(index), *values, str(summary.get("guard", "")))
     console.print(table)
-    measured = folder.load_record("perplexity.json")
-    if measured is not None:
+    if (path / "perplexity.json").exists():
+        measured = load_record(path / "perplexity.json")
         rows = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
         console.print(perplexity_table(rows, title=measured["text"]))

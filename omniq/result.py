@@ -149,6 +149,12 @@ class BlockResult:
         weights = {f"{name}.weight": linear.dequantize(dtype) for name, linear in self.linears.items()}
         return weights | {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
 
+    def unstorable(self, dtype: torch.dtype) -> str | None:
+        """The first parameter with values beyond a dtype of deployment, or none at all; None if all are well."""
+        ranges = {f"{name}.weight": linear.scale.float() * linear.grid.levels for name, linear in self.linears.items()}
+        values = {**ranges, **self.tensors}
+        return next((name for name, value in values.items() if not value.to(dtype).isfinite().all()), None)
+
     def save(self, path: Path) -> None:
         """Write to ``path`` atomically: beside it, flushed, renamed."""
         tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}

@@ -15,44 +15,35 @@
 
 Of several processes the first holds the lock and writes; all read. Activation streams on disk are files without a name.
 
-Every file is written beside its name, flushed and renamed, and carries a checksum. A damaged one is named, removed
-and computed again from the last good point.
+Every file but the losses is written beside its name, flushed and renamed. What a resume goes on from (blocks, the block
+in progress, streams, perplexities) and export.json carry a checksum: a damaged one is named, removed and computed again
+from the last good point. A damaged fingerprint is refused. The other records are written anew by every start.
+
+Whose folder it is, and what in it is a run's, ``omniq.ownership`` says.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from omniq import processes
+from omniq import files, processes
+from omniq.background import Writer
 from omniq.errors import UserError
 from omniq.files import CorruptFile, atomic_write, load_state, load_tensors, save_state, save_tensors
+from omniq.ownership import FINGERPRINT, check_own, sweep
 from omniq.result import BlockResult
 from omniq.streams import Streams
 
 log = logging.getLogger("omniq")
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a run directory that could not be made, without making it.
-
-    Raises:
-        UserError: a file is in the way, or there is no permission.
-    """
-    path = path.expanduser().absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"out {path} cannot be written: no permission in {there}; choose another folder")
 
 
 class RunDir:
@@ -62,19 +53,23 @@ class RunDir:
         path: folder of the run; made if missing.
 
     Raises:
-        UserError: the folder cannot be written, or another process works in it.
+        UserError: the folder cannot be written or is not a run's, or another process works in it.
     """
+
+    _block: Future[None] | None  # the finished block that is being written
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.writes = processes.rank() == 0
         self._lock: int | None = None
+        self._writer, self._block = Writer(), None
 
     def __enter__(self) -> "RunDir":
         processes.first(self._open)
         return self
 
     def _open(self) -> None:
+        check_own(self.path)
         try:
             for folder in (self.path, self.path / "blocks", self.path / "current"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -89,15 +84,39 @@ class RunDir:
             raise UserError(
                 f"out {self.path} is in use by another omniq process: wait for it, or give this run its own folder"
             ) from error
-        for leftover in self.path.rglob(".*.partial"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        sweep(self.path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            os.close(self._lock)  # closing releases the lock
-            self._lock = None
+        try:
+            self._writer.__exit__(kind, error, trace)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)  # closing releases the lock
+                self._lock = None
+
+    # -- beside the calibration ---------------------------------------------------------------------------------
+
+    def keep_block(self, index: int, result: BlockResult) -> None:
+        """``save_block`` while the caller goes on. Nothing of ``result`` may change after this."""
+        tensors = {name: value.cpu() for name, value in result.tensors.items()}  # NOTE: the writer must not call CUDA
+        self._block = self._writer.start(self.save_block, index, replace(result, tensors=tensors))
+
+    def keep_streams(self, streams: Streams) -> None:
+        """``save_streams`` while the caller goes on, after the block before them."""
+        self._writer.start(self.save_streams, streams)
+
+    def settle(self) -> None:
+        """Return when the last finished block is written: what the next one saves must not come before it."""
+        block, self._block = self._block, None
+        if block is not None:
+            block.result()
+
+    def flush(self) -> None:
+        """Return when everything is written."""
+        self._block = None
+        self._writer.wait()
 
     # -- what the run is ----------------------------------------------------------------------------------------
 
@@ -117,16 +136,28 @@ class RunDir:
         return processes.first(lambda: self._claim(fingerprint, config))
 
     def _claim(self, fingerprint: Mapping[str, Any], config: str) -> bool:
-        path = self.path / "fingerprint.json"
-        wanted = json.loads(json.dumps(fingerprint))
-        if not path.exists():
-            atomic_write(self.path / "config.yaml", config.encode())
+        path = self.path / FINGERPRINT
+        wanted, resumed = json.loads(json.dumps(fingerprint)), path.exists()
+        if resumed:
+            self._compare(self.fingerprint(), wanted)
+        else:
             atomic_write(path, json.dumps(wanted, indent=1).encode())
-            return False
+        atomic_write(self.path / "config.yaml", config.encode())  # keys that are free to change have their last value
+        return resumed
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What determines the result of the run that lives here.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.path / FINGERPRINT
         try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
+            return {**json.loads(path.read_bytes())}
+        except (OSError, ValueError, TypeError) as error:  # the last if it holds no mapping
             raise UserError(f"{path} is damaged ({error}): remove {self.path} to start over") from error
+
+    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         changed = [
             f"{key} (was {found.get(key)!r}, now {wanted.get(key)!r})"
             for key in sorted(found.keys() | wanted.keys())
@@ -137,7 +168,6 @@ class RunDir:
                 f"out {self.path} holds a run with other settings: {'; '.join(changed)}. "
                 "Give this run another out, or remove that folder"
             )
-        return True
 
     def write_json(self, name: str, content: Any) -> None:
         """A record for people and tools, such as ``perplexity.json``."""
@@ -146,7 +176,8 @@ class RunDir:
 
     def save_record(self, name: str, content: Mapping[str, Any]) -> None:
         """A record that a later process goes by, sealed by a checksum."""
-        self.write_json(name, {**content, "sha256": _seal(content)})
+        if self.writes:
+            files.save_record(self.path / name, content)
 
     def load_record(self, name: str) -> dict[str, Any] | None:
         """What ``save_record`` wrote, or None; a damaged file is reported and removed."""
@@ -154,13 +185,10 @@ class RunDir:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_bytes())
-        except ValueError:
-            content = None
-        if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
-            return content
-        self._discard(path, CorruptFile(f"{path}: the checksum does not match its content"), "it is made again")
-        return None
+            return files.load_record(path)
+        except CorruptFile as error:
+            self._discard(path, error, "it is made again")
+            return None
 
     # -- finished blocks ----------------------------------------------------------------------------------------
 
@@ -190,7 +218,8 @@ class RunDir:
         """Record a block as done and forget how it came about."""
         if self.writes:
             result.save(self.block_path(index))
-            self.clear_current()
+            for path in (self.path / "current").glob(f"{index:03d}.*"):  # NOTE: the next block's may be there by now
+                path.unlink()
 
     # -- the block in progress ----------------------------------------------------------------------------------
 
@@ -215,17 +244,21 @@ class RunDir:
     def save_current(self, path: Path, state: Any) -> None:
         """Keep state of the block in progress."""
         if self.writes:
+            self.settle()
             save_state(path, state)
 
     def save_current_result(self, path: Path, result: BlockResult) -> None:
         """Keep the result of an earlier stage of the block in progress."""
         if self.writes:
+            self.settle()
             result.save(path)
 
-    def clear_current(self) -> None:
-        """Remove everything about the block in progress."""
-        shutil.rmtree(self.path / "current", ignore_errors=True)
-        (self.path / "current").mkdir(exist_ok=True)
+    def clear_current(self, but: int) -> None:
+        """Remove what is there of other blocks: it belongs to a finished one, or stands on one that was damaged."""
+        if self.writes:
+            for path in (self.path / "current").iterdir():
+                if not path.name.startswith(f"{but:03d}."):
+                    path.unlink()
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -258,7 +291,3 @@ class RunDir:
         if self.writes:
             log.warning("%s; removed, %s", error, consequence)
             path.unlink(missing_ok=True)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

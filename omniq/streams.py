@@ -3,7 +3,8 @@
 
 Where they live is the user's choice: in device memory; in host memory, pinned where there is a GPU, so that batches
 come without the host waiting; or in memory-mapped files of the run directory, for more samples than memory holds. Such
-a file has no name: it takes disk space while the run works and is gone with it.
+a file has no name: it takes disk space while the run works and is gone with it. The copy that is written to the run
+directory beside the calibration lies in host memory too, or in such files where that has no room for it.
 
 Shapes: ``n`` samples (of this process, if there are several), ``t`` tokens of a sample, ``h`` hidden size.
 """
@@ -35,26 +36,44 @@ class Home:
         place: device memory, (pinned) host memory, or files.
         device: of the blocks.
         folder: for the files.
+        copy_on_disk: whether a copy that is to be saved is made in files, though the streams are not there.
     """
 
     place: Place
     device: torch.device
     folder: Path
+    copy_on_disk: bool = False
 
     @classmethod
-    def choose(cls, wanted: str, device: torch.device, folder: Path, size: int) -> "Home":
+    def choose(
+        cls,
+        wanted: str,
+        device: torch.device,
+        folder: Path,
+        size: int,
+        count: int = 3,
+        neighbours: int = 1,
+        saved: int = 0,
+    ) -> "Home":
         """A home as the user wants it, or by what is free.
 
         Args:
-            wanted: a place, or ``auto``: the memory of the GPU, if three streams (some stages need a third) take no
-                more than half of what is free there; then host memory by the same rule; then files.
-            size: bytes of a stream.
+            wanted: a place, or ``auto``: the memory of the GPU, if the streams take no more than half of what is free
+                there; then host memory by the same rule, for all processes of this machine together; then files.
+            size: bytes of a stream of this process.
+            count: streams that are alive at once; some stages need a third.
+            neighbours: processes on this machine, this one included, each with as many streams.
+            saved: bytes of the copy that the first process makes of the streams of all.
         """
+        free = free_host_memory() // 2
+        here = neighbours * count * _allocated(size, device)
         if wanted == "auto":
-            room = {"device": _free_device_memory(device), "host": _free_host_memory()}
-            wanted = next((place for place, free in room.items() if 3 * size <= free), "disk")
+            fits = {"device": count * size <= _free_device_memory(device), "host": here <= free}
+            wanted = next((place for place, does in fits.items() if does), "disk")
         place: Place = "disk" if wanted == "disk" else "host" if wanted == "host" else "device"
-        return cls(place, device, folder)
+        if place == "host" or (place == "device" and device.type == "cpu"):
+            free -= here
+        return cls(place, device, folder, place != "disk" and saved > free)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for one stream."""
@@ -63,6 +82,11 @@ class Home:
         where = self.device if self.place == "device" else torch.device("cpu")
         pinned = self.place == "host" and self.device.type == "cuda"
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
+
+    @property
+    def copies(self) -> Path | None:
+        """The folder for files of a copy that is to be saved; None for host memory."""
+        return self.folder if self.place == "disk" or self.copy_on_disk else None
 
     def take_in(self, tensor: Tensor) -> Tensor:
         """A copy that lives here."""
@@ -87,12 +111,15 @@ class Streams:
         """At block 0 both are the embedding."""
         return cls(0, hidden, like(hidden).copy_(hidden))
 
-    def snapshot(self) -> "Streams | None":
+    def snapshot(self, folder: Path | None = None) -> "Streams | None":
         """Both streams as they are now, with the samples of all processes in order, for the first of them to write.
 
-        In host memory, or in files where the streams are. None for the other processes.
+        None for the other processes.
+
+        Args:
+            folder: for files that the copy is made in; it is made in host memory if not given.
         """
-        parts = [_gathered(stream) for stream in (self.full_precision, self.quantized)]
+        parts = [_gathered(stream, folder) for stream in (self.full_precision, self.quantized)]
         return Streams(self.index, *parts) if processes.rank() == 0 else None
 
 
@@ -151,26 +178,32 @@ def sweep(
 
 def propagate(
     block: nn.Module, stream: Tensor, kwargs: Mapping[str, Any], precision: Precision, batch: int = 4
-) -> None:
-    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``sweep`` goes along."""
+) -> bool:
+    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``sweep`` goes along.
+
+    Returns:
+        whether all of it is finite, which the block's device tells faster than the host would.
+    """
+    device = next(block.parameters()).device
+    finite = torch.ones((), dtype=torch.bool, device=device)
 
     def store(samples: slice, output: Tensor) -> None:
+        torch.logical_and(finite, output.isfinite().all(), out=finite)
         stream[samples].copy_(output, non_blocking=True)
 
     sweep(block, stream, kwargs, precision, batch, store)
-    device = next(block.parameters()).device
     if stream.device != device and device.type == "cuda":
         torch.cuda.synchronize(device)  # the last batches may still be on their way to the host
+    return bool(finite)
 
 
-def _gathered(stream: Tensor, batch: int = 4) -> Tensor:
+def _gathered(stream: Tensor, folder: Path | None, batch: int = 4) -> Tensor:
     number = processes.count()
     shape = (number * len(stream), *stream.shape[1:])
-    file = stream.untyped_storage().filename
     if processes.rank() != 0:
         whole = stream.new_empty(0)
-    elif file is not None:
-        whole = _mapped(Path(file).parent, shape, stream.dtype)
+    elif folder is not None:
+        whole = _mapped(folder, shape, stream.dtype)
     else:
         whole = torch.empty(shape, dtype=stream.dtype)
     for start in range(0, len(stream), batch):
@@ -198,16 +231,33 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _free_device_memory(device: torch.device) -> int:
     """Half of what is free on a GPU; the rest is for the block, its gradients and activations. On a CPU: none."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()  # freed memory that torch keeps
+    return torch.cuda.mem_get_info(device)[0] // 2
 
 
-def _free_host_memory() -> int:
-    """Half of what the system, or this container, can still give, in bytes; all of it where neither tells."""
+def free_host_memory(root: Path = Path("/")) -> int:
+    """What the system, or this container, can still give, in bytes; very much where neither tells.
+
+    Args:
+        root: of the filesystem with ``proc`` and ``sys``.
+    """
+    if torch.cuda.is_initialized() and hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has none
+        torch.accelerator.empty_host_cache()  # freed memory that torch keeps pinned
     limits = []
-    if (meminfo := Path("/proc/meminfo")).exists():
+    if (meminfo := root / "proc/meminfo").exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         limits.append(1024 * int(fields["MemAvailable"].split()[0]))
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    group = root / "sys/fs/cgroup"
+    limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        limits.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(limits, default=2**62)) // 2
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(parts["inactive_file"])  # what was read from files makes room for what is asked for
+        limits.append(int(limit.read_text()) - int(used.read_text()) + cached)
+    return max(0, min(limits, default=2**62))
+
+
+def _allocated(size: int, device: torch.device) -> int:
+    """Bytes of host memory that a stream takes: torch pins the next power of two."""
+    return 1 << (size - 1).bit_length() if device.type == "cuda" else size

@@ -14,11 +14,20 @@ from omniq.config import Export
 from omniq.data import digest
 from omniq.data.text import one_line
 from omniq.errors import UserError
-from omniq.evaluate.perplexity import PerplexityResult, Variant, evaluate_model, evaluate_streamed
+from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
+from omniq.evaluate.streaming import Variant
 from omniq.evaluate.table import perplexity_table
-from omniq.export import VerificationError, earlier_export, export_checkpoint, verify_checkpoint
+from omniq.export import (
+    Opened,
+    Report,
+    VerificationError,
+    earlier_export,
+    export_checkpoint,
+    find_format,
+    mend_companions,
+    verify_checkpoint,
+)
 from omniq.models.family import Family
-from omniq.models.reload import open_checkpoint
 from omniq.models.source import SourceModel
 from omniq.preflight import Plan
 from omniq.quantizers.hooks import attach
@@ -26,6 +35,7 @@ from omniq.quantizers.scheme import Activations, Scheme
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
 from omniq.stages.rtn import round_to_nearest
+from omniq.streams import Home
 
 log = logging.getLogger("omniq")
 
@@ -49,7 +59,8 @@ def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
     if plan.run.export.format != "none":
         if not (folder.path / "model").exists():
             folder.save_record("export.json", layout_of(plan.run.export))
-        write_checkpoint(plan.source, folder, folder.path / "model", plan.run.export, plan.run.scheme, facts, console)
+        out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
+        write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
     folder.forget_streams()
 
 
@@ -88,22 +99,26 @@ def write_checkpoint(
     scheme: Scheme,
     facts: dict[str, Any],
     console: Console,
+    window: Tensor | None = None,
 ) -> None:
     """Export a finished run, compare what was written with what was optimised, and let it speak.
 
     An export that is there already is kept if it is this one, and replaced if it is not: in another format, damaged, or
-    of another run.
+    of another run. Of one that is kept, what lies beside the weights is written anew where it differs.
+
+    Args:
+        window: of the evaluation, int64 ``[1, t]``, whose perplexity is compared where activations are quantized; a
+            sentence if not given.
     """
     read, layout, size = block_reader(folder), export.format, int(export.max_shard_size * 1e9)
-    text = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+    if window is None or not scheme.activations.quantized:
+        window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+    opened = Opened(out, find_format(layout))
 
     def verify() -> str:
-        report = verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=text)
-        return (
-            f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
-            f"logits through transformers within {report.relative_error:.1e} of omniq's"
-            + (f"; {same_perplexity(out, source, read, scheme, text)}" if scheme.activations.quantized else "")
-        )
+        report = verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=window, opened=opened)
+        same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
+        return describe(report) + same
 
     earlier, report = None, None
     try:
@@ -117,38 +132,51 @@ def write_checkpoint(
         instead = f", in the place of an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {layout}{instead}")
         export_checkpoint(source, read, out, format=layout, scheme=scheme, card=facts, max_shard_bytes=size)
+        opened = Opened(out, find_format(layout))
         report = verify() if export.verify else None
+    elif mended := mend_companions(source, out, format=layout, card=facts):
+        console.print(f"written anew in {out}, where it was damaged or of other settings: {', '.join(mended)}")
     if report is not None:
         console.print(report)
     if export.prompt is not None:
-        console.print(f"the checkpoint says: {generate(out, export.prompt)!r}")
+        console.print(f"the checkpoint says{answer(opened, export.prompt)}")
+
+
+def describe(report: Report) -> str:
+    """What was verified, in one line."""
+    way, why = ("through transformers", "") if report.lacking is None else ("block by block", f" ({report.lacking})")
+    return (
+        f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
+        f"logits {way} within {report.relative_error:.1e} of omniq's{why}"
+    )
 
 
 def same_perplexity(
-    out: Path, source: SourceModel, read: Callable[[int], BlockResult], scheme: Scheme, windows: Tensor
+    report: Report, source: SourceModel, read: Callable[[int], BlockResult], scheme: Scheme, windows: Tensor
 ) -> str:
-    """Hold the perplexity that plain transformers gets of a checkpoint against the one that omniq measures.
+    """Hold the perplexity of a checkpoint against the one that omniq measures.
 
     Raises:
         VerificationError: they differ by more than 0.5 %.
     """
     variants = {OURS: quantized(read, source.family, scheme.activations)}
     ours = evaluate_streamed(as_deployed(source, scheme), windows, variants)[OURS].perplexity
-    theirs = evaluate_model(open_checkpoint(out), windows).perplexity
+    theirs, tokens = report.perplexity, windows.numel()
+    both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"
     if not abs(theirs / ours - 1) <= PERPLEXITY_TOLERANCE:  # NaN must not pass
-        raise VerificationError(
-            f"{out}: a sentence has perplexity {theirs:.6g} through transformers, {ours:.6g} by omniq's own evaluation"
-        )
-    return f"perplexity of a sentence {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"
+        raise VerificationError(f"the checkpoint is not the model that was measured: {both}")
+    return f"; {both}"
 
 
-def generate(checkpoint: Path, prompt: str, new_tokens: int = 24) -> str:
-    """What the checkpoint answers, greedily, opened by plain transformers as any user would."""
-    model: Any = open_checkpoint(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+def answer(opened: Opened, prompt: str, new_tokens: int = 24) -> str:
+    """What the checkpoint answers, greedily, opened by plain transformers as any user would; or why it cannot."""
+    model: Any = opened.model
+    if model is None:
+        return f" nothing: {opened.lacking}"
+    tokenizer = AutoTokenizer.from_pretrained(opened.path)
     tokens = tokenizer(prompt, return_tensors="pt")
-    answer = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
-    return str(tokenizer.decode(answer[0], skip_special_tokens=True))
+    said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
+    return f": {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 
 
 def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
@@ -180,6 +208,11 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
     deployed = as_deployed(plan.source, plan.run.scheme)
     passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]
     results: dict[str, PerplexityResult] = {}
+
+    def home(size: int) -> Home:
+        most = max(len(variants) for _, variants in passes)
+        return Home.choose(plan.run.streams, plan.device, folder.path, size, count=most)
+
     with console.status("perplexity") as status:
         for source, variants in passes:
             results |= evaluate_streamed(
@@ -188,6 +221,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
                 variants,
                 device=plan.device,
                 batch_size=plan.run.batch,
+                home=home,
                 progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
             )
             source.release()

@@ -7,8 +7,8 @@ Each attempt is an ordinary run of the command line in a forked child (``forking
         attempts.run(args, aim=("torn", "blocks/001.safetensors"))
 
 Moments of a file, named relative to the run directory: ``torn`` (half of it is written, under its temporary name),
-``before`` (all of it is, and it is about to get its name) and ``after`` (it just got it). For a CSV file, which is
-appended to, ``torn`` cuts the last row in two.
+``before`` (all of it is, and it is about to get its name), ``late`` (the same, but a second passes before) and
+``after`` (it just got it). For a CSV file, which is appended to, ``torn`` cuts the last row in two.
 """
 
 import json
@@ -99,6 +99,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
     """Record steps and files, and kill where the order says."""
     from omniq import pipeline
     from omniq.export import shards
+    from omniq.run_dir import RunDir
     from omniq.stages.omniquant import OmniQuantModule
 
     out, events = Path(order["out"]).resolve(), log.with_suffix(".events")
@@ -117,7 +118,8 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
         def hook(source: Any, target: Any, **options: Any) -> None:
             path = Path(os.path.abspath(target))
             name = str(path.relative_to(out)) if path.is_relative_to(out) else ""
-            if aim in (("torn", name), ("before", name)):
+            if aim in (("torn", name), ("before", name), ("late", name)):
+                time.sleep(1 if aim[0] == "late" else 0)
                 die(source if aim[0] == "torn" else None)
             rename(source, target, **options)
             record(file=name)
@@ -147,15 +149,21 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
         record(step=(f"{module.task.name} {module.settings.schedule}", module.batches.position))
         return real_step(module, indices)
 
-    real_flush, real_save, real_calibrate, real_step = (
+    def keep_streams(folder: RunDir, streams: Any) -> None:
+        real_keep(folder, streams)
+        if aim[1:] == ("streams.safetensors",):  # or the next block would have got somewhere, sometimes
+            folder.flush()
+
+    real_flush, real_save, real_calibrate, real_keep, real_step = (
         os.fsync,
         shards.save_file,
         pipeline.calibrate,
+        RunDir.keep_streams,
         OmniQuantModule.training_step,
     )
     os.replace, os.rename, os.fsync = watched(os.replace), watched(os.rename), flush
     shards.save_file, pipeline.calibrate = save, calibrate
-    OmniQuantModule.training_step = step
+    RunDir.keep_streams, OmniQuantModule.training_step = keep_streams, step
 
 
 if __name__ == "__main__":

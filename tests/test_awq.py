@@ -271,10 +271,3 @@ def test_families_without_the_equivalence_are_refused() -> None:
     with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
         AWQ(equivalences=["up_down"]).check_family(family_of_type("opt"))
     AWQ().check_family(family_of_type("opt"))
-
-
-def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    task = tiny_task(Grid(3))
-    task.inputs[1, 3] = torch.inf
-    with pytest.raises(UserError, match=r"block/000 self_attn.q_proj: the Gram matrix is not finite; use .*32-true"):
-        fitted(AWQ(), task, tmp_path)

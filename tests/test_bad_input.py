@@ -7,13 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 from runs import QUICK, configuration, omniquant, write_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from omniq.cli import main
 from omniq.config import COMPUTE_DTYPES
@@ -72,7 +73,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--scheme.activation_range row", ["scheme.activation_range", "'token', 'tensor'", "row"]),
         ("--scheme.queries true", ["scheme.queries: 'W3A16g16' has no activation bits to give to queries; use a name"]),
         ("--stages.transform.alpha 1.5", ["omniq: alpha 1.5 is outside 0..1: 0 leaves activations alone, 1 moves all"]),
-        ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is not positive: give a rate such as 5e-3"]),
+        ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is no usable rate: give one such as 5e-3"]),
         ("--stages.transform.equivalences []", ["omniq: transform.equivalences: an empty list is not usable, choose"]),
         ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0..1: 0 leaves"]),
         ("--stages.token_weights mean", ["token_weights", "'uniform', 'relative'", "mean"]),
@@ -82,29 +83,46 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ),
         ("--data.samples 0", ["data.samples: 0 is too few; give 1 or more"]),
         ("--data.length 1", ["data.length: 1 is too few; give 2 or more"]),
-        ("--data.length 100000", ["data.source: the text is too short", "needs 200000 tokens, found ", "data.length"]),
-        ("--data.length 200", ["200 tokens exceed the model's 128 positions"]),
-        ("--evaluation.length 100000", ["evaluation.source: the text is too short", "100000 tokens, found "]),
+        ("--data.length 129", ["data.length: 129 tokens exceed the model's 128 positions: give fewer"]),
+        ("--evaluation.length 129", ["evaluation.length: 129 tokens exceed the model's 128 positions: give fewer"]),
+        (
+            "--data.source.init_args.path SHORT",
+            ["data.source: the text is too short", "needs 48 tokens, found 8", "data.length"],
+        ),
+        (
+            "--evaluation.source.init_args.path SHORT",
+            ["evaluation.source: the text is too short", "24 tokens, found 8", "evaluation.length"],
+        ),
         ("--data.source.init_args.path /no/such.txt", ["LocalText.path: '/no/such.txt' does not exist; give a file"]),
         ("--data.source.init_args.path EMPTY", ["LocalText.path: ", "is empty; give a file with text in it"]),
         ("--data.source.init_args.path BLANK", ["LocalText.path: ", "holds no text; give a file with text in it"]),
         ("--batch 0", ["batch 0 is too small: give 1 or more"]),
         ("--batch x", ["batch", "x"]),
+        ("--matmul fp16", ["matmul", "'tf32', 'ieee', 'bf16'", "fp16"]),
         ("--save_streams_every=-1", ["save_streams_every -1 is negative: give 0"]),
+        ("--export.max_shard_size 0", ["export.max_shard_size 0.0 is not usable: give gigabytes above 0, such as 5"]),
+        ("--export.max_shard_size=-1", ["export.max_shard_size -1.0 is not usable"]),
+        ("--export.max_shard_size .inf", ["export.max_shard_size inf is not usable"]),
         ("--export.format gguf9", ["export format 'gguf9' is not known: choose one of compressed-tensors"]),
         ("--model.path /no/such/model", ["model.path '/no/such/model' does not exist: give a folder"]),
         ("--model.path /no/such.gguf", ["model.path '/no/such.gguf' does not exist: give a folder"]),
         ("--model.dtype bfloat16", ["model.dtype 'bfloat16' does not go with trainer.precision", "auto"]),
         ("--trainer.precision 16-true", ["trainer.precision '16-true' would round what is learned", *COMPUTE_DTYPES]),
+        ("--trainer.precision 64-true", ["trainer.precision '64-true' is not one that omniq calibrates in: use one"]),
+        ("--trainer.num_nodes 2", ["trainer.num_nodes 2 means 2 process(es), but one was started", "--nnodes 2"]),
         ("--trainer.precision 16-mixed", ["trainer.precision '16-mixed' needs a GPU: use bf16-mixed or 32-true"]),
         ("--trainer.nothing 1", ["nothing", "not accepted"]),
         ("--trainer.accelerator abacus", ["trainer: ", "abacus", "Available names"]),
-        ("--trainer.strategy abacus", ["trainer: ", "abacus"]),
+        ("--trainer.strategy abacus", ["trainer.strategy 'abacus' does not go with omniq", "leave it out"]),
         ("--trainer.max_epochs 3", ["trainer.max_epochs 3 is decided for each block: use a stage's epochs"]),
+        ("--trainer.max_epochs 0", ["trainer.max_epochs 0 is decided for each block: use a stage's epochs"]),
         ("--trainer.max_steps 3", ["trainer.max_steps 3", "use a stage's epochs"]),
+        ("--trainer.max_steps 0", ["trainer.max_steps 0 is decided for each block: use a stage's epochs"]),
         ("--trainer.callbacks []", ["trainer.callbacks [] is decided for each block: use the callbacks section"]),
         ("--trainer.default_root_dir /x", ["trainer.default_root_dir", "use out"]),
         ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches 2", "use data.samples"]),
+        ("--trainer.limit_train_batches 0", ["trainer.limit_train_batches 0 is decided for each block: use data"]),
+        ("--trainer.limit_train_batches 0.0", ["trainer.limit_train_batches 0.0 is decided for each block"]),
         ("--trainer.accumulate_grad_batches 2", ["trainer.accumulate_grad_batches 2", "use a stage's batch_size"]),
         ("--trainer.gradient_clip_val 1.0", ["trainer.gradient_clip_val 1.0 is decided for each block"]),
         ("--trainer.fast_dev_run true", ["trainer.fast_dev_run True", "use data.samples"]),
@@ -122,10 +140,11 @@ def test_bad_options(
 ) -> None:
     (folder / "EMPTY.txt").write_text("")
     (folder / "BLANK.txt").write_text(" \n ")
+    (folder / "SHORT.txt").write_text("a word\n\n")
     (folder / "FILE").write_text("")
     (folder / "BROKEN.yaml").write_text("a: [1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    named = {"EMPTY": "EMPTY.txt", "BLANK": "BLANK.txt", "FILE/run": "FILE/run"}
+    named = {"EMPTY": "EMPTY.txt", "BLANK": "BLANK.txt", "SHORT": "SHORT.txt", "FILE/run": "FILE/run"}
     words = [
         str(folder / named.get(word, word)) if word in named or word in ("MISSING.yaml", "BROKEN.yaml") else word
         for word in options.split()
@@ -197,6 +216,15 @@ def _only_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
 
 
+def holding(name: str, value: float) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
 def retyped(model_type: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
@@ -213,12 +241,26 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
+        (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
+        (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),
         (_only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
         (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
-        (retyped("bloom"), ["model type 'bloom' is not supported: choose", *FAMILIES[0].model_types]),
-        (retyped("falcon"), ["model type 'falcon' is not supported: choose", *FAMILIES[0].model_types]),
+        (retyped("bloom"), ["'bloom' is not supported: it attends in code of its own", *FAMILIES[0].model_types]),
+        (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
     ],
-    ids=["truncated", "no weights", "no config", "broken config", "no tokenizer", "pickle", "type", "bloom", "falcon"],
+    ids=[
+        "truncated",
+        "no weights",
+        "no config",
+        "broken config",
+        "no tokenizer",
+        "large",
+        "NaN",
+        "pickle",
+        "type",
+        "bloom",
+        "falcon",
+    ],
 )
 def test_broken_models(
     change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]
@@ -237,6 +279,14 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: C
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, *rest, **more: not Path(path).is_dir() and real(path, *rest, **more))
     assert "cannot be written: no permission in" in refused()
+
+
+def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+    """Of the tiny model 18,432 codes, a byte each; 3 bits of each once more, and table, head and norm in float16."""
+    needed = 18432 + 18432 * 3 // 8 + 2 * (2 * 272 * 32 + 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    said = refused()
+    assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
 
 
 def test_full_disk(

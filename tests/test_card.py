@@ -20,7 +20,6 @@ def test_card() -> None:
         "seed": 3,
         "data": {"source": "a | b", "digest": "abc"},
         "versions": {"torch": "2.13.0"},
-        "license": "apache-2.0",
     }
     card = model_card(facts)
     assert card == model_card(dict(facts))

@@ -2,13 +2,14 @@
 """The command line: how configurations compose, and the commands beside quantize."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import yaml
 from runs import QUICK, configuration, write_config
 
-from omniq.cli import main, parse_run
+from omniq.cli import main, parse_run, quiet
 from omniq.errors import UserError
 from omniq.stages import RTN, OmniQuant
 
@@ -69,7 +70,8 @@ def test_evaluate_export_report(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["export", "--run", str(run), "--out", str(out)]) == 0
     assert main(["report", "--run", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert "held_out_loss" in shown
+    assert "relative" in shown
+    assert "…" not in shown  # no header is cut
     assert "round to nearest" in shown
     text = yaml.safe_dump({"evaluation": configuration(folder)["evaluation"]})
     (tmp_path / "text.yaml").write_text(text)
@@ -130,3 +132,81 @@ def test_export_refuses_before_it_opens_the_model(
 def test_parse_run_refuses_in_one_line(folder: Path) -> None:
     with pytest.raises(UserError, match="wbits"):
         parse_run([folder / "run.yaml"], {"scheme": {"wbits": 3}})
+
+
+def test_report_changes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a damaged record either: it is named, after what can be shown."""
+    run = tmp_path / "run"
+    args = write_config(tmp_path / "run.yaml", configuration(folder, export={"format": "none"}))
+    assert main([*args, "--out", str(run)]) == 0
+    record = run / "perplexity.json"
+    record.write_text(record.read_text().replace("1", "2"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["report", "--run", str(run)]) == 2
+    said, errors = capsys.readouterr()
+    assert "seconds" in said
+    assert f"{record}: the checksum does not match its content; run the quantize command again" in errors
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "export", "report"])
+def test_interruption(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a run is continued by the same command."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("pipeline.quantize", "evaluate.command.evaluate_checkpoint", "reopen.export_run", "reopen.show_run"):
+        monkeypatch.setattr(f"omniq.{place}", interrupt)
+    (folder / "text.yaml").write_text(yaml.safe_dump({"evaluation": configuration(folder)["evaluation"]}))
+    options = {
+        "quantize": ["--config", str(folder / "run.yaml")],
+        "evaluate": ["--config", str(folder / "text.yaml"), "--model.path", "x"],
+        "export": ["--run", "x", "--out", "y"],
+        "report": ["--run", "x"],
+    }
+    assert main([command, *options[command]]) == 130
+    continues = "; the same command continues this run" if command == "quantize" else ""
+    assert capsys.readouterr().err == f"omniq: interrupted{continues}\n"
+
+
+def test_only_own_warnings_are_said_in_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, own = logging.getLogger(), logging.getLogger("omniq")
+    monkeypatch.setattr(root, "handlers", [])  # pytest has one there
+    monkeypatch.setattr(own, "handlers", [])
+    for _ in range(2):
+        quiet()
+    own.warning("mind this")
+    logging.getLogger("omniq.models.source").warning("and this")
+    logging.getLogger("somebody.else").warning("retrying")
+    assert capsys.readouterr().err == "omniq: mind this\nomniq: and this\nretrying\n"
+    assert not root.handlers
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a: \xff\xfe", "is not UTF-8 text ("),
+        (b"", "holds no settings: give a YAML file"),
+        (b"# nothing yet\n", "holds no settings: give a YAML file"),
+        (b"- 1\n", "holds no settings: give a YAML file"),
+        (b"a:\n\t- b", "is no valid YAML (while scanning for the next token"),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_a_config_that_cannot_be_read_is_named(
+    command: str, content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    assert main([command, "--config", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"omniq: config {file} {reason}")
+    assert message.count("\n") == 1
+    with pytest.raises(UserError, match="mine.yaml"):
+        parse_run([file])

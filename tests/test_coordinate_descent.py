@@ -289,6 +289,25 @@ def test_stops_early_without_relaxed_sweeps_ahead() -> None:
     assert optimizer.converged
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_to_stop_when_converged_changes_nothing(refit: bool) -> None:
+    """Scales are refitted after the last sweep, too: a descent that is going to do so does not stop before."""
+    stopped = 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(60, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+        weight = torch.randn(8, 24, generator=generator)
+        runs = [descent(weight, x.t() @ x, Grid(2), refit_scales=refit, sweeps=6) for _ in range(2)]
+        for _ in range(6):
+            runs[0].step()
+        while not runs[1].converged:
+            runs[1].step()
+            stopped += int(runs[1].converged and int(runs[1].state[runs[1].weight]["sweep"]) < 6)
+        for mine, theirs in zip(runs[0].result()[:3], runs[1].result()[:3], strict=True):
+            assert torch.equal(mine, theirs)
+    assert (stopped == 0) == refit
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     stop=st.integers(0, 9),
@@ -372,8 +391,9 @@ def test_refuses_what_cannot_work() -> None:
     with pytest.raises(RuntimeError, match=r"call step\(\) first"):
         descent(weight, gram, Grid(3)).result()
     saved = descent(weight, gram, Grid(3)).state_dict()
-    with pytest.raises(ValueError, match=r"saved layer is \(72, 40\), this one \(72, 39\)"):
-        descent(weight[1:], gram, Grid(3)).load_state_dict(saved)
+    for other, bits, told in ((weight[1:], 3, r"\(72, 39, 3\)"), (weight, 4, r"\(72, 40, 4\)")):
+        with pytest.raises(ValueError, match=rf"saved layer .* are \(72, 40, 3\), of this one {told}"):
+            descent(other, gram, Grid(bits)).load_state_dict(saved)
 
 
 # Measured layers. Error in %: the published QuantEase (extras off, spec 10.1), and what a plain float64 implementation

@@ -212,16 +212,23 @@ def test_hub_offline_is_refused_at_once(offline, streaming, monkeypatch):
         source.documents()
 
 
-def test_hub_unreachable_names_the_way_out(monkeypatch):
+def test_hub_unreachable_names_the_way_out(monkeypatch, caplog):
     import datasets
 
     def refuse(*args: object, **kwargs: object) -> None:
+        logging.getLogger("datasets.load").warning("not there")
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise ConnectionError("Couldn't reach")
 
+    for name in ("datasets", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)  # to where caplog listens
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    levels = [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")]
     with pytest.raises(UserError, match=r"'x/y' cannot be fetched: the Hugging Face hub is unreachable; .*LocalText"):
         HubText("x/y").documents()
+    assert not caplog.records  # the one line says it
+    assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
 
 
 def test_hub_layout_in_a_folder(tmp_path, offline):

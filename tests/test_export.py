@@ -2,6 +2,8 @@
 """Checkpoints: what is written is what was optimised, and a stranger's ``from_pretrained`` computes with it."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from omniq.errors import UserError
+from omniq.evaluate import evaluate_model
 from omniq.export import FORMATS, Report, export_checkpoint, find_format, shards, verify_checkpoint
 from omniq.export.deployment import deployment
 from omniq.models.source import SourceModel
@@ -68,7 +71,10 @@ def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bo
 
     report = verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
     codes = sum(linear.codes.numel() for result in results for linear in result.linears.values())
-    assert report == Report(linears=14, codes=codes, others=7 - tied, windows=2)
+    assert report.perplexity == pytest.approx(evaluate_model(model, WINDOWS).perplexity, rel=1e-6)
+    assert replace(report, perplexity=0.0) == Report(
+        linears=14, codes=codes, others=7 - tied, windows=2, perplexity=0.0
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -152,6 +158,17 @@ def test_folder_is_complete_and_says_nothing_of_this_machine(
     assert "W4A16g32" in text["README.md"]
     again = export_checkpoint(source, results, tmp_path / "again" / "out", card=CARD)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+def test_files_have_the_mode_of_the_users_umask(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        out = export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=50_000)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o640"}
 
 
 # -- biases that the source does not have ---------------------------------------------------------------------------
@@ -254,7 +271,9 @@ def test_unsupported_schemes_are_refused_by_name(
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj is on Grid\(bits=3.*holds one grid"):
         export_checkpoint(source, mixed, tmp_path / "out", card=CARD)
     large = BlockResult(results[0].linears, {**results[0].tensors, "input_layernorm.weight": torch.full((64,), 1e6)})
-    with pytest.raises(UserError, match=r"layers\.0\.input_layernorm\.weight holds values beyond torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"layers\.0\.input_layernorm\.weight holds values beyond scheme.dtype float16: set"
+    ):
         export_checkpoint(source, [large, results[1]], tmp_path / "out", card=CARD)
     assert not (tmp_path / "out").exists()
 

@@ -61,12 +61,12 @@ def test_what_a_killed_process_leaves_is_put_right(
     out = export_checkpoint(source, results, place / "out", card=CARD)
     before = contents(out)
     out.rename(place / ".out.previous")  # killed between the two renames, the new one still beside
-    shutil.copytree(place / ".out.previous", place / "out.partial")
+    shutil.copytree(place / ".out.previous", place / ".out.partial")
     check_output(out)
     assert contents(out) == before
     assert [path.name for path in place.iterdir()] == ["out"]
     shutil.copytree(out, place / ".out.previous")  # killed after both
-    (place / "out.partial").mkdir()
+    (place / ".out.partial").mkdir()
     export_checkpoint(source, results, out, card=CARD)
     assert contents(out) == before
     assert [path.name for path in place.iterdir()] == ["out"]
@@ -90,7 +90,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     else:
         monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", rust)
     place = tmp_path / "place"
-    with pytest.raises(UserError, match=r"cannot write .*place/out\.partial.*: No space left on device.*; free space"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*place/\.out\.partial.*: No space left on device.*; free space"
+    ):
         export_checkpoint(source, results, place / "out", card=CARD)
     assert not list(place.iterdir())
 
@@ -105,7 +107,7 @@ def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResu
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
@@ -116,6 +118,14 @@ def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_pa
         export_checkpoint(source, killed_at([], 0), tmp_path / "file", card=CARD)
     with pytest.raises(UserError, match="holds something that omniq did not export"):
         export_checkpoint(source, killed_at([], 0), source.folder, card=CARD)
-    with pytest.raises(UserError, match=r"needs 1,000,000,000,000,000,000 bytes and the disk has"):
-        check_output(tmp_path / "out", 10**18)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_the_user_beside_an_export_stays(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    mine = tmp_path / "place/out.partial/mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    export_checkpoint(source, results, tmp_path / "place/out", card=CARD)
+    assert mine.read_text() == "mine"

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.files import CorruptFile, atomic_write, load_state, load_tensors, save_state, save_tensors
+from omniq.files import CorruptFile, atomic_write, load_state, load_tensors, others_writing, save_state, save_tensors
+from omniq.ownership import check_writable
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, Outliers, QuantizedLinear, deploy
-from omniq.run_dir import RunDir, check_writable
+from omniq.run_dir import RunDir
 from omniq.streams import Streams
 
 DTYPES = (
@@ -122,6 +123,35 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_filesystem_that_became_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the half file cannot be removed either, which must not hide why."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path / 'file'}: Read-only file system; free the disk"):
+        atomic_write(tmp_path / "file", b"new")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_others_on_a_disk_that_takes_no_more(tmp_path: Path, number: int, wrapped: bool) -> None:
+    error, outer = OSError(number, os.strerror(number)), ValueError("you tried to log 1.0")
+    outer.__cause__ = error  # as TensorBoard's logger does
+    said = f"cannot write into {tmp_path}: {os.strerror(number)}; free the disk"
+    with pytest.raises(UserError, match=said), others_writing(tmp_path):
+        raise outer if wrapped else error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no"), UserError("as it was")])
+def test_other_errors_of_others_are_theirs(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error.args[-1])) as caught, others_writing(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_parts_are_joined_and_replaced(tmp_path: Path) -> None:
@@ -234,16 +264,6 @@ def test_run_directory_keeps_streams_and_records(tmp_path: Path, caplog: pytest.
             assert folder.load_record("x.json") is None
             assert not (tmp_path / "run/x.json").exists()
             assert "x.json: the checksum does not match its content; removed" in caplog.messages[-1]
-
-
-def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
-    with RunDir(tmp_path):
-        pass
-    leftovers = [tmp_path / ".streams.safetensors.partial", tmp_path / "blocks/.000.safetensors.partial"]
-    for path in leftovers:
-        path.write_bytes(b"half")
-    with RunDir(tmp_path):
-        assert not any(path.exists() for path in leftovers)
 
 
 def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,21 @@ def test_widths() -> None:
         Grid(4, 16).check_width(50, "x")
 
 
+@given(st.lists(st.integers(1, 40).map(lambda n: 16 * n), min_size=1, max_size=4), st.integers(1, 200))
+@settings(max_examples=50)
+def test_group_sizes_that_are_offered_fit_everywhere(widths: list[int], size: int) -> None:
+    """SmolLM2-135M, say: 576 inputs, but 1536 in ``down_proj``."""
+    if all(width % size == 0 for width in widths):
+        return
+    offending = next(width for width in widths if width % size)
+    with pytest.raises(UserError) as caught:
+        Grid(4, size).check_width(offending, "x", widths)
+    text = str(caught.value)
+    offered = [int(number) for number in text.partition(" are ")[2].partition(", or -1")[0].split(", ")]
+    assert offered == [n for n in range(16, min(widths) + 1, 16) if all(width % n == 0 for width in widths)]
+    assert ("that do so everywhere are" in text) == any(w % offending for w in widths)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

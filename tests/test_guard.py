@@ -11,14 +11,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from plain_omniquant import Plain, Rates, assert_losses
-from stages import Stop, fit, losses, tiny_task
+from runs import omniquant, write_run
+from stages import Stop, fit, losses, on_cuda, tiny_task
+from test_let import task_of
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from omniq.cli import main
+from omniq.errors import UserError
+from omniq.fit import check_deployable
 from omniq.quantizers.grid import Grid
-from omniq.stages import OmniQuant
+from omniq.result import BlockResult
+from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.base import BlockTask
 from omniq.stages.omniquant import OmniQuantModule
+from omniq.transforms.let import LET
 
 
 class Broken(OmniQuantModule):
@@ -90,14 +96,7 @@ def test_guard_goes_back_under_a_captured_step_as_under_an_eager_one(tmp_path: P
     """The graph of the bad passes reads moments and a rate that are not the optimizer's any more."""
     found = []
     for graph in (False, True):
-        task = tiny_task(Grid(3, 16))
-        task.block.cuda()
-        task = replace(
-            task,
-            inputs=task.inputs.cuda(),
-            targets=task.targets.cuda(),
-            kwargs=tree_map_only(Tensor, Tensor.cuda, task.kwargs),
-        )
+        task = on_cuda(tiny_task(Grid(3, 16)))
         module = OmniQuant(epochs=6).module(task)
         folder = tmp_path / str(graph)
         fit(module, folder, Captured(graph), Poison(7), accelerator="gpu", devices=1)
@@ -150,3 +149,81 @@ def test_guard_survives_a_resume(tmp_path: Path, bad: set[int], killed_at: int) 
     assert (parts / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
     for name, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
+
+
+class Overflow(Callback):
+    """Moves something learned so far, at the end of the last pass, that float16 cannot store what comes of it."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name, value in module.named_parameters():
+            if self.part in name:
+                value.data.fill_(-12.0 if "log_scale" in name else 12.0)
+
+
+def halved(task: BlockTask) -> BlockTask:
+    """To be deployed in float16."""
+    return replace(task, grid=Grid(4))
+
+
+def test_what_cannot_be_stored_falls_back_to_the_start(tmp_path: Path) -> None:
+    """Finite in training, in float32; the norm that a tiny scale divides is not, in float16."""
+    task, start = (halved(task_of("opt")) for _ in range(2))
+    for each in (task, start):
+        each.block.get_submodule("self_attn_layer_norm").weight[0] = 3000.0
+    expected = OmniQuant(transform=LET()).module(start).finish()
+    before = task.run(task.inputs)
+    fit(OmniQuant(epochs=1, transform=LET()).module(task), tmp_path, Overflow("self_attn_layer_norm/log_scale"))
+    assert task.notes["guard"] == (
+        "self_attn_layer_norm.weight is not finite in torch.float16: kept the initial grid and transform"
+    )
+    assert task.result is not None
+    assert task.result.unstorable(torch.float16) is None
+    for name, value in expected.dequantized().items():
+        assert torch.equal(task.result.dequantized()[name], value)
+    assert (task.run(task.inputs) - before).norm() < 1e-5 * before.norm()  # fused is what was kept
+
+
+def test_learned_rounding_falls_back_too(tmp_path: Path) -> None:
+    task = halved(tiny_task(Grid(4)))
+    fit(GPTQ().module(task), tmp_path / "first")
+    fit(LearnedRounding(epochs=1).module(task), tmp_path / "second", Overflow("norms.input_layernorm"))
+    assert (
+        task.notes["guard"]
+        == "input_layernorm.weight is not finite in torch.float16: kept the codes of the stage before"
+    )
+
+
+def test_stages_with_no_start_say_so() -> None:
+    with pytest.raises(
+        UserError, match="block 0: GPTQ met values that are not finite, and has no start to return to: "
+    ):
+        GPTQ().module(tiny_task(Grid(3))).abandon()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "summary", "words"),
+    [
+        ({"norm.weight": torch.tensor([1.0, 1e5])}, {}, "block 7: norm.weight is not finite in torch.float16: set"),
+        ({}, {"loss": math.nan}, "block 7: what it computes is not finite: give another trainer.precision"),
+        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: what it computes is not finite"),
+    ],
+)
+def test_a_block_that_is_not_finite_is_refused(tensors: dict, summary: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_deployable(7, BlockResult({}, tensors, summary), torch.float16)
+    check_deployable(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
+
+
+def test_it_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that another attempt does not take it for finished."""
+    args = write_run(tmp_path, "opt", scheme={"name": "W4A8"}, stages=[omniquant(transform={})], evaluation=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("omniq.pipeline._mean_squares", lambda *_: (math.nan, 1.0))
+        assert main([*args, "--export.format", "none"]) == 2
+    said = capsys.readouterr().err
+    assert "omniq: block 0: what it computes is not finite" in said
+    assert not (tmp_path / "run/blocks/000.safetensors").exists()
+    assert main([*args, "--export.format", "none"]) == 0

@@ -3,9 +3,10 @@
 
 The published code overflows at 8 bits, where steps are small. Here one token of each sample carries values of thousands
 into the block, and one channel of the MLP makes more of them. The Trainer's own float16 needs a GPU; its plugin with a
-gradient scaler for the CPU does not.
+gradient scaler for the CPU does not. Layer-wise stages compute in float32 all the same.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from stages import fitted, losses
 from tiny import tiny_block
 
+from omniq.kernels.layer_problem import matmul_precision
 from omniq.models.families import family_of_type
+from omniq.quantizers.clipping import Searched
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.scheme import Activations
-from omniq.stages.base import BlockTask
+from omniq.stages import AWQ, GPTQ, RTN, QuantEase, SpQR
+from omniq.stages.base import BlockTask, Stage
 from omniq.stages.omniquant import OmniQuant
+from omniq.stages.statistics import gram_of, power_of
 from omniq.streams import call_block
 from omniq.transforms.let import LET
 
@@ -67,3 +72,63 @@ def test_massive_activations_stay_finite(family: str, precision: Any, bits: int,
     assert scaler is None or scaler.get_scale() >= 1  # measured 32 to 65536: steps were taken
     assert task.result is not None
     assert all(value.isfinite().all() for value in task.result.dequantized().values())
+
+
+STAGES: dict[str, tuple[Callable[[], Stage], ...]] = {
+    "GPTQ": (GPTQ,),
+    "QuantEase": (lambda: QuantEase(sweeps=4),),
+    "from GPTQ": (lambda: QuantEase(sweeps=4, start="gptq", token_weights="relative", refit_scales=True),),
+    "Algorithm 3": (lambda: QuantEase(sweeps=4, outliers=3, outlier_method="algorithm3"),),
+    "on a grid": (lambda: RTN(clipping=Searched("gram")), lambda: QuantEase(sweeps=4)),
+    "SpQR": (SpQR,),
+    "AWQ": (lambda: AWQ(candidates=4),),
+    "RTN": (lambda: RTN(clipping=Searched("gram")),),
+}
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES.keys())
+def test_layer_wise_stages_are_not_rounded(
+    stages: tuple[Callable[[], Stage], ...], family: str, precision: Any, tmp_path: Path
+) -> None:
+    """Only the block is: the Trainer's precision changes neither codes nor errors."""
+    half = precision == "16-mixed"
+    found = []
+    for mixed in (False, True):
+        task = massive_task(family, 3, False, torch.float16 if half else torch.bfloat16)
+        task.activations = Activations()
+        plugin = MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu") if half else None)
+        task.precision = plugin.forward_context if mixed else task.precision
+        for number, stage in enumerate(stages):
+            folder = tmp_path / f"{mixed}{number}"
+            fitted(stage(), task, folder, plugins=[plugin] if mixed else [])
+        assert task.result is not None
+        assert "guard" not in task.notes
+        found.append((task.result.linears, (folder / "losses.csv").read_text()))
+    (plain, errors), (mixed_, mixed_errors) = found
+    assert errors == mixed_errors
+    for name, linear in plain.items():
+        for part in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(linear, part), getattr(mixed_[name], part)), (name, part)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_matrices_under_autocast(dtype: torch.dtype, weighted: bool, device: str) -> None:
+    """Entries beyond the range of float16, to the precision of float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)
+    tokens = torch.rand(200, generator=generator) + 0.5 if weighted else None
+    wide = x.double() if tokens is None else x.double() * tokens.double().sqrt().unsqueeze(1)
+    expected = wide.t() @ wide
+    given = None if tokens is None else tokens.to(device)
+    for low in (torch.float16, torch.bfloat16):
+        with torch.autocast(device, low), matmul_precision("float32", torch.device(device)):
+            gram = gram_of(x.to(device), given)
+            power = power_of(weight.to(device), gram)
+        assert gram.dtype == power.dtype == torch.float32
+        torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+        carried = (weight.double() @ expected * weight.double()).sum()
+        torch.testing.assert_close(power.cpu().double(), carried, rtol=1e-5, atol=0)

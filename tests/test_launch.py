@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Trainer is told of the processes that a launcher has started, and what is refused."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from omniq import processes
 from omniq.errors import UserError
@@ -16,6 +18,7 @@ from omniq.preflight import check_shares
     [
         ({}, {}, {"devices": 1}),
         ({}, {"devices": 2}, {}),
+        ({}, {"strategy": "ddp"}, {"devices": 1}),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, {"devices": "auto"}, {"devices": 4}),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"num_nodes": 1}, {"devices": 2, "num_nodes": 2}),
         ({"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, {}, {"devices": 3, "num_nodes": 2}),
@@ -31,15 +34,21 @@ def test_the_launcher_decides(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     found = launch_arguments(given)
-    strategy = found.pop("strategy", None)
+    strategy = found.pop("strategy", "auto")
     assert found == expected
     assert isinstance(strategy, BlockParallel) == (len(environment) > 0 and "devices" in found and found["devices"] > 1)
+    assert isinstance(strategy, BlockParallel) or strategy == "auto"
 
 
 def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with several processes.*leave it out"):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
         launch_arguments({"strategy": "fsdp"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for strategy in ("fsdp", SingleDeviceStrategy("cpu")):
+        with pytest.raises(UserError, match="trainer.strategy .* does not go with several processes.*leave it out"):
+            launch_arguments({"strategy": strategy})
 
 
 def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +58,24 @@ def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
         join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "asked", "start"),
+    [
+        (2, 1, "trainer.devices 2 means 2", "torchrun --nproc-per-node 2 -m"),
+        (1, 2, "trainer.num_nodes 2 means 2", "torchrun --nnodes 2 --nproc-per-node 1 -m"),
+        (4, 2, "trainer.num_nodes 2 of 4 devices means 8", "torchrun --nnodes 2 --nproc-per-node 4 -m"),
+    ],
+)
+def test_processes_that_nobody_has_started(
+    monkeypatch: pytest.MonkeyPatch, devices: int, nodes: int, asked: str, start: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    trainer: Any = SimpleNamespace(num_devices=devices, num_nodes=nodes)
+    with pytest.raises(UserError) as caught:
+        join(trainer, {"devices": devices, "num_nodes": nodes})
+    assert str(caught.value).startswith(f"{asked} process(es), but one was started: run {start} ")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages that solve each layer from its Gram matrix: GPTQ and QuantEase, as stages of a run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from killing import Attempts
-from runs import omniquant, outcome, write_run
+from runs import configuration, omniquant, outcome, write_config, write_run
 from stages import Stop, fit, fitted, tiny_task
 from torch import Tensor
 
@@ -18,9 +19,9 @@ from omniq.errors import UserError
 from omniq.quantizers.clipping import MinMax
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
-from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase
+from omniq.stages import AWQ, GPTQ, RTN, LearnedRounding, OmniQuant, QuantEase, SmoothQuant, SpQR
 from omniq.stages.base import BlockTask, Stage
-from omniq.stages.gram import GramModule, gram_of
+from omniq.stages.gram import GramModule
 
 GRID = Grid(3, 16)
 
@@ -79,8 +80,8 @@ def test_descent_beats_gptq_beats_rounding(tmp_path: Path) -> None:
         assert result is not None
         x = first_inputs(task)
         errors[name] = sum(error(task, result.linears[each], each, x) for each in task.family.inputs[0])
-    assert errors["gptq"] < 0.9 * errors["rtn"]  # measured 0.45
-    assert errors["qe"] < 0.9 * errors["rtn"]
+    assert errors["gptq"] < 0.9 * errors["rtn"]  # measured 0.86
+    assert errors["qe"] < 0.97 * errors["gptq"]  # measured 0.93
 
 
 def test_later_groups_see_earlier_ones_quantized(tmp_path: Path) -> None:
@@ -98,16 +99,18 @@ def test_later_groups_see_earlier_ones_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{"act_order": True}, {"start": "gptq"}, {"start": "nearest"}, {"refit_scales": True}]
 )
-def test_options_do_not_raise_the_error(tmp_path: Path, options: dict[str, Any]) -> None:
-    plain, changed = tiny_task(GRID, samples=8), tiny_task(GRID, samples=8)
-    x = first_inputs(plain)
-    before = fitted(RTN(), plain, tmp_path / "rtn").task.result
-    after = fitted(QuantEase(sweeps=8, clipping=MinMax(), **options), changed, tmp_path / "qe").task.result
-    assert before is not None
-    assert after is not None
-    for name in plain.family.inputs[0]:
-        assert error(changed, after.linears[name], name, x) < error(plain, before.linears[name], name, x)
-        assert torch.equal(after.linears[name].scale.half().float(), after.linears[name].scale.float())
+def test_options_do_something_and_do_not_raise_the_error(tmp_path: Path, options: dict[str, Any]) -> None:
+    tasks = [tiny_task(GRID, samples=8) for _ in range(3)]
+    x = first_inputs(tasks[0])
+    stages = (RTN(), *(QuantEase(sweeps=8, clipping=MinMax(), **given) for given in ({}, options)))
+    for number, (task, method) in enumerate(zip(tasks, stages, strict=True)):
+        fitted(method, task, tmp_path / str(number))
+    nearest, plain, changed = (task.result.linears for task in tasks if task.result is not None)
+    for name in tasks[0].family.inputs[0]:
+        assert error(tasks[2], changed[name], name, x) < error(tasks[0], nearest[name], name, x)
+        assert torch.equal(changed[name].scale.half().float(), changed[name].scale.float())
+        assert torch.equal(changed[name].scale, plain[name].scale) != ("refit_scales" in options)
+    assert any(not torch.equal(changed[name].codes, plain[name].codes) for name in tasks[0].family.inputs[0])
 
 
 def test_descent_refines_the_grid_that_was_learned(tmp_path: Path) -> None:
@@ -213,35 +216,16 @@ def test_errors_of_every_sweep_are_logged(tmp_path: Path) -> None:
         assert sum(f",{name}/recon_error," in row for row in rows) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_accumulates_in_float32(dtype: torch.dtype) -> None:
-    x = (100 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))).to(dtype)
-    gram = gram_of(x)
-    reference = x.double().t() @ x.double()
-    assert gram.dtype == torch.float32
-    assert torch.allclose(gram.double(), reference, rtol=1e-5, atol=1e-5 * reference.abs().max())  # measured 2e-7
-
-
-def test_a_gram_matrix_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    task = tiny_task(GRID, samples=4)
-    task.inputs[2, 3] = torch.inf
-    with pytest.raises(UserError, match=r"block/000 self_attn.q_proj: .* 1 of 4 samples"):
-        fitted(GPTQ(), task, tmp_path)
-
-
-def test_too_few_tokens_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fitted(GPTQ(), tiny_task(GRID, samples=1), tmp_path)
-    assert "self_attn.q_proj: 12 tokens for 32 inputs" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"sweeps": 0}, "sweeps 0"),
         ({"outliers": 51}, "outliers 51 .* 0 to 50 per cent"),
         ({"outliers": -1}, "outliers -1"),
-        ({"damping": 1.5}, "damping 1.5"),
-        ({"start": "gptq", "outliers": 1, "outlier_method": "algorithm3"}, "start 'gptq'"),
+        *[
+            ({"start": start, "outliers": 1, "outlier_method": "algorithm3"}, f"start '{start}' .* use 'weights'")
+            for start in ("nearest", "gptq", "previous")
+        ],
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:
@@ -251,15 +235,43 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: s
 
 @pytest.mark.parametrize("settings", [{"start": "previous"}, {"grid": "previous"}])
 def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) -> None:
-    run: Any = type("", (), {"stages": [QuantEase(**settings)]})
     with pytest.raises(UserError, match="'previous' refines the codes of the stage before it, and there is none"):
-        Run.check(run)
+        check(QuantEase(**settings))
 
 
-@pytest.mark.parametrize("settings", [{}, {"grid": "clipping", "start": "previous"}])
-def test_refining_codes_without_their_outliers_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="the codes of QuantEase without the outliers"):
-        QuantEase(**settings).check([QuantEase(outliers=1.0)])
+def check(*stages: Stage) -> None:
+    """As a run does with its list."""
+    Run.check(type("", (), {"stages": list(stages), "batch": 1, "blocks": None, "save_streams_every": 0}))  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "stage", [QuantEase(), QuantEase(start="previous", grid="clipping"), QuantEase(start="previous"), LearnedRounding()]
+)
+@pytest.mark.parametrize("before", [QuantEase(outliers=1.0), SpQR()])
+def test_refining_codes_without_their_outliers_is_refused(before: Stage, stage: Stage) -> None:
+    names = [type(each).__name__ for each in (stage, before)]
+    with pytest.raises(UserError, match="{} would refine the codes of {} without the outliers".format(*names)):
+        check(before, stage)
+
+
+@pytest.mark.parametrize("start", ["weights", "nearest", "gptq"])
+@pytest.mark.parametrize(
+    "before",
+    [[GPTQ()], [QuantEase()], [SpQR(threshold=0, scale_bits=0, zero_bits=0)], [RTN(), LearnedRounding()]],
+    ids=lambda before: type(before[-1]).__name__,
+)
+def test_keeping_only_the_grid_of_chosen_codes_is_refused(before: list[Stage], start: Any) -> None:
+    name = type(before[-1]).__name__
+    told = f"QuantEase with start '{start}' would keep the grid of {name} and lose the codes .* set start to 'previous'"
+    with pytest.raises(UserError, match=told):
+        check(*before, QuantEase(start=start))
+    check(*before, QuantEase(start="previous"))
+
+
+@pytest.mark.parametrize("before", [RTN(), OmniQuant(), SmoothQuant(), AWQ()], ids=lambda stage: type(stage).__name__)
+def test_a_grid_or_a_transform_may_be_all_that_is_kept(before: Stage) -> None:
+    check(before, QuantEase())
+    check(before, QuantEase(start="previous"))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +280,7 @@ def test_refining_codes_without_their_outliers_is_refused(settings: dict[str, An
 def test_losing_what_a_stage_has_found_is_refused(stages: list[Stage]) -> None:
     names = [type(each).__name__ for each in stages]
     with pytest.raises(UserError, match=f"{names[1]} starts from the weights and would lose what {names[0]} before it"):
-        Run.check(type("", (), {"stages": stages}))  # type: ignore[arg-type]
+        check(*stages)
 
 
 def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,8 +293,15 @@ def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: 
 
 
 def test_outliers_are_saved_and_evaluated_from_disk(tmp_path: Path) -> None:
-    args = write_run(tmp_path, stages=[stage("QuantEase", sweeps=2, outliers=2.0)], export={"format": "omniq"})
-    assert main(args) == 0
+    """By another command, on the exported folder alone: as the run has measured its block results."""
+    stages, scheme = [stage("QuantEase", sweeps=2, outliers=2.0)], {"name": "W3A16g16", "dtype": "float32"}
+    assert main(write_run(tmp_path, stages=stages, scheme=scheme, export={"format": "omniq"})) == 0
+    measured = json.loads((tmp_path / "run" / "perplexity.json").read_text())["models"]["omniq"]["perplexity"]
+    text = write_config(tmp_path / "text.yaml", {"evaluation": configuration(tmp_path)["evaluation"]})[1:]
+    model = ["--model.path", str(tmp_path / "run" / "model"), "--device", "cpu", "--out", str(tmp_path / "again.json")]
+    assert main(["evaluate", *text, *model]) == 0
+    (again,) = json.loads((tmp_path / "again.json").read_text())["results"].values()
+    assert again["perplexity"] == pytest.approx(measured, rel=1e-5)
     result = BlockResult.load(tmp_path / "run" / "blocks" / "000.safetensors")
     assert all(linear.outliers is not None for linear in result.linears.values())
     model = load(tmp_path / "run")

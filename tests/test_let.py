@@ -26,6 +26,7 @@ from omniq.stages.base import BlockTask
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.stages.transform import input_ranges
 from omniq.streams import call_block
+from omniq.transforms import let
 from omniq.transforms.initial import smooth_scale
 from omniq.transforms.let import LET
 
@@ -169,14 +170,38 @@ def test_selection_of_equivalences() -> None:
     assert "up_down" not in LET().equivalences
 
 
+@pytest.mark.parametrize("given", [Activations(), Activations(4)])
+def test_a_scale_that_changes_nothing_is_off_and_said(given: Activations, caplog: pytest.LogCaptureFixture) -> None:
+    """Between queries and keys that nothing quantizes; where that leaves nothing to learn, it is refused."""
+    let._tell_once.cache_clear()
+    module = OmniQuant(transform=LET()).module(task_of(activations=given))
+    assert module.moves is not None
+    assert module.moves
+    assert not [name for name in module.moves if name.startswith("self_attn/q_proj")]
+    assert "no scale between queries and keys: it changes nothing where both stay at 16 bits" in caplog.text
+    only = LET(equivalences=["query_key"])
+    assert OmniQuant(transform=only).module(task_of(activations=given)).moves is None
+    with pytest.raises(UserError, match="OmniQuant has nothing to learn: a scale between queries and keys .* add norm"):
+        OmniQuant(transform=only, clipping=MinMax()).module(task_of(activations=given))
+
+
+@pytest.mark.parametrize("given", [Activations(4, 4), Activations(4, 16, 4)])
+def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
+    module = OmniQuant(transform=LET()).module(task_of(activations=given))
+    assert module.moves is not None
+    assert "self_attn/q_proj/log_scale" in module.moves
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"alpha": 1.5}, "alpha 1.5 is outside 0..1"),
         ({"alpha": -0.1}, "alpha -0.1 is outside 0..1"),
-        ({"lr": 0.0}, "transform.lr 0.0 is not positive: give a rate such as 5e-3"),
+        ({"lr": 0.0}, "transform.lr 0.0 is no usable rate: give one such as 5e-3"),
+        ({"lr": 50.0}, "transform.lr 50.0 is no usable rate: give one such as 5e-3"),
         ({"equivalences": []}, "transform.equivalences: an empty list is not usable, choose from norm, value_output"),
         ({"equivalences": ["down"]}, "transform.equivalences: 'down' is not usable"),
+        ({"equivalences": ["norm", "norm"]}, "transform.equivalences: 'norm' is there more than once: give each once"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:

@@ -47,8 +47,8 @@ def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> Non
     folder = save_tiny(tmp_path)
     config = folder / "config.json"
     good = config.read_text()
-    edit_json(config, model_type="bloom")
-    refused(folder, "model type 'bloom' is not supported: choose a model of type llama, mistral, qwen2, qwen3, opt")
+    edit_json(config, model_type="mamba")
+    refused(folder, "model type 'mamba' is not supported: choose a model of type llama, mistral, qwen2, qwen3, opt")
     config.write_text("{}")
     refused(folder, "model type None is not supported")
     config.write_text(good)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain_omniquant import Plain, Rates, assert_losses
-from stages import fit, fitted, losses, tiny_task
+from stages import Stop, fit, fitted, losses, on_cuda, tiny_task
 from torch import Tensor
 
 from omniq.quantizers.clipping import LWC, MinMax, Searched
@@ -142,6 +142,23 @@ def test_cosine_schedule(tmp_path: Path) -> None:
     assert rates.seen == pytest.approx(expected, rel=1e-9)
     assert_losses(losses(tmp_path), plain.train(THREE_EPOCHS, expected))
     plain.assert_equals(module)
+
+
+@pytest.mark.gpu
+def test_a_resumed_fit_keeps_to_the_schedule_on_a_gpu(tmp_path: Path) -> None:
+    """The rate of the checkpoint comes from the CPU; a captured step reads it on the device, or never again."""
+    stage, whole, parts = OmniQuant(epochs=6, schedule="cosine"), tmp_path / "whole", tmp_path / "parts"
+    cuda = {"accelerator": "gpu", "devices": 1}
+    expected = fit(stage.module(on_cuda(tiny_task(Grid(3, 16)))), whole, **cuda)
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        fit(stage.module(on_cuda(tiny_task(Grid(3, 16)))), parts, Stop(10), **cuda)
+    found = fit(stage.module(on_cuda(tiny_task(Grid(3, 16)))), parts, resume=True, **cuda)
+    for group in found.trainer.optimizers[0].param_groups:
+        assert group["lr"].device.type == "cuda"
+        assert float(group["lr"]) < 1e-8
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+    for name, value in expected.state_dict().items():  # under a rate that stays they are 1e-2 off
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=2e-3)
 
 
 def test_shuffled_order(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_support_has_exactly_its_count(
     mask = choose_support(weight, fraction, by=by, structured=structured, importance=importance, grid=Grid(3))
     chosen = mask.any(0).sum() if structured else mask.sum()
     assert int(chosen) == count_of((outputs, inputs), fraction, structured)
+    assert bool(mask.any()) == (fraction > 0)  # a share of a narrow layer that rounds to nothing is one
     assert not structured or torch.equal(mask, mask.any(0).expand_as(mask))
     if by == "magnitude" and not structured and mask.any():
         assert weight.abs()[mask].min() >= weight.abs().masked_fill(mask, 0).max()

@@ -2,15 +2,19 @@
 """Whole runs on tiny models of every family: what they leave on disk, and that the checkpoint is what was optimised."""
 
 import csv
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from runs import QUICK, SMALL, configuration, omniquant, write_config, write_run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import VOCAB_SIZE
 from torch import Tensor
@@ -150,7 +154,10 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
 
 
 def test_losses_on_disk(tmp_path: Path) -> None:
-    """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary."""
+    """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary.
+
+    The last stage also has what became of the block, on calibration and on held-out samples.
+    """
     stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
     assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
     run = tmp_path / "run"
@@ -164,7 +171,8 @@ def test_losses_on_disk(tmp_path: Path) -> None:
     assert [list(row.values())[:4] for row in rows] == [
         ["OmniQuant", str(step + 1), str(step // 3), "loss"] for step in range(9)
     ]
-    assert [row["pass"] for row in rows_of(run, "001.1.csv")] == ["0", "0", "1", "1"]  # batches of two of three samples
+    *steps, deployed, held_out = rows_of(run, "001.1.csv")
+    assert [row["pass"] for row in steps] == ["0", "0", "1", "1"]  # batches of two of three samples
     events = EventAccumulator(str(run / "tensorboard/001.0"))
     events.Reload()
     assert events.Tags()["scalars"] == ["block/001/loss"]
@@ -174,9 +182,79 @@ def test_losses_on_disk(tmp_path: Path) -> None:
     assert [event.value for event in logged] == pytest.approx(values, rel=1e-6)
     assert all(value == float(torch.tensor(value)) for value in values)  # written so that they read back exactly
     mean = BlockResult.load(run / "blocks/001.safetensors").summary
-    last = [float(row["value"]) for row in rows_of(run, "001.1.csv")[-2:]]
+    last = [float(row["value"]) for row in steps[-2:]]
     assert mean["OmniQuant 2.loss.last"] == pytest.approx(sum(last) / 2)
     assert mean["OmniQuant 1.loss.first"] == pytest.approx(sum(values[:3]) / 3)
+    assert list(deployed.values()) == ["OmniQuant", "4", "1", "deployed_loss", repr(mean["loss"])]
+    assert list(held_out.values()) == ["OmniQuant", "4", "1", "held_out_loss", repr(mean["held_out_loss"])]
+    events = EventAccumulator(str(run / "tensorboard/001.1"))
+    events.Reload()
+    assert events.Tags()["scalars"] == [f"block/001/{name}" for name in ("loss", "deployed_loss", "held_out_loss")]
+    (event,) = events.Scalars("block/001/held_out_loss")
+    assert (event.step, event.value) == (4, pytest.approx(mean["held_out_loss"], rel=1e-6))
+
+
+def test_losses_of_a_stage_without_steps(tmp_path: Path) -> None:
+    """Rounding tracks nothing; its blocks have losses all the same. Without held-out samples there is one."""
+    for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
+        data = configuration(tmp_path)["data"] | {"held_out": held_out}
+        stages = [{"class_path": "omniq.stages.RTN"}]
+        out = tmp_path / f"run{held_out}"
+        assert main([*write_run(tmp_path, model=SMALL, stages=stages, data=data, **QUICK), "--out", str(out)]) == 0
+        for number in ("000", "001"):
+            summary = BlockResult.load(out / f"blocks/{number}.safetensors").summary
+            found = {row["name"]: float(row["value"]) for row in rows_of(out, f"{number}.0.csv")}
+            assert found == {name: summary[name.removeprefix("deployed_")] for name in names}
+
+
+@pytest.mark.parametrize("interrupted", [1, 6, 7, 11])
+def test_seconds_of_a_block_add_up_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    """On a clock that advances ten seconds a step; what was lost since the last save is not counted."""
+    now, seen, track = [0.0], [0], BlockModule.track
+
+    def step(module: BlockModule, name: str, value: Tensor) -> None:
+        seen[0] += 1
+        if seen[0] == interrupted:
+            raise ZeroDivisionError
+        now[0] += 10.0
+        track(module, name, value)
+
+    monkeypatch.setattr("omniq.stopwatch.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(BlockModule, "track", step)
+    args = write_run(tmp_path, model=SMALL, stages=[omniquant(transform={"alpha": 0.5}), omniquant()], **QUICK)
+    with pytest.raises(ZeroDivisionError):
+        main(args)
+    assert main(args) == 0
+    assert [result.summary["seconds"] for result in blocks_of(tmp_path / "run")] == [120.0, 120.0]
+
+
+@pytest.mark.parametrize("moment", ["save", "finalize", "log_metrics", "held_out_loss"])
+def test_a_disk_that_fills_up_while_a_logger_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """One line, and the same command goes on when there is room again."""
+    args = write_run(tmp_path, model=SMALL, **QUICK)
+    write = getattr(TensorBoardLogger, "log_metrics" if moment == "held_out_loss" else moment)
+
+    def full(logger: TensorBoardLogger, *given: Any) -> None:
+        if moment != "held_out_loss" or "block/001/held_out_loss" in given[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(logger, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardLogger, write.__name__, full)
+        assert main(args) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"omniq: cannot write into {tmp_path / 'run'}")
+    assert "No space left on device; free the disk or choose another folder" in said
+    assert said.count("\n") == 1
+    assert main(args) == 0
+    assert [row["name"] for row in rows_of(tmp_path / "run", "001.0.csv")] == 6 * ["loss"] + [
+        "deployed_loss",
+        "held_out_loss",
+    ]
 
 
 def test_summary_and_card(tmp_path: Path) -> None:
@@ -232,6 +310,20 @@ def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: p
             main(args)
     assert [path.name for path in (tmp_path / "run/blocks").glob("*.safetensors")] == ["000.safetensors"]
     assert main(args) == 0
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block is named before anything is calibrated on what it computes."""
+    args = write_run(tmp_path, model=SMALL, **QUICK)
+    weights = tmp_path / "source/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "model.layers.1: the full-precision model puts out NaN or infinity here: get its weights again" in said
+    assert sorted(path.name for path in (tmp_path / "run/blocks").iterdir()) == ["000.0.csv", "000.safetensors"]
 
 
 def test_from_python(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pair import Pair
 from runs import SMALL, configuration, omniquant, write_run
+from safetensors.torch import load_file, save_file
 
 from omniq import processes
 from omniq.cli import main
@@ -27,11 +28,13 @@ RTN = {"class_path": "omniq.stages.RTN", "init_args": {"clipping": SEARCHED}}
 LEARNED = {"clipping": {"class_path": "omniq.quantizers.clipping.LWC", "init_args": {"initial": SEARCHED}}}
 
 
-def prepared(folder: Path, stages: list[dict[str, Any]], samples: int = 8, held_out: int = 2) -> list[str]:
-    """The command line of a run whose samples two processes can share."""
+def prepared(
+    folder: Path, stages: list[dict[str, Any]], samples: int = 8, held_out: int = 2, family: str = "llama", **more: Any
+) -> list[str]:
+    """The command line of a run whose samples two processes can share; ``more`` sections."""
     data = configuration(folder)["data"] | {"samples": samples, "held_out": held_out}
-    export = {"format": "none"}
-    return write_run(folder, model=SMALL, stages=stages, data=data, evaluation=None, export=export)
+    more |= {"stages": stages, "data": data, "evaluation": None, "export": {"format": "none"}}
+    return write_run(folder, family, SMALL if family == "llama" else None, **more)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def blocks(out: Path) -> list[BlockResult]:
 
 def losses(path: Path) -> list[float]:
     with path.open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file)]
+        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
 
 
 def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> None:
@@ -110,10 +113,36 @@ def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["GPTQ", "QuantEase", "AWQ"])
-def test_gram_matrices_add_up(pair: Pair, tmp_path: Path, stage: str) -> None:
-    """Not to the bit: the sums over tokens are not exact."""
-    args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"}])
+@pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])
+def test_transforms_add_up(pair: Pair, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    alone(prepared(tmp_path / "a", [omniquant(batch_size=2, transform={})], scheme=scheme), tmp_path / "one")
+    together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, transform={})], scheme=scheme), tmp_path / "two")
+    for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
+        ours, theirs = losses(tmp_path / "two" / name), losses(tmp_path / "one" / name)
+        assert ours == pytest.approx(theirs, rel=1e-4)  # measured: 2e-7
+
+
+W4A4 = {"scheme": {"name": "W4A4"}}
+TENSOR = {"scheme": {"name": "W3A4", "activation_range": "tensor"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "sections"),
+    [
+        ("GPTQ", {}, {}),
+        ("QuantEase", {}, {}),
+        ("AWQ", {}, {}),
+        ("SmoothQuant", {}, W4A4),
+        ("OutlierSuppression", {"samples": 1}, W4A4),  # the second process holds none of them
+        ("OutlierSuppression", {"samples": 3}, TENSOR),
+        ("GPTQ", {}, TENSOR | {"family": "opt"}),  # whose MLP gets no samples of its own
+    ],
+)
+def test_gram_matrices_add_up(
+    pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    """And what other stages without gradients find in the samples. Not to the bit: sums over tokens are not exact."""
+    args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}", "init_args": settings}], **sections)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
     for ours, theirs in zip(blocks(tmp_path / "two"), blocks(tmp_path / "one"), strict=True):
@@ -173,12 +202,19 @@ def test_killed_and_continued(pair: Pair, tmp_path: Path, then: int) -> None:
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
-    """As a user starts it; the second time all is done already."""
-    args = prepared(tmp_path, [RTN])
-    command = [*TORCHRUN, "-m", "omniq", *args, "--out", str(tmp_path / "run")]
+    """As a user starts it, from Python; all processes find the checkpoint. The second time all is done already."""
+    args = [*prepared(tmp_path, [RTN]), "--export.format", "omniq"]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, omniq\n"
+        "run = omniq.quantize(sys.argv[1], config=sys.argv[2], out=sys.argv[3], export={'format': 'omniq'})\n"
+        "print(type(omniq.load(run)).__name__)\n"
+    )
+    command = [*TORCHRUN, str(script), str(tmp_path / "source"), str(tmp_path / "run.yaml"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("block   1") == 1  # the first process speaks for all
+    assert done.stdout.count("LlamaForCausalLM") == 2
     alone(args, tmp_path / "run")
 
 
@@ -188,6 +224,41 @@ def test_mistakes_that_only_the_first_can_see_are_told_once(pair: Pair, tmp_path
     ends = pair.run([*args, "--out", str(tmp_path / "run"), "--seed", "5"])
     assert ends.statuses == [2, 2]
     assert "holds a run with other settings: " in ends.outputs[0]
+    assert "omniq:" not in ends.outputs[1]
+
+
+@pytest.mark.parametrize("stage", ["QuantEase", "AWQ", "RTN"])
+def test_what_all_meet_is_told_once(pair: Pair, tmp_path: Path, stage: str) -> None:
+    """Values that a model can have, and their squares not, in float32."""
+    clipping = {"init_args": {"clipping": SEARCHED}} if stage == "RTN" else {}
+    args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"} | clipping])
+    file = tmp_path / "source/model.safetensors"
+    whole = load_file(file)
+    whole["model.layers.1.input_layernorm.weight"] *= 2.0**80
+    for name in ("q_proj", "k_proj", "v_proj"):
+        whole[f"model.layers.1.self_attn.{name}.weight"] *= 2.0**-80
+    save_file(whole, file, metadata={"format": "pt"})
+    ends = pair.run([*args, "--out", str(tmp_path / "run")])
+    assert ends.statuses == [2, 2]
+    assert "block/001 self_attn.q_proj: the Gram matrix is not finite, its inputs are too large" in ends.outputs[0]
+    assert "Gram" not in ends.outputs[1]
+
+
+def test_too_few_tokens_of_both_are_told_once(pair: Pair, tmp_path: Path) -> None:
+    args = prepared(tmp_path, [{"class_path": "omniq.stages.GPTQ"}], samples=2)
+    ends = pair.run([*args, "--data.length", "12", "--out", str(tmp_path / "run")])
+    assert ends.statuses == [0, 0]
+    assert "block/000 self_attn.q_proj: 24 tokens for 32 inputs" in ends.outputs[0]
+    assert "tokens for" not in ends.outputs[1]
+
+
+def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
+    """The first process exports by itself; the others wait for what comes of it."""
+    args = [*prepared(tmp_path, [RTN]), "--out", str(tmp_path / "run")]
+    assert pair.run([*args, "--export.format", "omniq"]).statuses == [0, 0]
+    ends = pair.run([*args, "--export.format", "compressed-tensors"])
+    assert ends.statuses == [2, 2]
+    assert "was written with other settings" in ends.outputs[0]
     assert "omniq:" not in ends.outputs[1]
 
 
@@ -226,10 +297,15 @@ def test_one_process_needs_no_group() -> None:
     assert processes.mine(tensor).equal(tensor)
     assert (processes.rank(), processes.count(), processes.first(lambda: 7)) == (0, 1, 7)
     assert not processes.all_agree(False)
-    processes.part()
+    done: list[int] = []
+    processes.part(lambda: done.append(1))
+    assert done == [1]
 
 
 COLLECTIVES = """
+import sys
+import time
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from omniq import processes
@@ -262,8 +338,15 @@ except processes.ToldElsewhere:
     assert rank == 1
 except UserError as error:
     assert rank == 0 and str(error) == "told by the first"
-processes.part()
-assert processes.count() == 1
+
+file = Path(sys.argv[1])
+def slowly():
+    assert rank == 0 and processes.count() == 1
+    time.sleep(1)
+    file.write_text("done")
+
+processes.part(slowly)
+assert file.exists() and processes.count() == 1
 print(f"process {rank} is done")
 """
 
@@ -271,7 +354,7 @@ print(f"process {rank} is done")
 def test_collectives(tmp_path: Path) -> None:
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)
-    command = [*TORCHRUN, str(script)]
+    command = [*TORCHRUN, str(script), str(tmp_path / "written")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "process 0 is done" in done.stdout

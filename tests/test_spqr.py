@@ -331,21 +331,6 @@ def test_a_block_in_its_hands(tmp_path: Path, symmetric: bool) -> None:
     assert sum(errors["spqr"].values()) < 0.8 * sum(errors["bare"].values())
 
 
-def test_logged_errors_are_those_of_the_result(tmp_path: Path) -> None:
-    task = tiny_task(GRID, samples=6)
-    fitted(SpQR(), task, tmp_path)
-    assert task.result is not None
-    x = task.inputs.double()
-    x = x / (x.square().mean(-1, keepdim=True) + task.block.input_layernorm.variance_epsilon).sqrt()
-    x = (x * task.block.input_layernorm.weight.double()).flatten(0, 1)
-    rows = [row.split(",") for row in (tmp_path / "losses.csv").read_text().splitlines()]
-    logged = {row[3]: row[4] for row in rows}
-    weight = task.linear("self_attn.k_proj").weight.double()
-    missed = weight - task.result.linears["self_attn.k_proj"].dequantize(torch.float64)
-    error = float((x @ missed.t()).square().sum() / (x @ weight.t()).square().sum())
-    assert float(logged["k_proj/recon_error"]) == pytest.approx(error, rel=1e-3)
-
-
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.0, "act_order": False, "clipping": Searched()}])
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_resumes_to_the_same_bits(
@@ -403,8 +388,6 @@ def test_a_run_is_exported_and_read_back_to_the_bit(tmp_path: Path) -> None:
         ({"scale_bits": 1}, "scale_bits 1 is not possible: give 2 to 8"),
         ({"zero_bits": 9}, "zero_bits 9 is not possible"),
         ({"scale_group": 1}, "scale_group 1 leaves no run of scales"),
-        ({"damping": 1.5}, r"damping 1\.5 of SpQR is outside 0 to 1"),
-        ({"batch_size": 0}, "batch_size 0 of SpQR"),
         ({"clipping": Searched("gram")}, "clipping of SpQR with weighting 'gram'"),
     ],
 )

@@ -56,8 +56,10 @@ SHARES = """
 import torch
 import torch.distributed as dist
 from omniq import processes
+from omniq.errors import UserError
 from omniq.quantizers.grid import Grid
 from omniq.stages import GPTQ, QuantEase
+from omniq.stages.statistics import check_finite
 from stages import tiny_task
 
 class Alone:
@@ -100,6 +102,13 @@ for (most, make), (theirs, expected) in zip(stages, by_one, strict=True):
         assert (linear.outliers is None) == (other.outliers is None)
         if linear.outliers is not None:
             torch.testing.assert_close(linear.outliers.dense(64), other.outliers.dense(64), rtol=2e-3, atol=1e-6)
+try:
+    check_finite(tiny_task(Grid(3, 16), samples=4), "linear", torch.ones(2), torch.tensor(5))
+except UserError as error:
+    assert isinstance(error, processes.ToldElsewhere) == (processes.rank() > 0)
+    assert "block/000 linear: the Gram matrix is not finite, 5 of 12 samples" in str(error)
+else:
+    raise AssertionError("not refused")
 processes.part()
 """
 

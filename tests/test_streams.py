@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams in every place, and how much is alive at once."""
+"""Streams in every place, and what decides where they live."""
 
-import gc
 import os
-import threading
-import time
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from runs import SMALL, omniquant, outcome, write_run
 from stages import tiny_task
-from torch import nn
 
 from omniq import streams as streams_module
-from omniq.background import Writer, blocks_ahead
 from omniq.cli import main
 from omniq.errors import UserError
-from omniq.models.source import SourceModel
 from omniq.quantizers.grid import Grid
 from omniq.stages.base import BlockModule
 from omniq.streams import Home, Place, Streams, call_block, like, propagate, sweep, take
@@ -43,10 +35,12 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Place) -> No
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(take(stream, samples, CPU), expected[samples])
-    snapshot = Streams(1, stream, stream).snapshot()
-    assert snapshot is not None
-    assert torch.equal(snapshot.quantized, expected)
-    assert (snapshot.quantized.untyped_storage().filename is not None) == (place == "disk")
+    for copies, in_file in ((home.copies, place == "disk"), (tmp_path, True)):
+        snapshot = Streams(1, stream, stream).snapshot(copies)
+        assert snapshot is not None
+        assert torch.equal(snapshot.quantized, expected)
+        assert (snapshot.quantized.untyped_storage().filename is not None) == in_file
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -76,16 +70,72 @@ def test_a_sweep_gives_each_batch_and_its_place() -> None:
 def test_auto_goes_by_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, size: int, expected: str
 ) -> None:
-    monkeypatch.setattr(streams_module, "_free_host_memory", lambda: host)
+    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * host)
     assert Home.choose("auto", CPU, tmp_path, size).place == expected
     assert Home.choose("device", CPU, tmp_path, size).place == "device"
     monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 3 * size)
     assert Home.choose("auto", CPU, tmp_path, size).place == "device"
 
 
+@pytest.mark.parametrize(
+    ("asked", "size", "others", "place", "copy_on_disk"),
+    [
+        ("auto", 64, {}, "host", False),  # 3 streams of 64
+        ("auto", 65, {}, "disk", False),  # of 128: torch pins powers of two
+        ("auto", 16, {"neighbours": 4}, "host", False),
+        ("auto", 16, {"neighbours": 5}, "disk", False),  # each of five takes 48
+        ("auto", 64, {"count": 4}, "disk", False),
+        ("auto", 32, {"saved": 104}, "host", False),  # 96 are taken by the streams
+        ("auto", 32, {"saved": 105}, "host", True),
+        ("host", 500, {"saved": 1}, "host", True),
+        ("device", 500, {"saved": 200}, "device", False),  # the streams are in the memory of the GPU
+        ("device", 500, {"saved": 201}, "device", True),
+        ("disk", 1, {"saved": 1000}, "disk", False),
+    ],
+)
+def test_what_takes_host_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    size: int,
+    others: dict[str, int],
+    place: str,
+    copy_on_disk: bool,
+) -> None:
+    """All streams of the processes of a machine as they are allocated, then the copy that is written."""
+    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
+    monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 0)
+    home = Home.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (home.place, home.copy_on_disk) == (place, copy_on_disk)
+    assert home.copies == (tmp_path if place == "disk" or copy_on_disk else None)
+
+
+def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
+    assert not Home.choose("device", CPU, tmp_path, 50, saved=50).copy_on_disk
+    assert Home.choose("device", CPU, tmp_path, 50, saved=51).copy_on_disk
+    assert not Home.choose("host", CPU, tmp_path, 50, saved=50).copy_on_disk  # nothing is pinned without a GPU
+
+
 def test_free_memory_is_a_number() -> None:
-    assert 0 < streams_module._free_host_memory() < 2**60 or not Path("/proc/meminfo").exists()
+    assert 0 < streams_module.free_host_memory() < 2**60 or not Path("/proc/meminfo").exists()
     assert streams_module._free_device_memory(CPU) == 0
+
+
+def test_a_container_has_less(tmp_path: Path) -> None:
+    assert streams_module.free_host_memory(tmp_path) == 2**62
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       8000 kB\nMemAvailable:   5000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 1000000\ninactive_file 1500000\n")
+    assert streams_module.free_host_memory(tmp_path) == 5_120_000
+    (group / "memory.max").write_text("4000000\n")
+    assert streams_module.free_host_memory(tmp_path) == 2_500_000  # what was read from files is given back
+    (group / "memory.max").write_text("1000000\n")
+    assert streams_module.free_host_memory(tmp_path) == 0
 
 
 def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,92 +148,33 @@ def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_are_equal_wherever_streams_live(tmp_path: Path) -> None:
+def test_runs_are_equal_wherever_streams_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = write_run(tmp_path, model=SMALL, stages=[omniquant(augmented_loss=True)], evaluation=None)
     outcomes = []
-    for place in ("auto", *PLACES):
-        assert main([*args, "--streams", place, "--out", str(tmp_path / place)]) == 0
+    for place in ("auto", *PLACES, "nowhere"):
+        if place == "nowhere":  # the copy that is saved goes to files
+            monkeypatch.setattr(streams_module, "free_host_memory", lambda: 0)
+        assert main([*args, "--streams", place if place != "nowhere" else "host", "--out", str(tmp_path / place)]) == 0
         assert not list((tmp_path / place).glob("stream.*"))
         outcomes.append(outcome(tmp_path / place))
     assert all(found == outcomes[0] for found in outcomes[1:])
 
 
-def test_two_blocks_are_alive_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that trains and the one that is read: a spy counts the blocks that nobody has let go of."""
-    args = write_run(tmp_path, model={**SMALL, "num_hidden_layers": 6}, stages=[omniquant()], evaluation=None)
-    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    most: list[int] = []
-    plain = SourceModel.block
+@pytest.mark.gpu
+def test_pinned_memory_is_counted_as_it_is_allocated(tmp_path: Path) -> None:
+    """Three quarters of a power of two take all of it, and what was freed is given back before free memory is read."""
 
-    def spy(source: SourceModel, *args: Any, **kwargs: Any) -> nn.Module:
-        most.append(len(alive) + 1)  # with the one to come
-        block = plain(source, *args, **kwargs)
-        alive.add(block)
-        return block
+    def pinned(kind: str) -> int:
+        return int(torch.cuda.host_memory_stats()[f"{kind}_bytes.current"])
 
-    monkeypatch.setattr(SourceModel, "block", spy)
-    gc.disable()  # what is let go of must not have to wait for a chance collection
-    try:
-        assert main([*args, "--export.format", "none"]) == 0
-    finally:
-        gc.enable()
-    assert len(most) == 6
-    assert max(most) == 2
-
-
-def test_blocks_are_read_ahead() -> None:
-    class Slow:
-        num_blocks = 3
-
-        def __init__(self) -> None:
-            self.read: list[tuple[int, bool]] = []
-
-        def block(self, index: int) -> nn.Module:
-            self.read.append((index, threading.current_thread() is threading.main_thread()))
-            return nn.Linear(1, 1)
-
-    source = Slow()
-    for index, _ in blocks_ahead(source, 1, CPU):
-        deadline = time.perf_counter() + 5
-        while len(source.read) < min(2, index + 1) and time.perf_counter() < deadline:
-            time.sleep(0.001)
-        assert source.read[:2] == [(1, False), (2, False)]
-    assert len(source.read) == 2
-
-
-def test_reading_fails_where_the_block_is_wanted() -> None:
-    class Broken:
-        num_blocks = 2
-
-        def block(self, index: int) -> nn.Module:
-            if index == 1:
-                raise UserError("the second block is damaged")
-            return nn.Linear(1, 1)
-
-    blocks = blocks_ahead(Broken(), 0, CPU)
-    assert next(blocks)[0] == 0
-    with pytest.raises(UserError, match="the second block is damaged"):
-        next(blocks)
-
-
-def test_the_writer_keeps_the_order_and_tells_of_errors() -> None:
-    done: list[int] = []
-
-    def work(number: int) -> None:
-        time.sleep(0.02 / number)
-        done.append(number)
-
-    with Writer() as writer:
-        for number in (1, 2, 3):
-            writer.start(work, number)
-    assert done == [1, 2, 3]
-
-    def fail() -> None:
-        raise UserError("the disk is full")
-
-    with Writer() as writer:
-        writer.start(fail)
-        with pytest.raises(UserError, match="the disk is full"):
-            writer.start(work, 4)
-    with pytest.raises(UserError, match="the disk is full"), Writer() as writer:
-        writer.start(fail)
+    device = torch.device("cuda")
+    torch.zeros(1, device=device)
+    streams_module.free_host_memory()
+    before = pinned("allocated")
+    stream = Home("host", device, tmp_path).empty((3, 2**22), torch.float32)
+    assert stream.is_pinned()
+    assert pinned("allocated") - before == streams_module._allocated(stream.nbytes, device) == 2**26
+    del stream
+    streams_module.free_host_memory()
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        assert pinned("allocated") == before

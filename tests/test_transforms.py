@@ -12,7 +12,7 @@ from tiny import tiny_block
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, UpToDown
+from omniq.models.family import Equivalence, Family, QueryKey, UpToDown
 from omniq.models.llama import LLAMA
 from omniq.models.opt import OPT
 from omniq.models.qwen3 import QWEN3
@@ -175,15 +175,14 @@ def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary:
     torch.testing.assert_close(turn(x * scale), turn(x) * scale, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("wide", [False, True])
-def test_norms_of_queries_and_keys_take_the_scale(wide: bool, offset: float) -> None:
-    """A norm over one head (Qwen3; Gemma 3 with offset) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
+def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
+    """A norm over one head (Qwen3) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
     heads, size = Heads(4, 2), 6
     names = {"q": 4 * size, "k": 2 * size}
     tensors = {f"{name}.weight": torch.randn(width, 10).double() for name, width in names.items()}
     tensors |= {f"{name}_norm.weight": torch.rand(width if wide else size).double() for name, width in names.items()}
-    transform = Transform((QueryKey("q", "k", "half", "q_norm", "k_norm", offset),), heads, tensors)
+    transform = Transform((QueryKey("q", "k", "half", "q_norm", "k_norm"),), heads, tensors)
     assert transform.shapes == {"q/log_scale": (2, 3) if wide else (3,)}
     hidden = torch.randn(5, 10).double()
 
@@ -192,22 +191,13 @@ def test_norms_of_queries_and_keys_take_the_scale(wide: bool, offset: float) -> 
         for name, count in (("q", 4), ("k", 2)):
             x = hidden @ tensors[f"{name}.weight"].T
             x = x if wide else x.unflatten(1, (count, size))
-            x = x / x.square().mean(-1, keepdim=True).sqrt() * (offset + tensors[f"{name}_norm.weight"])
+            x = x / x.square().mean(-1, keepdim=True).sqrt() * tensors[f"{name}_norm.weight"]
             sides.append(x.reshape(5, count, size).transpose(0, 1))
         return sides[0] @ sides[1].repeat_interleave(2, 0).mT  # [H, 5, 5]
 
     moved = transform.apply(tensors, random_parameters(transform))
     assert not torch.equal(moved["q_norm.weight"], tensors["q_norm.weight"])
     torch.testing.assert_close(scores(moved), scores(tensors), rtol=1e-9, atol=1e-12)
-
-
-def test_a_norm_with_an_offset_keeps_its_function() -> None:
-    tensors = {"norm.weight": torch.randn(6).double(), "up.weight": torch.randn(4, 6).double()}
-    transform = Transform((NormToLinears("norm", ("up",), offset=1.0),), Heads(1, 1), tensors)
-    moved = transform.apply(tensors, random_parameters(transform))
-    x = torch.randn(3, 6).double()
-    before, after = ((x * (1 + t["norm.weight"])) @ t["up.weight"].T for t in (tensors, moved))
-    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
 
 
 def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> None:

@@ -261,13 +261,14 @@ def _unreachable(offline: bool) -> str:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """Import ``datasets`` (half a second), and keep its log from repeating what our one line says."""
+    """Import ``datasets`` (half a second), and keep logs from repeating what our one line says."""
     import datasets
 
-    log = logging.getLogger("datasets")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    levels = {name: logging.getLogger(name).level for name in ("datasets", "huggingface_hub")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield datasets
     finally:
-        log.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -24,19 +24,17 @@ Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` wi
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
 from omniq.errors import UserError
-from omniq.streams import propagate
+from omniq.evaluate.streaming import BlockSource, Variant, stream_logits
+from omniq.streams import Home
 
 CHUNK = 2**24
 """Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""
@@ -142,27 +140,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return mass.double().log() + (top - logits.gather(-1, targets[:, None])).squeeze(-1).double()
 
 
-class BlockSource(Protocol):
-    """What ``evaluate_streamed`` needs of ``omniq.models.source.SourceModel``."""
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks."""
-
-    def embed(self, tokens: Tensor, device: Any) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Hidden states that enter block 0, and the keyword arguments of every block."""
-
-    def block(self, index: int, device: Any, dtype: Any) -> nn.Module:
-        """A fresh block."""
-
-    def logits(self, hidden: Tensor, device: Any) -> Tensor:
-        """Final norm and head."""
-
-
-Variant = Callable[[int, nn.Module], nn.Module]
-"""From the index of a block and a fresh full-precision copy of it to the block to run; it may change the copy."""
-
-
 def evaluate_model(
     model: nn.Module, windows: Tensor, batch_size: int = 1, device: torch.device | str | None = None
 ) -> PerplexityResult:
@@ -202,40 +179,28 @@ def evaluate_streamed(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     dtype: torch.dtype | None = None,
-    offload: bool = False,
+    home: Callable[[int], Home] | None = None,
 ) -> dict[str, PerplexityResult]:
     """Measure several variants of a checkpoint in one pass over its blocks.
 
-    Memory: one activation ``[m, t, h]`` a variant, the embedding, the head and two blocks.
-
     Args:
-        source: the checkpoint.
-        windows: int64 ``[m, t]``.
-        variants: by the name each result gets; ``lambda index, block: block`` is the model as it is.
-        device: where blocks run.
-        batch_size: windows at once.
+        source, windows, variants, device, batch_size, dtype, home: as for ``omniq.evaluate.streaming.stream_logits``.
         progress: called with the number of finished steps and of all steps: one a block, and one for the head.
-        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
-        offload: keep the activations in host memory and bring a batch at a time to ``device``.
 
     Raises:
         UserError: the windows are longer than the model's context, or hold tokens the model does not know.
     """
-    started = time.perf_counter()
-    with torch.no_grad():
-        hidden, kwargs = source.embed(windows, device)
-        dtype = dtype or hidden.dtype
-        streams = {name: hidden.to("cpu" if offload else device, dtype, copy=True) for name in variants}
-        del hidden
-        for index in range(source.num_blocks):
-            fresh = source.block(index, device, dtype)
-            arguments = _cast(kwargs[index], dtype)
-            for name, variant in variants.items():
-                propagate(variant(index, deepcopy(fresh)), streams[name], arguments, nullcontext, batch_size)
-            _report(progress, index + 1, source.num_blocks + 1)
-        metrics = {name: _head(source, stream, windows, device, batch_size) for name, stream in streams.items()}
+    started, blocks = time.perf_counter(), source.num_blocks
+    metrics = {name: Perplexity(sync_on_compute=False).to(device) for name in variants}
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, blocks + 1)
+
+    for name, logits, tokens in stream_logits(source, windows, variants, device, batch_size, report, dtype, home):
+        metrics[name].update(logits, tokens)
     results = {name: _result(metric, windows, started) for name, metric in metrics.items()}
-    _report(progress, source.num_blocks + 1, source.num_blocks + 1)
+    report(blocks + 1)
     return results
 
 
@@ -256,21 +221,6 @@ def _check(windows: Tensor, config: Any) -> None:
         )
 
 
-def _cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
-    """Rotary tables and masks in the dtype of the activations."""
-    cast: Mapping[str, Any] = apply_to_collection(
-        dict(kwargs), Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-    )
-    return cast
-
-
-def _head(source: BlockSource, stream: Tensor, windows: Tensor, device: Any, batch_size: int) -> Perplexity:
-    metric = Perplexity(sync_on_compute=False).to(device)
-    for hidden, tokens in zip(stream.split(batch_size), windows.split(batch_size), strict=True):
-        metric.update(source.logits(hidden.to(device), device), tokens.to(device))
-    return metric
-
-
 def _result(metric: Perplexity, windows: Tensor, started: float) -> PerplexityResult:
     return PerplexityResult(
         perplexity=metric.compute().item(),
@@ -279,8 +229,3 @@ def _result(metric: Perplexity, windows: Tensor, started: float) -> PerplexityRe
         windows=len(windows),
         seconds=time.perf_counter() - started,
     )
-
-
-def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)

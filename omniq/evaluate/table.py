@@ -2,11 +2,12 @@
 """Results side by side: a table to look at and a JSON file to keep."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from omniq.evaluate.perplexity import PerplexityResult
 from omniq.files import atomic_write
@@ -19,7 +20,7 @@ def perplexity_table(results: Mapping[str, PerplexityResult], title: str | None 
         results: by name, the one to compare with first.
         title: such as the text that was evaluated.
     """
-    table = Table("model", title=title)
+    table = Table(Column("model", overflow="fold"), title=title)
     for column in ("perplexity", "change", "nll (nats)", "tokens", "seconds"):
         table.add_column(column, justify="right")
     reference = next(iter(results.values()), None)
@@ -27,7 +28,7 @@ def perplexity_table(results: Mapping[str, PerplexityResult], title: str | None 
         table.add_row(
             name,
             _short(result.perplexity),
-            "" if result is reference or reference is None else f"{result.perplexity / reference.perplexity - 1:+.1%}",
+            "" if result is reference or reference is None else _change(result.perplexity / reference.perplexity - 1),
             f"{result.nll:.4f}",
             f"{result.tokens:,}",
             f"{result.seconds:.1f}",
@@ -48,6 +49,11 @@ def write_results(path: Path, results: Mapping[str, PerplexityResult], **about: 
     """
     content = {**about, "results": {name: result.to_json() for name, result in results.items()}}
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _change(change: float) -> str:
+    """In percent; nothing where one of the two is infinite or not a number."""
+    return f"{change:+.1%}" if math.isfinite(change) else ""
 
 
 def _short(perplexity: float) -> str:

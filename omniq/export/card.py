@@ -22,7 +22,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: any of
 
             ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
-            ``license``: of the source model; ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
+            ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
             ``format`` and ``requires``: the layout, and packages that a reader needs beside transformers;
             ``bits_per_weight``: of the quantized linears, all that is stored of them; ``bytes``: of all tensors;
             ``perplexity``: by text, then by model, lower is better;
@@ -51,8 +51,6 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may be omniq, too
     if _is_hub_name(base := str(facts.get("base_model", ""))):
         head |= {"base_model": base, "base_model_relation": "quantized"}
-    if "license" in facts:
-        head["license"] = facts["license"]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From finished blocks to a checkpoint folder that any runtime opens.
 
-    <out>.partial/   everything is written here, one block in memory at a time, flushed to the disk
-    <out>            appears by a rename when all of it is there
-
-An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
-after. A process killed at any moment leaves the old export or the new one, never a mixture; what it leaves beside them
-is put right by the next export to the same place. The same inputs give the same bytes.
+Weights are written first, one block in memory at a time, then all the rest: config, tokenizer, generation config,
+recipe and model card. The same inputs give the same bytes, so that what lies beside the weights of an earlier export is
+held against what would be written now (``mend_companions``).
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +20,9 @@ from omniq.errors import UserError
 from omniq.export.card import model_card
 from omniq.export.deployment import Deployment, deployment
 from omniq.export.format import Format, Written, scheme_of
+from omniq.export.place import check_output, flush, partial_of, replace
 from omniq.export.registry import find_format
-from omniq.export.shards import ShardWriter, writing
-from omniq.files import CorruptFile
+from omniq.export.shards import ShardReader, ShardWriter, writing
 from omniq.models.family import Family
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult
@@ -101,80 +97,66 @@ def export_checkpoint(
         layout.check(scheme, source.family)
     check_output(out)
     tokenizer = source.tokenizer()
-    partial = _partial(out)
+    partial = partial_of(out)
     try:
         with writing(partial):
             partial.mkdir()
         facts = _write_weights(source, results, partial, layout, scheme, max_shard_bytes)
-        facts |= {"name": out.name, "format": layout.name, "requires": layout.requires, **card}
-        _write_companions(source, tokenizer, facts, partial)
-        _replace(partial, out)
+        _write_companions(source, tokenizer, facts | _named(out, layout) | dict(card), partial)
+        replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
 
 
-def check_output(out: str | os.PathLike[str], needed_bytes: int = 0) -> None:
-    """Make sure that a checkpoint can be written to ``out``; worth calling before any long work.
+def mend_companions(source: Source, out: str | os.PathLike[str], *, format: str, card: Mapping[str, Any]) -> list[str]:
+    """Hold what lies beside the weights of an export against what would be written now, and write anew what differs.
 
-    Also puts right what a killed export left beside it.
+    Generation config, tokenizer, recipe and card are compared byte by byte: a damaged one is as unusable as a missing
+    one. Other files in the folder are left alone.
 
     Args:
-        needed_bytes: expected size of the checkpoint, if known.
+        source, format: as given to ``export_checkpoint``.
+        out: the folder of the export.
+        card: facts for the model card, all that it should say but the size.
+
+    Returns:
+        what was written anew.
 
     Raises:
-        UserError: ``out`` is a file or holds something other than an export, its folder cannot be written, or the
-            disk has no room.
+        UserError: the disk cannot be written or is full.
+        CorruptFile: a file of the weights is damaged.
     """
-    out = Path(out).resolve()
-    partial, previous = _partial(out), _previous(out)
-    if in_the_way := next((parent for parent in out.parents if parent.is_file()), None):
-        raise UserError(f"cannot write {out}: {in_the_way} is a file; choose another folder")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if previous.exists() and not out.exists():
-            previous.rename(out)  # killed between the two renames: the old export is the last complete one
-        for leftover in (partial, previous):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir()  # a probe: the folder can be written
-        partial.rmdir()
-        free = shutil.disk_usage(out.parent).free
-    if out.exists() and not _is_export(out):
-        raise UserError(f"export to {out}: it holds something that omniq did not export; choose an empty or new folder")
-    if free < needed_bytes:
-        raise UserError(f"cannot write {out}: it needs {needed_bytes:,} bytes and the disk has {free:,}; free some")
-
-
-def earlier_export(out: str | os.PathLike[str]) -> str | None:
-    """The format of the export that a folder holds, by its ``config.json``; None if it holds none.
-
-    Raises:
-        CorruptFile: the file does not tell.
-    """
-    out = Path(out)
-    if not _is_export(out) or not any(out.iterdir()):
-        return None
+    layout, out = find_format(format), Path(out).resolve()
+    check_output(out)
+    partial = partial_of(out)
+    with ShardReader(out) as weights:
+        size = weights.size
     try:
-        return str(json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{out / 'config.json'} does not tell the format") from error
+        with writing(partial):
+            partial.mkdir()
+        _write_companions(source, source.tokenizer(), {"bytes": size} | _named(out, layout) | dict(card), partial)
+        with writing(out):
+            wanted = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            differing = [name for name in wanted if not _same_bytes(partial / name, out / name)]
+            for name in differing:
+                flush(partial / name)
+                (out / name).parent.mkdir(exist_ok=True)
+                (partial / name).replace(out / name)
+            flush(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [str(name) for name in differing]
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+def _named(out: Path, layout: Format) -> dict[str, Any]:
+    """What the card says of the folder."""
+    return {"name": out.name, "format": layout.name, "requires": layout.requires}
 
 
-def _previous(out: Path) -> Path:
-    return out.with_name(f".{out.name}.previous")
-
-
-def _is_export(out: Path) -> bool:
-    """An empty folder, or one that an export has filled."""
-    if not out.is_dir():
-        return False
-    return not any(out.iterdir()) or all((out / name).exists() for name in ("config.json", "recipe.yaml"))
+def _same_bytes(left: Path, right: Path) -> bool:
+    return right.is_file() and left.read_bytes() == right.read_bytes()
 
 
 def _write_weights(
@@ -220,13 +202,16 @@ def deployed(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
     """A parameter that is not quantized, in the dtype of deployment.
 
     Raises:
-        UserError: that dtype cannot hold one of its values.
+        UserError: that dtype cannot hold one of its values, or one is no number.
     """
     if not tensor.is_floating_point():
         return tensor
     cast = tensor.to(scheme.grid.scale_dtype)
     if not cast.isfinite().all():
-        raise UserError(f"{name} holds values beyond {cast.dtype}: use bfloat16 as the dtype of scales")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity: get the model's weights again")
+        dtype = str(cast.dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds values beyond scheme.dtype {dtype}: set scheme.dtype to bfloat16")
     return cast
 
 
@@ -250,25 +235,3 @@ def _write_companions(source: Source, tokenizer: Any, facts: Mapping[str, Any], 
         tokenizer.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(str(facts.get("recipe", "")))
         (folder / "README.md").write_text(model_card(facts))
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Flush everything, then put ``partial`` in the place of ``out``."""
-    previous = _previous(out)
-    with writing(out):
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        if out.exists():
-            out.rename(previous)
-        partial.rename(out)
-        _flush(out.parent)
-        if previous.exists():
-            shutil.rmtree(previous)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

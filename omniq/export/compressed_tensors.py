@@ -113,6 +113,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     requires: tuple[str, ...] = ("compressed-tensors",)
+    stays_packed = False
 
     def layout(self, scheme: Scheme) -> PackQuantized | IntQuantized:
         """The layout that the scheme asks for."""

@@ -77,6 +77,7 @@ class Format(Protocol):
 
     name: str
     requires: tuple[str, ...]  # packages that a reader needs beside transformers
+    stays_packed: bool  # whether transformers keeps the weights as they are stored
 
     def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
         """Refuse what the format, or what reads it, cannot do; called before any long work.

@@ -151,6 +151,7 @@ class Native:
 
     name = "omniq"
     requires: tuple[str, ...] = ("omniq",)
+    stays_packed = True
 
     def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
         """Refuse fixed ranges of activations, and odd dtypes.

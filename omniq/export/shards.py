@@ -111,7 +111,10 @@ class ShardWriter:
     def _write(self) -> None:
         path = self._path(self._files)
         with writing(path):
+            path.touch()
+            mode = path.stat().st_mode  # as the user's umask has it; safetensors makes files that nobody else may read
             save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(mode)
         self._file_of |= dict.fromkeys(self._pending, self._files)
         self._files += 1
         self._total_bytes += self._pending_bytes
@@ -156,6 +159,15 @@ class ShardReader:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file(self._file_of[name]).get_tensor(name)
         return tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors: of each file what follows its header, whose length comes first."""
+        total = 0
+        for name in set(self._file_of.values()):
+            with (self._folder / name).open("rb") as file:
+                total += (self._folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+        return total
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix``."""

@@ -53,7 +53,9 @@ def backward(
     for part in chunks(weight):
         w = _moved(weight, rows, columns, part).unflatten(-1, groups)  # [r, G, g]
         grid = bounds(lo.dtype, lo[part], hi[part], upper[part], lower[part], bits, symmetric)
-        d_scale, d_w = through_rounding(grad[part].unflatten(-1, groups), w, *grid)
+        G = grad[part].unflatten(-1, groups)
+        d_scale, inside = through_rounding(G, w, *grid)
+        d_w = inside.mul_(G)
         to_lo, to_hi, d_upper[part], d_lower[part] = range_gradients(
             d_scale, lo[part], hi[part], upper[part], lower[part], bits, symmetric
         )

@@ -26,7 +26,7 @@ Precision = Literal["float32", "tf32", "float64"]
 
 DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
 BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
-_LONGER = 512  # in TF32 up to so many output features, where a product of 256 does not fill the GPU
+_LONGER = 512  # on a GPU up to so many output features, where a product of 256 does not fill it
 _SLENDER = 16384
 RUN = 16  # columns that the fused sweep holds in registers: the fewest that a tensor core takes
 _FEW = 32  # columns at a time where there is nothing to gain but memory
@@ -110,7 +110,7 @@ def prepare(
     diagonal = gram.diagonal()
     dead = dead_columns(gram)
     group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
-    longer = precision == "tf32" and target.is_cuda and len(target) <= _SLENDER
+    longer = target.is_cuda and len(target) <= _SLENDER
     block = min(block or (_LONGER if longer else BLOCK), len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
@@ -134,10 +134,11 @@ def check_finite(gram: Tensor) -> None:
     Raises:
         UserError: some entries are infinite or not a number.
     """
-    spoilt = torch.cat([(~torch.isfinite(part)).any(1) for part in gram.split(BLOCK)])  # not all at once: it copies
-    if spoilt.any():
-        bad = int((~torch.isfinite(gram.diagonal())).sum()) or int(spoilt.sum())  # a bad input spoils its whole row
-        raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
+    if torch.stack(torch.aminmax(gram)).isfinite().all():  # in one pass, without a copy
+        return
+    spoilt = torch.cat([(~torch.isfinite(part)).any(1) for part in gram.split(BLOCK)])
+    bad = int((~torch.isfinite(gram.diagonal())).sum()) or int(spoilt.sum())  # a bad input spoils its whole row
+    raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
 
 
 def dead_columns(gram: Tensor) -> Tensor:
@@ -266,25 +267,32 @@ def objective(problem: Problem, residual: Tensor) -> Tensor:
 
 
 @contextmanager
-def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let CUDA multiply float32 in TF32, or make sure that it does not; restored afterwards."""
-    backend: Any = torch.backends.cuda.matmul
-    newer = hasattr(backend, "fp32_precision")  # since torch 2.9, beside the older names
-    before = backend.fp32_precision if newer else "tf32" if backend.allow_tf32 else "ieee"
-    if device.type != "cuda" or (before == "tf32") == (precision == "tf32"):
+def matmul_precision(precision: Precision | Literal["bf16"], device: torch.device) -> Iterator[None]:
+    """Say how float32 is multiplied on a device; restored afterwards.
+
+    CUDA rounds factors to TF32 for ``tf32``, and for ``bf16`` as well (torch's ``medium``). A CPU knows ``bf16`` only:
+    oneDNN in place of MKL, in bfloat16 with float32 sums where there is AMX, in float32 where AVX-512 is all there is.
+    """
+    mine, rounded = (0, "tf32") if device.type == "cuda" else (1, "bf16")
+    asked = precision in (rounded, "bf16")
+    both = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    newer: list[Any] = [each for each in both if hasattr(each, "fp32_precision")]  # since torch 2.9, both or none
+    before = [each.fp32_precision for each in newer]
+    now = before[mine] == rounded if newer else torch.get_float32_matmul_precision() in ("high", "medium")[mine:]
+    if asked == now:
         yield
         return
     try:
         # NOTE: an older name sets all newer ones, but not the other way round, and torch refuses to read a mixture.
         older = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}.get(precision, "highest"))
     except RuntimeError:  # the user has set newer names
         older = None
-        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        newer[mine].fp32_precision = rounded if asked else "ieee"
     try:
         yield
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older)
-        if newer:
-            backend.fp32_precision = before
+        for backend, value in zip(newer, before, strict=True):
+            backend.fp32_precision = value

@@ -37,7 +37,7 @@ _SAFETY = 1.001  # on lambda_max: power iteration approaches it from below, and 
 
 
 def count_of(shape: tuple[int, int], fraction: float, structured: bool) -> int:
-    """How many entries, or whole columns, a share of a layer ``(o, i)`` is.
+    """How many entries, or whole columns, a share of a layer ``(o, i)`` is: one at least, unless the share is 0.
 
     Raises:
         UserError: the share is outside 0 to 0.5.
@@ -45,7 +45,8 @@ def count_of(shape: tuple[int, int], fraction: float, structured: bool) -> int:
     if not 0 <= fraction <= 0.5:
         raise UserError(f"outlier fraction {100 * fraction:g} % is outside 0..50 %: one per cent is a good start")
     outputs, inputs = shape
-    return round(inputs * fraction) if structured else round(outputs * inputs * fraction)
+    count = round(inputs * fraction) if structured else round(outputs * inputs * fraction)
+    return max(1, count) if fraction else 0
 
 
 def choose_support(

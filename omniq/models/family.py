@@ -18,12 +18,10 @@ class NormToLinears:
     Args:
         norm: an RMSNorm or LayerNorm with a weight.
         linears: all that read it.
-        offset: what the norm adds to its weight before it multiplies (Gemma: 1).
     """
 
     norm: str
     linears: tuple[str, ...]
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class QueryKey:
             (2i with 2i + 1), or None where there is none. Paired channels must share one scale.
         query_norm, key_norm: norms between projection and rotary embedding, if the family has them; they take the
             scale in place of the projections' rows.
-        norm_offset: what those norms add to their weight (Gemma: 1).
     """
 
     query: str
@@ -51,7 +48,6 @@ class QueryKey:
     rotary: str | None = "half"
     query_norm: str | None = None
     key_norm: str | None = None
-    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open an exported checkpoint through plain transformers, as any user would, but without the progress bars."""
+"""Open a checkpoint through plain transformers, as any user would, but never from pickled weights."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from omniq.errors import UserError
 from omniq.models.bars import without_bars
+from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, reading_gguf, weights_in
+from omniq.models.locate import PICKLE, pickle_refusal
 
 
-def open_checkpoint(path: str | Path, **options: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, and one token sent through: that is where the last bar would be."""
+def open_weights(folder: Path, file: str | None = None, **options: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, once the weight files are found and every header in them is whole.
+
+    Args:
+        folder: of the checkpoint.
+        file: the weight file in it, if one is named.
+        **options: for ``from_pretrained``.
+
+    Raises:
+        UserError: there are only pickle files, a file is missing, truncated or corrupt, or transformers could not find
+            it under its name.
+    """
+    model: PreTrainedModel
+    file = file or weights_in(folder)
+    if file is not None and file.endswith(".gguf"):
+        with reading_gguf(folder / file):
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
+        return model
+    if file is not None and file != "model.safetensors":
+        raise UserError(f"{folder / file}: transformers opens model.safetensors and no other name: rename the file")
+    named = read_json(folder / "config.json").get("transformers_weights")
+    if Path(str(named)).suffix in PICKLE:  # NOTE: use_safetensors does not hold for a file that the config names
+        raise UserError(pickle_refusal(folder / str(named)))
+    SafetensorsCheckpoint(folder, file)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    return model
+
+
+def open_checkpoint(path: str | Path, file: str | None = None, **options: Any) -> PreTrainedModel:
+    """``open_weights`` without progress bars, and one token sent through: that is where the last bar would be."""
     with without_bars():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = open_weights(Path(path), file, **options)
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return model
+
+
+def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a GGUF file in it.
+
+    Args:
+        folder: of the checkpoint.
+        gguf_file: the file that holds the tokenizer.
+        remote_code: run code that comes with it.
+
+    Raises:
+        UserError: there is none.
+    """
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no tokenizer can be read from {folder} ({reason}): put its files there") from error
+    return tokenizer

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from omniq.errors import UserError
+from omniq.errors import NotByBlocks, UserError
 from omniq.models.checkpoint import (
     Checkpoint,
     GgufCheckpoint,
@@ -42,6 +42,7 @@ from omniq.models.family import Family
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
 from omniq.models.outer import Outer
+from omniq.models.reload import open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class SourceModel:
             trust_remote_code: run code that comes with the checkpoint.
 
         Raises:
-            UserError: the model is not found, not supported, or its files are missing, corrupt or at odds.
+            NotByBlocks: its type is not supported, or it is quantized already.
+            UserError: the model is not found, or its files are missing, corrupt or at odds.
         """
         if dtype != "auto" and dtype not in DTYPES:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
@@ -123,6 +125,17 @@ class SourceModel:
             chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)
         return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), checkpoint)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
+        """A model whose parameters come from somewhere else than from files.
+
+        Args:
+            model: on the meta device.
+            checkpoint: gives its parameters.
+            folder: to name in messages.
+        """
+        return cls(str(folder), _Place(folder, None, False), model, checkpoint)
+
     def in_dtype(self, dtype: torch.dtype) -> "SourceModel":
         """The same model, all of it handed out in another dtype."""
         config, place = copy.deepcopy(self.config), self._place
@@ -135,16 +148,7 @@ class SourceModel:
         Raises:
             UserError: there is none.
         """
-        place = self._place
-        extra: dict[str, Any] = {} if place.gguf is None else {"gguf_file": place.gguf}
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                place.folder, trust_remote_code=place.remote_code, **extra
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"no tokenizer can be read from {place.folder} ({reason}): put its files there") from error
-        return tokenizer
+        return open_tokenizer(self._place.folder, self._place.gguf, self._place.remote_code)
 
     def block_name(self, index: int) -> str:
         """Dotted name of a block, such as ``model.layers.7``: the prefix of its parameters."""
@@ -270,7 +274,8 @@ def _config(place: _Place) -> PretrainedConfig:
     """The model's config, by transformers.
 
     Raises:
-        UserError: config.json is missing, broken, of an unknown type, or of a model that is quantized already.
+        NotByBlocks: the type is unknown, or the model is quantized already.
+        UserError: config.json is missing or broken.
     """
     if place.gguf is not None:
         with reading_gguf(place.folder / place.gguf):
@@ -280,7 +285,7 @@ def _config(place: _Place) -> PretrainedConfig:
     family_of_type(content.get("model_type"))
     if quantized := content.get("quantization_config"):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise UserError(f"{file}: the model is quantized already ({method}): give the model it was made from")
+        raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
     try:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=place.remote_code)
     except Exception as error:  # validation of configs raises many kinds

@@ -69,9 +69,8 @@ def quantize_tokens_reference(x: Tensor, bits: int, symmetric: bool = False) -> 
 
 
 def quantize_samples(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """Fake-quantize each sample of ``[n, t, c]`` on its own range, or ``[t, c]`` on one; differentiable."""
-    rows = x.reshape(x.shape[0] if x.dim() > 2 else 1, -1)
-    return quantize_tokens_reference(rows, bits, symmetric).view(x.shape)
+    """Fake-quantize each sample of ``[n, t, c]`` on its own range; differentiable."""
+    return quantize_tokens_reference(x.flatten(1), bits, symmetric).view(x.shape)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -19,7 +19,9 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -68,18 +70,22 @@ class Grid:
         """Groups in a row of ``width`` inputs."""
         return 1 if self.group_size == -1 else width // self.group_size
 
-    def check_width(self, width: int, name: str) -> None:
+    def check_width(self, width: int, name: str, others: Iterable[int] = ()) -> None:
         """Refuse a layer whose inputs do not divide into groups.
+
+        Args:
+            others: widths of the other layers on this grid, which a group size must divide too.
 
         Raises:
             UserError: names the layer, its width and the group sizes that would fit.
         """
         if self.group_size != -1 and width % self.group_size:
-            fitting = [size for size in range(16, width + 1, 16) if width % size == 0]
+            common = gcd(width, *others)
+            fitting = [size for size in range(16, common + 1, 16) if common % size == 0]
             choices = ", ".join(map(str, fitting)) or "none that is a multiple of 16"
             raise UserError(
                 f"group size {self.group_size} does not divide the {width} inputs of {name}: "
-                f"sizes that do are {choices}, or -1 for per-channel"
+                f"sizes that do{' so everywhere' if common < width else ''} are {choices}, or -1 for per-channel"
             )
 
     def split(self, weight: Tensor) -> Tensor:

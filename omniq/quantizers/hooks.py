@@ -5,11 +5,12 @@ The block's code stays as it is. Two things are attached to it and can be taken 
 
 - A pre-hook on every quantized linear replaces its input by the fake-quantized one. Linears that share an input get the
   very same tensor: it is quantized once, when the first of them asks. Each token has its own range; or, if the scheme
-  says so, all tokens share one, which is fixed where the block is finished and that of the sample where it is not.
-- ``config._attn_implementation`` of the block's attention names a function of omniq's, which quantizes queries, keys
-  and values as they come (after rotary embedding, before keys and values are repeated for the query heads), each token
-  of each head on its own range, and hands them to the implementation that was named before. The softmax output is left
-  alone.
+  says so, all tokens share one, which is fixed where the block is finished and that of the sample where it is not (of
+  each sample, also where a block hands all tokens of a batch to a linear in one row, as OPT does).
+- The block's attention gets a config of its own, in which ``_attn_implementation`` names a function of omniq's. That
+  quantizes queries, keys and values as they come (after rotary embedding, before keys and values are repeated for the
+  query heads), each token of each head on its own range, and hands them to the implementation that the model's config
+  names at that moment: masks are made for that one. The softmax output is left alone.
 
 Every range belongs to one token or is fixed, so a full forward and decoding token by token with a cache compute the
 same: what the cache holds is quantized on its way into every attention, always to the same numbers.
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from omniq.errors import UserError
 from omniq.models.family import Family
@@ -83,10 +84,13 @@ def attach(
     if finished is not None and not finished:
         activations = Activations()
     if activations.inputs != 16:
+        length = SampleLength()
+        if activations.static and finished is None:
+            undo.append(block.register_forward_pre_hook(length).remove)
         for names in family.inputs:
             fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
-            shared = SharedInput(activations, fixed, linears[-1])
+            shared = SharedInput(activations, fixed, linears[-1], length)
             undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
     if activations.attention and family.attention is not None:
         undo.append(_redirect(block.get_submodule(family.attention), activations))
@@ -109,18 +113,22 @@ def attach_all(
     Returns:
         what takes everything off again.
     """
-    undo = []
-    for block, finished in blocks:
-        if activations.attention and family.attention is not None:
-            attention = block.get_submodule(family.attention)
-            attention.config = copy.copy(attention.config)  # one for all blocks would be redirected once for each
-        undo.append(attach(block, family, activations, finished))
+    undo = [attach(block, family, activations, finished) for block, finished in blocks]
 
     def detach() -> None:
         for each in undo:
             each()
 
     return detach
+
+
+class SampleLength:
+    """A pre-hook of a block that notes how many tokens its samples have."""
+
+    tokens = 0
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.tokens = args[0].shape[1]
 
 
 class SharedInput:
@@ -130,10 +138,13 @@ class SharedInput:
         activations: what becomes of it.
         fixed: its range, if that is fixed and known.
         last: the linear that runs last; nothing is held after it.
+        length: of the samples that the block is at.
     """
 
-    def __init__(self, activations: Activations, fixed: StaticGrid | None, last: nn.Module) -> None:
-        self.activations, self.fixed, self.last = activations, fixed, last
+    def __init__(
+        self, activations: Activations, fixed: StaticGrid | None, last: nn.Module, length: SampleLength
+    ) -> None:
+        self.activations, self.fixed, self.last, self.length = activations, fixed, last, length
         self._source: Tensor | None = None
         self._result: Tensor | None = None
 
@@ -151,7 +162,10 @@ class SharedInput:
         if not self.activations.static:
             return _quantize(x, bits, symmetric)
         x = x.to(_computed_in(x))
-        return quantize_samples(x, bits, symmetric) if self.fixed is None else self.fixed.quantize(x, bits)
+        if self.fixed is not None:
+            return self.fixed.quantize(x, bits)
+        samples = x if x.dim() == 3 else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
+        return quantize_samples(samples, bits, symmetric).view(x.shape)
 
 
 def _quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -165,37 +179,42 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _redirect(attention: nn.Module, activations: Activations) -> Callable[[], None]:
+def _redirect(attention: Any, activations: Activations) -> Callable[[], None]:
     """Send the attention of one module through ours; returns what takes it back."""
-    config: Any = attention.config
-    before = config._attn_implementation
-    config._attn_implementation = _register(before, activations)
+    own = attention.config
+    # a copy, because the model's own decides which masks are made, and may be told of another implementation later
+    attention.config, attention.plain_config = copy.copy(own), own
+    attention.config._attn_implementation = _register(activations)
 
     def take_back() -> None:
-        config._attn_implementation = before
+        attention.config = own
+        del attention.plain_config
 
     return take_back
 
 
-def _register(base: str, activations: Activations) -> str:
-    """Our attention on top of another, by name in transformers' interface; masks are made as for the other."""
+def _register(activations: Activations) -> str:
+    """Our attention, by name in transformers' interface."""
     kind = "s" if activations.symmetric else "a"
-    name = f"omniq-q{activations.queries}-kv{activations.keys_values}-{kind}-{base}"
-    interface, masks = AttentionInterface(), AttentionMaskInterface()
-    if name not in interface:
-        AttentionInterface.register(name, _attention(base, activations))
-        AttentionMaskInterface.register(name, masks[base])
+    name = f"omniq-q{activations.queries}-kv{activations.keys_values}-{kind}"
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, _attention(activations))
     return name
 
 
-def _attention(base: str, activations: Activations) -> Callable[..., Any]:
+def _attention(activations: Activations) -> Callable[..., Any]:
     interface, symmetric = AttentionInterface(), activations.symmetric
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         # "eager" stands for the function beside the module's class; all others are in the interface.
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         query = _quantize(query, activations.queries, symmetric)
         key, value = (_quantize(each, activations.keys_values, symmetric) for each in (key, value))
-        return interface.get_interface(base, eager)(module, query, key, value, *args, **kwargs)
+        redirected, module.config = module.config, module.plain_config  # flash attention looks for its name there
+        try:
+            plain = interface.get_interface(module.config._attn_implementation, eager)
+            return plain(module, query, key, value, *args, **kwargs)
+        finally:
+            module.config = redirected
 
     return attention

@@ -36,6 +36,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from omniq.kernels.fake_quant_torch import clamp
 from omniq.quantizers.grid import Grid
 
 _JOINT = torch.linspace(1.0, 0.2, 40).tolist()[1:]  # below 0.2 hardly a group has its best range
@@ -98,7 +99,8 @@ def _loss(weight: Tensor, lo: Tensor, hi: Tensor, grid: Grid, importance: Tensor
     scale, zero_point = grid.fit(lo, hi)
     steps = weight * scale.reciprocal().unsqueeze(-1)
     z = zero_point.unsqueeze(-1)
-    miss = steps.round().clamp_(-z, grid.levels - z).sub_(steps)
+    rounded = steps.round()
+    miss = clamp(rounded, -z, grid.levels - z, out=rounded).sub_(steps)
     if importance.ndim == 2:
         return torch.einsum("ogj,gj->og", miss.square_(), importance) * scale.square()
     spread = torch.bmm(miss.transpose(0, 1), importance).transpose(0, 1)  # [o, G, g]

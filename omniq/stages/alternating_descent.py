@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.kernels.layer_problem import Problem, objective, squares
+from omniq.kernels.layer_problem import Problem, matmul_precision, objective, squares
 from omniq.kernels.outliers import largest_eigenvalue, threshold_step
 from omniq.quantizers.grid import Grid
 from omniq.stages.coordinate_descent import CoordinateDescent, Solution
@@ -76,12 +76,12 @@ class AlternatingDescent(CoordinateDescent):
             group["counts"],
             strict=True,
         )
-        moved = torch.cat(
-            [
+        with matmul_precision(group["precision"], problem.gram.device):
+            steps = [
                 threshold_step(residual, sparse, problem.gram, count, state["lambda_max"], group["structured"])
                 for residual, sparse, count in parts
             ]
-        ).t()
+        moved = torch.cat(steps).t()
         change = moved - state["sparse"]
         state["sparse"] = moved.contiguous()
         problem.target.sub_(change)  # W - H

@@ -50,7 +50,7 @@ from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
 from omniq.stages.base import BlockTask, PassLoader, Stage
 from omniq.stages.rtn import RTNModule
-from omniq.stages.statistics import gram_of, observed, power_of
+from omniq.stages.statistics import bad_samples, check_finite, gram_of, observed, power_of
 from omniq.stages.transform import fuse
 from omniq.transforms.equivalence import LIMIT, ends
 from omniq.transforms.initial import FLOOR
@@ -211,25 +211,21 @@ def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, 
     """Mean ``|x|`` ``[i]`` and mean ``x x^T`` ``[i, i]`` of what these linears read, both float32, over all processes.
 
     Raises:
-        UserError: they are not finite.
+        UserError: see ``check_finite``.
     """
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    sums: dict[str, list[Tensor]] = {}
 
     def add(name: str, x: Tensor) -> None:
         samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
-        new = samples.float().abs().sum(1).double().sum(0), gram_of(x)
-        sums[name] = (sums[name][0] + new[0], sums[name][1] + new[1]) if name in sums else new
+        new = [samples.float().abs().sum(1).double().sum(0), gram_of(x), bad_samples(x, task)]
+        sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
 
     with observed(task.block, names, add):
         task.visit(task.inputs)
     tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
     found = {}
     for name, parts in sums.items():
-        size, gram = (processes.all_reduce_sum(part).div_(tokens).float() for part in parts)
-        if not torch.isfinite(gram).all():
-            raise UserError(
-                f"{task.name} {name}: the Gram matrix is not finite; use trainer.precision 32-true or bf16-mixed, or "
-                "other calibration text"
-            )
-        found[name] = size, gram
+        size, gram, bad = (processes.all_reduce_sum(part) for part in parts)
+        check_finite(task, name, gram, bad)
+        found[name] = size.div_(tokens).float(), gram.div_(tokens)
     return found

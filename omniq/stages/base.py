@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq import processes
+from omniq.errors import UserError
 from omniq.models.family import Family
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.hooks import quantized_activations
@@ -216,12 +217,19 @@ class BlockModule(L.LightningModule):
         """Called after a guard has put an earlier state back: forget whatever was derived from the other one."""
 
     def abandon(self) -> str:
-        """Give up learning after repeated non-finite losses: go back to where the stage began.
+        """Give up learning, after repeated non-finite losses or such an end: go back to where the stage began.
 
         Returns:
             one line for the summary that says what the block falls back to.
+
+        Raises:
+            UserError: there is nothing to go back to.
         """
-        raise FloatingPointError(f"{self.task.name}: non-finite loss, and this stage has no initial grid to return to")
+        stage = type(self).__name__.removesuffix("Module")
+        raise UserError(
+            f"block {self.task.index}: {stage} met values that are not finite, and has no start to return to: "
+            "give another trainer.precision, or bfloat16 or float32 as scheme.dtype"
+        )
 
 
 class Stage(ABC):
@@ -235,6 +243,11 @@ class Stage(ABC):
     @property
     def refines(self) -> bool:
         """Whether it builds on the codes or the grid of the stage before it, instead of starting from the weights."""
+        return False
+
+    @property
+    def chooses_codes(self) -> bool:
+        """Whether its codes are more than the nearest on its grid: a stage that keeps the grid alone loses them."""
         return False
 
     @property

@@ -24,9 +24,9 @@ min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones 
 and loaded between any two steps, it continues to the same bits. What moves is the residual D.
 
 **Memory** beyond weights and Gram matrix is D, the best codes (half a byte each up to 4 bit), and in a sweep ``B o``
-numbers and 8 MiB, in float32 on a GPU ``B i`` more. To the weights and Gram matrices of a LLaMA-7B block in float32, its
-largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % inside a sweep, 0.4 % for all else. The last result
-is unpacked in D's place.
+numbers and 8 MiB, in float32 on a GPU ``B i`` more. To the weights and Gram matrices of a LLaMA-7B block in float32
+its largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % inside a sweep, 0.4 % for all else. The last
+result is unpacked in D's place.
 
 Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups.
 """

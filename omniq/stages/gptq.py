@@ -2,18 +2,19 @@
 """GPTQ (arXiv 2210.17323): one pass of error feedback through the inverse of the Gram matrix.
 
 The arithmetic is ``omniq.kernels.gptq``. Unlike the published code the grid is chosen once, before any column moves, by
-the searched range unless another clipping is given.
+the searched range unless another clipping is given. The error of each linear is logged as
+``block/007/q_proj/recon_error``.
 """
 
 from torch import Tensor
 
-from omniq.errors import UserError
 from omniq.kernels.gptq import gptq
 from omniq.quantizers.clipping import Clipping
 from omniq.result import QuantizedLinear
 from omniq.stages.base import BlockTask
 from omniq.stages.gram import GramModule, GramStage
 from omniq.stages.stack import Stack
+from omniq.stages.statistics import powers_of
 from omniq.stages.tokens import TokenWeights
 
 
@@ -38,12 +39,8 @@ class GPTQ(GramStage):
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
     ) -> None:
-        super().__init__(clipping, true_sequential, batch_size, token_weights)
-        if not 0 <= damping < 1:
-            raise UserError(
-                f"damping {damping} of GPTQ is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"
-            )
-        self.damping, self.act_order = damping, act_order
+        super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
+        self.act_order = act_order
 
     def module(self, task: BlockTask) -> "GPTQModule":
         return GPTQModule(task, self)
@@ -55,8 +52,8 @@ class GPTQModule(GramModule):
     settings: GPTQ
 
     def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        grid, settings = self.task.grid, self.settings
-        part = stack.part(stack.my_rows)
+        grid, settings, rows = self.task.grid, self.settings, stack.my_rows
+        part = stack.part(rows)
         part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.importance(k)))
         rounded = gptq(
             part.weight,
@@ -67,5 +64,7 @@ class GPTQModule(GramModule):
             damping=settings.damping,
             act_order=settings.act_order,
         )
+        errors = powers_of(part.weight - rounded.values, gram)
+        self.track_errors(stack, rows, errors, powers_of(part.weight, gram))
         stack.grid = stack.gather(part.scale), stack.gather(part.zero_point)
         return stack.linears(grid, stack.gather(rounded.codes))

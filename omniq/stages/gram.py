@@ -14,7 +14,8 @@ Driven by Lightning like any stage: one epoch whose steps are, for each group, t
 solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
 
 S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16
-are exact in float32); under several processes S is summed over them.
+are exact in float32); under several processes S is summed over them. Only the block's forward follows the Trainer's
+precision; a solver computes in float32, unless its own settings say otherwise.
 
 Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, ``i`` input features, ``G`` groups.
 """
@@ -31,12 +32,14 @@ from torch.func import functional_call
 
 from omniq import processes
 from omniq.errors import UserError
+from omniq.kernels.layer_problem import matmul_precision
 from omniq.quantizers.clipping import Clipping, Searched
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
 from omniq.stages.stack import Stack
-from omniq.stages.statistics import gram_of, observed
+from omniq.stages.statistics import bad_samples, check_finite, exact, gram_of, observed, relative
 from omniq.stages.tokens import TokenWeights, relative_weights
+from omniq.streams import take
 
 log = logging.getLogger("omniq")
 
@@ -49,6 +52,10 @@ class GramStage(Stage):
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
         token_weights: how much each token counts in S.
+        damping: added to the diagonal of S by the solver, as a share of its mean.
+
+    Raises:
+        UserError: nothing is gathered, or the damping is no share.
     """
 
     def __init__(
@@ -57,10 +64,23 @@ class GramStage(Stage):
         true_sequential: bool = True,
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
+        damping: float = 0.01,
     ) -> None:
+        name = type(self).__name__
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} of {name} gathers nothing: give 1 or more")
+        if not 0 <= damping < 1:
+            raise UserError(
+                f"damping {damping} of {name} is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"
+            )
         self.clipping = clipping or Searched()
         self.true_sequential, self.batch_size = true_sequential, batch_size
         self.token_weights: TokenWeights = token_weights
+        self.damping = damping
+
+    @property
+    def chooses_codes(self) -> bool:
+        return True
 
 
 class PlanLoader(PassLoader):
@@ -157,7 +177,8 @@ class GramModule(BlockModule):
             return
         work = step - (self.batches.steps_per_pass - self.work)
         for k in groups:
-            done = self.solve(k, self._stack(k), self.grams[k], work)
+            with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                done = self.solve(k, self._stack(k), self.grams[k], work)
             if done is not None:
                 self._keep(k, done)
 
@@ -166,20 +187,36 @@ class GramModule(BlockModule):
 
     def importance(self, k: int) -> Tensor:
         """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
-        tokens = self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
-        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / tokens
+        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self._tokens
+
+    def track_errors(self, stack: Stack, rows: slice, errors: Tensor, powers: Tensor) -> None:
+        """Track the relative reconstruction error of each linear, without waiting for the device.
+
+        Args:
+            rows: of the stack, that this process has solved: its share, or all of them.
+            errors, powers: ``d S d^T`` and ``w S w^T`` of each of these rows.
+        """
+        parts = torch.stack([errors, powers]).split(stack.lengths(rows), 1)
+        sums = processes.all_reduce_sum(torch.stack([part.sum(1) for part in parts]))
+        for name, (error, power) in zip(stack.names, sums, strict=True):
+            self.track(f"{name.rpartition('.')[2]}/recon_error", relative(error, power))
+
+    @property
+    def _tokens(self) -> int:
+        """How many tokens S is a sum over: those of all processes."""
+        return self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
 
     def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
         names = {self.task.family.inputs[k][0]: k for k in groups}
         waiting = set(names)
 
-        inputs, targets = self.batch(indices)
-        weights = None if self.settings.token_weights == "uniform" else relative_weights(targets).flatten()
+        inputs, weights = take(self.task.inputs, indices, self.task.device), None
+        if self.settings.token_weights == "relative":
+            weights = relative_weights(take(self.task.targets, indices, self.task.device)).flatten()
 
         def add(name: str, x: Tensor) -> None:
             k = names[name]
-            product = gram_of(x, weights)
-            bad = (~torch.isfinite(x.view(len(indices), -1))).any(1).sum()
+            product, bad = gram_of(x, weights), bad_samples(x, self.task)
             self.grams[k] = self.grams[k] + product if k in self.grams else product
             self.bad[k] = self.bad[k] + bad if k in self.bad else bad
             waiting.discard(name)
@@ -191,20 +228,15 @@ class GramModule(BlockModule):
 
     def _gathered(self, k: int) -> None:
         """Sum over processes, and refuse what no solver can use."""
+        self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
         reduce = self.trainer.strategy.reduce
         self.grams[k] = reduce(self.grams[k], reduce_op="sum")
-        name, bad = self.task.family.inputs[k][0], int(reduce(self.bad.pop(k), reduce_op="sum"))
-        samples, tokens = self.task.inputs.shape[:2]
-        if bad or not torch.isfinite(self.grams[k]).all():
-            raise UserError(
-                f"{self.task.name} {name}: the Gram matrix is not finite, {bad} of {samples} samples have inputs that "
-                "are not; use trainer.precision 32-true or bf16-mixed, or other calibration text"
-            )
-        width = len(self.grams[k])
-        if samples * tokens * self.trainer.world_size < width:
+        name, width = self.task.family.inputs[k][0], len(self.grams[k])
+        check_finite(self.task, name, self.grams[k], reduce(self.bad.pop(k), reduce_op="sum"))
+        if self._tokens < width and processes.rank() == 0:
             log.warning(
                 "%s %s: %d tokens for %d inputs; give at least as many tokens as inputs (data.samples, data.length)",
-                self.task.name, name, samples * tokens, width,
+                self.task.name, name, self._tokens, width,
             )  # fmt: skip
 
     def _stack(self, k: int) -> Stack:

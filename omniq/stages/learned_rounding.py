@@ -58,7 +58,7 @@ class LearnedRounding(Reconstruction):
         self,
         epochs: int = 10,
         batch_size: int = 1,
-        rounding_lr: float = 2e-3,
+        rounding_lr: float = 4e-3,
         scale_lr: float = 1e-3,
         norm_lr: float = 0.0,
         augmented_loss: bool = False,
@@ -80,14 +80,13 @@ class LearnedRounding(Reconstruction):
                 "stages: LearnedRounding starts from the codes of the stage before it, and there is none: put RTN, "
                 "OmniQuant, GPTQ or QuantEase first"
             )
-        if before[-1].sparse:
-            raise UserError(
-                f"stages: LearnedRounding cannot follow {type(before[-1]).__name__} with outliers or quantized scales, "
-                "which it would drop: give that stage neither, or leave one of the two out"
-            )
 
     @property
     def refines(self) -> bool:
+        return True
+
+    @property
+    def chooses_codes(self) -> bool:
         return True
 
     @property

@@ -36,7 +36,7 @@ from omniq.stages.tokens import TokenWeights
 from omniq.stages.transform import fuse, input_ranges
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
-from omniq.transforms.let import LET, block_transform, check_equivalences
+from omniq.transforms.let import LET, block_transform, check_equivalences, worth_learning
 
 
 class OmniQuant(Reconstruction):
@@ -104,6 +104,11 @@ class OmniQuantModule(ReconstructionModule):
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task, settings)
         self.transform, self.moves = self._start_transform()
+        if self.transform is None and isinstance(settings.clipping, Clipping):
+            raise UserError(
+                "stages: OmniQuant has nothing to learn: a scale between queries and keys changes nothing while both "
+                "stay at 16 bits; add norm to transform.equivalences, or give a clipping that learns, such as LWC"
+            )
         importance = importance_for(settings.clipping, task, settings.token_weights)
         weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
         self.clips = nn.ModuleDict(
@@ -119,9 +124,10 @@ class OmniQuantModule(ReconstructionModule):
     def _start_transform(self) -> tuple[Transform | None, nn.ParameterDict | None]:
         """Fuse the initial values into the block; what is learned from there starts at the identity."""
         task, let = self.task, self.settings.transform
-        if let is None:
+        kinds = worth_learning(let.equivalences, task.activations.attention) if let is not None else ()
+        if let is None or not kinds:
             return None, None
-        transform = block_transform(task.block, task.family, let.equivalences, let.shift)
+        transform = block_transform(task.block, task.family, kinds, let.shift)
         values = initial_values(transform, dict(task.block.named_parameters()), input_ranges(task), let.alpha)
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return transform, transform.parameters()
@@ -168,9 +174,10 @@ class OmniQuantModule(ReconstructionModule):
             linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
         if self.transform is None or self.moves is None:
             return BlockResult(linears, task.plain_tensors())
-        plain = {name: tensors[name].to(grid.scale_dtype) for name in task.plain_tensors()}  # as stored
-        fuse(task.block, self.transform, self.moves)
-        return BlockResult(linears, plain)
+        result = BlockResult(linears, {name: tensors[name].to(grid.scale_dtype) for name in task.plain_tensors()})
+        if result.unstorable(grid.scale_dtype) is None:  # else the block stays as it was, for what ``abandon`` leaves
+            fuse(task.block, self.transform, self.moves)
+        return result
 
     @torch.no_grad()
     def abandon(self) -> str:

@@ -8,12 +8,14 @@ For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a
     t   = argmin || Q((X - d) / s) Q(W s)^T - (X - d) W^T ||^2       over a few samples, each input by itself
 
 No gradients. Candidates for ``t`` are even steps from the largest channel down; the first leaves all scales at one.
-Alone it is the baseline of that name; before another stage it prepares the block.
+Alone it is the baseline of that name; before another stage it prepares the block. Several processes look at the same
+samples as one, each at those that it holds, and add up their errors.
 
 Deviations: shifts only where the stock module can store the biases they make (in LLaMA from values to output), instead
 of a norm with a bias of its own; the objective is summed over all readers of an input, as published for q, k and v.
 
-Shapes: ``n`` tokens, ``i`` input features, ``o`` output features, ``c`` parameters of an equivalence.
+Shapes: ``n`` samples, ``t`` tokens of a sample, ``i`` input features, ``o`` output features, ``c`` parameters of an
+equivalence.
 """
 
 import torch
@@ -41,7 +43,7 @@ class OutlierSuppression(Stage):
 
     Args:
         candidates: thresholds to try for each input.
-        samples: that the search looks at, from the front.
+        samples: that the search looks at, from the front; of several processes, all together.
         clipping: the range of each group of weights; min-max by default.
     """
 
@@ -83,12 +85,14 @@ class OutlierSuppressionModule(RTNModule):
         return super().finish()
 
     def _inputs(self) -> dict[str, Tensor]:
-        """What the linears read in the first samples, ``[n, i]`` each."""
-        seen: dict[str, list[Tensor]] = {}
-        first = tuple(group[0] for group in self.task.family.inputs)
-        with observed(self.task.block, first, lambda name, x: seen.setdefault(name, []).append(x.float())):
-            self.task.visit(self.task.inputs[: self.settings.samples])
-        return {name: torch.cat(seen[group[0]]) for group in self.task.family.inputs for name in group}
+        """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
+        task, first = self.task, [group[0] for group in self.task.family.inputs]
+        share = len(range(processes.rank(), self.settings.samples, processes.count()))
+        seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
+        with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
+            task.visit(task.inputs[:share])
+        whole = {name: torch.cat(parts).unflatten(0, (-1, task.inputs.shape[1])) for name, parts in seen.items()}
+        return {name: whole[group[0]] for group in task.family.inputs for name in group}
 
     def _scale(
         self,
@@ -108,7 +112,7 @@ class OutlierSuppressionModule(RTNModule):
         size = torch.maximum(hi, -lo)  # [i]
         size = heads.by_key(size).amax(1) if through_heads else size  # [c]
         best = size.new_ones(size.shape)
-        least = size.new_full((), torch.inf)
+        least = size.new_full((), torch.inf, dtype=torch.float64)
         for step in range(self.settings.candidates):
             threshold = size.max() * (1 - step / self.settings.candidates)
             scale = (size / threshold.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=1)
@@ -117,8 +121,10 @@ class OutlierSuppressionModule(RTNModule):
         return best
 
     def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the outputs, summed over the readers and all processes."""
-        given, total = self.task.activations, x.new_zeros(())
+        """Squared error of the outputs, summed over the readers and all processes; over samples in float64."""
+        given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
+        if not len(x):
+            return processes.all_reduce_sum(total)
         moved = x / scale
         if given.inputs != 16:
             quantize = quantize_samples if given.static else quantize_tokens
@@ -126,5 +132,5 @@ class OutlierSuppressionModule(RTNModule):
         for name in readers:
             weight = self.task.linear(name).weight.float()
             rounded = round_to_nearest(weight * scale, self.task.grid).dequantize().to(weight)
-            total += (moved @ rounded.t() - x @ weight.t()).square().sum()
+            total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
         return processes.all_reduce_sum(total)

@@ -7,12 +7,13 @@ For the linears of one shared input, with Gram matrix S of that input,
 
 one column after the other, each rounded to its best grid point given all others. The optimizer is
 ``CoordinateDescent``: one ``step()`` is one sweep, every third of them unrounded. The error of each linear is logged
-after every sweep as ``block/007/q_proj/recon_error``.
+after every sweep as ``block/007/q_proj/recon_error``: of the iterate, not of the best codes, which are kept.
 
-Where the descent starts and on which grid are independent choices. After another stage (learned clipping, GPTQ) it
-refines that stage's grid by default, with the original weights as its target, which the published ``gptq_quantease``
-gets wrong. Outliers (section 4 of the paper) are kept beside the codes in float16: with the masked sweep, which leaves
-supported entries unrounded, or by Algorithm 3, which lets the support move.
+Where the descent starts and on which grid are independent choices; its target is always the original weights, which the
+published ``gptq_quantease`` gets wrong. After another stage it keeps that stage's grid by default: all there is to keep
+of learned clipping. After one that has chosen codes (GPTQ) it has to go on from them, by ``start: previous``. Outliers
+(section 4 of the paper) are kept beside the codes in float16: with the masked sweep, which leaves supported entries
+unrounded, or by Algorithm 3, which lets the support move.
 
 Deviations from the published code: one searched grid instead of min-max, a per-row best iterate, early stop, blocked
 arithmetic with the same codes, damping; group grids always belong to runs of neighbours in the original order (the
@@ -56,8 +57,8 @@ class QuantEase(GramStage):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: visit columns by descending mean square of their input (slightly worse, measured).
         refit_scales: refit scales by least squares between sweeps, kept where the error falls.
-        outliers: per cent of the weights, 0 to 50, that are kept in float16 beside the codes.
-        outlier_columns: whole columns instead of single weights.
+        outliers: per cent of the weights, 0 to 50, that are kept in float16 beside the codes; one at least, if not 0.
+        outlier_columns: whole columns instead of single weights; again one at least.
         outlier_support: the largest weights, or those that cost most on the grid.
         outlier_method: the masked sweep, or Algorithm 3.
         precision: of the products on a GPU.
@@ -84,19 +85,17 @@ class QuantEase(GramStage):
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
     ) -> None:
-        super().__init__(clipping, true_sequential, batch_size, token_weights)
+        super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
         if sweeps < 1:
             raise UserError(
                 f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"
             )
         if not 0 <= outliers <= 50:
             raise UserError(f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: 1 is a good start")
-        if not 0 <= damping < 1:
-            raise UserError(f"damping {damping} of QuantEase is outside 0 to 1: it is a share of the mean diagonal")
-        if outliers and start in ("gptq", "previous") and outlier_method == "algorithm3":
+        if outliers and start != "weights" and outlier_method == "algorithm3":
             raise UserError(f"start {start!r} of QuantEase does not go with outlier_method 'algorithm3': use 'weights'")
         self.sweeps, self.start, self.grid = sweeps, start, grid
-        self.damping, self.act_order, self.refit_scales, self.precision = damping, act_order, refit_scales, precision
+        self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
         self.outliers, self.outlier_columns = outliers, outlier_columns
         self.outlier_support, self.outlier_method = outlier_support, outlier_method
 
@@ -110,15 +109,15 @@ class QuantEase(GramStage):
         if not before or not self.refines:
             return
         name = type(before[-1]).__name__
-        if before[-1].sparse:
-            raise UserError(
-                f"stages: QuantEase would refine the codes of {name} without the outliers or scales that belong to "
-                "them: leave one of the two out"
-            )
         if before[-1].tunes_norms:
             raise UserError(
                 f"stages: QuantEase would refine the codes of {name} without the norms tuned with them: set norm_lr of "
                 f"{name} to 0, or put QuantEase before it"
+            )
+        if before[-1].chooses_codes and self.start != "previous":
+            raise UserError(
+                f"stages: QuantEase with start {self.start!r} would keep the grid of {name} and lose the codes that "
+                f"{name} has chosen on it: set start to 'previous', or leave one of the two out"
             )
 
     @property
@@ -153,7 +152,8 @@ class QuantEaseModule(GramModule):
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
         if optimizer.shaken or not processes.all_agree(optimizer.converged):
             optimizer.step()
-        self._track_errors(stack, optimizer)
+        powers = optimizer.state[optimizer.weight]["baseline"]
+        self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)
         return None if step + 1 < self.work else self._finished(k, stack)
 
     def _finished(self, k: int, stack: Stack) -> dict[str, QuantizedLinear]:
@@ -269,14 +269,6 @@ class QuantEaseModule(GramModule):
             codes = grid.quantize(part.weight, part.scale, part.zero_point)
             values = grid.dequantize(codes, part.scale, part.zero_point)
         return values if mask is None else torch.where(mask, part.weight, values)
-
-    def _track_errors(self, stack: Stack, optimizer: CoordinateDescent) -> None:
-        """Relative reconstruction error of each linear, without waiting for the device."""
-        rows = torch.stack([optimizer.row_errors(), optimizer.state[optimizer.weight]["baseline"]])  # [2, o]
-        parts = rows.split(stack.lengths(self._rows(stack)), 1)
-        sums = processes.all_reduce_sum(torch.stack([part.sum(1) for part in parts]))  # rows are shared, or all alike
-        for name, (error, power) in zip(stack.names, sums, strict=True):
-            self.track(f"{name.rpartition('.')[2]}/recon_error", error / power)
 
     def solver_state(self) -> dict[int, Any]:
         return {k: {"order": self.orders[k], **o.state_dict()} for k, o in self.optimizers_of.items()}

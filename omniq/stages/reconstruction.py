@@ -150,6 +150,11 @@ class ReconstructionModule(BlockModule):
         optimizer.step()
         return loss.detach()
 
+    def on_train_start(self) -> None:
+        for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
+            if isinstance(group["lr"], Tensor):  # as a checkpoint has it, on the CPU: a captured step would never look
+                group["lr"] = group["lr"].to(self.task.device)
+
     def restored(self) -> None:
         self.step.reset()
 

@@ -32,7 +32,7 @@ from omniq.result import BlockResult, Outliers, QuantizedLinear
 from omniq.stages.base import BlockTask
 from omniq.stages.gram import GramModule, GramStage
 from omniq.stages.stack import Stack
-from omniq.stages.statistics import power_of
+from omniq.stages.statistics import power_of, relative
 
 
 class SpQR(GramStage):
@@ -67,20 +67,16 @@ class SpQR(GramStage):
         true_sequential: bool = True,
         batch_size: int = 4,
     ) -> None:
-        super().__init__(clipping or MinMax(), true_sequential, batch_size)
+        super().__init__(clipping or MinMax(), true_sequential, batch_size, damping=damping)
         if not 0 <= threshold < math.inf:
             raise UserError(f"threshold {threshold} of SpQR is not usable: give 0 for no outliers, or such as 0.2")
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} of SpQR gathers nothing: give 1 or more")
-        if not 0 <= damping <= 1:
-            raise UserError(f"damping {damping} of SpQR is outside 0 to 1: it is a share of the mean diagonal")
         if self.clipping.needs_gram:
             raise UserError(
                 "clipping of SpQR with weighting 'gram' does not suit a stage that compensates for errors: use "
                 "'diagonal'"
             )
         self.second = SecondLevel(scale_bits, zero_bits, scale_group)
-        self.threshold, self.damping, self.act_order = threshold, damping, act_order
+        self.threshold, self.act_order = threshold, act_order
 
     @property
     def sparse(self) -> bool:
@@ -111,7 +107,8 @@ class SpQRModule(GramModule):
             outliers = Outliers.from_dense(sparse) if settings.threshold else None
             found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
             missed = weight - grid.dequantize(codes, scale, zero_point) - sparse
-            self.track(f"{name.rpartition('.')[2]}/recon_error", power_of(missed, gram) / power_of(weight, gram))
+            error = relative(power_of(missed, gram), power_of(weight, gram))
+            self.track(f"{name.rpartition('.')[2]}/recon_error", error)
         return found
 
     def finish(self) -> BlockResult:

@@ -39,9 +39,20 @@ class Stack:
 
     @classmethod
     def of(cls, task: BlockTask, names: tuple[str, ...]) -> "Stack":
-        """Stack the weights of these linears."""
+        """Stack the weights of these linears.
+
+        Raises:
+            UserError: some are not finite; names the linear.
+        """
         weights = [task.linear(name).weight.detach().float() for name in names]
-        return cls(names, tuple(len(weight) for weight in weights), torch.cat(weights))
+        stacked = torch.cat(weights)
+        if not torch.linalg.vector_norm(stacked, torch.inf).isfinite():  # isfinite of the whole would copy it
+            name, bad = next((n, b) for n, w in zip(names, weights, strict=True) if (b := int((~w.isfinite()).sum())))
+            raise processes.told_once(
+                f"{task.name} {name}: {bad} weights of the model are not finite: use a checkpoint that is whole, or "
+                "trainer.precision 32-true if its values are beyond float16"
+            )
+        return cls(names, tuple(len(weight) for weight in weights), stacked)
 
     def part(self, rows: slice) -> "Stack":
         """Some neighbouring rows of the stack."""

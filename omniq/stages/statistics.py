@@ -4,10 +4,12 @@
 Linears that share an input share its statistics: one hook on the first linear of each group. Everything accumulates
 on the device, without host synchronisation: within a sample in float32, over samples in float64. There the sum of so
 few numbers of like size is exact, so that it depends neither on their order nor on how processes share them.
+
+The block may run in the Trainer's half precision, as it is deployed; what is made of its inputs never does (``exact``).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +37,14 @@ def observed(block: nn.Module, names: tuple[str, ...], observe: Observe) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+def exact(x: Tensor) -> AbstractContextManager[None]:
+    """While this is entered, products on the device of ``x`` keep its dtype, whatever the Trainer's precision is.
+
+    A training step and a stream's forward run in autocast, which would round a Gram matrix to 8 or 11 bits.
+    """
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def input_importance(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
@@ -65,11 +75,17 @@ def input_grams(task: BlockTask, token_weights: TokenWeights = "uniform") -> dic
 def _means(
     task: BlockTask, token_weights: TokenWeights, sum_over: Callable[[Tensor, Tensor | None], Tensor]
 ) -> dict[str, Tensor]:
-    """Mean over all tokens of something summed over inputs ``[batch, t, i]`` with weights ``[batch, t]``."""
+    """Mean over all tokens of something summed over inputs ``[batch, t, i]`` with weights ``[batch, t]``.
+
+    Raises:
+        UserError: see ``check_finite``.
+    """
     sums: dict[str, Tensor] = {}
     seen = dict.fromkeys((group[0] for group in task.family.inputs), 0)
+    bad: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
+        bad[name] = bad_samples(x, task) + bad.get(name, 0)
         batch = x.unflatten(0, (-1, task.inputs.shape[1]))
         weights = None
         if token_weights == "relative":
@@ -83,6 +99,8 @@ def _means(
         task.visit(task.inputs)
     tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
     means = {name: processes.all_reduce_sum(total) / tokens for name, total in sums.items()}
+    for name, mean in means.items():
+        check_finite(task, name, mean, processes.all_reduce_sum(bad[name]))
     return {name: means[group[0]] for group in task.family.inputs for name in group}
 
 
@@ -100,12 +118,50 @@ def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
     Without weights ``[tokens]``, half-precision inputs are multiplied exactly, with float32 sums.
     """
-    if weights is None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(x.t(), x, out_dtype=torch.float32)
-    x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
-    return x.t() @ x
+    with exact(x):
+        if weights is None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            return torch.mm(x.t(), x, out_dtype=torch.float32)
+        x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
+        return x.t() @ x
+
+
+def powers_of(weight: Tensor, gram: Tensor) -> Tensor:
+    """``w S w^T`` of each row of ``[o, i]``, with ``[i, i]``: what each output of ``W x`` carries, ``[o]``."""
+    with exact(weight):
+        return (weight @ gram).mul_(weight).sum(1)
 
 
 def power_of(weight: Tensor, gram: Tensor) -> Tensor:
     """``tr(W S W^T)`` of ``[o, i]`` and ``[i, i]``, a scalar: what ``W x`` carries, summed over its outputs."""
-    return (weight @ gram).mul_(weight).sum()
+    return powers_of(weight, gram).sum()
+
+
+def relative(error: Tensor, power: Tensor) -> Tensor:
+    """``error / power``; the error as it is where outputs carry nothing (weights of zero, dead inputs)."""
+    return error / torch.where(power > 0, power, 1.0)
+
+
+def bad_samples(x: Tensor, task: BlockTask) -> Tensor:
+    """How many samples have inputs ``[batch t, i]`` that are not finite, a scalar on the device."""
+    return (~torch.isfinite(x)).any(1).unflatten(0, (-1, task.inputs.shape[1])).any(1).sum()
+
+
+def check_finite(task: BlockTask, name: str, gram: Tensor, bad: Tensor) -> None:
+    """Refuse what no solver or search can use.
+
+    Args:
+        name: of the linear whose inputs they are.
+        gram: their Gram matrix or its diagonal, over the samples of all processes.
+        bad: how many of those samples had inputs that are not finite.
+
+    Raises:
+        UserError: names the linear, and how many samples are to blame; in all processes, told by the first.
+    """
+    number, samples = int(bad), len(task.inputs) * processes.count()
+    if not number and torch.linalg.vector_norm(gram, torch.inf).isfinite():  # isfinite of the whole would copy it
+        return
+    why = f"{number} of {samples} samples have inputs that are not" if number else "its inputs are too large to square"
+    raise processes.told_once(
+        f"{task.name} {name}: the Gram matrix is not finite, {why}; use trainer.precision 32-true or bf16-mixed, or "
+        "other calibration text"
+    )

@@ -18,7 +18,6 @@ They hold exactly, not only in the published cases:
 - Channels that rotary embedding turns as a pair share one scale (``omniq.transforms.heads``).
 - Norms of queries and keys would undo a scale of the projection; they take it into their own weight instead. A norm
   over one head is shared by all heads, and so is then the scale.
-- A norm that adds an offset to its weight (Gemma: ``1 + w``) has it added before the division and taken off after.
 - A shift needs a bias at both ends. Where the stock module cannot store one (RMSNorm, linears without bias) there is
   none, and ``Transform.unshifted`` says why.
 
@@ -26,9 +25,10 @@ They hold exactly, not only in the published cases:
 truncation at 1e-2. Down projections are left alone unless asked for (the paper: unstable after the non-linearity).
 Order does not matter: each equivalence holds for whatever tensors the others leave.
 
-Tensors are promoted to the dtype of the parameters (float32): nothing is rounded between transform and grid. Nor are
-matrices multiplied before somebody wants them: a weight keeps its factors beside it (``omniq.kernels.scaled``) until it
-is quantized or stored.
+Tensors are promoted to the dtype of the parameters (float32), so that nothing is rounded between what is learned and
+the grid. A transform that is fused into a block in half precision is rounded there, once: initial values before
+anything is learned, and what stages without gradients find. Matrices are not multiplied before somebody wants them: a
+weight keeps its factors beside it (``omniq.kernels.scaled``) until it is quantized or stored.
 
 Shapes: ``o`` output features, ``i`` input features, ``H`` query heads, ``K`` KV heads, ``c`` channels of a head,
 ``P`` channels of a head after tying pairs.
@@ -115,7 +115,7 @@ class Transform:
             shift = parameters.get(f"{key}/shift")
             match move:
                 case NormToLinears():
-                    moved.divide(move.norm, scale, shift, move.offset)
+                    moved.divide(move.norm, scale, shift)
                     for linear in move.linears:
                         moved.multiply_inputs(linear, scale, shift)
                 case ValueToOutput():
@@ -155,7 +155,7 @@ class Transform:
             weight = moved.plain[f"{norm}.weight"]
             # A norm over one head sees the same scale in every head; take the first. Others are [H c] or [H, c].
             divisor = divisor[:channels] if weight.numel() == channels else divisor
-            moved.divide(norm, divisor.reshape(weight.shape), offset=move.norm_offset)
+            moved.divide(norm, divisor.reshape(weight.shape))
 
 
 class _Moving:
@@ -170,17 +170,12 @@ class _Moving:
         self.plain = dict(tensors)
         self.weights = {name: Scaled(self.plain.pop(f"{name}.weight")) for name in dict.fromkeys(linears)}
 
-    def divide(self, name: str, scale: Tensor, shift: Tensor | None = None, offset: float = 0.0) -> None:
-        """The module's output less ``shift``, over ``scale``: rows of a linear, or the weight of a norm.
-
-        Args:
-            offset: what the norm adds to its weight.
-        """
+    def divide(self, name: str, scale: Tensor, shift: Tensor | None = None) -> None:
+        """The module's output less ``shift``, over ``scale``: rows of a linear, or the weight of a norm."""
         if name in self.weights:
             self.weights[name] = self.weights[name].times_rows(1 / scale)
         else:
-            weight = self.plain[f"{name}.weight"]
-            self.plain[f"{name}.weight"] = (weight + offset) / scale - offset if offset else weight / scale
+            self.plain[f"{name}.weight"] = self.plain[f"{name}.weight"] / scale
         bias = self.plain.get(f"{name}.bias")
         if shift is not None:
             bias = -shift if bias is None else bias - shift

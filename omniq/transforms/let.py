@@ -42,10 +42,11 @@ class LET:
             null starts at one.
         lr: AdamW rate (published code: 5e-3, for some models 1e-3; the paper's text has it swapped with clipping's).
         shift: learn shifts where the stock module can store the biases they make.
-        equivalences: those to use; the paper's by default, which leave out ``up_down``.
+        equivalences: those to use; the paper's by default, which leave out ``up_down``. ``query_key`` is learned only
+            where queries or keys are quantized.
 
     Raises:
-        UserError: alpha outside 0..1, a rate that is not positive, no equivalence or an unknown one.
+        UserError: alpha outside 0..1, a rate outside 0..1, no equivalence, an unknown one or one given twice.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class LET:
         equivalences: Sequence[Kind] = ("norm", "value_output", "query_key"),
     ) -> None:
         check_alpha(alpha)
-        if lr <= 0:
-            raise UserError(f"transform.lr {lr} is not positive: give a rate such as 5e-3")
+        if not 0 < lr < 1:
+            raise UserError(f"transform.lr {lr} is no usable rate: give one such as 5e-3")
         check_kinds(equivalences)
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
-    """Refuse an empty selection of equivalences, and unknown ones.
+    """Refuse an empty selection of equivalences, unknown ones and repetitions.
 
     Raises:
         UserError: names it and what there is.
@@ -72,6 +73,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     if unknown or not kinds:
         given = repr(unknown[0]) if unknown else "an empty list"
         raise UserError(f"transform.equivalences: {given} is not usable, choose from {', '.join(KINDS)}")
+    if twice := [kind for kind in KINDS if list(kinds).count(kind) > 1]:
+        raise UserError(f"transform.equivalences: {twice[0]!r} is there more than once: give each once")
 
 
 def kinds_of(family: Family) -> list[str]:
@@ -92,6 +95,18 @@ def check_equivalences(family: Family, kinds: Sequence[str]) -> None:
                 f"transform.equivalences: {', '.join(family.model_types)} has no {kind!r}; "
                 + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
             )
+
+
+def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str, ...]:
+    """These kinds, but ``query_key`` only where queries or keys are quantized; says once in a process why it is off.
+
+    A scale of rows takes their grids with it: all that it changes is what queries and keys look like to a quantizer.
+    Without one its gradient is rounding noise, which AdamW would follow at full rate.
+    """
+    if quantized_attention or "query_key" not in kinds:
+        return tuple(kinds)
+    _tell_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
+    return tuple(kind for kind in kinds if kind != "query_key")
 
 
 def block_transform(block: nn.Module, family: Family, kinds: Sequence[str], shift: bool) -> Transform:

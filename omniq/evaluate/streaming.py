@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint read block by block, once, and the logits of several variants of it side by side.
+
+    tokens ─► embedding ─► for each block: every variant of it over its own activations ─► final norm and head ─► logits
+
+Memory: one activation ``[m, t, h]`` a variant, where the caller wants them (``omniq.streams.Home``), the embedding, the
+head and a block, or two of them for several variants.
+
+Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from omniq.streams import Home, propagate, take
+
+
+class BlockSource(Protocol):
+    """What ``stream_logits`` needs of ``omniq.models.source.SourceModel``."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks."""
+
+    def embed(self, tokens: Tensor, device: Any) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states that enter block 0, and the keyword arguments of every block."""
+
+    def block(self, index: int, device: Any, dtype: Any) -> nn.Module:
+        """A fresh block."""
+
+    def logits(self, hidden: Tensor, device: Any) -> Tensor:
+        """Final norm and head."""
+
+
+Variant = Callable[[int, nn.Module], nn.Module]
+"""From the index of a block and a fresh full-precision copy of it to the block to run; it may change the copy."""
+
+
+@torch.no_grad()
+def stream_logits(
+    source: BlockSource,
+    windows: Tensor,
+    variants: Mapping[str, Variant],
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    progress: Callable[[int], None] = lambda block: None,
+    dtype: torch.dtype | None = None,
+    home: Callable[[int], Home] | None = None,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Logits of several variants of a checkpoint, in one pass over its blocks.
+
+    Args:
+        source: the checkpoint.
+        windows: int64 ``[m, t]``.
+        variants: by the name each result gets; ``lambda index, block: block`` is the model as it is.
+        device: where blocks run.
+        batch_size: windows at once.
+        progress: called with the number of finished blocks.
+        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
+        home: where activations live, by the bytes of one variant's; on ``device`` if not given.
+
+    Yields:
+        for one variant after the other, batch by batch: its name, logits ``[b, t, v]``, tokens ``[b, t]``, both on
+        ``device``.
+
+    Raises:
+        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+    """
+    device = torch.device(device)
+    first, kwargs = source.embed(windows[:1], device)
+    dtype = dtype or first.dtype
+    shape = (*windows.shape, first.shape[-1])
+    size = windows.numel() * first.shape[-1] * dtype.itemsize
+    place = Home("device", device, Path()) if home is None else home(size)
+    streams = {name: place.empty(shape, dtype) for name in variants}
+    for start in range(0, len(windows), batch_size):
+        batch = slice(start, start + batch_size)
+        hidden = source.embed(windows[batch], device)[0]
+        for stream in streams.values():
+            stream[batch].copy_(hidden)
+    for index in range(source.num_blocks):
+        _advance(streams, variants, index, source.block(index, device, dtype), _cast(kwargs[index], dtype), batch_size)
+        progress(index + 1)
+    for name, stream in streams.items():
+        for start in range(0, len(windows), batch_size):
+            batch = slice(start, start + batch_size)
+            yield name, source.logits(take(stream, batch, device), device), windows[batch].to(device)
+
+
+def _advance(
+    streams: Mapping[str, Tensor],
+    variants: Mapping[str, Variant],
+    index: int,
+    fresh: nn.Module,
+    kwargs: Mapping[str, Any],
+    batch_size: int,
+) -> None:
+    """Send every stream through its variant of a block."""
+    last = list(variants)[-1:]  # needs no copy
+    for name, variant in variants.items():
+        block = variant(index, fresh if name in last else deepcopy(fresh))
+        propagate(block, streams[name], kwargs, nullcontext, batch_size)
+
+
+def _cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
+    """Rotary tables and masks in the dtype of the activations."""
+    cast: Mapping[str, Any] = apply_to_collection(
+        dict(kwargs), Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )
+    return cast
