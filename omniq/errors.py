@@ -12,3 +12,8 @@ class UserError(Exception):
 
 class NotByBlocks(UserError):
     """omniq cannot take a model apart into blocks; transformers may still run it whole."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

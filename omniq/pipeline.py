@@ -20,7 +20,6 @@ from omniq.background import blocks_ahead
 from omniq.callbacks import BlockLosses
 from omniq.config import Run
 from omniq.display import Display
-from omniq.errors import UserError
 from omniq.fit import Fitting, check_deployable, fit_stage
 from omniq.kernels.layer_problem import matmul_precision
 from omniq.preflight import Plan, prepare
@@ -117,15 +116,11 @@ def check_numbers(finite: bool, block: str) -> None:
     Raises:
         UserError: names the block.
     """
-
-    def refuse() -> None:
-        raise UserError(
+    if not processes.all_agree(finite):
+        raise processes.told_once(
             f"{block}: the full-precision model puts out NaN or infinity here: get its weights again, or set "
             "trainer.precision to 32-true"
         )
-
-    if not processes.all_agree(finite):
-        processes.first(refuse)
 
 
 def run_stages(

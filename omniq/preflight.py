@@ -4,7 +4,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -122,7 +122,7 @@ def prepare(run: Run, settings: str) -> Plan:
     for name, width in widths.items():
         run.scheme.grid.check_width(width, name, widths.values())
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
-    check_room(run, source)
+    check_room(run, source, widths)
     tokenizer = source.tokenizer()
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
@@ -197,16 +197,19 @@ def check_lengths(run: Run, positions: int | None) -> None:
             raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
 
 
-def check_room(run: Run, source: SourceModel) -> None:
+def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
     """Refuse a checkpoint that cannot be written: values beyond its dtype, or a disk without room for it.
 
     Room is what is left to write at least: a byte for each code that is in no finished block yet, and the checkpoint
     if there is none, without its scales.
 
+    Args:
+        linears: full names of those that get codes.
+
     Raises:
         UserError: names the parameter, or what is needed and what is free.
     """
-    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_widths(source))
+    codes = sum(prod(source.shape(f"{name}.weight")) for name in linears)
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
     needed = max(0, codes - written)
     if run.export.format != "none":

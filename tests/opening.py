@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from omniq.errors import UserError
@@ -32,6 +33,18 @@ def stream(source: SourceModel, ids: Tensor, device: str = "cpu") -> Tensor:
 
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def truncate(path: Path) -> None:
+    """Cut the end off the weights of a checkpoint."""
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_pickle(path: Path) -> None:
+    """Pickle the weights of a checkpoint, and leave nothing else of them."""
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
 
 
 def refused(path: Path | str, match: str, **options: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from opening import only_pickle, truncate
 from runs import QUICK, configuration, omniquant, write_config
 from safetensors.torch import load_file, save_file
 
@@ -206,16 +207,6 @@ def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) ->
     return str(path)
 
 
-def _truncate(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _only_pickle(path: Path) -> None:
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
 def holding(name: str, value: float) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         tensors = load_file(path / "model.safetensors")
@@ -236,14 +227,14 @@ def retyped(model_type: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (_truncate, ["model.safetensors is truncated or corrupt", "get the file again"]),
+        (truncate, ["model.safetensors is truncated or corrupt", "get the file again"]),
         (lambda path: (path / "model.safetensors").unlink(), ["holds no weights: model.safetensors"]),
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
         (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),
-        (_only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
+        (only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
         (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
         (retyped("bloom"), ["'bloom' is not supported: it attends in code of its own", *FAMILIES[0].model_types]),
         (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
@@ -271,7 +262,7 @@ def test_broken_models(
 
 
 def test_a_pickle_file_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    path = source_with(folder, tmp_path, _only_pickle)
+    path = source_with(folder, tmp_path, only_pickle)
     assert "pytorch_model.bin is a pickle file" in refused("--model.path", f"{path}/pytorch_model.bin")
 
 

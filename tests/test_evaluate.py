@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from exported import CARD, opened, rounded
-from opening import edit_json
+from opening import edit_json, only_pickle, truncate
 from runs import configuration, write_text
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
@@ -156,16 +156,6 @@ def test_code_beside_the_weights_runs_when_asked(
     assert found["nll"] == pytest.approx(plain["nll"], rel=1e-6)
 
 
-def _truncate(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _only_pickle(path: Path) -> None:
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
 def _name_a_pickle(path: Path) -> None:
     torch.save(load_file(path / "model.safetensors"), path / "adapter_model.bin")
     edit_json(path / "config.json", transformers_weights="adapter_model.bin")
@@ -192,14 +182,14 @@ def broken(place: Path, tmp_path: Path) -> Callable[[Callable[[Path], Any]], Pat
     return make
 
 
-PICKLES = [(_only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.bin")]
+PICKLES = [(only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.bin")]
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         *((change, [f"{name} is a pickle file", "convert the model to safetensors first"]) for change, name in PICKLES),
-        (_truncate, ["broken/model.safetensors is truncated or corrupt", "get the file again"]),
+        (truncate, ["broken/model.safetensors is truncated or corrupt", "get the file again"]),
         (lambda path: (path / "model.safetensors").unlink(), ["broken holds no weights: model.safetensors"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
         (lambda path: (path / "config.json").write_text("[]"), ["config.json holds no JSON object"]),
@@ -232,9 +222,9 @@ def test_load_refuses_pickles(
         omniq.load(broken(change))
 
 
-def test_load_names_a_truncated_file(broken: Callable[[Callable[[Path], Any]], Path]) -> None:
+def test_load_names_atruncated_file(broken: Callable[[Callable[[Path], Any]], Path]) -> None:
     with pytest.raises(UserError, match=r"broken/model\.safetensors is truncated or corrupt"):
-        omniq.load(broken(_truncate))
+        omniq.load(broken(truncate))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from omniq.errors import UserError
+from omniq.errors import UserError, first_line
 from omniq.models.bars import without_bars
 from omniq.models.locate import PICKLE, pickle_refusal
 
@@ -139,9 +139,9 @@ def reading_gguf(file: Path) -> Iterator[None]:
         with without_bars():
             yield
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{file} cannot be read as a GGUF model ({reason}): get the file again, or take the model's safetensors"
+            f"{file} cannot be read as a GGUF model ({first_line(error)}): get the file again, or take the "
+            "model's safetensors"
         ) from error
 
 

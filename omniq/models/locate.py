@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from omniq.errors import UserError
+from omniq.errors import UserError, first_line
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".safetensors", ".gguf", *PICKLE)
@@ -107,8 +107,7 @@ def _download(name: str, gguf_file: str | None, remote_code: bool) -> Path:
             "give the path of a local folder or GGUF file"
         ) from error
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.path {name!r} is no folder here, and the Hub refuses it ({reason}): check the name, or log in with "
-            "`hf auth login`, or give the path of a local folder"
+            f"model.path {name!r} is no folder here, and the Hub refuses it ({first_line(error)}): check the "
+            "name, or log in with `hf auth login`, or give the path of a local folder"
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from omniq.errors import UserError
+from omniq.errors import UserError, first_line
 
 
 def meta_model(
@@ -29,9 +29,9 @@ def meta_model(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
     except (ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformers cannot build this model with model.attention {attention!r} ({reason}): use sdpa or eager"
+            f"transformers cannot build this model with model.attention {attention!r} ({first_line(error)}): "
+            "use sdpa or eager"
         ) from error
     return model.eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from omniq.errors import UserError
+from omniq.errors import UserError, first_line
 from omniq.models.bars import without_bars
 from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, reading_gguf, weights_in
 from omniq.models.locate import PICKLE, pickle_refusal
@@ -67,6 +67,5 @@ def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool
             folder, trust_remote_code=remote_code, **extra
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no tokenizer can be read from {folder} ({reason}): put its files there") from error
+        raise UserError(f"no tokenizer can be read from {folder} ({first_line(error)}): put its files there") from error
     return tokenizer

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from omniq.errors import NotByBlocks, UserError
+from omniq.errors import NotByBlocks, UserError, first_line
 from omniq.models.checkpoint import (
     Checkpoint,
     GgufCheckpoint,
@@ -289,8 +289,9 @@ def _config(place: _Place) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=place.remote_code)
     except Exception as error:  # validation of configs raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read as a config of transformers ({reason}): get the file again") from error
+        raise UserError(
+            f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"
+        ) from error
 
 
 def _dtype_of(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

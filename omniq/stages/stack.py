@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omniq import processes
+from omniq.kernels.layer_problem import all_finite
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult, QuantizedLinear
 from omniq.stages.base import BlockTask
@@ -46,7 +47,7 @@ class Stack:
         """
         weights = [task.linear(name).weight.detach().float() for name in names]
         stacked = torch.cat(weights)
-        if not torch.linalg.vector_norm(stacked, torch.inf).isfinite():  # isfinite of the whole would copy it
+        if not all_finite(stacked):
             name, bad = next((n, b) for n, w in zip(names, weights, strict=True) if (b := int((~w.isfinite()).sum())))
             raise processes.told_once(
                 f"{task.name} {name}: {bad} weights of the model are not finite: use a checkpoint that is whole, or "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq import processes
+from omniq.kernels.layer_problem import all_finite
 from omniq.quantizers.clipping import ClippingMethod
 from omniq.stages.base import BlockTask
 from omniq.stages.tokens import TokenWeights, relative_weights
@@ -158,7 +159,7 @@ def check_finite(task: BlockTask, name: str, gram: Tensor, bad: Tensor) -> None:
         UserError: names the linear, and how many samples are to blame; in all processes, told by the first.
     """
     number, samples = int(bad), len(task.inputs) * processes.count()
-    if not number and torch.linalg.vector_norm(gram, torch.inf).isfinite():  # isfinite of the whole would copy it
+    if not number and all_finite(gram):
         return
     why = f"{number} of {samples} samples have inputs that are not" if number else "its inputs are too large to square"
     raise processes.told_once(
