@@ -13,6 +13,7 @@ clock waits for the GPU, so that its time is its own; what goes on in the backgr
     statistics  what a stage gathers before its first step: importances, the initial search of the clipping
     finish      the last rounding
     propagate   both streams through the block
+    deploy      what was found into the block's weights
     read        waiting for the next block
     write       block files, checkpoints of passes, snapshots of the streams
     summary     the loss of the deployed block
@@ -153,7 +154,7 @@ def install(clock: Clock) -> None:
         (OmniQuant, "module", "statistics"),
         (OmniQuantModule, "finish", "finish"),
         (pipeline, "propagate", "propagate"),
-        (pipeline, "deploy", "propagate"),
+        (pipeline, "deploy", "deploy"),
         (pipeline, "summarize", "summary"),
         (RunDir, "keep_block", "write"),
         (RunDir, "keep_streams", "write"),

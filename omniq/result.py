@@ -6,7 +6,7 @@ A result lives in one safetensors file whose metadata holds the grids, a summary
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,12 @@ class Outliers:
         column = mask.nonzero()[:, 1].to(torch.int16 if dense.shape[1] <= 2**15 else torch.int32)
         return cls(pointer, column.cpu(), dense[mask].to(torch.float16).cpu())
 
-    def dense(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The same as ``[o, i]``, zero elsewhere."""
+    def dense(self, width: int, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
+        """The same as ``[o, i]``, zero elsewhere; on the device of ``value`` if none is given."""
         rows = self.row_pointer.diff().long()
-        out = torch.zeros(len(rows), width, dtype=dtype, device=self.value.device)
         row = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
-        out[row, self.column.long()] = self.value.to(dtype)
+        out = torch.zeros(len(rows), width, dtype=dtype, device=device or self.value.device)
+        out[row.to(out.device), self.column.to(out.device).long()] = self.value.to(out.device, dtype)
         return out
 
 
@@ -101,11 +101,12 @@ class QuantizedLinear:
         parts = {key: None if state[key] is None else kind(**state[key]) for key, kind in _NESTED.items()}
         return cls(**{**state, "grid": _grid_from_json(state["grid"]), **parts})
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``."""
-        weight = self.grid.dequantize(self.codes, self.scale.float(), self.zero_point)
+    def dequantize(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
+        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``: the same bits on every device."""
+        codes, scale, zero_point = (part.to(device) for part in (self.codes, self.scale, self.zero_point))
+        weight = self.grid.dequantize(codes, scale.float(), zero_point)
         if self.outliers is not None:
-            weight = weight + self.outliers.dense(weight.shape[1])
+            weight = weight + self.outliers.dense(weight.shape[1], device=device)
         return weight.to(dtype)
 
     def bits_per_weight(self) -> float:
@@ -144,10 +145,14 @@ class BlockResult:
         linears = {name: replace(linear, input=grids[name]) for name, linear in self.linears.items()}
         return replace(self, linears=linears)
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """All parameters of the block as a plain module holds them: a state dict."""
-        weights = {f"{name}.weight": linear.dequantize(dtype) for name, linear in self.linears.items()}
-        return weights | {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+    def dequantized(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """All parameters of the block as a plain module holds them, one at a time: the items of a state dict."""
+        for name, linear in self.linears.items():
+            yield f"{name}.weight", linear.dequantize(dtype, device)
+        for name, tensor in self.tensors.items():
+            yield name, tensor.to(device, dtype)
 
     def unstorable(self, dtype: torch.dtype) -> str | None:
         """The first parameter with values beyond a dtype of deployment, or none at all; None if all are well."""
@@ -191,8 +196,9 @@ class BlockResult:
 
 
 def deploy(block: nn.Module, result: BlockResult) -> None:
-    """Give a block the weights that the deployed model will compute with."""
-    set_tensors(block, result.dequantized())
+    """Give a block the weights that the deployed model will compute with, made of their codes on its device."""
+    for name, value in result.dequantized(device=next(block.parameters()).device):
+        set_tensors(block, {name: value})
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def dequantized_logits(source: SourceModel, results: list[BlockResult], dtype: t
     """Of the source model with the optimised weights, by transformers' own whole-model code."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
     for index, result in enumerate(results):
-        model.get_submodule(source.block_name(index)).load_state_dict(result.dequantized(dtype))
+        model.get_submodule(source.block_name(index)).load_state_dict(dict(result.dequantized(dtype)))
     return torch.cat([model(window[None]).logits for window in WINDOWS])
 
 

@@ -237,11 +237,14 @@ def test_dequantized_weight_and_bits() -> None:
     assert linear(Grid(4, -1, symmetric=True)).bits_per_weight() == (96 * 4 + 6 * 16) / 96  # no zero points stored
 
 
-def test_deploy_gives_a_module_the_deployed_weights() -> None:
-    block = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 6), "norm": torch.nn.LayerNorm(16, bias=False)})
-    result = BlockResult({"q": linear(Grid(2))}, {"q.bias": torch.ones(6), "norm.weight": torch.zeros(16)})
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_deploy_gives_a_module_the_deployed_weights(device: str) -> None:
+    """On its own device, and there the same bits as on the CPU."""
+    block = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 6), "norm": torch.nn.LayerNorm(16, bias=False)}).to(device)
+    parts = {"q.bias": torch.ones(6), "norm.weight": torch.zeros(16)}
+    result = BlockResult({"q": linear(Grid(3, 4), outliers=True)}, parts)
     deploy(block, result)
-    assert torch.equal(block["q"].weight, result.linears["q"].dequantize())
+    assert torch.equal(block["q"].weight.cpu(), result.linears["q"].dequantize())
     assert block["q"].bias.eq(1).all()
     assert block["norm"].weight.eq(0).all()
     assert result.with_summary(seconds=1).summary == {"seconds": 1}
