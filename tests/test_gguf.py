@@ -5,7 +5,9 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
+import gguf
 import pytest
 import torch
 from opening import SMOL, needs_smol, refused, stream
@@ -19,8 +21,14 @@ from omniq.models.source import SourceModel
 
 @needs_smol
 @pytest.mark.slow
-def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str]) -> None:
+def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is parsed once, for config, weights and tokenizer together."""
+    reader = Mock(wraps=gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
     source = SourceModel.open(SMOL)
+    tokenizer = source.tokenizer()
+    assert reader.call_count == 1
+    assert gguf.GGUFReader is reader
     assert capfd.readouterr() == ("", "")
     assert source.dtype == torch.float32
     assert (source.num_blocks, source.vocab_size, source.family.blocks) == (30, 49152, "model.layers")
@@ -31,7 +39,6 @@ def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str]) -> None:
     block = source.block(0).state_dict()
     assert all(torch.equal(block[name], value) for name, value in reference.items())
     assert [name for name, _ in source.outside()] == ["model.embed_tokens.weight", "model.norm.weight"]
-    tokenizer = source.tokenizer()
     ids = tokenizer("Hello world", return_tensors="pt")["input_ids"]
     assert ids.tolist() == [[19556, 905]]
     with torch.no_grad():

@@ -13,11 +13,9 @@ truncated file (safetensors compares its length with the header), a shard the in
 """
 
 import hashlib
-import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from omniq.errors import UserError, first_line
-from omniq.models.bars import without_bars
+from omniq.errors import UserError
+from omniq.models.gguf import reading_gguf
 from omniq.models.locate import PICKLE, pickle_refusal
 
 INDEX = "model.safetensors.index.json"
@@ -125,26 +123,6 @@ class GgufCheckpoint(Checkpoint):
         return {name: self._held[name] for name in names}
 
 
-@contextmanager
-def reading_gguf(file: Path) -> Iterator[None]:
-    """While transformers reads a GGUF file, show no bar, and turn its many errors into one line that names the file.
-
-    Raises:
-        UserError: a package is missing, or the file cannot be read.
-    """
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"reading {file} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
-    try:
-        with without_bars():
-            yield
-    except Exception as error:
-        raise UserError(
-            f"{file} cannot be read as a GGUF model ({first_line(error)}): get the file again, or take the "
-            "model's safetensors"
-        ) from error
-
-
 def weights_in(folder: Path) -> str | None:
     """The weight file of a folder in which none was named: None for ``model.safetensors`` or its index.
 
@@ -189,8 +167,8 @@ def _index(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).exists():
         return {}
     names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{folder / INDEX} has no weight_map: get the file again")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of file names: get the file again")
     return names
 
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from omniq.errors import UserError, first_line
 from omniq.models.bars import without_bars
-from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, reading_gguf, weights_in
+from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, weights_in
+from omniq.models.gguf import reading_gguf
 from omniq.models.locate import PICKLE, pickle_refusal
 
 

@@ -20,6 +20,7 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 import copy
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from omniq.models.checkpoint import (
     GgufCheckpoint,
     SafetensorsCheckpoint,
     read_json,
-    reading_gguf,
     weights_in,
 )
 from omniq.models.families import family_of, family_of_type
 from omniq.models.family import Family
+from omniq.models.gguf import reading_gguf
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
 from omniq.models.outer import Outer
@@ -75,8 +76,15 @@ class SourceModel:
         vocab_size: entries of the embedding table.
     """
 
-    def __init__(self, path: str, place: _Place, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.path, self.folder, self._place = path, place.folder, place
+    def __init__(
+        self,
+        path: str,
+        place: _Place,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.path, self.folder, self._place, self._tokenizer = path, place.folder, place, tokenizer
         self.config: PretrainedConfig = model.config
         self.family: Family = family_of(model.config)
         self.dtype: torch.dtype = model.dtype
@@ -115,15 +123,18 @@ class SourceModel:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
         folder, file = locate(str(path), gguf_file, trust_remote_code)
         place = _Place(folder, file or weights_in(folder), trust_remote_code)
-        config = _config(place)
-        family_of(config)
-        if place.gguf is not None:
-            chosen = DTYPES.get(dtype, torch.float32)
-            checkpoint: Checkpoint = GgufCheckpoint(folder, place.gguf, config, chosen)
-        else:
-            checkpoint = SafetensorsCheckpoint(folder, place.file)
-            chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)
-        return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), checkpoint)
+        tokenizer = None
+        with nullcontext() if place.gguf is None else reading_gguf(folder / place.gguf):
+            config = _config(place)
+            family_of(config)
+            if place.gguf is not None:
+                chosen = DTYPES.get(dtype, torch.float32)
+                checkpoint: Checkpoint = GgufCheckpoint(folder, place.gguf, config, chosen)
+                tokenizer = open_tokenizer(folder, place.gguf)
+            else:
+                checkpoint = SafetensorsCheckpoint(folder, place.file)
+                chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)
+        return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), checkpoint, tokenizer)
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
@@ -140,7 +151,7 @@ class SourceModel:
         """The same model, all of it handed out in another dtype."""
         config, place = copy.deepcopy(self.config), self._place
         model = meta_model(config, dtype, config._attn_implementation, place.remote_code)
-        return SourceModel(self.path, place, model, self._checkpoint)
+        return SourceModel(self.path, place, model, self._checkpoint, self._tokenizer)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights, or in the GGUF file.
@@ -148,7 +159,9 @@ class SourceModel:
         Raises:
             UserError: there is none.
         """
-        return open_tokenizer(self._place.folder, self._place.gguf, self._place.remote_code)
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self._place.folder, None, self._place.remote_code)
+        return self._tokenizer
 
     def block_name(self, index: int) -> str:
         """Dotted name of a block, such as ``model.layers.7``: the prefix of its parameters."""
