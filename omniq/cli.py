@@ -12,13 +12,13 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
 from omniq.config import Export, Model, Run
@@ -143,24 +143,58 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, subparsers
 
 
-class _Parser(ArgumentParser):
-    """Names the configuration file that cannot be read, which jsonargparse does not."""
+class _ConfigFile(ActionConfigFile):
+    """A configuration file on top of earlier settings: a class or a list that it names starts afresh.
 
-    def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **options: Any) -> Namespace:
-        try:
-            content = yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"config {cfg_path} is not UTF-8 text ({error}): save it as UTF-8") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"config {cfg_path} is no valid YAML ({' '.join(str(error).split())}): mend it") from error
-        if not isinstance(content, dict):
-            raise UserError(f"config {cfg_path} holds no settings: give a YAML file of lines such as `seed: 2`")
-        return super().parse_path(cfg_path, *args, **options)
+    jsonargparse alone would leave another class, and the entries of a list as long as the earlier one, every earlier
+    argument of a name that they know.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        lists = set(_lists(_content(values)))
+        for key in [key for key in cfg.keys(branches=True) if key.replace(".init_args.", ".") in lists]:
+            cfg[key] = None  # not popped: the order of the settings stays
+        before = cfg.clone()
+        super().__call__(parser, cfg, values, option_string)
+        classes = {key: path for key, path in before.items() if key.endswith(".class_path")}
+        others = [key for key, path in classes.items() if cfg.get(key, path) != path]
+        if others:  # short names are resolved only now, so the file is applied again, without the earlier classes
+            for key in others:
+                if key in before:  # else it was in one of these
+                    before[key.removesuffix(".class_path")] = None
+            vars(cfg).clear()
+            vars(cfg).update(vars(before))
+            super().__call__(parser, cfg, values, option_string)
+
+
+def _content(config: str) -> dict[str, Any]:
+    """What a configuration file says, or a text in place of one; its errors name the file, jsonargparse's do not."""
+    is_file = config == "-" or os.path.exists(config)
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8") if is_file else config)
+    except OSError as error:
+        raise UserError(f"config {config} cannot be read ({error.strerror}): give a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {config} is not UTF-8 text ({error}): save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {config} is no valid YAML ({' '.join(str(error).split())}): mend it") from error
+    if is_file and not isinstance(content, dict):
+        raise UserError(f"config {config} holds no settings: give a YAML file of lines such as `seed: 2`")
+    return content if isinstance(content, dict) else {}  # a file that is not there: jsonargparse says so
+
+
+def _lists(content: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """The dotted keys of all lists, less ``init_args``, which may be left out."""
+    for key, value in content.items():
+        if isinstance(value, list):
+            yield f"{section}{key}"
+        elif isinstance(value, dict):
+            yield from _lists(value, section if key == "init_args" else f"{section}{key}.")
 
 
 def _subparser(target: Callable[..., Any], description: str) -> ArgumentParser:
-    parser = _Parser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file; of several, later ones win")
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action=_ConfigFile, help="a YAML file; of several, later ones win")
     if isinstance(target, type):
         parser.add_class_arguments(target, as_group=False)
     else:
@@ -205,7 +239,8 @@ def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
 
 def quiet() -> None:
     """Keep the chatter of a Trainer for every block out of the terminal; omniq's own warnings stay."""
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+    chatter = ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda")
+    for name in (*chatter, "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     log = logging.getLogger("omniq")
     if not log.hasHandlers():  # NOTE: on the root logger, other libraries' warnings would be said in omniq's name

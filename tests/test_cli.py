@@ -3,15 +3,46 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
+import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.accelerators import CUDAAccelerator
 from runs import QUICK, configuration, write_config
 
-from omniq.cli import main, parse_run, quiet
+from omniq.cli import build_parser, main, parse_run, quiet
 from omniq.errors import UserError
 from omniq.stages import RTN, OmniQuant
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNED = "stages: [{class_path: omniq.stages.OmniQuant, init_args: {epochs: 13, token_weights: relative}}]"
+HUB = "source: {class_path: omniq.data.HubText, init_args: {path: wiki, split: held-out}}"
+LOGGER = "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: here, name: mine}}}"
+TRAINER = "trainer: {class_path: test_cli.make_trainer, init_args: {precision: 32-true, blocks: 3}}"
+
+
+def make_trainer(precision: str = "bf16-mixed", accelerator: str = "cpu", blocks: int = 1) -> L.Trainer:
+    """One of somebody's own, to choose in the place of Lightning's."""
+    return L.Trainer(precision=precision, accelerator=accelerator, logger=blocks > 1)
+
+
+def resolved(folder: Path, *layers: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run on the command line is, by ``run.yaml`` and these files on top; and by Python alike."""
+    files = [folder / "run.yaml"]
+    for number, layer in enumerate(layers):
+        files.append(folder / f"layer{number}.yaml")
+        files[-1].write_text(layer)
+    parser, subparsers = build_parser()
+    config = parser.parse_args(["quantize", *(f"--config={file}" for file in files), *options])
+    shown = subparsers["quantize"].dump(config.quantize, skip_validation=True)
+    if not options:
+        assert parse_run(files)[1] == shown
+        assert parse_run(files[:-1], yaml.safe_load(layers[-1]))[1] == shown
+    return yaml.safe_load(shown)
 
 
 def test_print_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +72,88 @@ def test_files_compose_and_options_override(folder: Path) -> None:
     assert yaml.safe_load(settings)["data"]["samples"] == 7
     run, _ = parse_run([folder / "run.yaml", folder / "data.yaml"], {"data": {"samples": 2}, "seed": 8})
     assert (run.data.samples, run.data.seed, run.seed) == (2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "stages: [{class_path: omniq.stages.LearnedRounding}]",
+        "stages: [omniq.stages.LearnedRounding]",
+        "stages: [{class_path: omniq.stages.OmniQuant}]",
+        "stages: [{class_path: omniq.stages.RTN}, {class_path: omniq.stages.LearnedRounding}]",
+    ],
+)
+def test_a_later_list_of_stages_starts_afresh(folder: Path, later: str) -> None:
+    """Whatever was there; an option after it sets the last stage."""
+    assert resolved(folder, LEARNED)["stages"][0]["init_args"]["epochs"] == 13
+    last = resolved(folder, "stages: []", later)["stages"][-1]
+    assert last["init_args"]["epochs"] in (10, 20)  # the defaults of LearnedRounding and OmniQuant
+    assert resolved(folder, LEARNED, later)["stages"][-1] == last
+    changed = resolved(folder, LEARNED, later, options=["--stages.epochs", "5"])["stages"][-1]
+    assert changed == {**last, "init_args": {**last["init_args"], "epochs": 5}}
+
+
+def test_a_later_file_that_gives_no_list_of_stages_keeps_it(folder: Path) -> None:
+    before = resolved(folder, LEARNED)["stages"]
+    assert resolved(folder, LEARNED, "scheme: {name: W4A16}\ntrainer: {precision: 32-true}")["stages"] == before
+    more = resolved(folder, LEARNED, "stages+: [{class_path: omniq.stages.RTN}]\ndata: {source: Stdlib}")["stages"]
+    assert more == [*before, {"class_path": "omniq.stages.RTN", "init_args": {}}]
+    changed = resolved(folder, LEARNED, options=["--stages.clipping_lr", "0.02"])["stages"][0]
+    assert changed["init_args"] == {**before[0]["init_args"], "clipping_lr": 0.02}
+
+
+def test_an_entry_of_a_later_list_names_its_class(folder: Path) -> None:
+    (folder / "unnamed.yaml").write_text("stages: [{init_args: {epochs: 3}}]")
+    with pytest.raises(UserError, match="Not a valid subclass of Stage"):
+        parse_run([folder / "run.yaml", folder / "unnamed.yaml"])
+
+
+def test_another_class_in_a_later_file_starts_afresh(folder: Path) -> None:
+    """And the same class is composed, key by key."""
+    text = f"data: {{{HUB}}}\nevaluation: {{{HUB}, length: 9}}"
+    stdlib = {"class_path": "omniq.data.Stdlib", "init_args": {"split": "calibration"}}
+    for later in ("source: {class_path: omniq.data.Stdlib}", "source: Stdlib"):
+        found = resolved(folder, text, f"data: {{{later}}}\nevaluation: {{{later}}}")
+        assert (found["data"]["source"], found["evaluation"]["source"]) == (stdlib, stdlib)
+        assert found["evaluation"]["length"] == 9
+    for name in ("class_path: omniq.data.HubText, ", "class_path: HubText, ", ""):
+        later = f"data: {{source: {{{name}init_args: {{path: mine}}}}}}"
+        given = resolved(folder, text, later)["data"]["source"]["init_args"]
+        assert (given["path"], given["split"]) == ("mine", "held-out")
+
+
+def test_a_trainer_and_its_loggers_in_later_files(folder: Path) -> None:
+    """They too are composed within a class; another one, or a list, starts afresh."""
+
+    def trainer(*layers: str) -> dict[str, Any]:
+        return resolved(folder, *layers)["trainer"]["init_args"]
+
+    found = trainer(LOGGER, "trainer: {logger: {init_args: {save_dir: there}}, precision: 32-true}")
+    assert found["accelerator"] == "cpu"  # of run.yaml
+    assert (found["logger"]["init_args"]["save_dir"], found["logger"]["init_args"]["name"]) == ("there", "mine")
+    other = "{class_path: TensorBoardLogger, init_args: {save_dir: there}}"
+    for layer in (f"trainer: {{logger: {other}}}", f"trainer: {{init_args: {{logger: {other}}}}}"):
+        assert trainer(LOGGER, layer)["logger"]["init_args"]["name"] == "lightning_logs"
+    lists = [
+        f"trainer: {{logger: [{{class_path: CSVLogger, init_args: {{save_dir: {x}}}}}]}}" for x in ("a, name: b", "c")
+    ]
+    for earlier in (LOGGER, lists[0]):
+        assert trainer(earlier, lists[1])["logger"][0]["init_args"]["name"] == "lightning_logs"
+    assert trainer(LOGGER, TRAINER) == {"precision": "32-true", "accelerator": "cpu", "blocks": 3}
+    assert trainer("trainer: {accelerator: gpu}", TRAINER)["accelerator"] == "cpu"  # of make_trainer
+    assert trainer(TRAINER, "trainer: {accelerator: auto}")["blocks"] == 3
+    found = trainer(TRAINER, "trainer: {class_path: lightning.pytorch.Trainer}")
+    assert "precision" not in found  # which is not shown where it is None
+    assert found["accelerator"] == "auto"
+    precise = "trainer: {precision: 32-true}"
+    assert trainer(precise, "trainer: {class_path: lightning.pytorch.Trainer}") == trainer(precise)
+
+
+def test_the_demo_on_a_text_of_the_hub() -> None:
+    """Its own text has a split of another name."""
+    for text in ("c4", "wikitext2"):
+        run, _ = parse_run([ROOT / "configs/demo.yaml", ROOT / f"configs/data/{text}.yaml"])
+        assert run.data.source.split == "train"
 
 
 def test_options_on_the_command_line(folder: Path, tmp_path: Path) -> None:
@@ -188,6 +301,19 @@ def test_only_own_warnings_are_said_in_its_name(
     assert not root.handlers
 
 
+def test_no_line_for_every_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning tells which devices it sees whenever a Trainer begins."""
+    log, told = logging.getLogger(CUDAAccelerator.__module__), Mock(level=logging.NOTSET)
+    monkeypatch.setattr(log, "handlers", [told])
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    log.setLevel(logging.NOTSET)
+    CUDAAccelerator.set_nvidia_flags(0)
+    assert told.handle.call_count == 1
+    quiet()
+    CUDAAccelerator.set_nvidia_flags(0)
+    assert told.handle.call_count == 1
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -210,3 +336,9 @@ def test_a_config_that_cannot_be_read_is_named(
     assert message.count("\n") == 1
     with pytest.raises(UserError, match="mine.yaml"):
         parse_run([file])
+
+
+@pytest.mark.parametrize("config", ["-", "."])
+def test_a_config_that_is_no_file(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "--config", config]) == 2
+    assert f"omniq: config {config} cannot be read (" in capsys.readouterr().err
