@@ -47,7 +47,8 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: there is no checkpoint, or its weights are pickled, missing or damaged.
     """
-    folder = Path(path) / "model" if (Path(path) / "model").is_dir() else Path(path)
+    place = Path(path).expanduser()
+    folder = place / "model" if (place / "model").is_dir() else place
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no checkpoint: give a finished run directory or an exported folder")
     return open_weights(folder, **options)

@@ -20,6 +20,8 @@ from omniq.stages.base import Stage
 TrainerFactory = Callable[[], L.Trainer]
 CallbackFactory = Callable[[], Callback]
 
+_SEEDS = 10**9  # with block and pass multiplied in (``omniq.stages``), a generator's seed stays within 64 bits
+
 # What omniq decides for each block's fit, and what to use instead.
 OWNED_TRAINER_ARGUMENTS = {
     "callbacks": "the callbacks section",
@@ -129,6 +131,9 @@ class Run:
     blocks: int | None = None
     matmul: Literal["tf32", "ieee", "bf16"] = "tf32"
 
+    def __post_init__(self) -> None:
+        self.out = self.out.expanduser()  # a shell leaves ~ alone in --out=~/run, and YAML does always
+
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
 
@@ -151,6 +156,9 @@ class Run:
                     f"stages: {name} starts from the weights and would lose what {lost} before it has found: leave one "
                     "of the two out"
                 )
+        for name, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
+            if seed is not None and not 0 <= seed < _SEEDS:
+                raise UserError(f"{name} {seed} is out of range: give a number from 0 to {_SEEDS - 1}")
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is too small: give 1 or more")
         if self.blocks is not None and self.blocks < 1:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are either whole or not there, and that know when they were altered.
 
-Everything is written beside its final name, flushed and renamed. Tensors go to safetensors files whose metadata holds
+Everything is written beside its final name, flushed and renamed, and then the new name is flushed: what is written
+later is never on the disk without it. Tensors go to safetensors files whose metadata holds
 a SHA-256 over all of their content, and so do records in JSON; Python state goes to a digest followed by what
 ``torch.save`` writes.
 """
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -45,10 +47,10 @@ class CorruptFile(Exception):
 
 
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
-    """Write beside ``path``, flush to disk, rename: ``path`` never holds half a file.
+    """Write beside ``path``, flush to disk, rename, flush the folder: ``path`` never holds half a file.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; nothing is left under either name.
+        UserError: the disk is full or the folder cannot be written; nothing is left beside ``path``.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -58,10 +60,23 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush(path.parent)
     except OSError as error:
         with suppress(OSError):  # of a filesystem that has become read-only
             temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or what a folder says of the names in it, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some filesystems have nothing to flush of a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -147,6 +162,15 @@ def load_state(path: Path, map_location: Any = "cpu") -> Any:
         return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
         raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
+
+
+def finite(content: Any) -> Any:
+    """The same containers with None for every number that is not finite: JSON has no infinity."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def save_record(path: Path, content: Mapping[str, Any]) -> None:

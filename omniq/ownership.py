@@ -32,7 +32,7 @@ def check_writable(path: Path) -> None:
         raise UserError(
             "out is empty or '.', the working directory: give the run a folder of its own, such as checkpoints/run"
         )
-    path = path.expanduser().absolute()
+    path = path.absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
         raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")

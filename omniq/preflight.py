@@ -213,7 +213,7 @@ def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
     needed = max(0, codes - written)
     if run.export.format != "none":
-        checkpoint = codes * run.scheme.grid.bits // 8
+        checkpoint = codes * find_format(run.export.format).code_bits(run.scheme) // 8
         checkpoint += sum(deployed(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
         needed += 0 if (run.out / "model").exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free

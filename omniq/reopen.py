@@ -46,12 +46,15 @@ def export_run(path: Path, out: Path, export: Export) -> None:
         UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
             the format cannot hold it, or ``out`` holds something else.
     """
+    path, out = path.expanduser(), out.expanduser()
     run, settings = open_run(path)
     facts = _facts(path)
-    find_format(export.format).check(run.scheme)
+    layout = find_format(export.format)
+    layout.check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)
+        layout.check(run.scheme, source.family)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
 
@@ -93,6 +96,7 @@ def show_run(path: Path) -> None:
         UserError: no run lives there.
         CorruptFile: a file of it is damaged; it stays where it is.
     """
+    path = path.expanduser()
     open_run(path)
     folder, console = RunDir(path), Console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")

@@ -28,7 +28,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,8 +99,8 @@ class RunDir:
 
     def keep_block(self, index: int, result: BlockResult) -> None:
         """``save_block`` while the caller goes on. Nothing of ``result`` may change after this."""
-        tensors = {name: value.cpu() for name, value in result.tensors.items()}  # NOTE: the writer must not call CUDA
-        self._block = self._writer.start(self.save_block, index, replace(result, tensors=tensors))
+        # NOTE: the writer must not call CUDA
+        self._block = self._writer.start(self.save_block, index, result.on_host())
 
     def keep_streams(self, streams: Streams) -> None:
         """``save_streams`` while the caller goes on, after the block before them."""
@@ -170,9 +169,9 @@ class RunDir:
             )
 
     def write_json(self, name: str, content: Any) -> None:
-        """A record for people and tools, such as ``perplexity.json``."""
+        """A record for people and tools, such as ``summary.json``; null where a number is not finite."""
         if self.writes:
-            atomic_write(self.path / name, json.dumps(content, indent=1).encode())
+            atomic_write(self.path / name, json.dumps(files.finite(content), indent=1, allow_nan=False).encode())
 
     def save_record(self, name: str, content: Mapping[str, Any]) -> None:
         """A record that a later process goes by, sealed by a checksum."""
@@ -198,7 +197,8 @@ class RunDir:
 
     def finished(self) -> list[int]:
         """Indices of the blocks that are done."""
-        return sorted(int(path.stem) for path in (self.path / "blocks").glob("[0-9]*.safetensors"))
+        names = (path.stem for path in (self.path / "blocks").glob("[0-9]*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())  # a copy beside them is the user's
 
     def load_block(self, index: int) -> BlockResult | None:
         """The finished block, or None; a damaged file is reported and removed."""

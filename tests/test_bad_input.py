@@ -97,6 +97,10 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--data.source.init_args.path /no/such.txt", ["LocalText.path: '/no/such.txt' does not exist; give a file"]),
         ("--data.source.init_args.path EMPTY", ["LocalText.path: ", "is empty; give a file with text in it"]),
         ("--data.source.init_args.path BLANK", ["LocalText.path: ", "holds no text; give a file with text in it"]),
+        ("--data.source.init_args.max_documents 0", ["LocalText.max_documents: 0 is too few; give 1 or more"]),
+        ("--seed=-1", ["seed -1 is out of range: give a number from 0 to 999999999"]),
+        ("--seed 1000000000", ["seed 1000000000 is out of range: give a number from 0 to 999999999"]),
+        ("--data.seed 1000000000", ["data.seed 1000000000 is out of range: give a number from 0"]),
         ("--batch 0", ["batch 0 is too small: give 1 or more"]),
         ("--batch x", ["batch", "x"]),
         ("--matmul fp16", ["matmul", "'tf32', 'ieee', 'bf16'", "fp16"]),
@@ -272,11 +276,17 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: C
     assert "cannot be written: no permission in" in refused()
 
 
-def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
-    """Of the tiny model 18,432 codes, a byte each; 3 bits of each once more, and table, head and norm in float16."""
-    needed = 18432 + 18432 * 3 // 8 + 2 * (2 * 272 * 32 + 32)
+@pytest.mark.parametrize(
+    ("scheme", "format", "bits"),
+    [("W3A16", "compressed-tensors", 3), ("W3A4", "compressed-tensors", 8), ("W3A4", "omniq", 3)],
+)
+def test_a_disk_without_room(
+    scheme: str, format: str, bits: int, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    """Of the tiny model 18,432 codes, a byte each; their bits once more, and table, head and norm in float16."""
+    needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    said = refused()
+    said = refused("--scheme.name", scheme, "--export.format", format)
     assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
 
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: a pure function, every section from its facts."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
+from omniq.export import FORMATS
 from omniq.export.card import model_card
 
 
@@ -12,7 +16,7 @@ def test_card() -> None:
         "base_model": "someone/tiny",
         "scheme": "W3A16g64",
         "format": "compressed-tensors",
-        "requires": ("compressed-tensors",),
+        "requires": FORMATS["compressed-tensors"].requires,
         "bits_per_weight": 3.296875,
         "perplexity": {"held-out": {"full precision": 21.9712, "learned": 42.9}, "other": {"learned": 50}},
         "blocks": [{"loss": 0.1 * index, "note": "a | b", "ok": True} for index in range(20)],
@@ -33,8 +37,18 @@ def test_card() -> None:
     assert "| block | loss |" in card
     assert "| 7 | 0.7 |\n| … | … |\n| 12 | 1.2 |" in card
     assert "| calibration source | a \\| b |" in card
-    assert "`pip install transformers compressed-tensors`" in card
+    assert "`pip install 'transformers>=5.17' 'compressed-tensors>=0.18'`, then\n" in card
     assert "```yaml\nscheme: W3A16g64\n```" in card
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_reader_needs_what_omniq_itself_needs(name: str) -> None:
+    """An older compressed-tensors reads other numbers from the same file, and says nothing."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    ours = {package.partition(",")[0] for package in project["dependencies"]} | {project["name"]}
+    card = model_card({"requires": FORMATS[name].requires})
+    assert set(shlex.split(card.partition("`pip install ")[2].partition("`")[0])) <= ours
 
 
 def test_card_of_nothing() -> None:

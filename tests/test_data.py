@@ -127,6 +127,7 @@ def test_descriptions_hold_no_path_of_the_machine(tmp_path):
     assert HubText("allenai/c4", data_files="en/x.gz", max_documents=5).describe() == (
         "allenai/c4 en/x.gz (train split, first 5 documents)"
     )
+    assert HubText(str(tmp_path)).describe() == f"{tmp_path.name} (train split)"
     assert "held-out split" in Stdlib("held-out").describe()
 
 
@@ -333,6 +334,8 @@ def test_too_short_text_says_what_is_needed_and_found():
         (lambda source: Calibration(source, held_out=-1), r"data\.held_out: -1 is too few; give 0 or more"),
         (lambda source: Evaluation(source, length=0), r"evaluation\.length: 0 is too few; give 2 or more"),
         (lambda source: Evaluation(source, max_windows=0), r"evaluation\.max_windows: 0 is too few; give 1 or more"),
+        (lambda _: LocalText("x.jsonl", max_documents=0), r"LocalText\.max_documents: 0 is too few; give 1 or more"),
+        (lambda _: HubText("x/y", max_documents=-1), r"HubText\.max_documents: -1 is too few; give 1 or more"),
     ],
 )
 def test_bad_sizes_are_refused_when_made(make, message):

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from exported import CARD, WINDOWS, opened, rounded
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
@@ -158,6 +159,46 @@ def test_folder_is_complete_and_says_nothing_of_this_machine(
     assert "W4A16g32" in text["README.md"]
     again = export_checkpoint(source, results, tmp_path / "again" / "out", card=CARD)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+def test_a_source_with_code_of_its_own_becomes_a_stock_model(tmp_path: Path) -> None:
+    """Its files stay where they are, so a reader that allows code must not look for them."""
+    folder = save_tiny(tmp_path / "source", dtype=torch.float16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    source = SourceModel.open(folder)
+    results = rounded(source, Grid(4, 32))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "LlamaForCausalLM"
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embedding_under_the_names_of_transformers_4(rope: dict[str, Any], tmp_path: Path) -> None:
+    """Which vLLM may run on: it takes the base 10000 where it finds no ``rope_theta``, and says nothing."""
+    source = opened(tmp_path / "source", Grid(4, 32), rope_parameters=rope)
+    results = rounded(source, Grid(4, 32))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    content = json.loads((out / "config.json").read_text())
+    assert content["rope_theta"] == 500000.0
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert content.get("rope_scaling") == (scaling if rope["rope_type"] == "llama3" else None)
+    assert AutoConfig.from_pretrained(out).rope_parameters == source.config.rope_parameters
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 def test_files_have_the_mode_of_the_users_umask(

@@ -2,6 +2,7 @@
 """Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from exported import CARD, rounded
 
 from omniq.errors import UserError
-from omniq.export import check_output, export_checkpoint, shards
+from omniq.export import check_output, export_checkpoint, mend_companions, shards
 from omniq.models.source import SourceModel
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
@@ -119,6 +120,68 @@ def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_pa
     with pytest.raises(UserError, match="holds something that omniq did not export"):
         export_checkpoint(source, killed_at([], 0), source.folder, card=CARD)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+FOREIGN = {  # what others write under the same names
+    "llm-compressor": {"recipe.yaml": "default_stage:\n  default_modifiers:\n    GPTQModifier: {scheme: W4A16}\n"},
+    "a card": {"recipe.yaml": "a: 1", "README.md": "---\ntags: [quantized]\n---\n# omniq\n"},
+    "no card": {"recipe.yaml": "[", "README.md": "tags:\n- omniq\n"},
+    "no front matter": {"README.md": "---\n- omniq\n---\n"},
+    "a broken one": {"README.md": "---\n[\n---\n"},
+    "weights": {"model.safetensors": "mine"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source: SourceModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in {"config.json": "{}", **files}.items():
+        (out / name).write_text(content)
+    before = contents(out)
+    with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
+        export_checkpoint(source, killed_at([], 0), out, card=CARD)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("damaged", ["README.md", "recipe.yaml"])
+@pytest.mark.parametrize("content", [None, b"\xff\x00"])
+def test_an_own_export_is_known_by_its_card_or_its_recipe(
+    damaged: str, content: bytes | None, source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
+    out = export_checkpoint(source, results, tmp_path / "out", card={**CARD, "recipe": recipe})
+    (out / damaged).unlink() if content is None else (out / damaged).write_bytes(content)
+    check_output(out)
+    (out / "config.json").unlink()
+    with pytest.raises(UserError, match="it holds something that omniq did not export"):
+        check_output(out)
+
+
+def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in folders as well: a tokenizer with several chat templates makes one for them."""
+    tokenizer = source.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
+    out, real, flushed = tmp_path / "place/out", os.fsync, set()
+
+    def flush(handle: int) -> None:
+        real(handle)
+        if not out.exists():
+            flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    export_checkpoint(source, results, out, card=CARD)
+    template = out / "additional_chat_templates/tool_use.jinja"
+    assert template.is_file()
+    assert {path.stat().st_ino for path in out.rglob("*")} <= flushed
+    shutil.rmtree(template.parent)
+    flushed.clear()
+    monkeypatch.setattr(os, "fsync", lambda handle: (real(handle), flushed.add(os.fstat(handle).st_ino)))
+    assert mend_companions(source, out, format="compressed-tensors", card={**CARD, "recipe": "a: 1"})
+    assert {template.stat().st_ino, template.parent.stat().st_ino, out.stat().st_ino} <= flushed
 
 
 def test_a_folder_of_the_user_beside_an_export_stays(

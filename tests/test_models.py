@@ -96,6 +96,16 @@ def test_arguments_recorded_from_one_sample_serve_any_batch(tmp_path: Path) -> N
         assert hidden.grad is not None
 
 
+def test_flash_attention_is_not_told_of_positions(tmp_path: Path) -> None:
+    """It would look into them in every call for several samples in a row, and the host would wait for the answer."""
+    for attention in ("sdpa", "flash_attention_2"):
+        source = SourceModel.open(save_tiny(tmp_path / attention))
+        source.config._attn_implementation = attention
+        _, kwargs = source.embed(tokens(5))
+        assert all(("position_ids" in entry) == (attention == "sdpa") for entry in kwargs)
+        assert all(entry["position_embeddings"][0].shape[:2] == (1, 20) for entry in kwargs)
+
+
 def test_embedding_many_tokens_goes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceModel.open(save_tiny(tmp_path))
     together, _ = source.embed(tokens(7))

@@ -104,7 +104,7 @@ def test_new_biases_and_companions(source: SourceModel, tmp_path: Path) -> None:
     out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD)
     verify_checkpoint(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
     card = (out / "README.md").read_text()
-    assert "`pip install transformers omniq`" in card
+    assert "`pip install 'transformers>=5.17' omniq`" in card
     assert "import omniq" in card
     linears = [linear for result in results for linear in result.linears.values()]
     bits = sum(linear.bits_per_weight() * linear.codes.numel() for linear in linears)

@@ -265,6 +265,7 @@ def test_summary_and_card(tmp_path: Path) -> None:
     assert facts["seed"] == 11
     assert facts["scheme"] == "W3A16g16"
     assert facts["method"] == "OmniQuant"
+    assert facts["base_model"] == "source"  # not where it lies
     assert facts["bits_per_weight"] == pytest.approx(3 + 19 / 16, abs=1e-3)
     assert len(facts["blocks"]) == 2
     assert facts["versions"].keys() > {"torch", "lightning", "transformers", "omniq"}

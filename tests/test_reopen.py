@@ -13,6 +13,8 @@ import yaml
 from runs import SMALL, write_run
 from safetensors.torch import load_file, save_file
 
+import omniq
+from omniq import reopen
 from omniq.cli import main
 
 RTN = [{"class_path": "omniq.stages.RTN"}]
@@ -156,6 +158,40 @@ def test_export_of_a_run_whose_configuration_has_changed(finished: Finished, tmp
     assert f"{path} cannot be read (" in finished.said()
     assert main(finished.args) == 0
     assert main(export) == 0
+
+
+def test_export_in_a_format_without_a_place_for_outliers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the model is opened and read from end to end."""
+    stages = [{"class_path": "omniq.stages.QuantEase", "init_args": {"outliers": 1.0, "sweeps": 2}}]
+    args = write_run(tmp_path, model=SMALL, stages=stages, export={"format": "omniq"}, evaluation=None)
+    assert main(args) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(reopen, "open_model", lambda run: pytest.fail("the model was opened"))
+    export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(export) == 2
+    assert "export.format compressed-tensors has no place for the sparse outliers" in capfd.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(
+    original: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no shell has seen it; a folder of that name would one day be removed with ``rm -r ~``."""
+    _, args = original
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([*args, "--out=~/run"]) == 0
+    assert main(["export", "--run=~/run", "--out=~/again"]) == 0
+    assert main(["report", "--run=~/run"]) == 0
+    text = yaml.safe_dump({"evaluation": yaml.safe_load(Path(args[2]).read_text())["evaluation"]})
+    Path("text.yaml").write_text(text)
+    assert main(["evaluate", "--model.path=~/again", "--config", "text.yaml", "--out=~/measured.json"]) == 0
+    assert omniq.load("~/run").config.model_type == omniq.load("~/again").config.model_type == "llama"
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"run", "again", "measured.json"}
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["text.yaml"]
 
 
 def test_a_place_for_the_checkpoint_that_is_taken(finished: Finished) -> None:

@@ -158,6 +158,17 @@ def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
         ),
         ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float16, bfloat16, float32"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric; get config.json again"),
+        (
+            {"linears": {Q_PROJ: {"bits": 3, "rotation": 1}}},
+            "q_proj has 'rotation', which this omniq cannot do: upgrade",
+        ),
+        (
+            {"linears": {Q_PROJ: {"bits": "3", "group_size": 32, "symmetric": True}}},
+            "q_proj has values of a wrong kind",
+        ),
+        ({"linears": {Q_PROJ: {"bits": 3, "group_size": None, "symmetric": True}}}, "q_proj has values of a wrong"),
+        ({"linears": {Q_PROJ: 3}}, "linears holds no grids by name; get config.json again"),
+        ({"linears": [Q_PROJ]}, "linears holds no grids by name; get config.json again"),
         ({"linears": {Q_PROJ: {"bits": 9, "group_size": 32, "symmetric": True}}}, r"bits 9 are outside 2\.\.8"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 7, "symmetric": True}}}, "group size 7 does not divide the 64"),
         ({"linears": {"x": {"bits": 3, "group_size": 32, "symmetric": True}}}, "LlamaForCausalLM has no linear x"),

@@ -107,6 +107,9 @@ class LocalText(TextSource):
     separator: str = "\n\n"
     max_documents: int | None = None
 
+    def __post_init__(self) -> None:
+        at_least("LocalText.max_documents", self.max_documents, 1)
+
     def documents(self) -> list[str]:
         """Read the file.
 
@@ -169,6 +172,9 @@ class HubText(TextSource):
     max_documents: int | None = None
     separator: str = "\n\n"
 
+    def __post_init__(self) -> None:
+        at_least("HubText.max_documents", self.max_documents, 1)
+
     def documents(self) -> list[str]:
         """Read the rows.
 
@@ -196,9 +202,20 @@ class HubText(TextSource):
         return found
 
     def describe(self) -> str:
-        """Name, configuration, split, and what was left out."""
-        parts = [self.path, self.name, self.data_files, f"revision {self.revision}" if self.revision else None]
+        """Name (of a folder its last part), configuration, split, and what was left out."""
+        path = Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
+        parts = [path, self.name, self.data_files, f"revision {self.revision}" if self.revision else None]
         return f"{' '.join(part for part in parts if part)} ({self.split} split{_first(self.max_documents)})"
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Refuse a number that is given and too small.
+
+    Raises:
+        UserError: names the setting, the number and the least that will do.
+    """
+    if value is not None and value < least:
+        raise UserError(f"{name}: {value} is too few; give {least} or more")
 
 
 def one_line(error: BaseException) -> str:

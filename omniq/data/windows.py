@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows of tokens: random ones to calibrate on, consecutive ones to evaluate on.
 
-The documents of a source are joined by a blank line and tokenized once, as one string; special tokens that the
-tokenizer adds on its own (LLaMA's begin-of-text) stand at the very start and nowhere else. From these ``n`` tokens:
+The documents of a source are joined (by a blank line, unless it says otherwise) and tokenized once, as one string;
+special tokens that the tokenizer adds on its own (LLaMA's begin-of-text) stand at the very start and nowhere else. From
+these ``n`` tokens:
 
 * calibration: ``samples`` windows at uniformly random offsets, which may overlap each other (OmniQuant, arXiv
   2308.13137, and GPTQ before it: 128 windows of 2048);
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omniq.data.text import TextSource
+from omniq.data.text import TextSource, at_least
 from omniq.errors import UserError
 
 
@@ -62,9 +63,9 @@ class Calibration:
     add_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("data.samples", self.samples, 1)
-        _at_least("data.length", self.length, 2)  # one token predicts the next
-        _at_least("data.held_out", self.held_out, 0)
+        at_least("data.samples", self.samples, 1)
+        at_least("data.length", self.length, 2)  # one token predicts the next
+        at_least("data.held_out", self.held_out, 0)
 
     def windows(self, tokenizer: Any, seed: int) -> Windows:
         """Draw the windows.
@@ -115,9 +116,8 @@ class Evaluation:
     add_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.length", self.length, 2)
-        if self.max_windows is not None:
-            _at_least("evaluation.max_windows", self.max_windows, 1)
+        at_least("evaluation.length", self.length, 2)
+        at_least("evaluation.max_windows", self.max_windows, 1)
 
     def windows(self, tokenizer: Any) -> Tensor:
         """Cut the text into consecutive windows, int64 ``[n, length]``; the tail is dropped.
@@ -159,8 +159,3 @@ def digest(tokens: Tensor) -> str:
     sha = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     sha.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
     return sha.hexdigest()
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name}: {value} is too few; give {least} or more")

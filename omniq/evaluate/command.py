@@ -35,6 +35,7 @@ def evaluate_checkpoint(model: Model, evaluation: Evaluation, device: str, batch
     if batch < 1:
         raise UserError(f"batch {batch} is too small: give 1 or more")
     if out is not None:
+        out = out.expanduser()
         check_file(out)
     result = measure(model, evaluation, find_device(device), batch)
     Console().print(perplexity_table({model.path: result}, title=evaluation.describe()))

@@ -6,12 +6,15 @@ given is left out.
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import yaml
 
+_TAG = "omniq"
+_READER = "transformers>=5.17"  # the oldest whose reading of our checkpoints was checked
 _SHOWN = 16  # blocks listed one by one; of more, the first and last eight
 
 
@@ -23,8 +26,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
             ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
             ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
-            ``format`` and ``requires``: the layout, and packages that a reader needs beside transformers;
-            ``bits_per_weight``: of the quantized linears, all that is stored of them; ``bytes``: of all tensors;
+            ``format`` and ``requires``: the layout, and requirements of a reader beside transformers;
+            ``bits_per_weight``: of codes (at their own width), scales, zero points and outliers; ``bytes``: of all
+            tensors, as the format stores them;
             ``perplexity``: by text, then by model, lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: of the source model;
@@ -45,9 +49,20 @@ def model_card(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def is_card(text: str) -> bool:
+    """Whether a text is a card that ``model_card`` has written, by the tag in its front matter."""
+    head = text.removeprefix("---\n").partition("\n---")[0]
+    try:
+        found = yaml.safe_load(head) if text.startswith("---\n") else None
+    except yaml.YAMLError:
+        return False
+    tags = found.get("tags") if isinstance(found, dict) else None
+    return isinstance(tags, list) and _TAG in tags
+
+
 def _front_matter(facts: Mapping[str, Any]) -> str:
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    tags = ["omniq", "quantized", facts.get("format"), facts.get("scheme")]
+    tags = [_TAG, "quantized", facts.get("format"), facts.get("scheme")]
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may be omniq, too
     if _is_hub_name(base := str(facts.get("base_model", ""))):
         head |= {"base_model": base, "base_model_relation": "quantized"}
@@ -67,8 +82,8 @@ def _heading(facts: Mapping[str, Any]) -> str:
     text = f"{base or 'A language model'}, quantized by omniq" + (f" {' '.join(how)}" if how else "") + "."
     if "bits_per_weight" in facts:
         text += (
-            f" The quantized linears come to {facts['bits_per_weight']:.3f} bits per weight, scales, zero points and "
-            "outliers included; all other parameters stay floating-point."
+            " The codes of the quantized linears, with their scales, zero points and outliers, come to "
+            f"{facts['bits_per_weight']:.3f} bits per weight; all other parameters stay floating-point."
         )
     if "bytes" in facts:
         text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."
@@ -77,10 +92,10 @@ def _heading(facts: Mapping[str, Any]) -> str:
 
 def _loading(facts: Mapping[str, Any]) -> str:
     folder = facts.get("name", "path/to/this/folder")
-    packages = ["transformers", *facts.get("requires", ())]
+    packages = [_READER, *facts.get("requires", ())]
     reader = "import omniq  # teaches transformers this format\n" if "omniq" in packages else ""
     return (
-        f"## Use\n\n`pip install {' '.join(packages)}`, then\n\n```python\n{reader}"
+        f"## Use\n\n`pip install {' '.join(map(shlex.quote, packages))}`, then\n\n```python\n{reader}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'

@@ -6,6 +6,7 @@ recipe and model card. The same inputs give the same bytes, so that what lies be
 held against what would be written now (``mend_companions``).
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,9 +21,10 @@ from omniq.errors import UserError
 from omniq.export.card import model_card
 from omniq.export.deployment import Deployment, deployment
 from omniq.export.format import Format, Written, scheme_of
-from omniq.export.place import check_output, flush, partial_of, replace
+from omniq.export.place import check_output, partial_of, replace
 from omniq.export.registry import find_format
 from omniq.export.shards import ShardReader, ShardWriter, writing
+from omniq.files import flush
 from omniq.models.family import Family
 from omniq.quantizers.scheme import Scheme
 from omniq.result import BlockResult
@@ -144,7 +146,8 @@ def mend_companions(source: Source, out: str | os.PathLike[str], *, format: str,
                 flush(partial / name)
                 (out / name).parent.mkdir(exist_ok=True)
                 (partial / name).replace(out / name)
-            flush(out)
+            for folder in {out, *((out / name).parent for name in differing)}:
+                flush(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [str(name) for name in differing]
@@ -220,8 +223,26 @@ def _write_config(model: Deployment, quantization: dict[str, Any], scheme: Schem
     config.dtype = scheme.grid.scale_dtype
     config.architectures = [model.architecture]
     config.quantization_config = quantization
-    with writing(folder / "config.json"):
-        config.to_json_file(folder / "config.json")
+    file = folder / "config.json"
+    with writing(file):
+        config.to_json_file(file)
+        content = json.loads(file.read_text())
+        content.pop("auto_map", None)  # names code that lies beside the source: what is written is the stock model
+        file.write_text(json.dumps(content | _older_names(content), indent=2, sort_keys=True) + "\n")
+
+
+def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` as transformers 4 calls them.
+
+    It does not know the new name, and neither does a vLLM that runs on it: without the old ones both would take the
+    base 10000, and say nothing. transformers 5 reads both names to the same values.
+    """
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": scaling} if scaled else {})
 
 
 def _write_companions(source: Source, tokenizer: Any, facts: Mapping[str, Any], folder: Path) -> None:

@@ -112,7 +112,7 @@ class CompressedTensors:
     """``pack-quantized`` where only weights are integers, ``int-quantized`` where activations are too."""
 
     name = "compressed-tensors"
-    requires: tuple[str, ...] = ("compressed-tensors",)
+    requires: tuple[str, ...] = ("compressed-tensors>=0.18",)  # older ones read other numbers from 3, 5, 6 and 7 bits
     stays_packed = False
 
     def layout(self, scheme: Scheme) -> PackQuantized | IntQuantized:
@@ -142,6 +142,10 @@ class CompressedTensors:
         elif scheme.queries:
             problem = "cannot hold quantized queries: set scheme.queries to false, or use format omniq"
         check_scheme(scheme, self.name, problem)
+
+    def code_bits(self, scheme: Scheme) -> int:
+        """Bits that a code takes on disk: a byte, whatever its bits, where activations are integers too."""
+        return scheme.grid.bits if scheme.activation_bits == 16 else 8
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.

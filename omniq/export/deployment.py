@@ -18,8 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from omniq.errors import UserError
-
-_BIAS_SWITCHES = {"attention_bias": "self_attn", "mlp_bias": "mlp"}  # config key -> the part of a block it governs
+from omniq.models.family import BIAS_SWITCHES
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
     names, config = set(names), deepcopy(config)
     model = Deployment.of(config)
     homeless = model.untied(names) - model.parameters.keys()
-    for switch, part in _BIAS_SWITCHES.items():
+    for switch, part in BIAS_SWITCHES.items():
         if getattr(config, switch, None) is False and any(_is_bias_of(name, part) for name in homeless):
             setattr(config, switch, True)
             model = Deployment.of(config)
@@ -100,4 +99,4 @@ def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
 
 
 def _is_bias_of(name: str, part: str) -> bool:
-    return name.endswith(".bias") and f".{part}." in name
+    return name.endswith(".bias") and f".{part}" in name

@@ -56,7 +56,7 @@ class Written:
     Args:
         grid: of its codes.
         weights: how many there are.
-        bits_per_weight: stored bits of codes, scales, zero points and outliers over the number of weights.
+        bits_per_weight: bits of codes, scales, zero points and outliers over the number of weights.
         outliers: how many are kept in float16; None if there is no sparse part.
     """
 
@@ -76,7 +76,7 @@ class Format(Protocol):
     """One way to lay a quantized model out on disk."""
 
     name: str
-    requires: tuple[str, ...]  # packages that a reader needs beside transformers
+    requires: tuple[str, ...]  # requirements of a reader beside transformers
     stays_packed: bool  # whether transformers keeps the weights as they are stored
 
     def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
@@ -89,6 +89,9 @@ class Format(Protocol):
         Raises:
             UserError: names the scheme and what would fit.
         """
+
+    def code_bits(self, scheme: Scheme) -> int:
+        """Bits that a code takes on disk."""
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.

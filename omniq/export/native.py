@@ -164,6 +164,10 @@ class Native:
             problem = "has no place for fixed ranges: set scheme.activation_range to token, or use compressed-tensors"
         check_scheme(scheme, self.name, problem)
 
+    def code_bits(self, scheme: Scheme) -> int:
+        """Bits that a code takes on disk."""
+        return scheme.grid.bits
+
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.
 

@@ -7,6 +7,9 @@
 An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
 after. A process killed at any moment leaves the old export or the new one; what it leaves beside them is put right by
 the next export to the same place. Whatever else lies there is the user's and stays.
+
+What tells an export of omniq is not the names of its files, which other tools give theirs (llm-compressor writes a
+``config.json`` and a ``recipe.yaml``, too), but what is in its card or its recipe; either may be damaged.
 """
 
 import json
@@ -14,9 +17,14 @@ import os
 import shutil
 from pathlib import Path
 
+import yaml
+
 from omniq.errors import UserError
+from omniq.export.card import is_card
 from omniq.export.shards import writing
-from omniq.files import CorruptFile
+from omniq.files import CorruptFile, flush
+
+_SECTIONS = {"model", "data", "stages", "scheme"}  # there is no recipe of omniq without them
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
@@ -77,17 +85,34 @@ def _previous(out: Path) -> Path:
 
 
 def _is_export(out: Path) -> bool:
-    """An empty folder, or one that an export has filled."""
+    """An empty folder, or one that an export of omniq has filled."""
     if not out.is_dir():
         return False
-    return not any(out.iterdir()) or all((out / name).exists() for name in ("config.json", "recipe.yaml"))
+    if not any(out.iterdir()):
+        return True
+    own = is_card(_text(out / "README.md")) or _is_recipe(_text(out / "recipe.yaml"))
+    return own and (out / "config.json").is_file()
+
+
+def _is_recipe(text: str) -> bool:
+    """Whether it has the sections of a run of omniq."""
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    return isinstance(recipe, dict) and recipe.keys() >= _SECTIONS
+
+
+def _text(file: Path) -> str:
+    """What can be read of a file that may be missing or damaged."""
+    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def replace(partial: Path, out: Path) -> None:
     """Flush everything, then put ``partial`` in the place of ``out``."""
     previous = _previous(out)
     with writing(out):
-        for path in [*partial.iterdir(), partial]:
+        for path in [*partial.rglob("*"), partial]:
             flush(path)
         if out.exists():
             out.rename(previous)
@@ -95,12 +120,3 @@ def replace(partial: Path, out: Path) -> None:
         flush(out.parent)
         if previous.exists():
             shutil.rmtree(previous)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

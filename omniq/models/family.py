@@ -63,6 +63,9 @@ class UpToDown:
 
 Equivalence = NormToLinears | ValueToOutput | QueryKey | UpToDown
 
+BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}
+"""Keys of configs that give linears a bias in stock code, each with the part of a block that it governs."""
+
 
 def _accept(config: PretrainedConfig) -> str | None:
     return None
@@ -80,6 +83,7 @@ class Family:
         equivalences: where the block allows a scale (and shift) to move without changing what it computes.
         attention: the module inside a block that calls transformers' attention interface; None if none does.
         flat: linears whose input comes without a dimension of samples, ``[tokens, i]``.
+        new_biases: whether linears may get biases that the source has not, where its config has a switch for them.
         refuse: says why a variant of the family cannot be had, by its config, or returns None.
     """
 
@@ -89,6 +93,7 @@ class Family:
     equivalences: tuple[Equivalence, ...] = ()
     attention: str | None = None
     flat: tuple[str, ...] = ()
+    new_biases: bool = True
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
     @property

@@ -54,6 +54,12 @@ def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -
     return place.parent, place.name
 
 
+def public_name(path: str) -> str:
+    """A model as strangers may know it: a place on this machine, which may look like a hub name, by its last part."""
+    place = Path(path).expanduser()
+    return place.resolve().name if place.exists() else path
+
+
 def pickle_refusal(file: Path) -> str:
     """Why a pickle file is not opened, and what to do."""
     return (

@@ -104,6 +104,9 @@ class Outer:
         tokens = tokens.to(self._table_device)
         self._run(input_ids=tokens[:1])
         kwargs = [tap.kwargs for tap in self._taps]
+        if self._model.config._attn_implementation == "flash_attention_2":
+            # With them it asks the GPU in every call whether a row holds several samples, which no CUDA graph allows.
+            kwargs = [{key: value for key, value in each.items() if key != "position_ids"} for each in kwargs]
         hidden = self._seen().new_empty(*tokens.shape, self._seen().shape[-1])
         rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
         for part, out in zip(tokens.split(rows), hidden.split(rows), strict=True):

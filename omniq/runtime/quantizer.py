@@ -30,6 +30,7 @@ METHOD = "omniq"
 VERSION = 1  # of the layout; a reader refuses what is newer than itself
 _DTYPES = ("float16", "bfloat16", "float32")
 _ACTIVATIONS = {"inputs", "queries", "keys_values", "symmetric"}
+_LINEAR = {"bits", "group_size", "symmetric", "second", "outliers"}
 
 
 @register_quantization_config(METHOD)
@@ -72,8 +73,16 @@ class OmniqConfig(QuantizationConfigMixin):
         if not self.activations.keys() <= _ACTIVATIONS:
             strange = ", ".join(map(repr, sorted(self.activations.keys() - _ACTIVATIONS)))
             raise UserError(f"quantization_config.activations has {strange}, which this omniq cannot do: upgrade omniq")
-        self.linears = {name: dict(entry) for name, entry in linears.items()}
-        for name in self.linears:
+        try:
+            self.linears = {name: dict(entry) for name, entry in linears.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError("quantization_config.linears holds no grids by name; get config.json again") from error
+        for name, entry in self.linears.items():
+            if not entry.keys() <= _LINEAR:
+                strange = ", ".join(map(repr, sorted(entry.keys() - _LINEAR)))
+                raise UserError(
+                    f"quantization_config.linears: {name} has {strange}, which this omniq cannot do: upgrade omniq"
+                )
             self.grid(name)
 
     def grid(self, name: str) -> Grid:
@@ -92,6 +101,10 @@ class OmniqConfig(QuantizationConfigMixin):
         except KeyError as error:
             raise UserError(
                 f"quantization_config.linears: {name} lacks {error.args[0]}; get config.json again"
+            ) from error
+        except TypeError as error:
+            raise UserError(
+                f"quantization_config.linears: {name} has values of a wrong kind ({error}); get config.json again"
             ) from error
 
 

@@ -6,18 +6,19 @@ the same function that fuses the end. What is learned is then a further transfor
 statistic taken in between (a searched clipping, for instance) sees the weights as they are.
 
 A shift needs a bias at its far end. Linears of the stock module that have none can get one only if the config has a
-switch for it (LLaMA's ``attention_bias``), since the exported model must be a stock model.
+switch for it (LLaMA's ``attention_bias``), since the exported model must be a stock model, and only if runtimes heed
+that switch, which a family knows.
 """
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from omniq.errors import UserError
-from omniq.models.family import Equivalence, Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.models.family import BIAS_SWITCHES, Equivalence, Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.heads import Heads
 from omniq.transforms.initial import check_alpha
@@ -31,7 +32,7 @@ KINDS: dict[str, type[Equivalence]] = {
     "query_key": QueryKey,
     "up_down": UpToDown,
 }
-BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}  # config key -> the part of a block it governs
+MEASURED_KINDS = ("norm", "value_output", "up_down")  # whose scales follow from sizes; those of query_key do not
 
 
 class LET:
@@ -63,18 +64,24 @@ class LET:
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
+def check_kinds(
+    kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = tuple(KINDS)
+) -> None:
     """Refuse an empty selection of equivalences, unknown ones and repetitions.
+
+    Args:
+        field: where they were given.
+        choices: those that are of use there.
 
     Raises:
         UserError: names it and what there is.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in choices]
     if unknown or not kinds:
         given = repr(unknown[0]) if unknown else "an empty list"
-        raise UserError(f"transform.equivalences: {given} is not usable, choose from {', '.join(KINDS)}")
-    if twice := [kind for kind in KINDS if list(kinds).count(kind) > 1]:
-        raise UserError(f"transform.equivalences: {twice[0]!r} is there more than once: give each once")
+        raise UserError(f"{field}: {given} is not usable, choose from {', '.join(choices)}")
+    if twice := [kind for kind in choices if list(kinds).count(kind) > 1]:
+        raise UserError(f"{field}: {twice[0]!r} is there more than once: give each once")
 
 
 def kinds_of(family: Family) -> list[str]:
@@ -82,8 +89,11 @@ def kinds_of(family: Family) -> list[str]:
     return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in family.equivalences)]
 
 
-def check_equivalences(family: Family, kinds: Sequence[str]) -> None:
+def check_equivalences(family: Family, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
     """Refuse equivalences that a family does not have.
+
+    Args:
+        field: where they were given.
 
     Raises:
         UserError: names the family and those it has.
@@ -92,7 +102,7 @@ def check_equivalences(family: Family, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in there:
             raise UserError(
-                f"transform.equivalences: {', '.join(family.model_types)} has no {kind!r}; "
+                f"{field}: {', '.join(family.model_types)} has no {kind!r}; "
                 + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
             )
 
@@ -127,7 +137,9 @@ def _config(block: nn.Module) -> Any:
 
 
 def _can_bias(config: Any, family: Family) -> set[str]:
-    """Linears without a bias that the stock module would give one, if its config said so."""
+    """Linears without a bias that every runtime would give one, if the config said so."""
+    if not family.new_biases:
+        return set()
     parts = tuple(part for switch, part in BIAS_SWITCHES.items() if hasattr(config, switch))
     return {name for name in family.linears if name.startswith(parts)} if parts else set()
 
