@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +164,13 @@ def install(clock: Clock) -> None:
     ):
         clock.watch(owner, name, part)
     clock.watch_blocks()
-    embed = pipeline._streams_before
+    settle, embed = RunDir.settle, pipeline._streams_before
+
+    def wait(folder: RunDir) -> None:
+        with clock.part("write") if folder._block is not None else nullcontext():  # every step asks, and only one waits
+            settle(folder)
+
+    RunDir.settle = wait
 
     def first(*args: Any) -> Streams:
         streams = embed(*args)

@@ -27,4 +27,4 @@ class Fuse(Callback):
         if name is not None:
             task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"
             result = pl_module.finish()
-        task.result = result
+        task.result = result.on_host()  # told to other processes, tensors come to lie where they lay: all on one GPU

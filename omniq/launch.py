@@ -11,11 +11,13 @@ them, all of which write to the same folder. omniq starts no processes itself.
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from omniq import processes
@@ -29,7 +31,11 @@ class BlockParallel(DDPStrategy):
     """Lightning's DDP; a stage that learns nothing by gradients is left alone, and sums what it gathers by itself."""
 
     def __init__(self) -> None:
-        super().__init__(timeout=PATIENCE)
+        # Buffers are alike in all processes and may be as large as the weights: DDP would send them round every step.
+        named = signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # until torch 2.13
+        more: dict[str, Any] = {buffers: False}
+        super().__init__(timeout=PATIENCE, **more)
 
     @override
     def configure_ddp(self) -> None:

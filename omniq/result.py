@@ -140,6 +140,10 @@ class BlockResult:
         """The same result with more in its summary."""
         return replace(self, summary={**self.summary, **entries})
 
+    def on_host(self) -> "BlockResult":
+        """The same result with all tensors in host memory, where codes are anyway."""
+        return replace(self, tensors={name: value.cpu() for name, value in self.tensors.items()})
+
     def with_inputs(self, grids: Mapping[str, StaticGrid]) -> "BlockResult":
         """The same result with the grid of each linear's input."""
         linears = {name: replace(linear, input=grids[name]) for name, linear in self.linears.items()}

@@ -28,13 +28,14 @@ from omniq.export import (
     verify_checkpoint,
 )
 from omniq.models.family import Family
+from omniq.models.locate import public_name
 from omniq.models.source import SourceModel
 from omniq.preflight import Plan
 from omniq.quantizers.hooks import attach
 from omniq.quantizers.scheme import Activations, Scheme
 from omniq.result import BlockResult, deploy
 from omniq.run_dir import RunDir
-from omniq.stages.rtn import round_to_nearest
+from omniq.stages.rtn import rounded_to_nearest
 from omniq.streams import Home
 
 log = logging.getLogger("omniq")
@@ -255,7 +256,7 @@ def rounded(plan: Plan) -> Variant:
         for name in plan.source.family.linears:
             linear: Any = block.get_submodule(name)
             weight = linear.weight.detach().float()
-            linear.weight.data.copy_(round_to_nearest(weight, plan.run.scheme.grid).dequantize())
+            linear.weight.data.copy_(rounded_to_nearest(weight, plan.run.scheme.grid))
         attach(block, plan.source.family, plan.run.scheme.activations)
         return block
 
@@ -284,7 +285,7 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
             bits += linear.bits_per_weight() * linear.codes.numel()
             total += linear.codes.numel()
     return {
-        "base_model": str(plan.run.model.path),
+        "base_model": public_name(plan.run.model.path),
         "scheme": plan.run.scheme.name,
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
         "recipe": (folder.path / "config.yaml").read_text(),

@@ -3,6 +3,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from omniq.models.family import Family
 from omniq.quantizers import hooks
 from omniq.quantizers.activations import quantize_tokens
 from omniq.quantizers.grid import Grid
-from omniq.quantizers.hooks import attach_all, check_family, quantized_activations
+from omniq.quantizers.hooks import SampleLength, SharedInput, attach_all, check_family, quantized_activations
 from omniq.quantizers.scheme import Activations, Scheme
 from omniq.streams import call_block
 
@@ -48,6 +49,18 @@ def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Ac
     hidden = q8(block.post_attention_layernorm(x), given.inputs)
     gated = nn.functional.silu(block.mlp.gate_proj(hidden)) * block.mlp.up_proj(hidden)
     return x + block.mlp.down_proj(q8(gated, given.inputs))
+
+
+def test_nothing_is_held_after_the_last_linear() -> None:
+    """Of a whole model that would be every linear's input at once."""
+    first, last = nn.Linear(8, 8), nn.Linear(8, 8)
+    shared = SharedInput(Activations(8), None, last, SampleLength())
+    x = torch.randn(3, 8)
+    given = weakref.ref(x)
+    made = shared(first, (x,))[0]
+    assert shared(last, (x,))[0] is made
+    del x
+    assert given() is None
 
 
 GIVEN = [Activations(8), Activations(4, 4, 4), Activations(16, 16, 4), Activations(6, 6, 8, True)]

@@ -254,6 +254,10 @@ def test_equivalences_are_those_of_the_family_or_those_given(tmp_path: Path) -> 
             "AWQ.equivalences: an empty list is not usable, choose from norm, value_output, up_down",
         ),
         (
+            {"equivalences": ["norm", "norm"]},
+            "stages: AWQ.equivalences: 'norm' is there more than once: give each once",
+        ),
+        (
             {"equivalences": ["query_key"]},
             "AWQ.equivalences: 'query_key' is not usable, choose from norm, value_output",
         ),
@@ -265,7 +269,7 @@ def test_bad_settings(options: dict[str, Any], words: str) -> None:
 
 
 def test_families_without_the_equivalence_are_refused() -> None:
-    with pytest.raises(UserError, match="falcon has no 'norm'; it has none"):
+    with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no 'norm'; it has none"):
         AWQ().check_family(Family(("falcon",), "transformer.h", (("mlp.dense",),)))
     with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
         AWQ(equivalences=["up_down"]).check_family(family_of_type("opt"))

@@ -42,6 +42,19 @@ def test_what_is_trained_is_what_is_fused(grid: Grid, method: ClippingMethod) ->
     torch.testing.assert_close(clip(weight, torch.float32), fresh(weight, torch.float32))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_final_scales_are_as_stored(method: ClippingMethod) -> None:
+    """Codes are chosen on them: a scale that is rounded only later would belong to other codes."""
+    weight, importance = drawn()
+    clip = method.build(weight, Grid(3, 8), importance)
+    with torch.no_grad():
+        for value in clip.parameters():
+            value -= 0.123
+    scale, _ = clip.grid_of(weight)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, scale.half().float())
+
+
 @pytest.mark.parametrize("method", [MinMax(), Searched()])
 def test_fixed_clipping_is_the_range_and_learns_nothing(method: Clipping) -> None:
     weight, importance = drawn()
@@ -79,16 +92,19 @@ def test_step_gradient_is_that_of_lsq(grid: Grid) -> None:
     torch.testing.assert_close(d_weight, towards * inside.flatten(-2), rtol=1e-5, atol=1e-5)
 
 
-def test_threshold_gradient_is_that_of_pact() -> None:
-    """Each weight beyond a threshold pulls at it, none inside does."""
-    grid = GRIDS[1]
+@pytest.mark.parametrize("grid", GRIDS)
+def test_threshold_gradient_is_that_of_pact(grid: Grid) -> None:
+    """Each weight beyond a threshold pulls at it, none inside does; a symmetric grid has the larger one twice."""
     weight, _ = drawn(1)
     towards = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     clip, d_weight = gradients(PACT(), grid, weight, towards)
-    lo, hi = (0.8 * clip.start).unsqueeze(-1)
+    factors = torch.full(clip.start.shape, 0.8, dtype=torch.float64, requires_grad=True)
+    lo, hi = (factors * clip.start).unsqueeze(-1)
+    if grid.symmetric:
+        lo, hi = -torch.maximum(-lo, hi), torch.maximum(-lo, hi)
     groups, pull = grid.split(weight), grid.split(towards)
-    expected = torch.stack([((groups < lo) * pull).sum(-1), ((groups > hi) * pull).sum(-1)]) * clip.start
-    torch.testing.assert_close(clip.factors.grad, expected, rtol=1e-5, atol=1e-6)
+    (torch.where(groups < lo, lo, torch.where(groups > hi, hi, groups)) * pull).sum().backward()
+    torch.testing.assert_close(clip.factors.grad.double(), factors.grad, rtol=1e-5, atol=1e-6)
     inside = ((groups >= lo) & (groups <= hi)).flatten(-2)
     torch.testing.assert_close(d_weight, towards * inside, rtol=1e-5, atol=1e-6)
 

@@ -2,7 +2,7 @@
 """Coordinate descent equals its sequential definition to the last code, and reaches the published layer errors."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from synthetic_layer import dequantize, fit_grid, make_layer, relative_error
 from torch import Tensor, nn
 
 from omniq.errors import UserError
-from omniq.kernels.coordinate_descent import keep_codes_, sweep, sweep_
+from omniq.kernels.coordinate_descent import keep_codes_, sweep_
 from omniq.kernels.gptq import gptq
 from omniq.kernels.layer_problem import (
     codes_of,
@@ -45,6 +45,28 @@ def sequential(case: Case, values: Tensor, rounded: bool) -> Tensor:
         free = case["mask"][:, j] if case["mask"] is not None else torch.zeros(len(u), dtype=torch.bool)
         values[:, j] = torch.where(free | torch.tensor(not rounded and not bool(dead[j])), u, v)
     return values
+
+
+class Sweep(NamedTuple):
+    """Values and codes ``[o, i]`` after one sweep, and what ``sweep_`` says of it."""
+
+    values: Tensor
+    codes: Tensor
+    changed: Tensor
+    gain: Tensor
+
+
+def sweep(
+    target: Tensor, gram: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *,
+    rounded: bool = True, **options: Any,
+) -> Sweep:  # fmt: skip
+    """One sweep of quantized or relaxed weights ``[o, i]``."""
+    problem = prepare(target, gram, scale, zero_point, bits, **options)
+    start = values.to(problem.target.dtype).t().clone(memory_format=torch.contiguous_format)
+    residual = to_residual_(problem, start)
+    changed, gain = sweep_(problem, residual, rounded)
+    codes = codes_of(problem, residual)
+    return Sweep(to_values_(problem, residual, rounded).t(), codes.t(), changed, gain)
 
 
 @st.composite
@@ -354,6 +376,18 @@ def test_refit_never_raises_an_error_and_finds_the_least() -> None:
     for share in (0.999, 1.001):
         moved = problem.target - (codes - problem.zero_point) * problem.scale * share
         assert (objective(problem, moved) >= after).all()
+
+
+def test_refit_never_takes_a_scale_that_is_not_positive() -> None:
+    """Weights opposite to their codes want a negative one; the least there is would lower their error, too."""
+    _, gram = small_layer()
+    values = torch.randint(-3, 4, (40, 72), generator=torch.Generator().manual_seed(0)) * 0.25
+    scale, zero_point = torch.full((40, 1), 0.25), torch.full((40, 1), 4.0)
+    problem = prepare(-values, gram, scale, zero_point, 3)
+    residual = to_residual_(problem, values.t().clone(memory_format=torch.contiguous_format))
+    refitted, gain = refit_scales_(problem, residual, Grid(3))
+    assert torch.equal(refitted.scale.t(), scale)
+    assert not gain.any()
 
 
 def test_refit_stores_scales() -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniq.kernels.fake_quant import clip_range, fake_quantize, fake_quantize_reference
+from omniq.kernels.fake_quant_moving import fake_quantize_moving
+from omniq.kernels.scaled import Scaled
 from omniq.quantizers.grid import Grid
 
 FORMS = (fake_quantize, fake_quantize_reference)
@@ -295,3 +297,31 @@ def test_triton_in_a_cuda_graph_and_compiled() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
     compiled = torch.compile(lambda: fake_quantize(w, lo, hi, up, low, grid), fullgraph=True)()
     assert torch.equal(compiled, expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_torch_version_in_a_cuda_graph(symmetric: bool) -> None:
+    """It is what a GPU runs without Triton, in float64, and on rows that no program can hold: nothing of it waits."""
+    grid = Grid(3, 64, symmetric)
+    w, lo, hi, up, low = (t.to("cuda", torch.float64) for t in problem(64, 256, grid))
+    grad, columns = torch.randn_like(w), torch.ones(256, device="cuda", dtype=torch.float64, requires_grad=True)
+    up.requires_grad_()
+    low.requires_grad_()
+
+    def step() -> list[Tensor]:
+        still = fake_quantize(w, lo, hi, up, low, grid)
+        moving = fake_quantize_moving(Scaled(w, columns=columns), up, low, grid)
+        grads = torch.autograd.grad((still, moving), (up, low, columns), (grad, grad))
+        return [still.detach(), moving.detach(), *grads]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

@@ -87,14 +87,16 @@ def test_factor_is_that_of_the_inverse() -> None:
     assert torch.equal(upper, upper.triu())
 
 
-def test_damping_rises_where_it_must() -> None:
+def test_damping_rises_where_it_must(caplog: pytest.LogCaptureFixture) -> None:
     """A float32 sum of products can be indefinite; one per cent on the diagonal does not save this one, ten do."""
     weight, gram = make_layer(8, 24, tokens=100)
     gram = gram - 0.05 * gram.diagonal().mean() * torch.eye(24)
     assert torch.linalg.eigvalsh(gram + 0.01 * gram.diagonal().mean() * torch.eye(24))[0] < 0
     scale, zero_point, _ = fit_grid(weight, Grid(4))
     codes = gptq(weight, gram, scale, zero_point, 4).codes
+    assert caplog.messages == ["damping 0.01 does not make 24 inputs positive definite: 0.1 does"]
     assert torch.equal(codes, gptq(weight, gram, scale, zero_point, 4, damping=0.1).codes)
+    assert len(caplog.messages) == 1
 
 
 def test_refuses_what_cannot_work() -> None:
@@ -103,6 +105,8 @@ def test_refuses_what_cannot_work() -> None:
     indefinite = 9 * torch.ones(24, 24, dtype=torch.float64) - 8 * torch.eye(24)
     with pytest.raises(UserError, match=r"24 inputs is not positive definite with damping 0\.01.*more calibration"):
         gptq(weight, indefinite, scale, zero_point, 4)
+    with pytest.raises(UserError, match="24 inputs is not positive definite with damping 0: use more calibration"):
+        gptq(weight, indefinite, scale, zero_point, 4, damping=0.0)
     gram[4, 5] = gram[5, 4] = gram[4, 4] = torch.inf
     with pytest.raises(UserError, match="not finite for 1 of 24 inputs"):
         gptq(weight, gram, scale, zero_point, 4)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stages import fitted, tiny_task
+from stages import fitted, on_cuda, tiny_task
 
 from omniq.errors import UserError
 from omniq.kernels import gptq as gptq_kernel
@@ -15,9 +15,10 @@ from omniq.kernels import spqr as spqr_kernel
 from omniq.kernels.layer_problem import matmul_precision
 from omniq.quantizers.clipping import LWC, Searched
 from omniq.quantizers.grid import Grid
+from omniq.result import QuantizedLinear
 from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SpQR, alternating_descent
 from omniq.stages.base import Stage
-from omniq.stages.gram import GramModule
+from omniq.stages.gram import GramModule, PlanLoader
 from omniq.stages.statistics import gram_of
 
 GRID = Grid(3, 16)
@@ -123,6 +124,51 @@ def test_logged_errors_are_those_of_the_result(stage: Callable[[], Stage], tmp_p
         missed = weight - task.result.linears[f"self_attn.{name}"].dequantize(torch.float64)
         error = float((x @ missed.t()).square().sum() / (x @ weight.t()).square().sum())
         assert logged(tmp_path)[f"{name}/recon_error"] == [pytest.approx(error, rel=1e-3)]
+
+
+def test_a_gram_matrix_is_added_up_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 28672 inputs it has 3 GiB: the sum, what is added and no third one."""
+    places: dict[int, set[int]] = {}
+    gather = GramModule._gather
+
+    def watched(module: GramModule, groups: tuple[int, ...], indices: torch.Tensor) -> None:
+        gather(module, groups, indices)
+        for k in groups:
+            places.setdefault(k, set()).add(module.grams[k].data_ptr())
+
+    monkeypatch.setattr(GramModule, "_gather", watched)
+    fitted(GPTQ(batch_size=1), tiny_task(GRID, samples=6), tmp_path)
+    assert [len(places[k]) for k in range(4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.gpu
+def test_codes_become_weights_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host that takes longer than the descent; and what other processes are told lies on no GPU."""
+    devices, dequantize = [], QuantizedLinear.dequantize
+
+    def watched(linear: QuantizedLinear, *args: Any, **options: Any) -> torch.Tensor:
+        weight = dequantize(linear, *args, **options)
+        devices.append(weight.device.type)
+        return weight
+
+    task = on_cuda(tiny_task(GRID, samples=6))
+    monkeypatch.setattr(QuantizedLinear, "dequantize", watched)
+    for number, stage in enumerate((GPTQ(), QuantEase(sweeps=2, start="previous"))):
+        fitted(stage, task, tmp_path / str(number), accelerator="gpu", devices=1)
+    assert devices == ["cuda"] * (3 * len(task.family.linears))
+    assert task.result is not None
+    assert {tensor.device.type for tensor in task.result.tensors.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize(("processes", "ends"), [(1, [3, 4, 5, 6, 9, 10, 11, 12]), (2, [3, 6, 9, 12])])
+def test_passes_end_where_all_that_is_held_can_be_saved(
+    processes: int, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not between the sweeps of several processes, each of which has rows of its own."""
+    monkeypatch.setattr("omniq.processes.count", lambda: processes)
+    loader = PlanLoader(samples=5, batch_size=2, rounds=2, work=3)
+    assert len(loader) == 12
+    assert [step for step in range(1, 13) if loader.ends_pass(step)] == ends
 
 
 @layer_wise

@@ -4,8 +4,12 @@
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from omniq import processes
 from omniq.errors import UserError
@@ -38,6 +42,28 @@ def test_the_launcher_decides(
     assert found == expected
     assert isinstance(strategy, BlockParallel) == (len(environment) > 0 and "devices" in found and found["devices"] > 1)
     assert isinstance(strategy, BlockParallel) or strategy == "auto"
+
+
+def test_ddp_sends_no_buffers_round() -> None:
+    """They come from the weights, and those of learned rounding are as large."""
+
+    class Learned(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learned = torch.nn.Parameter(torch.zeros(2))
+            self.register_buffer("start", torch.zeros(2), persistent=False)
+
+    strategy = BlockParallel()
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
+    strategy.model = Learned()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        strategy.configure_ddp()
+        assert isinstance(strategy.model, DistributedDataParallel)
+        assert len(strategy.model.modules_buffers) == 1
+        assert not strategy.model.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from omniq.quantizers.grid import Grid
 from omniq.quantizers.search import search_range
 from omniq.stages import OmniQuant
 from omniq.stages.base import BlockTask, PassLoader
+from omniq.stages.omniquant import OmniQuantModule
 from omniq.stages.rtn import round_to_nearest
 from omniq.stages.statistics import input_importance
+from omniq.stages.tokens import weighted_error
 
 GRIDS = [Grid(3), Grid(3, 16), Grid(2, 16), Grid(8), Grid(4, -1, symmetric=True), Grid(2, 16, symmetric=True)]
 THREE_EPOCHS = [0, 1, 2] * 3
@@ -51,6 +54,27 @@ def test_augmented_loss_is_that_of_two_terms(grid: Grid, tmp_path: Path) -> None
     module = fitted(OmniQuant(epochs=3, augmented_loss=True), task, tmp_path)
     assert_losses(losses(tmp_path), plain.train(THREE_EPOCHS))
     plain.assert_equals(module)
+
+
+@pytest.mark.gpu
+def test_targets_are_averaged_on_the_gpu_wherever_the_streams_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step takes of it stays beside the streams, from where no step has to wait for it."""
+    plain = OmniQuant(augmented_loss=True).module(tiny_task(GRIDS[0]))
+    devices, task = [], on_cuda(tiny_task(GRIDS[0]))
+    task.inputs, task.targets = task.inputs.cpu().pin_memory(), task.targets.cpu().pin_memory()
+
+    def watched(outputs: Tensor, *args: Any, **options: Any) -> Tensor:
+        devices.append(outputs.device.type)
+        return weighted_error(outputs, *args, **options)
+
+    monkeypatch.setattr("omniq.stages.reconstruction.weighted_error", watched)
+    module = OmniQuant(augmented_loss=True).module(task)
+    assert devices == ["cuda"] * len(task.inputs)
+    assert module.gap is not None
+    assert plain.gap is not None
+    assert (module.gap.device.type, module.targets.device.type, module.targets.is_pinned()) == ("cpu", "cpu", True)
+    torch.testing.assert_close(module.gap, plain.gap, rtol=1e-4, atol=0)
+    torch.testing.assert_close(module.targets, plain.targets, rtol=1e-4, atol=1e-4)
 
 
 def _run(task: BlockTask, sample: int) -> Tensor:
@@ -159,6 +183,25 @@ def test_a_resumed_fit_keeps_to_the_schedule_on_a_gpu(tmp_path: Path) -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
     for name, value in expected.state_dict().items():  # under a rate that stays they are 1e-2 off
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=2e-3)
+
+
+def test_nothing_goes_to_the_host_when_a_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would move there what was learned, its gradient and moments: of learned rounding four weights each."""
+    left, moved = [], []
+
+    def counted(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
+        parameters = [value for each in optimizers for group in each.param_groups for value in group["params"]]
+        left.append(sum(len(each.state) for each in optimizers) + sum(value.grad is not None for value in parameters))
+        moved.clear()  # what comes after this belongs to the end
+
+    def spied(module: OmniQuantModule, fn: Any, recurse: bool = True) -> OmniQuantModule:
+        moved.append(fn)
+        return module
+
+    monkeypatch.setattr("lightning.pytorch.strategies.strategy._optimizers_to_device", counted)
+    monkeypatch.setattr(OmniQuantModule, "_apply", spied)
+    fitted(OmniQuant(epochs=2), tiny_task(GRIDS[0]), tmp_path)
+    assert (left[-1:], moved) == ([0], [])
 
 
 def test_shuffled_order(tmp_path: Path) -> None:

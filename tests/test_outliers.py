@@ -54,14 +54,20 @@ def test_ties_go_to_the_first() -> None:
 
 
 def test_support_by_loss_takes_what_costs_most() -> None:
-    weight = torch.linspace(-1, 1, 64).repeat(4, 1)
-    importance = torch.ones(64)
-    weight[:, 10], weight[:, 20] = 40.0, 30.0  # both far outside of what the grid covers
-    importance[10] = 1e-6  # but hardly anything ever comes in here
-    covered = (torch.full((4, 1), -1.0), torch.full((4, 1), 1.0))
-    mask = choose_support(weight, 1 / 64, by="loss", importance=importance, grid=Grid(3), covered=covered)
-    assert mask[:, 20].all()
-    assert int(mask.sum()) == 4
+    """On the range that is best without what was chosen before, three times in turn."""
+    weight, gram = make_layer(12, 64, tokens=300)
+    grid, importance = Grid(3, 32), gram.diagonal()
+    chosen = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(3):
+        lo, hi = (end.repeat_interleave(32, 1) for end in search_range(weight.masked_fill(chosen, 0), grid, importance))
+        scale = ((hi - lo) / 7).half().double()
+        zero = (-lo / scale).round()
+        rounded = (((weight / scale).round() + zero).clamp(0, 7) - zero) * scale
+        cost = (weight - rounded).square() * importance
+        chosen = cost >= cost.flatten().topk(12).values[-1]
+    found = choose_support(weight, 1 / 64, by="loss", importance=importance, grid=grid)
+    assert torch.equal(found, chosen)
+    assert not torch.equal(found, choose_support(weight, 1 / 64))
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -96,6 +102,29 @@ def test_largest_eigenvalue(seed: int, inputs: int) -> None:
     assert float(largest_eigenvalue(gram)) == pytest.approx(expected, rel=1e-3)
     assert float(largest_eigenvalue(gram)) <= expected * (1 + 1e-12)
     assert torch.equal(largest_eigenvalue(gram), largest_eigenvalue(gram))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25, 1e25])
+def test_inputs_of_any_size_have_a_largest_eigenvalue(size: float) -> None:
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) * size
+    assert float(largest_eigenvalue(gram)) == pytest.approx(3 * size)
+
+
+def test_outliers_of_a_layer_that_no_input_reaches_are_kept() -> None:
+    """Its codes leave them out, and the deployed model may have inputs there."""
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    grid, support = Grid(3), choose_support(weight, 0.1)
+    scale, zero_point, _ = fit_grid(weight.masked_fill(support, 0), grid)
+    optimizer = AlternatingDescent(
+        [nn.Parameter(weight.clone())], torch.zeros(16, 16), grid, scale, zero_point, support=support, sweeps=3
+    )
+    for _ in range(3):
+        optimizer.step()
+    codes, scale, zero_point, sparse = optimizer.result()
+    assert sparse is not None
+    assert torch.equal(sparse, torch.where(support, weight, 0))
+    rest = (weight - grid.dequantize(codes, scale, zero_point) - sparse)[~support]
+    assert (rest.abs() <= scale.max()).all()
 
 
 @settings(max_examples=30, deadline=None)

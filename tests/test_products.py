@@ -11,7 +11,7 @@ from synthetic_layer import make_layer
 from torch import Tensor
 
 from omniq.kernels.layer_problem import Precision, Problem, matmul_precision, prepare
-from omniq.kernels.products import Library, Pairs, power_of_two, products_of
+from omniq.kernels.products import Library, Pairs, power_of_two, products_of, unit_of
 from omniq.quantizers.grid import Grid
 
 
@@ -43,6 +43,18 @@ def test_power_of_two(value: float) -> None:
     assert found <= 2 * max(value, 2.0**-60)
     assert torch.tensor(found).frexp()[0] == 0.5
     assert torch.isfinite(1 / torch.tensor(found))
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
+def test_what_a_narrow_grid_clips_fits_a_float16(share: float) -> None:
+    """A searched range is no wider than what matters: weights of inputs that hardly carry anything may be far out."""
+    weight, gram = make_layer(24, 64, tokens=200)
+    scale, zero_point = Grid(8).fit(*(share * end for end in Grid(8).range(weight)))
+    problem = prepare(weight.float(), gram.float(), scale.float(), zero_point.float(), 8)
+    unit = unit_of(problem)
+    assert (2 * problem.target / unit).half().isfinite().all()  # D is what a weight and its code differ by
+    if share == 1:
+        assert torch.equal(unit, power_of_two(problem.scale.amax(0)) / 16)
 
 
 def test_the_library_multiplies_on_a_cpu() -> None:

@@ -14,6 +14,7 @@ from tiny import tiny_block
 from torch import Tensor, nn
 
 from omniq.cli import main
+from omniq.errors import UserError
 from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
 from omniq.models.families import family_of_type
 from omniq.models.family import Family
@@ -89,6 +90,19 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
         lo, hi = min(float(raw.min()), 0.0), max(float(raw.max()), 0.0)
         assert found.scale.item() == pytest.approx((hi - lo) / 255, rel=1e-5)
         assert found.zero_point.item() == round(-128 - lo / found.scale.item())
+
+
+def test_a_range_without_an_end_is_refused() -> None:
+    """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
+    block, kwargs = tiny_block("llama")
+    form, given, grid = family_of_type("llama"), Activations(8, static=True), Grid(8)
+    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    block.get_submodule("mlp.down_proj").register_forward_pre_hook(
+        lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
+    )
+    linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
+    with pytest.raises(UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite, \d of 6"):
+        fix_inputs(task, BlockResult(linears, task.plain_tensors()))
 
 
 def test_they_are_saved_and_read(tmp_path: Path) -> None:

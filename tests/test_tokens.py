@@ -64,6 +64,18 @@ def test_importance_and_grams_weigh_tokens_alike() -> None:
     assert not torch.allclose(diagonal, input_importance(task)[name])
 
 
+def test_a_searched_start_weighs_tokens_as_the_loss_does() -> None:
+    task, name, clipping = with_a_massive_token(), "self_attn.q_proj", LWC(initial=Searched())
+    module = OmniQuant(clipping=clipping, token_weights="relative").module(task)
+    weight = task.linear(name).weight
+    relative, uniform = (
+        clipping.build(weight, GRID, input_importance(task, kind)[name])
+        for kind in ("relative", "uniform")  # type: ignore[arg-type]
+    )
+    assert torch.equal(module.clip(name).start, relative.start)
+    assert not torch.equal(relative.start, uniform.start)
+
+
 def test_the_gram_matrix_of_a_layer_wise_stage_is_weighted(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
 

@@ -229,11 +229,13 @@ def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
 def test_scales_stay_positive_and_finite() -> None:
     family, block = case("llama 3 of 9")
     transform = Transform(family.equivalences, block.heads, block.tensors)
-    for far in (-1e6, 1e6):
+    for far, most in ((-1e6, -10.0), (1e6, 10.0)):
         moved = transform.apply(
             block.tensors, {name: torch.full(shape, far) for name, shape in transform.shapes.items()}
         )
         assert all(value.isfinite().all() and (value != 0).all() for value in moved.values())
+        kept = block.tensors["input_layernorm.weight"] / moved["input_layernorm.weight"]
+        torch.testing.assert_close(kept.log(), torch.full_like(kept, most))
 
 
 def test_heads_of_a_config() -> None:

@@ -39,70 +39,19 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns
 
 import functools
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from omniq.kernels import layer_problem as layer
-from omniq.kernels.layer_problem import Precision, Problem, matmul_precision
+from omniq.kernels.layer_problem import Problem, matmul_precision
 from omniq.kernels.products import products_of
 
 Backend = Literal["auto", "torch", "triton"]
 
 INNER = 32  # columns that go one by one between two small products
 _ROOM = 2**21  # numbers: steps of a relaxed block at a time
-
-
-class Sweep(NamedTuple):
-    """The outcome of one sweep.
-
-    Args:
-        values: ``W^``, ``[o, i]``.
-        codes: the nearest codes, uint8 ``[o, i]``.
-        changed: how many coordinates moved by more than half a step of the grid, int64 scalar; supported ones not
-            counted.
-        gain: change of each row's objective, float64 ``[o]``; never positive if the sweep is relaxed or starts on the
-            grid.
-    """
-
-    values: Tensor
-    codes: Tensor
-    changed: Tensor
-    gain: Tensor
-
-
-def sweep(
-    target: Tensor,
-    gram: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: int,
-    *,
-    rounded: bool = True,
-    group_index: Tensor | None = None,
-    mask: Tensor | None = None,
-    precision: Precision = "float32",
-    backend: Backend = "auto",
-) -> Sweep:
-    """One sweep over all columns.
-
-    Args:
-        values: quantized or relaxed weights to start from, ``[o, i]``; W itself for the published start.
-        rounded: False for a relaxed sweep.
-        target, gram, scale, zero_point, bits, group_index, mask, precision: see ``prepare``.
-        backend: see ``sweep_``.
-    """
-    problem = layer.prepare(
-        target, gram, scale, zero_point, bits, group_index=group_index, mask=mask, precision=precision
-    )
-    residual = layer.to_residual_(
-        problem, values.to(problem.target.dtype).t().clone(memory_format=torch.contiguous_format)
-    )
-    changed, gain = sweep_(problem, residual, rounded, backend)
-    codes = layer.codes_of(problem, residual)
-    return Sweep(layer.to_values_(problem, residual, rounded).t(), codes.t(), changed, gain)
 
 
 def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -115,7 +64,9 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
             Both compute the same numbers up to the order of float32 sums.
 
     Returns:
-        ``changed`` and ``gain`` as in ``Sweep``; both stay on the device.
+        how many coordinates moved by more than half a step of the grid, int64 scalar, supported ones not counted; and
+        the change of each row's objective, float64 ``[o]``, never positive if the sweep is relaxed or starts on the
+        grid. Both stay on the device.
     """
     outputs = residual.shape[1]
     changed = torch.zeros((), dtype=torch.int64, device=residual.device)

@@ -143,7 +143,7 @@ def range_gradients(
     else:
         s = (xmax - xmin) / levels
         to_hi = to_lo = torch.ones_like(s)
-    d_scale = torch.where(s < torch.finfo(dtype).tiny, 0, d_scale) / levels
+    d_scale = d_scale.masked_fill(s < torch.finfo(dtype).tiny, 0) / levels
     d_max, d_min = to_hi * d_scale, -to_lo * d_scale
     return d_min * keep_lo, d_max * keep_hi, d_max * xmax * (1 - keep_hi), d_min * xmin * (1 - keep_lo)
 

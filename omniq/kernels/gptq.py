@@ -11,12 +11,13 @@ Columns go one by one only inside a block of 128; the errors of a whole block re
 Differences from the published code: the grid is given (static), so a group's grid never depends on weights that were
 already moved; dead inputs (S_jj below 1e-8 of the mean) round to the nearest instead of to zero; coordinates that a
 sparse part stores (``mask``) are not rounded, so they have no error and take up that of others; damping that does not
-suffice is raised tenfold, twice, before giving up.
+suffice is raised tenfold, twice, with a warning, before giving up.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``n`` columns of a block. Weights are worked on
 transposed, ``[i, o]``, so that a column is contiguous.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.kernels.layer_problem import check_finite, dead_columns, groups_of
+
+log = logging.getLogger("omniq")
 
 _TRIES = 3  # the damping asked for, then ten and a hundred times as much
 
@@ -122,14 +125,18 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     check_finite(gram)
     live = ~dead_columns(gram)
     clean = gram * live * live[:, None]
-    for attempt in range(_TRIES):
-        ridge = torch.where(live, damping * 10**attempt * gram.diagonal().mean(), 1.0)
+    shares = [damping * 10**attempt for attempt in range(_TRIES)] if damping else [0.0]
+    for share in shares:
+        ridge = torch.where(live, share * gram.diagonal().mean(), 1.0)
         lower, failed = torch.linalg.cholesky_ex(clean + ridge.diag())
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
+            if share != damping:
+                log.warning("damping %g does not make %d inputs positive definite: %g does", damping, len(gram), share)
             return upper
+    more = ", nor with a hundred times as much" if damping else ""
     raise UserError(
-        f"the Gram matrix of {len(gram)} inputs is not positive definite with damping {damping:g}, nor with a hundred "
-        "times as much: use more calibration samples or a larger damping"
+        f"the Gram matrix of {len(gram)} inputs is not positive definite with damping {damping:g}{more}: use more "
+        "calibration samples or a larger damping"
     )

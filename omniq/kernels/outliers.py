@@ -27,6 +27,7 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.kernels.layer_problem import DEAD
+from omniq.kernels.products import power_of_two
 from omniq.quantizers.grid import Grid
 from omniq.quantizers.search import search_range
 
@@ -57,7 +58,6 @@ def choose_support(
     structured: bool = False,
     importance: Tensor | None = None,
     grid: Grid | None = None,
-    covered: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The coordinates that a sparse part stores.
 
@@ -65,16 +65,19 @@ def choose_support(
         weight: ``[o, i]``.
         fraction: share of the entries, or of the columns where structured, 0 to 0.5.
         by: "magnitude": the largest ``|w|`` (columns: norms); "loss": the largest ``S_jj (w - Q(w))^2`` (columns:
-            sums), the diagonal of the layer's error.
+            sums), the diagonal of the layer's error, where Q has the searched range. That is searched again without the
+            support, three times in turn: a good range clips the weights that cost most on any grid. (Min-max clips
+            nothing, and the losses on it are the noise of rounding: a useless support.)
         structured: whole columns.
         importance: S_jj, ``[i]``, for "loss".
         grid: bits and groups, for "loss".
-        covered: the range of Q, ``(lo, hi)`` each ``[o, G]``, for "loss". By default the searched one, searched again
-            without the support, three times in turn: a good range clips the weights that cost most on any grid.
-            (Min-max clips nothing, and the losses on it are the noise of rounding: a useless support.)
 
     Returns:
         bool ``[o, i]``, True in exactly ``count_of`` entries or columns; among equals the first win.
+
+    Raises:
+        UserError: see ``count_of``.
+        ValueError: "loss" without importance or grid.
     """
     count = count_of((weight.shape[0], weight.shape[1]), fraction, structured)
     if by == "magnitude":
@@ -82,9 +85,8 @@ def choose_support(
     if importance is None or grid is None:
         raise ValueError("a support by loss needs the importance of the inputs and the grid")
     mask = torch.zeros_like(weight, dtype=torch.bool)
-    for _ in range(_SEARCHES if covered is None else 1):
-        lo, hi = search_range(weight.masked_fill(mask, 0), grid, importance) if covered is None else covered
-        scale, zero_point = grid.fit(lo, hi)
+    for _ in range(_SEARCHES):
+        scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, importance))
         rounded = grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)
         mask = _largest((weight - rounded).abs() * importance.sqrt(), count, structured)
     return mask
@@ -108,7 +110,7 @@ def _largest(score: Tensor, count: int, structured: bool) -> Tensor:
 
 
 def largest_eigenvalue(gram: Tensor, tolerance: float = 1e-7, steps: int = 1000) -> Tensor:
-    """``lambda_max`` by power iteration from a fixed vector, a scalar.
+    """``lambda_max`` by power iteration from a fixed vector, a scalar; 0 where no input carries anything.
 
     The start is the root of the diagonal: large where the inputs are, and never orthogonal to a dominant direction with
     entries of one sign.
@@ -118,14 +120,16 @@ def largest_eigenvalue(gram: Tensor, tolerance: float = 1e-7, steps: int = 1000)
         tolerance: relative change of the estimate at which to stop.
         steps: at most this many products.
     """
-    vector = gram.diagonal().clamp_min(DEAD * gram.diagonal().mean()).sqrt()
+    diagonal, tiny = gram.diagonal(), torch.finfo(gram.dtype).tiny
+    vector = diagonal.clamp_min(DEAD * diagonal.mean()).sqrt()
+    unit = power_of_two(diagonal.amax())  # exact, and no square leaves the range of numbers
     estimate = torch.zeros((), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
-        vector = gram @ (vector / vector.norm())
+        vector = gram @ (vector / vector.norm().clamp_min(tiny)) / unit
         before, estimate = estimate, vector.norm()
         if estimate - before <= tolerance * estimate:
             break
-    return estimate
+    return estimate * unit
 
 
 def threshold_step(
@@ -138,9 +142,11 @@ def threshold_step(
         gram: S, ``[i, i]``.
         count: entries (or columns) that H may have.
         lambda_max: of ``gram``, from ``largest_eigenvalue``.
+        structured: whole columns.
 
     Returns:
         the new H.
     """
-    step = residual @ gram / (_SAFETY * lambda_max)  # -grad / L = 2 (W - B - H) S / (2 lambda_max)
+    room = (_SAFETY * lambda_max).clamp_min(torch.finfo(lambda_max.dtype).tiny)
+    step = residual @ gram / room  # -grad / L = 2 (W - B - H) S / (2 lambda_max)
     return hard_threshold(sparse + step, count, structured)

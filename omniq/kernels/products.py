@@ -8,8 +8,8 @@ has 11 bits, so a float32 is next to the sum of two, and a product of such sums 
 
 with one power of two ``r`` for each row of S and one ``u`` for each output feature, which keep both in the range of
 float16: ``|S_jk| <= sqrt(S_jj max S_kk)``, and D is counted in sixteenths of the row's largest step of the grid, so
-that a float16 reaches 4096 steps. The error is 2 to 4 times that of the library's float32 (tests/test_products.py), and
-both are next to nothing beside TF32's.
+that a float16 reaches 4096 steps, or in more where weights lie farther out than half of that. The error is 2 to 4 times
+that of the library's float32 (tests/test_products.py), and both are next to nothing beside TF32's.
 
 **No room is needed for D' and D"**: a row of D, ``o`` numbers of four bytes, becomes a row of D' and one of D" in the
 same memory, so that each of them is a matrix whose rows lie ``2 o`` apart. Only while a block of columns is swept are
@@ -74,7 +74,7 @@ class Pairs:
         width, outputs = residual.shape
         pairs = residual.view(torch.float16).view(width, 2, outputs)
         self.high, self.low = pairs[:, 0], pairs[:, 1]
-        self.unit = power_of_two(problem.scale.amax(0)) / 16
+        self.unit = unit_of(problem)
         norm = problem.gram.diagonal().sqrt()
         self.row_unit = power_of_two(norm * norm.amax()) / _RANGE
         self.per_unit, self.per_row = (
@@ -98,6 +98,12 @@ class Pairs:
 
     def finish(self) -> None:
         self.kernels.join_(self.residual, self.unit)
+
+
+def unit_of(problem: Problem) -> Tensor:
+    """What D is counted in, for each output feature a power of two, ``[o]``."""
+    farthest = torch.linalg.vector_norm(problem.target, torch.inf, dim=0)  # of weights that a narrow grid clips
+    return power_of_two(torch.maximum(problem.scale.amax(0), farthest / 2048)) / 16
 
 
 def power_of_two(values: Tensor) -> Tensor:

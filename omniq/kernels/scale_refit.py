@@ -5,9 +5,9 @@ With codes fixed, ``W^ = s_g c`` inside group g (``c = q - z``) is linear in the
 
     f(s_g + t) = f(s_g) - 2 t c.G_g + t^2 c S_gg c,      G = D S
 
-with its minimum at ``t = c.G_g / c S_gg c``. The new scale is rounded to its storage dtype first and kept only where
-the row's error falls all the same, so no row ever gets worse. Groups are refitted in turn, each seeing the ones before
-it. Zero points stay. The published code never touches a grid once descent has begun.
+with its minimum at ``t = c.G_g / c S_gg c``. The new scale is rounded to its storage dtype first and kept only where it
+is positive and the row's error falls all the same, so no row ever gets worse. Groups are refitted in turn, each seeing
+the ones before it. Zero points stay. The published code never touches a grid once descent has begun.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` columns of a group. Weights are held
 transposed, ``[i, o]``.

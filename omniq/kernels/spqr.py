@@ -64,9 +64,10 @@ class Feedback:
 
     @classmethod
     def of(cls, gram: Tensor, groups: int, *, damping: float = 0.01, act_order: bool = False) -> "Feedback":
-        """Invert a Gram matrix ``[i, i]``; its dtype is that of all arithmetic.
+        """Invert a Gram matrix.
 
         Args:
+            gram: ``[i, i]``; its dtype is that of all arithmetic.
             groups: of a row.
             damping: added to the diagonal, as a share of its mean.
             act_order: visit groups by descending sum of S_jj, and columns within a group by S_jj.

@@ -62,6 +62,9 @@ class Clipping(ClippingMethod):
 
         Returns:
             ``lo <= 0 <= hi``, each float32 ``[o, G]``.
+
+        Raises:
+            ValueError: an importance is needed and not given, or has another shape.
         """
 
     def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> "LearnableClip":

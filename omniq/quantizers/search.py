@@ -57,6 +57,9 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor
     Returns:
         ``lo <= 0 <= hi`` for ``Grid.fit``, each ``[o, G]``, never wider than min-max. A group whose inputs have no
         importance keeps its min-max range.
+
+    Raises:
+        ValueError: an importance of another shape.
     """
     width, groups = weight.shape[1], grid.groups(weight.shape[1])
     if importance.shape not in ((width,), (width, width)):

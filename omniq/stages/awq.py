@@ -49,14 +49,12 @@ from omniq.quantizers.clipping import Clipping, Searched
 from omniq.quantizers.grid import Grid
 from omniq.result import BlockResult
 from omniq.stages.base import BlockTask, PassLoader, Stage
-from omniq.stages.rtn import RTNModule
+from omniq.stages.rtn import RTNModule, rounded_to_nearest
 from omniq.stages.statistics import bad_samples, check_finite, gram_of, observed, power_of
 from omniq.stages.transform import fuse
 from omniq.transforms.equivalence import LIMIT, ends
 from omniq.transforms.initial import FLOOR
-from omniq.transforms.let import Kind, block_transform, check_equivalences, kinds_of
-
-_KINDS = ("norm", "value_output", "up_down")  # not query_key, which scales rows of weights: their codes would not move
+from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds, kinds_of
 
 
 class AWQ(Stage):
@@ -67,6 +65,9 @@ class AWQ(Stage):
         equivalences: where scales move: norm, value_output, up_down; all that the family has if not given.
         clipping: the range of each group after scaling; searched by the error of its outputs (weighting ``gram``) by
             default. ``diagonal`` suits a stage that refines the codes, min-max leaves the clip search out.
+
+    Raises:
+        UserError: fewer than two candidates, no equivalence, one that moves no codes, or one given twice.
     """
 
     def __init__(
@@ -76,10 +77,8 @@ class AWQ(Stage):
             raise UserError(
                 f"stages: AWQ.candidates {candidates} is too small: give 2 or more, such as 20; the first is no scale"
             )
-        unknown = [kind for kind in equivalences or () if kind not in _KINDS]
-        if unknown or equivalences is not None and not equivalences:
-            given = repr(unknown[0]) if unknown else "an empty list"
-            raise UserError(f"stages: AWQ.equivalences: {given} is not usable, choose from {', '.join(_KINDS)}")
+        if equivalences is not None:
+            check_kinds(equivalences, "stages: AWQ.equivalences", MEASURED_KINDS)
         self.candidates, self.equivalences = candidates, equivalences
         self.clipping = clipping or Searched("gram")
 
@@ -88,11 +87,11 @@ class AWQ(Stage):
         return True
 
     def check_family(self, family: Family) -> None:
-        check_equivalences(family, self.kinds(family) or _KINDS[:1])
+        check_equivalences(family, self.kinds(family) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")
 
     def kinds(self, family: Family) -> list[str]:
         """The kinds of equivalences to use in this family."""
-        there = [kind for kind in kinds_of(family) if kind in _KINDS]
+        there = [kind for kind in kinds_of(family) if kind in MEASURED_KINDS]
         return there if self.equivalences is None else list(self.equivalences)
 
     def module(self, task: BlockTask) -> "AWQModule":
@@ -202,9 +201,7 @@ def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Ten
         grid: of the codes.
     """
     scaled = weight.float() * scale
-    step, zero_point = grid.fit(*grid.range(scaled))
-    rounded = grid.dequantize(grid.quantize(scaled, step, zero_point), step, zero_point)
-    return power_of((scaled - rounded) / scale, gram)
+    return power_of((scaled - rounded_to_nearest(scaled, grid)) / scale, gram)
 
 
 def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -218,7 +215,7 @@ def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, 
     def add(name: str, x: Tensor) -> None:
         samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
         new = [samples.float().abs().sum(1).double().sum(0), gram_of(x), bad_samples(x, task)]
-        sums[name] = [a + b for a, b in zip(sums[name], new, strict=True)] if name in sums else new
+        sums[name] = [a.add_(b) for a, b in zip(sums[name], new, strict=True)] if name in sums else new
 
     with observed(task.block, names, add):
         task.visit(task.inputs)

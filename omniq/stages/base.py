@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from omniq import processes
 from omniq.errors import UserError
@@ -75,7 +76,11 @@ class BlockTask:
         return next(self.block.parameters()).device
 
     def linear(self, name: str) -> nn.Linear:
-        """A linear of the block by name."""
+        """A linear of the block by name.
+
+        Raises:
+            TypeError: it is something else.
+        """
         module = self.block.get_submodule(name)
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{self.name}: {name} is a {type(module).__name__}, not a Linear")
@@ -178,6 +183,10 @@ class BlockModule(L.LightningModule):
         """Inputs and targets of these samples on the block's device, each ``[batch, t, h]``."""
         task = self.task
         return take(task.inputs, indices, task.device), take(task.targets, indices, task.device)
+
+    def cpu(self) -> Self:
+        """Stays: Lightning would take what was learned to the host when the fit ends, and ``finish`` wants it here."""
+        return self
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Indices go to where the streams are: a GPU would have to be asked for them again if those are on the host."""

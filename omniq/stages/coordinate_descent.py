@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 
 from omniq.errors import UserError
 from omniq.kernels import layer_problem as layer
-from omniq.kernels.coordinate_descent import Backend, keep_codes_, sweep_
+from omniq.kernels.coordinate_descent import keep_codes_, sweep_
 from omniq.kernels.layer_problem import Precision, Problem
 from omniq.kernels.scale_refit import refit_scales_
 from omniq.quantizers.grid import Grid
@@ -81,10 +81,11 @@ class CoordinateDescent(Optimizer):
         mask: bool ``[o, i]``, coordinates that a sparse part stores and that are not rounded.
         damping: added to the diagonal of the Gram matrix, as a share of its mean. Errors are reported without it.
         refit_scales: refit scales by least squares between sweeps.
-        precision, block, backend: see ``omniq.kernels.layer_problem.prepare`` and ``sweep_``.
+        precision, block: see ``omniq.kernels.layer_problem.prepare``.
 
     Raises:
         UserError: no sweeps, or a Gram matrix that is not finite.
+        ValueError: not one parameter, or of a dtype or shape that does not go with the precision or the Gram matrix.
     """
 
     def __init__(
@@ -103,12 +104,11 @@ class CoordinateDescent(Optimizer):
         refit_scales: bool = False,
         precision: Precision = "float32",
         block: int | None = None,
-        backend: Backend = "auto",
     ) -> None:
         settings = {"sweeps": sweeps, "damping": damping, "refit_scales": refit_scales, "bits": grid.bits}
         super().__init__(params, settings | {"precision": precision, "block": block})
         self.weight: nn.Parameter = self.param_groups[0]["params"][0]
-        self.grid, self.backend = grid, backend
+        self.grid = grid
         self._check(gram)
         ridge = damping * gram.diagonal().mean()
         gram.diagonal().add_(ridge)
@@ -208,7 +208,7 @@ class CoordinateDescent(Optimizer):
         if not rounded:
             self._keep_best()  # until then the error only fell: the last iterate before a relaxed sweep is the best
         before = state["objective"]
-        changed, gain = sweep_(problem, state["residual"], rounded, self.backend)
+        changed, gain = sweep_(problem, state["residual"], rounded)
         state["objective"] = state["objective"] + gain
         self._after_sweep(problem, sweep)
         state["still"] = (changed == 0) & ((state["objective"] - before).abs() <= _STILL * before).all()
@@ -232,7 +232,7 @@ class CoordinateDescent(Optimizer):
         state, improved, problem = self.state[self.weight], self._improved(), self.problem
         state["best_objective"] = torch.where(improved, state["objective"], state["best_objective"])
         state["best_scale"] = torch.where(improved, state["scale"], state["best_scale"])
-        keep_codes_(problem, state["residual"], improved, state["best_codes"], self.backend)
+        keep_codes_(problem, state["residual"], improved, state["best_codes"])
         if problem.mask is not None:
             free, rows = (state["target"] - state["residual"])[problem.mask], improved.expand_as(problem.mask)
             state["best_free"] = torch.where(rows[problem.mask], free, state["best_free"])

@@ -217,7 +217,7 @@ class GramModule(BlockModule):
         def add(name: str, x: Tensor) -> None:
             k = names[name]
             product, bad = gram_of(x, weights), bad_samples(x, self.task)
-            self.grams[k] = self.grams[k] + product if k in self.grams else product
+            self.grams[k] = self.grams[k].add_(product) if k in self.grams else product  # a Gram matrix may be large
             self.bad[k] = self.bad[k] + bad if k in self.bad else bad
             waiting.discard(name)
             if not waiting:
@@ -252,7 +252,7 @@ class GramModule(BlockModule):
     def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():
             weight = self.task.linear(name).weight
-            self._deployed[f"{name}.weight"] = linear.dequantize().to(weight)
+            self._deployed[f"{name}.weight"] = linear.dequantize(weight.dtype, weight.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         solvers = self.solver_state()

@@ -52,6 +52,9 @@ class LearnedRounding(Reconstruction):
         schedule: ``cosine`` decays the rates to zero over the block, ``constant`` does not.
         shuffle: draw a new order of samples each epoch.
         token_weights: how much each token counts in the loss.
+
+    Raises:
+        UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
     """
 
     def __init__(
@@ -161,7 +164,6 @@ class LearnedRoundingModule(ReconstructionModule):
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
-        self.to(self.task.device)  # Lightning may have moved us to the CPU
         linears = {name: self.codes(name).linear() for name in self.start.linears}
         stored = {name: value.dtype for name, value in self.start.tensors.items()}
         return BlockResult(linears, {name: x.to(stored[name]) for name, x in self.plain_tensors().items()})

@@ -10,7 +10,8 @@ computes in full precision. Where the scheme has activation bits, the quantized 
 queries, keys and values, in training as when deployed. After the last step ``T`` is fused into the block.
 
 One AdamW step for each batch (``omniq.stages.reconstruction``); the paper's scripts use batches of one sample, 20
-epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order, and the augmented loss at 2 bits.
+epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order, and the augmented loss at 2 bits and at
+the W4A4 of the first LLaMA.
 
 Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
 storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate and errors relative to
@@ -48,7 +49,8 @@ class OmniQuant(Reconstruction):
         clipping: what is learned about the range of each group: LWC, PACT or LSQ, or a fixed MinMax or Searched.
         clipping_lr: AdamW rate of the clipping (published code: 1e-2; the paper's text has it swapped with LET's).
         transform: scales and shifts that are learned with it; none if not given (published for weight-only LLaMA).
-        augmented_loss: add the distance to the full-precision block on the quantized stream (published for 2 bits).
+        augmented_loss: add the distance to the full-precision block on the quantized stream (published for 2 bits, and
+            for W4A4 of the first LLaMA).
         schedule: ``constant`` (published) or ``cosine``, which decays the rate to zero over the block.
         shuffle: draw a new order of samples each epoch; off as published.
         token_weights: how much each token counts in the loss (and in a search for its start); ``uniform`` as published.
@@ -165,7 +167,6 @@ class OmniQuantModule(ReconstructionModule):
     @torch.no_grad()
     def finish(self) -> BlockResult:
         task, grid = self.task, self.task.grid
-        self.to(task.device)  # Lightning may have moved us to the CPU
         tensors = self.tensors()
         linears: dict[str, QuantizedLinear] = {}
         for name in task.family.linears:

@@ -28,7 +28,7 @@ from omniq.quantizers.activations import quantize_samples, quantize_tokens
 from omniq.quantizers.clipping import Clipping, MinMax
 from omniq.result import BlockResult
 from omniq.stages.base import BlockTask, Stage
-from omniq.stages.rtn import RTNModule, round_to_nearest
+from omniq.stages.rtn import RTNModule, rounded_to_nearest
 from omniq.stages.statistics import observed
 from omniq.stages.transform import fuse, input_ranges
 from omniq.transforms.equivalence import Transform, ends
@@ -45,6 +45,9 @@ class OutlierSuppression(Stage):
         candidates: thresholds to try for each input.
         samples: that the search looks at, from the front; of several processes, all together.
         clipping: the range of each group of weights; min-max by default.
+
+    Raises:
+        UserError: no candidates or no samples.
     """
 
     def __init__(self, candidates: int = 20, samples: int = 8, clipping: Clipping | None = None) -> None:
@@ -58,7 +61,7 @@ class OutlierSuppression(Stage):
         return True
 
     def check_family(self, family: Family) -> None:
-        check_equivalences(family, _KINDS)
+        check_equivalences(family, _KINDS, "stages: OutlierSuppression")
 
     def module(self, task: BlockTask) -> "OutlierSuppressionModule":
         return OutlierSuppressionModule(task, self)
@@ -131,6 +134,6 @@ class OutlierSuppressionModule(RTNModule):
             moved = quantize(moved, given.inputs, given.symmetric)
         for name in readers:
             weight = self.task.linear(name).weight.float()
-            rounded = round_to_nearest(weight * scale, self.task.grid).dequantize().to(weight)
+            rounded = rounded_to_nearest(weight * scale, self.task.grid)
             total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
         return processes.all_reduce_sum(total)

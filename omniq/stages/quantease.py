@@ -65,6 +65,9 @@ class QuantEase(GramStage):
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
         token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
+
+    Raises:
+        UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
     """
 
     def __init__(

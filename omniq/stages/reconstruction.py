@@ -45,6 +45,9 @@ class Reconstruction(Stage):
         schedule: ``constant`` or ``cosine``, which decays the rate to zero over the block.
         shuffle: draw a new order of samples each epoch.
         token_weights: how much each token counts in the loss.
+
+    Raises:
+        UserError: no epochs or an empty batch.
     """
 
     def __init__(
@@ -101,10 +104,12 @@ class ReconstructionModule(BlockModule):
         own = task.run(task.inputs)
         kind, gaps = self.settings.token_weights, []
         for target, other in zip(task.targets, own, strict=True):
-            middle = target / 2 + other / 2  # halves first: in float16 the sum may overflow
-            gaps.append(weighted_error(target, other, kind, reference=middle) / 2)
-        self.gap = torch.stack(gaps)
-        self.targets = own.div_(2).add_(task.targets, alpha=0.5)  # in place: a stream may be all that memory holds
+            a, b = (each.to(task.device, non_blocking=True) for each in (target, other))  # wherever streams live
+            middle = a / 2 + b / 2  # halves first: in float16 the sum may overflow
+            gaps.append(weighted_error(a, b, kind, reference=middle) / 2)
+            other.copy_(middle)  # in place: a stream may be all that memory holds
+        self.gap = torch.stack(gaps).to(task.inputs.device)  # where a step has its indices
+        self.targets = own
 
     def loader(self) -> PassLoader:
         settings = self.settings
@@ -154,6 +159,13 @@ class ReconstructionModule(BlockModule):
         for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
             if isinstance(group["lr"], Tensor):  # as a checkpoint has it, on the CPU: a captured step would never look
                 group["lr"] = group["lr"].to(self.task.device)
+
+    def on_train_end(self) -> None:
+        """Let go of what only steps need: Lightning would take moments and gradients to the host now."""
+        self.step.reset()
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+            optimizer.state.clear()
 
     def restored(self) -> None:
         self.step.reset()

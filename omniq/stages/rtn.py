@@ -63,3 +63,10 @@ def round_to_nearest(
     """The nearest codes of one weight ``[o, i]`` on the grid that its clipping gives."""
     scale, zero_point = grid.fit(*(clipping or MinMax()).range(weight, grid, importance))
     return QuantizedLinear.of(grid, grid.quantize(weight.float(), scale, zero_point), scale, zero_point)
+
+
+@torch.no_grad()
+def rounded_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """What that leaves of a float32 weight ``[o, i]`` on its min-max grid, where it is: to the bit what is deployed."""
+    scale, zero_point = grid.fit(*grid.range(weight))
+    return grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)

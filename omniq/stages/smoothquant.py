@@ -18,7 +18,7 @@ from omniq.stages.base import BlockTask, Stage
 from omniq.stages.rtn import RTNModule
 from omniq.stages.transform import fuse, input_ranges
 from omniq.transforms.initial import check_alpha, initial_values
-from omniq.transforms.let import Kind, block_transform, check_equivalences, check_kinds
+from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds
 
 
 class SmoothQuant(Stage):
@@ -26,15 +26,18 @@ class SmoothQuant(Stage):
 
     Args:
         alpha: how much of the range moves, 0 none to 1 all.
-        equivalences: where it moves; the paper: behind norms.
+        equivalences: where it moves: norm (the paper), value_output, up_down.
         clipping: the range of each group of weights; min-max by default.
+
+    Raises:
+        UserError: alpha outside 0..1, no equivalence, one that has no maxima to go by, or one given twice.
     """
 
     def __init__(
         self, alpha: float = 0.5, equivalences: Sequence[Kind] = ("norm",), clipping: Clipping | None = None
     ) -> None:
         check_alpha(alpha)
-        check_kinds(equivalences)
+        check_kinds(equivalences, "stages: SmoothQuant.equivalences", MEASURED_KINDS)
         self.alpha, self.equivalences, self.clipping = alpha, tuple(equivalences), clipping or MinMax()
 
     @property
@@ -42,7 +45,7 @@ class SmoothQuant(Stage):
         return True
 
     def check_family(self, family: Family) -> None:
-        check_equivalences(family, self.equivalences)
+        check_equivalences(family, self.equivalences, "stages: SmoothQuant.equivalences")
 
     def module(self, task: BlockTask) -> "SmoothQuantModule":
         return SmoothQuantModule(task, self)

@@ -53,6 +53,9 @@ class SpQR(GramStage):
             scripts do (a fifth less error on layers of SmolLM2).
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
+
+    Raises:
+        UserError: a threshold, second level or clipping that cannot work; see ``GramStage``.
     """
 
     def __init__(

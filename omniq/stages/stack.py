@@ -106,4 +106,4 @@ class Stack:
 
     def values_from(self, result: BlockResult) -> Tensor:
         """Weights that an earlier stage has left, float32 ``[o, i]``: on its grid, which may be another."""
-        return torch.cat([result.linears[name].dequantize() for name in self.names]).to(self.weight.device)
+        return torch.cat([result.linears[name].dequantize(device=self.weight.device) for name in self.names])

@@ -94,7 +94,7 @@ def _means(
             weights = relative_weights(targets)
         seen[name] += len(batch)
         total = sum_over(batch, weights)
-        sums[name] = sums[name] + total if name in sums else total
+        sums[name] = sums[name].add_(total) if name in sums else total  # in place: a Gram matrix may be large
 
     with task.quantized_activations(), observed(task.block, tuple(seen), add):
         task.visit(task.inputs)
@@ -147,22 +147,23 @@ def bad_samples(x: Tensor, task: BlockTask) -> Tensor:
     return (~torch.isfinite(x)).any(1).unflatten(0, (-1, task.inputs.shape[1])).any(1).sum()
 
 
-def check_finite(task: BlockTask, name: str, gram: Tensor, bad: Tensor) -> None:
+def check_finite(task: BlockTask, name: str, gathered: Tensor, bad: Tensor, what: str = "Gram matrix") -> None:
     """Refuse what no solver or search can use.
 
     Args:
         name: of the linear whose inputs they are.
-        gram: their Gram matrix or its diagonal, over the samples of all processes.
+        gathered: their Gram matrix, its diagonal or their range, over the samples of all processes.
         bad: how many of those samples had inputs that are not finite.
+        what: was gathered.
 
     Raises:
         UserError: names the linear, and how many samples are to blame; in all processes, told by the first.
     """
     number, samples = int(bad), len(task.inputs) * processes.count()
-    if not number and all_finite(gram):
+    if not number and all_finite(gathered):
         return
     why = f"{number} of {samples} samples have inputs that are not" if number else "its inputs are too large to square"
     raise processes.told_once(
-        f"{task.name} {name}: the Gram matrix is not finite, {why}; use trainer.precision 32-true or bf16-mixed, or "
+        f"{task.name} {name}: the {what} is not finite, {why}; use trainer.precision 32-true or bf16-mixed, or "
         "other calibration text"
     )

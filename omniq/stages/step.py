@@ -42,6 +42,7 @@ class OptimizerStep:
         """Forget the captured graph."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
+        self._shape: torch.Size | None = None  # of the first batch; the last one of a pass may be smaller
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._result: Tensor | None = None
 
@@ -56,7 +57,8 @@ class OptimizerStep:
         """
         if not (self.enabled and inputs.is_cuda):
             return self._step(inputs, targets)
-        if self._buffers is not None and self._buffers[0].shape != inputs.shape:
+        self._shape = self._shape or inputs.shape
+        if inputs.shape != self._shape:
             return self._step(inputs, targets)
         if self._graph is None:
             self._eager_steps += 1

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from omniq.processes import all_reduce_max
+from omniq.processes import all_reduce_max, all_reduce_sum
 from omniq.result import set_tensors
 from omniq.stages.base import BlockTask
-from omniq.stages.statistics import observed
+from omniq.stages.statistics import bad_samples, check_finite, observed
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import ChannelRanges
 
@@ -22,12 +22,22 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
     """Smallest and largest value of every input channel of the linears, in one pass over the quantized stream.
 
     Activations are not quantized for it: what is asked for are the outliers.
+
+    Raises:
+        UserError: see ``omniq.stages.statistics.check_finite``.
     """
-    ranges = ChannelRanges()
-    with observed(task.block, tuple(group[0] for group in task.family.inputs), ranges.update):
+    ranges, bad = ChannelRanges(), dict[str, Tensor]()
+
+    def add(name: str, x: Tensor) -> None:
+        ranges.update(name, x)
+        bad[name] = bad_samples(x, task) + bad.get(name, 0)
+
+    with observed(task.block, tuple(group[0] for group in task.family.inputs), add):
         task.visit(task.inputs)
     for name in ranges.lo:
         ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
+        both = torch.stack([ranges.lo[name], ranges.hi[name]])
+        check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
     for group in task.family.inputs:
         for name in group[1:]:
             ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
