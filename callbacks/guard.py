@@ -2,12 +2,14 @@
 """Unattended runs do not stop at a NaN: go back, slow down, and after three tries keep the initial grid."""
 
 import copy
+from math import inf
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
 from omniq import processes
@@ -30,7 +32,7 @@ class NonFiniteGuard(Callback):
         self.tries, self.factor = tries, factor
         self.failed = 0
         self.note: str | None = None
-        self._bad: Tensor | None = None
+        self._losses: list[Tensor] = []
         self._good: dict[str, Any] = {}
 
     @override
@@ -52,16 +54,14 @@ class NonFiniteGuard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, BlockModule)
-        for _, value in pl_module.tracked[-1:]:
-            bad = ~torch.isfinite(value)
-            self._bad = bad if self._bad is None else self._bad | bad
+        self._losses += [value for _, value in pl_module.tracked[-1:]]
         if not pl_module.pauses_after(batch_idx + 1):
             return
-        flags = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
-        bad_values = [~torch.isfinite(value).all() for value in flags] + ([] if self._bad is None else [self._bad])
-        self._bad = None
-        found = torch.stack([flag.reshape(()) for flag in bad_values]).sum() if bad_values else torch.tensor(0)
-        if not processes.all_reduce_sum(found.to(pl_module.task.device)).any():
+        learned = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
+        largest = get_total_norm([*learned, *self._losses], inf)  # a few launches for all of them; NaN comes through
+        self._losses.clear()
+        bad = (~largest.isfinite()).to(pl_module.task.device, torch.int64)
+        if not processes.all_reduce_sum(bad):
             self._remember(trainer, pl_module)
             return
         self._go_back(trainer, pl_module)
