@@ -250,6 +250,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*AccumulateGrad node's stream does not match.*")  # Lightning's DDP
     warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # stages that learn nothing
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

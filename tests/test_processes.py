@@ -39,11 +39,11 @@ def prepared(
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def trainer(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The section that says where: processes meet over gloo, or over NCCL on a GPU each."""
+def where(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The sections that say where: processes meet over gloo, or over NCCL on a GPU each."""
     if request.param == "gpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    return {"accelerator": request.param}
+    return {"trainer": {"accelerator": request.param}, "matmul": "ieee"}  # TF32 makes much of a last bit
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +86,18 @@ def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> Non
             assert one.summary[key] == pytest.approx(other.summary[key], rel=1e-12)  # measured: 3e-16
 
 
-def test_exact_sums_give_equal_codes(pair: Pair, tmp_path: Path, trainer: dict[str, Any]) -> None:
+def test_exact_sums_give_equal_codes(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
     """Importances are exact sums, so that rounding on the searched range does not depend on the number of processes."""
-    args = prepared(tmp_path, [RTN], trainer=trainer)
+    args = prepared(tmp_path, [RTN], **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
     assert_same_codes(blocks(tmp_path / "two"), blocks(tmp_path / "one"))
 
 
-def test_batches_add_up(pair: Pair, tmp_path: Path, trainer: dict[str, Any]) -> None:
+def test_batches_add_up(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
     """Two processes with one sample a step are one process with two: DDP averages the gradients, the CSV the losses."""
-    alone(prepared(tmp_path / "a", [omniquant(batch_size=2, **LEARNED)], trainer=trainer), tmp_path / "one")
-    together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, **LEARNED)], trainer=trainer), tmp_path / "two")
+    alone(prepared(tmp_path / "a", [omniquant(batch_size=2, **LEARNED)], **where), tmp_path / "one")
+    together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, **LEARNED)], **where), tmp_path / "two")
     for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
         ours, theirs = losses(tmp_path / "two" / name), losses(tmp_path / "one" / name)
         assert len(ours) == 8  # two passes of four steps
@@ -108,13 +108,13 @@ def test_batches_add_up(pair: Pair, tmp_path: Path, trainer: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("norm_lr", [0.0, 1e-3])
-def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float, trainer: dict[str, Any]) -> None:
+def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]) -> None:
     """Also what DDP must not wait for: the norms, when they are not learned."""
     runs = {}
     for name, batch_size in (("one", 2), ("two", 1)):
         learned = {"epochs": 2, "shuffle": False, "norm_lr": norm_lr, "batch_size": batch_size}
         stages = [RTN, {"class_path": "omniq.stages.LearnedRounding", "init_args": learned}]
-        runs[name] = prepared(tmp_path / name / "settings", stages, trainer=trainer)
+        runs[name] = prepared(tmp_path / name / "settings", stages, **where)
     alone(runs["one"], tmp_path / "one" / "run")
     together(pair, runs["two"], tmp_path / "two" / "run")
     ours, theirs = (losses(tmp_path / name / "run/blocks/000.1.csv") for name in ("two", "one"))
@@ -123,8 +123,8 @@ def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float
 
 
 @pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])
-def test_transforms_add_up(pair: Pair, tmp_path: Path, scheme: dict[str, Any], trainer: dict[str, Any]) -> None:
-    sections: dict[str, Any] = {"scheme": scheme, "trainer": trainer}
+def test_transforms_add_up(pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]) -> None:
+    sections = {"scheme": scheme} | where
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, transform={})], **sections), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, transform={})], **sections), tmp_path / "two")
     for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
@@ -149,11 +149,10 @@ TENSOR = {"scheme": {"name": "W3A4", "activation_range": "tensor"}}
     ],
 )
 def test_gram_matrices_add_up(
-    pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any], trainer: dict[str, Any]
+    pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any], where: dict[str, Any]
 ) -> None:
     """And what other stages without gradients find in the samples. Not to the bit: sums over tokens are not exact."""
-    sections = sections | {"trainer": trainer}
-    args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}", "init_args": settings}], **sections)
+    args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}", "init_args": settings}], **sections, **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
     for ours, theirs in zip(blocks(tmp_path / "two"), blocks(tmp_path / "one"), strict=True):
