@@ -113,6 +113,8 @@ class Run:
         matmul: how float32 is multiplied. ``tf32``: a GPU rounds the factors to 10 bits, a CPU does not; ``ieee``:
             neither does; ``bf16``: a CPU with AMX rounds them to 7 bits, one with AVX-512 alone uses oneDNN without
             rounding (twice as fast on AMD's), and a GPU does as with ``tf32``.
+        compile: let torch.compile fuse loss and gradient of the stages that learn by them: quicker steps, after seconds
+            (a CPU, which needs a C++ compiler) to a minute of compiling; losses differ in their last bits.
     """
 
     model: Model
@@ -130,6 +132,7 @@ class Run:
     batch: int = 4
     blocks: int | None = None
     matmul: Literal["tf32", "ieee", "bf16"] = "tf32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.out = self.out.expanduser()  # a shell leaves ~ alone in --out=~/run, and YAML does always

@@ -143,6 +143,7 @@ def run_stages(
         seed=plan.run.seed,
         precision=plan.precision,
         activations=plan.run.scheme.activations,
+        compile=plan.run.compile,
     )
     losses = None
     for number, stage in enumerate(plan.run.stages):

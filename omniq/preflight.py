@@ -35,6 +35,7 @@ FREE_KEYS = (
     *("streams", "save_streams_every"),
 )
 BINDING_TRAINER_KEYS = ("precision",)
+LATER_KEYS = {"compile": False}  # settings that runs of earlier versions have not, and what those did
 VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
 
 
@@ -129,6 +130,8 @@ def prepare(run: Run, settings: str) -> Plan:
     trainer = open_trainer(run)
     check_shares(len(windows.calibration), len(windows.held_out))
     device = trainer.strategy.root_device
+    if run.compile:
+        check_compiler(device)
     sample, block_arguments = source.embed(tokens[:1], device)
     share = processes.mine(tokens)
     return Plan(
@@ -170,6 +173,20 @@ def open_trainer(run: Run) -> L.Trainer:
         raise UserError(f"trainer: {one_line(error)}; change or leave out that argument of the Trainer") from error
     join(trainer, given)
     return trainer
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch.compile has not what it needs.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    try:
+        torch.compile(torch.nn.functional.relu)(torch.zeros(8, device=device))
+    except Exception as error:  # every backend has its own
+        raise UserError(
+            f"compile true: torch.compile does not work here ({one_line(error)}): mend that, or set compile to false"
+        ) from error
 
 
 def check_shares(samples: int, held_out: int) -> None:
@@ -234,7 +251,7 @@ def fingerprint(settings: str) -> dict[str, Any]:
     """The settings that determine the result, flattened to dotted keys."""
     flat = _flatten(yaml.safe_load(settings))
     named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}  # as users write
-    return {key: value for key, value in named.items() if not _free(key)}
+    return {key: value for key, value in named.items() if not _free(key) and (key, value) not in LATER_KEYS.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class BlockTask:
         seed: of the run; order and noise are functions of (seed, index, position), never of a global generator.
         precision: enters the autocast context of the Trainer's precision plugin.
         activations: what the quantized block does to its activations.
+        compile: let torch.compile fuse the loss that a stage learns by.
         result: what the previous stage produced, and in the end what the block becomes.
         notes: entries for the block's summary.
     """
@@ -62,6 +63,7 @@ class BlockTask:
     seed: int = 0
     precision: Precision = nullcontext
     activations: Activations = Activations()
+    compile: bool = False
     result: BlockResult | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from omniq.errors import UserError
 from omniq.result import BlockResult
 from omniq.stages.base import BlockModule, BlockTask, PassLoader, Stage
-from omniq.stages.step import OptimizerStep
+from omniq.stages.step import Loss, OptimizerStep
 from omniq.stages.tokens import TokenWeights, weighted_error
 from omniq.streams import take
 
@@ -143,14 +143,23 @@ class ReconstructionModule(BlockModule):
     def step(self) -> OptimizerStep:
         """The whole update, a CUDA graph where there is a GPU."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return OptimizerStep(self.loss, self.trainer.optimizers[0], scaler)
+        return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler)
+
+    @cached_property
+    def criterion(self) -> Loss:
+        """The loss; compiled, if the run asks for it: once, as blocks are built alike.
+
+        NOTE: for each shape by itself, or a smaller last batch would bring another graph for the full ones, too, and a
+        fit that is resumed would get there at another step.
+        """
+        return torch.compile(self.loss, dynamic=False) if self.task.compile else self.loss
 
     def _shared_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The update under several processes: Lightning averages the gradients."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        loss = self.loss(inputs, targets)
+        loss = self.criterion(inputs, targets)
         self.manual_backward(loss)
         optimizer.step()
         return loss.detach()
