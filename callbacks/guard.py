@@ -57,7 +57,7 @@ class NonFiniteGuard(Callback):
         self._losses += [value for _, value in pl_module.tracked[-1:]]
         if not pl_module.pauses_after(batch_idx + 1):
             return
-        learned = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
+        learned = [value for value in pl_module.state_dict().values() if value.is_floating_point() and value.numel()]
         largest = get_total_norm([*learned, *self._losses], inf)  # a few launches for all of them; NaN comes through
         self._losses.clear()
         bad = (~largest.isfinite()).to(pl_module.task.device, torch.int64)

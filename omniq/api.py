@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from omniq.cli import parse_run, quiet
 from omniq.errors import UserError
+from omniq.files import expanded
 from omniq.models.reload import open_weights
 
 
@@ -47,7 +48,7 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: there is no checkpoint, or its weights are pickled, missing or damaged.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     folder = place / "model" if (place / "model").is_dir() else place
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no checkpoint: give a finished run directory or an exported folder")

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
+from omniq.files import expanded
 from omniq.quantizers.scheme import Scheme
 from omniq.stages.base import Stage
 
@@ -135,7 +136,7 @@ class Run:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self.out = self.out.expanduser()  # a shell leaves ~ alone in --out=~/run, and YAML does always
+        self.out = expanded(self.out)  # a shell leaves ~ alone in --out=~/run, and YAML does always
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.

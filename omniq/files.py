@@ -46,6 +46,18 @@ class CorruptFile(Exception):
     """A file of the run directory is truncated or altered; the message names it."""
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in the place of its ``~``, which a shell may not have seen.
+
+    Raises:
+        UserError: it names a user who has none here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no home folder of that user; give the path without ~") from error
+
+
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
     """Write beside ``path``, flush to disk, rename, flush the folder: ``path`` never holds half a file.
 
@@ -73,7 +85,8 @@ def flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some filesystems have nothing to flush of a folder
+        nothing = error.errno in (errno.EINVAL, errno.ENOTSUP)  # some filesystems have nothing to flush of a folder
+        if not nothing or not path.is_dir():
             raise
     finally:
         os.close(handle)

@@ -15,7 +15,7 @@ from omniq.errors import UserError
 from omniq.evaluate.perplexity import PerplexityResult
 from omniq.evaluate.table import perplexity_table
 from omniq.export import check_output, find_format
-from omniq.files import load_record
+from omniq.files import expanded, load_record
 from omniq.preflight import fingerprint, open_model
 from omniq.result import BlockResult
 from omniq.run_dir import RunDir
@@ -46,7 +46,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
         UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
             the format cannot hold it, or ``out`` holds something else.
     """
-    path, out = path.expanduser(), out.expanduser()
+    path, out = expanded(path), expanded(out)
     run, settings = open_run(path)
     facts = _facts(path)
     layout = find_format(export.format)
@@ -96,7 +96,7 @@ def show_run(path: Path) -> None:
         UserError: no run lives there.
         CorruptFile: a file of it is damaged; it stays where it is.
     """
-    path = path.expanduser()
+    path = expanded(path)
     open_run(path)
     folder, console = RunDir(path), Console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")

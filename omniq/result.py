@@ -101,8 +101,13 @@ class QuantizedLinear:
         parts = {key: None if state[key] is None else kind(**state[key]) for key, kind in _NESTED.items()}
         return cls(**{**state, "grid": _grid_from_json(state["grid"]), **parts})
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``: the same bits on every device."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
+        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``: the same bits on every device.
+
+        Args:
+            device: where to make it; where the codes lie if not given.
+        """
+        device = device or self.codes.device
         codes, scale, zero_point = (part.to(device) for part in (self.codes, self.scale, self.zero_point))
         weight = self.grid.dequantize(codes, scale.float(), zero_point)
         if self.outliers is not None:

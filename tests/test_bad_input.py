@@ -111,6 +111,8 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--export.format gguf9", ["export format 'gguf9' is not known: choose one of compressed-tensors"]),
         ("--model.path /no/such/model", ["model.path '/no/such/model' does not exist: give a folder"]),
         ("--model.path /no/such.gguf", ["model.path '/no/such.gguf' does not exist: give a folder"]),
+        ("--model.path ~no-such-user/model", ["~no-such-user/model: there is no home folder of that user; give"]),
+        ("--out=~no-such-user/run", ["~no-such-user/run: there is no home folder of that user; give the path"]),
         ("--model.dtype bfloat16", ["model.dtype 'bfloat16' does not go with trainer.precision", "auto"]),
         ("--trainer.precision 16-true", ["trainer.precision '16-true' would round what is learned", *COMPUTE_DTYPES]),
         ("--trainer.precision 64-true", ["trainer.precision '64-true' is not one that omniq calibrates in: use one"]),

@@ -128,6 +128,7 @@ FOREIGN = {  # what others write under the same names
     "no card": {"recipe.yaml": "[", "README.md": "tags:\n- omniq\n"},
     "no front matter": {"README.md": "---\n- omniq\n---\n"},
     "a broken one": {"README.md": "---\n[\n---\n"},
+    "no date": {"README.md": "---\ndate: 2024-13-45\n---\n", "recipe.yaml": "date: 2024-13-45"},
     "weights": {"model.safetensors": "mine"},
 }
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import sys
+import threading
 import warnings
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from omniq.models import locate
 from omniq.models.bars import without_bars
+from omniq.models.gguf import reading_gguf
 from omniq.models.source import SourceModel
 
 
@@ -85,3 +87,21 @@ def test_bars_are_hidden_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(ZeroDivisionError), without_bars():
         _ = 1 / 0
     assert "reading" in bar()
+
+
+def test_threads_leave_the_package_as_it_was(tmp_path: Path) -> None:
+    """Also one that begins before another ends, and ends after it."""
+    plain, begun, end = gguf.GGUFReader, threading.Event(), threading.Event()
+
+    def read() -> None:
+        with reading_gguf(tmp_path / "other.gguf"):
+            begun.set()
+            end.wait()
+
+    thread = threading.Thread(target=read)
+    with reading_gguf(tmp_path / "one.gguf"):
+        thread.start()
+        begun.wait(0.2)
+    end.set()
+    thread.join()
+    assert gguf.GGUFReader is plain

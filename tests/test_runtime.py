@@ -74,6 +74,22 @@ def test_registration_waits_for_transformers_and_leaves_other_imports_alone() ->
     assert {"omniq"} <= AUTO_QUANTIZER_MAPPING.keys() & AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
 
 
+@pytest.mark.gpu
+def test_it_computes_on_a_gpu(out: Path) -> None:
+    model = omniq.load(out, dtype=torch.float32)
+    expected = logits(model)
+    with torch.no_grad():
+        found = torch.cat([model.to("cuda")(window[None].cuda()).logits for window in WINDOWS])
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_are_made_where_their_codes_lie() -> None:
+    """Beside the inputs, whatever device that is."""
+    packed = PackedLinear(nn.Linear(64, 16, device="meta"), Grid(3, 32), None)
+    assert packed(torch.zeros(2, 64, device="meta")).device.type == "meta"
+    assert packed.plain(torch.float16).weight.device.type == "meta"
+
+
 # -- what can be done with the opened model -------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omniq.errors import UserError
+from omniq.files import expanded
 
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """How a local file is read, by its extension."""
@@ -116,7 +117,7 @@ class LocalText(TextSource):
         Raises:
             UserError: the file is missing, empty, of an unknown kind, damaged, or has no such field.
         """
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
         kind = READERS.get(path.suffix.lower())
         if not path.is_file():
             reason = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -141,7 +142,7 @@ class LocalText(TextSource):
 
     def describe(self) -> str:
         """The file's name and the digest of its content."""
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return f"{path.name} (SHA-256 {content[:16]}{_first(self.max_documents)})"
 

@@ -19,6 +19,7 @@ from omniq.data.text import one_line
 from omniq.errors import NotByBlocks, UserError
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_model, evaluate_streamed
 from omniq.evaluate.table import perplexity_table, write_results
+from omniq.files import expanded
 from omniq.models.checkpoint import read_json, weights_in
 from omniq.models.locate import locate
 from omniq.models.reload import open_checkpoint, open_tokenizer
@@ -35,7 +36,7 @@ def evaluate_checkpoint(model: Model, evaluation: Evaluation, device: str, batch
     if batch < 1:
         raise UserError(f"batch {batch} is too small: give 1 or more")
     if out is not None:
-        out = out.expanduser()
+        out = expanded(out)
         check_file(out)
     result = measure(model, evaluation, find_device(device), batch)
     Console().print(perplexity_table({model.path: result}, title=evaluation.describe()))

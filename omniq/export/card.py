@@ -54,7 +54,7 @@ def is_card(text: str) -> bool:
     head = text.removeprefix("---\n").partition("\n---")[0]
     try:
         found = yaml.safe_load(head) if text.startswith("---\n") else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
         return False
     tags = found.get("tags") if isinstance(found, dict) else None
     return isinstance(tags, list) and _TAG in tags

@@ -98,7 +98,7 @@ def _is_recipe(text: str) -> bool:
     """Whether it has the sections of a run of omniq."""
     try:
         recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
         return False
     return isinstance(recipe, dict) and recipe.keys() >= _SECTIONS
 

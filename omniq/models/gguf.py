@@ -10,6 +10,7 @@ package has answered once it answers from memory.
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ from omniq.errors import UserError, first_line
 from omniq.models.bars import without_bars
 
 _PURE = ("GGUFReader", "get_tensor_name_map")
+_ONE_AT_A_TIME = threading.RLock()  # what two threads put back in turn would be what the other has put there
 
 
 @contextmanager
 def reading_gguf(file: Path) -> Iterator[None]:
     """While transformers reads a GGUF file, show no bar, parse it once, and turn its many errors into one line.
 
-    What is read together is best read inside one of these: they can be nested.
+    What is read together is best read inside one of these: they can be nested. Of several threads one reads at a time.
 
     Raises:
         UserError: a package is missing, or the file, which is named, cannot be read.
@@ -33,7 +35,7 @@ def reading_gguf(file: Path) -> Iterator[None]:
     if missing:
         raise UserError(f"reading {file} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
     try:
-        with without_bars(), _remembering():
+        with _ONE_AT_A_TIME, without_bars(), _remembering():
             yield
     except UserError:
         raise

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from omniq.errors import UserError, first_line
+from omniq.files import expanded
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".safetensors", ".gguf", *PICKLE)
@@ -56,7 +57,7 @@ def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -
 
 def public_name(path: str) -> str:
     """A model as strangers may know it: a place on this machine, which may look like a hub name, by its last part."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     return place.resolve().name if place.exists() else path
 
 
@@ -71,7 +72,7 @@ def pickle_refusal(file: Path) -> str:
 def _find(path: str, gguf_file: str | None, remote_code: bool) -> Path:
     if path.startswith("package:"):
         return _in_package(path)
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.exists():
         return place
     if place.suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):

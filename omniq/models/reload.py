@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a checkpoint through plain transformers, as any user would, but never from pickled weights."""
+"""Open a checkpoint, or its config or tokenizer, through plain transformers, but never from pickled weights."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from omniq.errors import UserError, first_line
+from omniq.errors import NotByBlocks, UserError, first_line
 from omniq.models.bars import without_bars
 from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, weights_in
+from omniq.models.families import family_of_type
 from omniq.models.gguf import reading_gguf
 from omniq.models.locate import PICKLE, pickle_refusal
 
@@ -49,6 +57,35 @@ def open_checkpoint(path: str | Path, file: str | None = None, **options: Any) -
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return model
+
+
+def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model that can be taken apart into blocks, from a folder or a GGUF file in it.
+
+    Args:
+        folder: of the checkpoint.
+        gguf_file: the file that holds the config.
+        remote_code: run code that comes with it.
+
+    Raises:
+        NotByBlocks: the type is unknown, or the model is quantized already.
+        UserError: config.json is missing or broken, or the GGUF file is.
+    """
+    if gguf_file is not None:
+        with reading_gguf(folder / gguf_file):
+            return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+    file = folder / "config.json"
+    content = read_json(file)
+    family_of_type(content.get("model_type"))
+    if quantized := content.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # validation of configs raises many kinds
+        raise UserError(
+            f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"
+        ) from error
 
 
 def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PreTrainedTokenizerBase:

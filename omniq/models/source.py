@@ -27,23 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from omniq.errors import NotByBlocks, UserError, first_line
-from omniq.models.checkpoint import (
-    Checkpoint,
-    GgufCheckpoint,
-    SafetensorsCheckpoint,
-    read_json,
-    weights_in,
-)
-from omniq.models.families import family_of, family_of_type
+from omniq.errors import UserError
+from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, weights_in
+from omniq.models.families import family_of
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
 from omniq.models.outer import Outer
-from omniq.models.reload import open_tokenizer
+from omniq.models.reload import open_config, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +119,7 @@ class SourceModel:
         place = _Place(folder, file or weights_in(folder), trust_remote_code)
         tokenizer = None
         with nullcontext() if place.gguf is None else reading_gguf(folder / place.gguf):
-            config = _config(place)
+            config = open_config(folder, place.gguf, trust_remote_code)
             family_of(config)
             if place.gguf is not None:
                 chosen = DTYPES.get(dtype, torch.float32)
@@ -281,30 +275,6 @@ class SourceModel:
         unused = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]
         if unused:
             log.warning("%s stores %d tensors the model does not use, such as %s", self.folder, len(unused), unused[0])
-
-
-def _config(place: _Place) -> PretrainedConfig:
-    """The model's config, by transformers.
-
-    Raises:
-        NotByBlocks: the type is unknown, or the model is quantized already.
-        UserError: config.json is missing or broken.
-    """
-    if place.gguf is not None:
-        with reading_gguf(place.folder / place.gguf):
-            return AutoConfig.from_pretrained(place.folder, gguf_file=place.gguf)
-    file = place.folder / "config.json"
-    content = read_json(file)
-    family_of_type(content.get("model_type"))
-    if quantized := content.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
-    try:
-        return AutoConfig.from_pretrained(place.folder, trust_remote_code=place.remote_code)
-    except Exception as error:  # validation of configs raises many kinds
-        raise UserError(
-            f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"
-        ) from error
 
 
 def _dtype_of(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
