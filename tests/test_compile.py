@@ -67,6 +67,16 @@ def test_equal_to_the_plain_loss(
         assert losses(tmp_path / "compiled" / name) == pytest.approx(losses(tmp_path / "plain" / name), rel=rtol)
 
 
+@pytest.mark.gpu
+def test_inside_our_graph(tmp_path: Path) -> None:
+    """Both blocks, whose steps are captured after three."""
+    args = run(tmp_path, stages=[omniquant()], trainer={"accelerator": "gpu"}, matmul="ieee")
+    for name in ("plain", "compiled"):
+        assert main([*args, "--out", str(tmp_path / name), "--compile", str(name == "compiled").lower()]) == 0
+    for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
+        assert losses(tmp_path / "compiled" / name) == pytest.approx(losses(tmp_path / "plain" / name), rel=1e-3)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
