@@ -114,16 +114,7 @@ def prepare(run: Run, settings: str) -> Plan:
         find_format(run.export.format).check(run.scheme, outliers=sparse)
         check_free(run.out / "model")
     source = open_model(run)
-    check_family(source.family, run.scheme.activations)
-    for stage in run.stages:
-        stage.check_family(source.family)
-    if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, source.family)
-    widths = linear_widths(source)
-    for name, width in widths.items():
-        run.scheme.grid.check_width(width, name, widths.values())
-    check_lengths(run, getattr(source.config, "max_position_embeddings", None))
-    check_room(run, source, widths)
+    check_model(run, source)
     tokenizer = source.tokenizer()
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
@@ -158,6 +149,24 @@ def prepare(run: Run, settings: str) -> Plan:
     )
 
 
+def check_model(run: Run, source: SourceModel) -> None:
+    """Refuse a model that scheme, stages, format or disk cannot serve.
+
+    Raises:
+        UserError: names what does not fit, and a remedy.
+    """
+    check_family(source.family, run.scheme.activations)
+    for stage in run.stages:
+        stage.check_family(source.family)
+    if run.export.format != "none":
+        find_format(run.export.format).check(run.scheme, source.family)
+    widths = linear_widths(source)
+    for name, width in widths.items():
+        run.scheme.grid.check_width(width, name, widths.values())
+    check_lengths(run, getattr(source.config, "max_position_embeddings", None))
+    check_room(run, source, widths)
+
+
 def open_trainer(run: Run) -> L.Trainer:
     """A Trainer as every block will get one, for its device and precision; several processes meet here.
 
@@ -184,7 +193,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.nn.functional.relu)(torch.zeros(8, device=device))
     except Exception as error:  # every backend has its own
-        raise UserError(
+        raise processes.told_once(
             f"compile true: torch.compile does not work here ({one_line(error)}): mend that, or set compile to false"
         ) from error
 
