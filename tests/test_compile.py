@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from omniq.cli import main
 from omniq.models.source import SourceModel
+from omniq.preflight import fingerprint
 from omniq.stages.reconstruction import ReconstructionModule
 
 RTN = {"class_path": "omniq.stages.RTN"}
@@ -99,6 +100,12 @@ def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
     assert main([*args, "--out", str(resumed)]) == 0
     assert outcome(resumed) == outcome(whole)
+
+
+def test_runs_from_before_it_go_on() -> None:
+    """Their settings have no such key."""
+    assert fingerprint("seed: 2\ncompile: false") == fingerprint("seed: 2")
+    assert fingerprint("seed: 2\ncompile: true") != fingerprint("seed: 2")
 
 
 def test_where_nothing_compiles(
