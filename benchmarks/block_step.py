@@ -26,7 +26,7 @@ of clipping and transform, with queries quantized too wherever keys and values a
 and with ``--compile``, which takes a minute for each, beside ``step ms`` and ``calls ms``:
 
     compiled ms  the whole step by torch.compile (it breaks at the backward and goes on after it), no graph of ours
-    both ms      loss and gradient by torch.compile, all of it in our graph
+    both ms      loss and gradient by torch.compile, all of it in our graph: what a run does if it is told to compile
 """
 
 import argparse
@@ -82,22 +82,26 @@ def build_step(task: BlockTask, graph: bool = True) -> OptimizerStep:
     """omniq's step outside Lightning."""
     module = OmniQuantModule(task, settings_of(task)).to(task.device)
     scaler = torch.amp.GradScaler() if task.inputs.dtype == torch.float16 else None
-    return OptimizerStep(module.loss, module.configure_optimizers(), scaler, graph)
+    return OptimizerStep(module.criterion, module.configure_optimizers(), scaler, graph)
 
 
-def compiled_step(task: BlockTask, captured: bool) -> Callable[..., torch.Tensor]:
-    """The step by torch.compile: the whole, or captured its loss and gradient.
+def compiled_loss(task: BlockTask) -> OptimizerStep:
+    """The step of a run that is told to compile: loss and gradient by torch.compile, in our graph."""
+    torch._dynamo.reset()
+    task.compile = True
+    return build_step(task)
+
+
+def compiled_step(task: BlockTask) -> Callable[..., torch.Tensor]:
+    """The whole step by torch.compile, without our graph.
 
     What quantizes activations is attached once, outside: attaching hooks would break the graph of the forward.
     """
     torch._dynamo.reset()
-    module = OmniQuantModule(task, settings_of(task))
+    step = build_step(task, graph=False)
     attach(task.block, task.family, task.activations)
     task.activations = Activations()
-    scaler = torch.amp.GradScaler() if task.inputs.dtype == torch.float16 else None
-    loss = torch.compile(module.loss) if captured else module.loss
-    step = OptimizerStep(loss, module.configure_optimizers(), scaler, captured)
-    return step if captured else torch.compile(step.__call__)
+    return torch.compile(step.__call__)
 
 
 def fit_ms(task: BlockTask, steps: int, folder: Path) -> float:
@@ -163,8 +167,8 @@ def alternatives(make: Callable[[], BlockTask], device: str, repeats: int, compi
     row: dict[str, Any] = {}
     for name, wanted, build in (
         ("calls_ms", device == "cuda", partial(build_step, graph=False)),
-        ("compiled_ms", compile, partial(compiled_step, captured=False)),
-        ("both_ms", compile and device == "cuda", partial(compiled_step, captured=True)),
+        ("compiled_ms", compile, compiled_step),
+        ("both_ms", compile and device == "cuda", compiled_loss),
     ):
         task = make()
         batches = batches_of(task)

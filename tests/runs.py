@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of whole runs share: a tiny model, a text and a configuration on disk, and what a run leaves."""
 
+import csv
 import hashlib
 import json
 import random
@@ -73,6 +74,12 @@ def write_config(path: Path, content: dict[str, Any]) -> list[str]:
     """Write one configuration file, and return the command line that runs it."""
     path.write_text(yaml.safe_dump(content))
     return ["quantize", "--config", str(path)]
+
+
+def losses(path: Path) -> list[float]:
+    """The loss of every step, from the CSV file of a fit."""
+    with path.open() as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
 
 
 def outcome(run: Path) -> dict[str, Any]:

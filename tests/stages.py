@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of stages share: a tiny block with its two streams, and a fit as the pipeline makes it."""
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import runs
 import torch
 from lightning.pytorch.callbacks import Callback
 from tiny import tiny_block
@@ -74,5 +74,4 @@ class Stop(Callback):
 
 def losses(folder: Path) -> list[float]:
     """The loss of every step of that fit."""
-    with (folder / "losses.csv").open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
+    return runs.losses(folder / "losses.csv")

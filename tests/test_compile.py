@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses by torch.compile: the same up to rounding, one graph for all blocks, and the same bits when resumed."""
 
-import csv
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, configuration, omniquant, outcome, write_run
+from runs import SMALL, configuration, losses, omniquant, outcome, write_run
 from torch._dynamo.utils import counters
 
 from omniq.cli import main
@@ -35,11 +34,6 @@ def run(folder: Path, **sections: Any) -> list[str]:
     """The command line of a run of four samples, three of them a full batch and one the rest."""
     data = configuration(folder)["data"] | {"samples": 4}
     return write_run(folder, model=SMALL, data=data, evaluation=None, export={"format": "none"}, **sections)
-
-
-def losses(path: Path) -> list[float]:
-    with path.open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
 
 
 @needs_compiler

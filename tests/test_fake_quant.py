@@ -270,6 +270,25 @@ def test_triton_equals_float64(bits: int, size: int, o: int, i: int, dtype: torc
     assert all(torch.equal(a, b) for a, b in zip(again[1], actual, strict=True))
 
 
+def eager_and_captured(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a step gives, and what a replay of the CUDA graph of it gives.
+
+    NOTE: a result that is not detached keeps the leaves' nodes, which remember the stream that they were made on; a
+    backward under capture would then wait for that stream, and capturing fails. See omniq.stages.step.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [t.detach().clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()  # before the graph goes
+    return expected, captured
+
+
 @pytest.mark.gpu
 def test_triton_in_a_cuda_graph_and_compiled() -> None:
     grid = Grid(3, 64)
@@ -283,17 +302,7 @@ def test_triton_in_a_cuda_graph_and_compiled() -> None:
         out = fake_quantize(w, lo, hi, up, low, grid)
         return [out, *torch.autograd.grad(out, (up, low), grad)]
 
-    # NOTE: a result that is not detached keeps the leaves' nodes, which remember the stream that they were made on; a
-    # backward under capture would then wait for that stream, and capturing fails. See omniq.stages.step.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        expected = [t.detach().clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    expected, captured = eager_and_captured(step)
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
     compiled = torch.compile(lambda: fake_quantize(w, lo, hi, up, low, grid), fullgraph=True)()
     assert torch.equal(compiled, expected[0])
@@ -315,13 +324,5 @@ def test_the_torch_version_in_a_cuda_graph(symmetric: bool) -> None:
         grads = torch.autograd.grad((still, moving), (up, low, columns), (grad, grad))
         return [still.detach(), moving.detach(), *grads]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        expected = [t.clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    expected, captured = eager_and_captured(step)
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

@@ -5,7 +5,6 @@ Over gloo, as on a machine without GPUs; where there are two, what the processes
 ``tests/pair.py`` starts them like ``torchrun``, which starts one run too.
 """
 
-import csv
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pair import Pair
-from runs import SMALL, configuration, omniquant, write_run
+from runs import SMALL, configuration, losses, omniquant, write_run
 from safetensors.torch import load_file, save_file
 
 from omniq import processes
@@ -68,11 +67,6 @@ def alone(args: list[str], out: Path) -> None:
 
 def blocks(out: Path) -> list[BlockResult]:
     return [BlockResult.load(path) for path in sorted((out / "blocks").glob("*.safetensors"))]
-
-
-def losses(path: Path) -> list[float]:
-    with path.open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
 
 
 def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> None:
