@@ -3,7 +3,7 @@
 # Everything here works on a fresh clone with nothing but Python (3.10 or newer, with venv) and make.
 #
 #   make demo               quantize a 135M model on this machine, measure it, reopen it, let it speak
-#   make test               the whole test suite             make test ARGS="-m 'not slow' tests/test_grid.py"
+#   make test               the whole test suite             make test ARGS="-m 'not slow' tests/grid/test_grid.py"
 #   make check              lint, typecheck and test: what CI runs
 #   make bench              the benchmarks' CPU part; their figures also as JSON in build/bench/
 #   make clean              remove what make and the tools have made; checkpoints/ stays

@@ -43,14 +43,14 @@ from measuring.llama import SHAPES, forward_work, make_task, step_work
 from measuring.machine import Rates, name_of, peak_bytes, seconds_of, write_json
 from plain.step import Eager
 
+from omniq.blocks.activation_hooks import attach
+from omniq.calibration.captured_step import OptimizerStep
+from omniq.calibration.task import BlockTask
 from omniq.callbacks import BlockLosses
-from omniq.cli import quiet
-from omniq.quantizers.grid import parse_scheme
-from omniq.quantizers.hooks import attach
-from omniq.quantizers.scheme import Activations, Scheme
-from omniq.stages.base import BlockTask
+from omniq.cli.quiet import quiet
+from omniq.grid.affine import parse_scheme
+from omniq.grid.scheme import Activations, Scheme
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
-from omniq.stages.step import OptimizerStep
 from omniq.transforms.let import LET
 
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g128", "W4A4KV4", "W6A6KV6"), "cpu": ("W4A16", "W3A16g64", "W4A4KV4")}

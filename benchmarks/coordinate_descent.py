@@ -35,11 +35,12 @@ from measuring.machine import Rates, Work, copy_bandwidth, name_of, peak_bytes
 from plain.descent import published_sweeps
 from torch import Tensor, nn
 
+from omniq.grid.affine import Grid
 from omniq.kernels.coordinate_descent import sweep_
-from omniq.kernels.layer_problem import Precision, Problem, codes_of, matmul_precision, prepare
+from omniq.kernels.layer_problem import Precision, Problem, codes_of, prepare
+from omniq.kernels.matmul_precision import matmul_precision
 from omniq.kernels.products import products_of
-from omniq.quantizers.grid import Grid
-from omniq.stages.coordinate_descent import CoordinateDescent, Solution, is_relaxed
+from omniq.solvers.coordinate_descent import CoordinateDescent, Solution, is_relaxed
 
 LAYERS = {
     "cuda": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},

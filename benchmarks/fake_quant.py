@@ -32,10 +32,10 @@ from measuring.llama import SHAPES
 from measuring.machine import Rates, Work, name_of, peak_bytes, seconds_of, write_json
 from torch import Tensor
 
+from omniq.grid.affine import Grid, parse_scheme
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled import Scaled
-from omniq.quantizers.grid import Grid, parse_scheme
+from omniq.kernels.scaled_weight import Scaled
 
 BLOCKS = {"cuda": ("7b", torch.float16), "cpu": ("smollm2", torch.float32)}
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g64"), "cpu": ("W4A16", "W3A16g64")}

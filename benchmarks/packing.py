@@ -31,9 +31,9 @@ from measuring.machine import Work, copy_bandwidth, name_of, peak_bytes, seconds
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.registry import FORMATS
-from omniq.quantizers.scheme import Scheme
-from omniq.result import QuantizedLinear
+from omniq.export.formats.registry import FORMATS
+from omniq.grid.scheme import Scheme
+from omniq.storage.block_result import QuantizedLinear
 
 WEIGHTS_7B = 32 * sum(rows * columns for rows, columns in SHAPES["7b"].linears)
 SCHEMES = ("W2A16g64", "W3A16g64", "W4A16", "W8A8")

@@ -45,14 +45,15 @@ from measuring.llama import SHAPES, forward_work, make_task, step_work
 from measuring.machine import Rates, name_of, seconds_of, write_json
 from plain.step import Eager
 
-from omniq import pipeline
+from omniq.blocks.streams import Streams
 from omniq.callbacks import AtomicCheckpointIO
-from omniq.cli import parse_run, quiet
-from omniq.kernels.layer_problem import matmul_precision
-from omniq.quantizers.scheme import Scheme
-from omniq.run_dir import RunDir
+from omniq.cli.quiet import quiet
+from omniq.config.parse import parse_run
+from omniq.grid.scheme import Scheme
+from omniq.kernels.matmul_precision import matmul_precision
+from omniq.run import loop
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
-from omniq.streams import Streams
+from omniq.storage.run_dir import RunDir
 
 DEFAULTS = {  # shape, blocks, samples, length, epochs, scheme, precision
     "cuda": ("7b", 4, 16, 2048, 2, "W3A16g128", "16-mixed"),
@@ -112,7 +113,7 @@ class Clock:
 
     def watch_blocks(self) -> None:
         """The time that is waited for each block."""
-        plain = pipeline.blocks_ahead
+        plain = loop.blocks_ahead
 
         def timed(*args: Any) -> Iterator[Any]:
             blocks = plain(*args)
@@ -124,7 +125,7 @@ class Clock:
                 yield pair
                 del pair  # the caller has let go of the block; so must we
 
-        pipeline.blocks_ahead = timed
+        loop.blocks_ahead = timed
 
 
 class Memory(threading.Thread):
@@ -153,9 +154,9 @@ def install(clock: Clock) -> None:
         (L.Trainer, "fit", "step"),
         (OmniQuant, "module", "statistics"),
         (OmniQuantModule, "finish", "finish"),
-        (pipeline, "propagate", "propagate"),
-        (pipeline, "deploy", "deploy"),
-        (pipeline, "summarize", "summary"),
+        (loop, "propagate", "propagate"),
+        (loop, "deploy", "deploy"),
+        (loop, "summarize", "summary"),
         (RunDir, "keep_block", "write"),
         (RunDir, "keep_streams", "write"),
         (RunDir, "flush", "write"),
@@ -164,7 +165,7 @@ def install(clock: Clock) -> None:
     ):
         clock.watch(owner, name, part)
     clock.watch_blocks()
-    settle, embed = RunDir.settle, pipeline._streams_before
+    settle, embed = RunDir.settle, loop._streams_before
 
     def wait(folder: RunDir) -> None:
         with clock.part("write") if folder._block is not None else nullcontext():  # every step asks, and only one waits
@@ -177,7 +178,7 @@ def install(clock: Clock) -> None:
         clock.restart()  # what came before is opening and digesting the model, once a run
         return streams
 
-    pipeline._streams_before = first
+    loop._streams_before = first
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     install(clock)
     memory.start()
     started = time.perf_counter()
-    pipeline.quantize(*run)
+    loop.quantize(*run)
     with clock.part("end"):  # so that the last part is counted
         pass
     total = sum(clock.seconds.values())

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from omniq import processes
-from omniq.files import load_state, save_state
-from omniq.stages.base import BlockModule
-from omniq.stopwatch import Stopwatch
+from omniq.calibration.module import BlockModule
+from omniq.distributed import collectives
+from omniq.report.stopwatch import Stopwatch
+from omniq.storage.sealed import load_state, save_state
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,7 +46,7 @@ class PassCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"processes": processes.count(), "seconds": self.clock.seconds}
+        return {"processes": collectives.count(), "seconds": self.clock.seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class PassCheckpoint(Callback):
     def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
         """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""
         saved: int = checkpoint["callbacks"][self.state_key]["processes"]
-        return saved == processes.count()
+        return saved == collectives.count()
 
     @override
     def on_train_batch_end(

@@ -5,8 +5,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from omniq import processes
-from omniq.stages.base import BlockModule
+from omniq.calibration.module import BlockModule
+from omniq.distributed import collectives
 
 
 class Fuse(Callback):
@@ -23,7 +23,7 @@ class Fuse(Callback):
         assert isinstance(pl_module, BlockModule)
         task = pl_module.task
         result, dtype = pl_module.finish(), task.grid.scale_dtype
-        name = processes.first(lambda: result.unstorable(dtype))
+        name = collectives.first(lambda: result.unstorable(dtype))
         if name is not None:
             task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"
             result = pl_module.finish()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
-from omniq import processes
-from omniq.stages.base import BlockModule
+from omniq.calibration.module import BlockModule
+from omniq.distributed import collectives
 
 
 class NonFiniteGuard(Callback):
@@ -61,7 +61,7 @@ class NonFiniteGuard(Callback):
         largest = get_total_norm([*learned, *self._losses], inf)  # a few launches for all of them; NaN comes through
         self._losses.clear()
         bad = (~largest.isfinite()).to(pl_module.task.device, torch.int64)
-        if not processes.all_reduce_sum(bad):
+        if not collectives.all_reduce_sum(bad):
             self._remember(trainer, pl_module)
             return
         self._go_back(trainer, pl_module)

@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
-from omniq import processes
-from omniq.files import appending, others_writing
-from omniq.stages.base import BlockModule
+from omniq.calibration.module import BlockModule
+from omniq.distributed import collectives
+from omniq.storage.atomic import appending, others_writing
 
 HEADER = b"stage,step,pass,name,value\n"
 
@@ -70,7 +70,7 @@ class BlockLosses(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
         self._loggers, self._name = trainer.loggers, pl_module.task.name
-        if processes.rank() != 0:
+        if collectives.rank() != 0:
             return
         with appending(self.path) as file:
             file.truncate(self.length)
@@ -99,14 +99,14 @@ class BlockLosses(Callback):
             for logger in self._loggers:
                 logger.log_metrics({f"{self._name}/{name}": value for name, value in values.items()}, self._step)
                 logger.finalize("success")  # the end of the fit has closed it
-        if processes.rank() == 0:
+        if collectives.rank() == 0:
             self._append("".join(self._row(self._step, self._turn, *item) for item in values.items()).encode())
 
     def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
         if not self._waiting:
             return
         stacked = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).to(module.task.device)
-        values = (processes.all_reduce_sum(stacked) / processes.count()).tolist()
+        values = (collectives.all_reduce_sum(stacked) / collectives.count()).tolist()
         rows: list[str] = []
         for (step, name, _), value in zip(self._waiting, values, strict=True):
             turn = module.batches.pass_of(step)
@@ -116,7 +116,7 @@ class BlockLosses(Callback):
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
         self.latest = tuple(dict.fromkeys(name for _, name, _ in self._waiting))
         self._waiting.clear()
-        if processes.rank() == 0:
+        if collectives.rank() == 0:
             self._append("".join(rows).encode())
 
     def _count(self, name: str, turn: int, value: float) -> None:

@@ -7,9 +7,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from omniq.calibration.module import BlockModule
 from omniq.callbacks.losses import BlockLosses
-from omniq.display import Display
-from omniq.stages.base import BlockModule
+from omniq.report.display import Display
 
 
 class BlockProgress(Callback):

@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from omniq.stages.base import BlockModule
+from omniq.calibration.module import BlockModule
 
 
 class Settle(Callback):

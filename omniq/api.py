@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from omniq.cli import parse_run, quiet
+from omniq.cli.quiet import quiet
+from omniq.config.parse import parse_run
 from omniq.errors import UserError
-from omniq.files import expanded
-from omniq.models.reload import open_weights
+from omniq.models.transformers_io import open_weights
+from omniq.storage.atomic import expanded
 
 
 def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (), **settings: Any) -> Path:
@@ -30,12 +31,12 @@ def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (
     Raises:
         UserError: something cannot be done as asked, in one line.
     """
-    from omniq import pipeline
+    from omniq.run import loop
 
     quiet()
     configs = [config] if isinstance(config, (str, Path)) else config
     section = settings.pop("model", {})
-    return pipeline.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}))
+    return loop.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}))
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:

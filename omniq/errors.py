@@ -17,3 +17,7 @@ class NotByBlocks(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class CorruptFile(Exception):
+    """A file of the run directory is truncated or altered; the message names it."""

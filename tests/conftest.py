@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import opened, rounded
-from runs import SMALL, write_run
 
+from omniq.grid.affine import Grid
 from omniq.models.source import SourceModel
-from omniq.quantizers.grid import Grid
-from omniq.result import BlockResult
+from omniq.storage.block_result import BlockResult
+from tests.helpers.exported import opened, rounded
+from tests.helpers.runs import SMALL, write_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

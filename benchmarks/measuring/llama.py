@@ -15,9 +15,9 @@ import torch
 from measuring.machine import Work
 from transformers import LlamaConfig, LlamaModel
 
-from omniq.models.llama import LLAMA
-from omniq.quantizers.scheme import Scheme
-from omniq.stages.base import BlockTask
+from omniq.calibration.task import BlockTask
+from omniq.grid.scheme import Scheme
+from omniq.models.families.llama import LLAMA
 from omniq.stages.omniquant import OmniQuantModule
 
 

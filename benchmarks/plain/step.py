@@ -17,9 +17,9 @@ from torch.func import functional_call
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from omniq.calibration.task import BlockTask
 from omniq.kernels.fake_quant import fake_quantize_reference
 from omniq.quantizers.activations import quantize_tokens_reference
-from omniq.stages.base import BlockTask
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 
 

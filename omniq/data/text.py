@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omniq.errors import UserError
-from omniq.files import expanded
+from omniq.storage.atomic import expanded
 
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """How a local file is read, by its extension."""

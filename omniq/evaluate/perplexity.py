@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from omniq.blocks.placement import Home
 from omniq.errors import UserError
 from omniq.evaluate.streaming import BlockSource, Variant, stream_logits
-from omniq.streams import Home
 
 CHUNK = 2**24
 """Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""

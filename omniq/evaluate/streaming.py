@@ -3,7 +3,7 @@
 
     tokens ─► embedding ─► for each block: every variant of it over its own activations ─► final norm and head ─► logits
 
-Memory: one activation ``[m, t, h]`` a variant, where the caller wants them (``omniq.streams.Home``), the embedding, the
+Memory: one activation ``[m, t, h]`` a variant, where the caller wants them (``omniq.blocks.placement.Home``), the embedding, the
 head and a block, or two of them for several variants.
 
 Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
@@ -19,7 +19,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from omniq.streams import Home, propagate, take
+from omniq.blocks.forward import propagate
+from omniq.blocks.placement import Home, take
 
 
 class BlockSource(Protocol):

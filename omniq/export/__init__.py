@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export: finished blocks to checkpoints on disk. One file a format, one entry in ``FORMATS``."""
 
-from omniq.export.checkpoint import deployed, export_checkpoint, mend_companions
-from omniq.export.format import Format
-from omniq.export.opened import Opened
-from omniq.export.place import check_free, check_output, earlier_export
-from omniq.export.registry import FORMATS, find_format
-from omniq.export.verify import Report, VerificationError, verify_checkpoint
+from omniq.export.containers.huggingface import deployed, export_checkpoint, mend_companions
+from omniq.export.containers.output_folder import check_free, check_output, earlier_export
+from omniq.export.formats.format import Format
+from omniq.export.formats.registry import FORMATS, find_format
+from omniq.export.verify.checkpoint import Report, VerificationError, verify_checkpoint
+from omniq.export.verify.reopened import Opened
 
 __all__ = [
     "FORMATS",

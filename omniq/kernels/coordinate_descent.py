@@ -45,7 +45,8 @@ import torch
 from torch import Tensor
 
 from omniq.kernels import layer_problem as layer
-from omniq.kernels.layer_problem import Problem, matmul_precision
+from omniq.kernels.layer_problem import Problem
+from omniq.kernels.matmul_precision import matmul_precision
 from omniq.kernels.products import products_of
 
 Backend = Literal["auto", "torch", "triton"]

@@ -43,10 +43,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq.grid.affine import Grid
 from omniq.kernels import fake_quant_torch
 from omniq.kernels.fake_quant_torch import clip_range
 from omniq.kernels.fused import is_fused
-from omniq.quantizers.grid import Grid
 
 __all__ = ["clip_range", "fake_quantize", "fake_quantize_reference"]
 

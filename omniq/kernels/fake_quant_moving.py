@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq.grid.affine import Grid
 from omniq.kernels import fake_quant_moving_torch
 from omniq.kernels.fused import is_fused
-from omniq.kernels.scaled import Scaled
-from omniq.quantizers.grid import Grid
+from omniq.kernels.scaled_weight import Scaled
 
 
 def fake_quantize_moving(

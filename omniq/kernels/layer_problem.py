@@ -13,16 +13,13 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-
-Precision = Literal["float32", "tf32", "float64"]
+from omniq.kernels.matmul_precision import Precision, matmul_precision
 
 DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
 BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
@@ -269,35 +266,3 @@ def objective(problem: Problem, residual: Tensor) -> Tensor:
         for columns in problem.blocks():
             total += torch.mm(problem.gram[columns], residual).mul_(residual[columns]).sum(0)
     return total
-
-
-@contextmanager
-def matmul_precision(precision: Precision | Literal["bf16"], device: torch.device) -> Iterator[None]:
-    """Say how float32 is multiplied on a device; restored afterwards.
-
-    CUDA rounds factors to TF32 for ``tf32``, and for ``bf16`` as well (torch's ``medium``). A CPU knows ``bf16`` only:
-    oneDNN in place of MKL, in bfloat16 with float32 sums where there is AMX, in float32 where AVX-512 is all there is.
-    """
-    mine, rounded = (0, "tf32") if device.type == "cuda" else (1, "bf16")
-    asked = precision in (rounded, "bf16")
-    both = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    newer: list[Any] = [each for each in both if hasattr(each, "fp32_precision")]  # since torch 2.9, both or none
-    before = [each.fp32_precision for each in newer]
-    now = before[mine] == rounded if newer else torch.get_float32_matmul_precision() in ("high", "medium")[mine:]
-    if asked == now:
-        yield
-        return
-    try:
-        # NOTE: an older name sets all newer ones, but not the other way round, and torch refuses to read a mixture.
-        older = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}.get(precision, "highest"))
-    except RuntimeError:  # the user has set newer names
-        older = None
-        newer[mine].fp32_precision = rounded if asked else "ieee"
-    try:
-        yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        for backend, value in zip(newer, before, strict=True):
-            backend.fp32_precision = value

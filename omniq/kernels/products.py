@@ -9,7 +9,7 @@ has 11 bits, so a float32 is next to the sum of two, and a product of such sums 
 with one power of two ``r`` for each row of S and one ``u`` for each output feature, which keep both in the range of
 float16: ``|S_jk| <= sqrt(S_jj max S_kk)``, and D is counted in sixteenths of the row's largest step of the grid, so
 that a float16 reaches 4096 steps, or in more where weights lie farther out than half of that. The error is 2 to 4 times
-that of the library's float32 (tests/test_products.py), and both are next to nothing beside TF32's.
+that of the library's float32 (tests/kernels/test_products.py), and both are next to nothing beside TF32's.
 
 **No room is needed for D' and D"**: a row of D, ``o`` numbers of four bytes, becomes a row of D' and one of D" in the
 same memory, so that each of them is a matrix whose rows lie ``2 o`` apart. Only while a block of columns is swept are

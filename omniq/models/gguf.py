@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omniq.errors import UserError, first_line
-from omniq.models.bars import without_bars
+from omniq.models.no_progress_bars import without_bars
 
 _PURE = ("GGUFReader", "get_tensor_name_map")
 _ONE_AT_A_TIME = threading.RLock()  # what two threads put back in turn would be what the other has put there

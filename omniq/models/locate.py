@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from omniq.errors import UserError, first_line
-from omniq.files import expanded
+from omniq.storage.atomic import expanded
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".safetensors", ".gguf", *PICKLE)

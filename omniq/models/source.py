@@ -9,7 +9,7 @@
 
 which is the model's own forward to the last bit, with one block in memory at a time. Modules are transformers' own,
 built once without weights (``omniq.models.meta``); ``embed`` and ``logits`` run the model's forward around the missing
-blocks (``omniq.models.outer``).
+blocks (``omniq.models.embedding_and_head``).
 
 Opening checks everything that can be checked without reading weights: family, config, files, and that every parameter
 is stored in the shape the config says.
@@ -31,13 +31,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from omniq.errors import UserError
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, weights_in
+from omniq.models.embedding_and_head import Outer
 from omniq.models.families import family_of
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
-from omniq.models.outer import Outer
-from omniq.models.reload import open_config, open_tokenizer
+from omniq.models.transformers_io import open_config, open_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group s
 import torch
 from torch import Tensor, nn
 
-from omniq.kernels.scaled import Scaled, whole
+from omniq.grid.affine import Grid
+from omniq.kernels.scaled_weight import Scaled, whole
 from omniq.quantizers.clipping import LearnableClip, StartedClipping
-from omniq.quantizers.grid import Grid
 
 SMALLEST_FACTOR = 1e-2  # of a learned step or threshold: an optimizer step must not turn it over
 

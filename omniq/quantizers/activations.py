@@ -44,8 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq.grid.affine import Grid
 from omniq.kernels.fused import is_fused, packed
-from omniq.quantizers.grid import Grid
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False, dtype: torch.dtype | None = None) -> Tensor:

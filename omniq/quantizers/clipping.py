@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant import fake_quantize
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled import Scaled
-from omniq.quantizers.grid import Grid
+from omniq.kernels.scaled_weight import Scaled
 from omniq.quantizers.search import search_range
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: OmniQuant's start, a 1.8 % shrink (its code; the paper does not say)

@@ -36,8 +36,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant_torch import clamp
-from omniq.quantizers.grid import Grid
 
 _JOINT = torch.linspace(1.0, 0.2, 40).tolist()[1:]  # below 0.2 hardly a group has its best range
 _ENDS = tuple(torch.linspace(-reach, reach, 17).tolist() for reach in (0.16, 0.08))  # moves, as shares of min-max

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniq.export.native import packed_shapes, unpack_linear
-from omniq.files import CorruptFile
-from omniq.quantizers.grid import Grid
-from omniq.result import QuantizedLinear
+from omniq.errors import CorruptFile
+from omniq.export.formats.omniq import packed_shapes, unpack_linear
+from omniq.grid.affine import Grid
+from omniq.storage.block_result import QuantizedLinear
 
 
 class PackedLinear(nn.Module):

@@ -20,11 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from omniq.errors import UserError
-from omniq.files import CorruptFile
-from omniq.quantizers.grid import Grid
-from omniq.quantizers.scheme import Activations
-from omniq.quantizers.second_level import SecondLevel
+from omniq.errors import CorruptFile, UserError
+from omniq.grid.affine import Grid
+from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.scheme import Activations
 
 METHOD = "omniq"
 VERSION = 1  # of the layout; a reader refuses what is newer than itself
@@ -163,8 +162,8 @@ def _packed(model: nn.Module) -> dict[str, Any]:
 
 def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], None]:
     """Let blocks with quantized linears compute on quantized activations; returns what takes that off again."""
+    from omniq.blocks.activation_hooks import Finished, attach_all
     from omniq.models.families import family_of
-    from omniq.quantizers.hooks import Finished, attach_all
 
     family, modules = family_of(model.config), dict(model.named_modules())
     blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]

@@ -42,16 +42,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from omniq import processes
+from omniq.calibration.fuse import fuse
+from omniq.calibration.loader import PassLoader
+from omniq.calibration.observe import bad_samples, check_finite, gram_of, observed, power_of
+from omniq.calibration.rounding import RTNModule
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.distributed import collectives
 from omniq.errors import UserError
+from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.models.family import Equivalence, Family, ValueToOutput
 from omniq.quantizers.clipping import Clipping, Searched
-from omniq.quantizers.grid import Grid
-from omniq.result import BlockResult
-from omniq.stages.base import BlockTask, PassLoader, Stage
-from omniq.stages.rtn import RTNModule, rounded_to_nearest
-from omniq.stages.statistics import bad_samples, check_finite, gram_of, observed, power_of
-from omniq.stages.transform import fuse
+from omniq.storage.block_result import BlockResult
 from omniq.transforms.equivalence import LIMIT, ends
 from omniq.transforms.initial import FLOOR
 from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds, kinds_of
@@ -219,10 +221,10 @@ def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, 
 
     with observed(task.block, names, add):
         task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * processes.count()
+    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.count()
     found = {}
     for name, parts in sums.items():
-        size, gram, bad = (processes.all_reduce_sum(part) for part in parts)
+        size, gram, bad = (collectives.all_reduce_sum(part) for part in parts)
         check_finite(task, name, gram, bad)
         found[name] = size.div_(tokens).float(), gram.div_(tokens)
     return found

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ (arXiv 2210.17323): one pass of error feedback through the inverse of the Gram matrix.
 
-The arithmetic is ``omniq.kernels.gptq``. Unlike the published code the grid is chosen once, before any column moves, by
+The arithmetic is ``omniq.solvers.gptq``. Unlike the published code the grid is chosen once, before any column moves, by
 the searched range unless another clipping is given. The error of each linear is logged as
 ``block/007/q_proj/recon_error``.
 """
 
 from torch import Tensor
 
-from omniq.kernels.gptq import gptq
+from omniq.calibration.gram import GramModule, GramStage
+from omniq.calibration.observe import powers_of
+from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights
 from omniq.quantizers.clipping import Clipping
-from omniq.result import QuantizedLinear
-from omniq.stages.base import BlockTask
-from omniq.stages.gram import GramModule, GramStage
-from omniq.stages.stack import Stack
-from omniq.stages.statistics import powers_of
-from omniq.stages.tokens import TokenWeights
+from omniq.solvers.gptq import gptq
+from omniq.storage.block_result import QuantizedLinear
 
 
 class GPTQ(GramStage):

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
-from omniq.quantizers.grid import Grid
-from omniq.result import BlockResult, QuantizedLinear
-from omniq.stages.base import BlockTask, Stage
-from omniq.stages.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
-from omniq.stages.tokens import TokenWeights
+from omniq.grid.affine import Grid
+from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 MARGIN = 0.4  # of a step: how far from its code a position may start
 

@@ -9,7 +9,7 @@ For a block ``F`` with weights ``W`` and inputs ``X`` (the quantized stream), eq
 computes in full precision. Where the scheme has activation bits, the quantized block computes on quantized inputs,
 queries, keys and values, in training as when deployed. After the last step ``T`` is fused into the block.
 
-One AdamW step for each batch (``omniq.stages.reconstruction``); the paper's scripts use batches of one sample, 20
+One AdamW step for each batch (``omniq.calibration.reconstruction``); the paper's scripts use batches of one sample, 20
 epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order, and the augmented loss at 2 bits and at
 the W4A4 of the first LLaMA.
 
@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.observe import importance_for
+from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
-from omniq.kernels.scaled import Scaled, whole
+from omniq.kernels.scaled_weight import Scaled, whole
 from omniq.models.family import Family
 from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, LearnableClip
-from omniq.result import BlockResult, QuantizedLinear
-from omniq.stages.base import BlockTask, Stage
-from omniq.stages.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
-from omniq.stages.statistics import importance_for
-from omniq.stages.tokens import TokenWeights
-from omniq.stages.transform import fuse, input_ranges
+from omniq.storage.block_result import BlockResult, QuantizedLinear
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
 from omniq.transforms.let import LET, block_transform, check_equivalences, worth_learning

@@ -21,16 +21,18 @@ equivalence.
 import torch
 from torch import Tensor
 
-from omniq import processes
+from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.observe import observed
+from omniq.calibration.rounding import RTNModule
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.distributed import collectives
 from omniq.errors import UserError
+from omniq.grid.affine import rounded_to_nearest
 from omniq.models.family import Equivalence, Family, ValueToOutput
 from omniq.quantizers.activations import quantize_samples, quantize_tokens
 from omniq.quantizers.clipping import Clipping, MinMax
-from omniq.result import BlockResult
-from omniq.stages.base import BlockTask, Stage
-from omniq.stages.rtn import RTNModule, rounded_to_nearest
-from omniq.stages.statistics import observed
-from omniq.stages.transform import fuse, input_ranges
+from omniq.storage.block_result import BlockResult
 from omniq.transforms.equivalence import Transform, ends
 from omniq.transforms.initial import ChannelRanges, initial_values
 from omniq.transforms.let import block_transform, check_equivalences
@@ -90,7 +92,7 @@ class OutlierSuppressionModule(RTNModule):
     def _inputs(self) -> dict[str, Tensor]:
         """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
         task, first = self.task, [group[0] for group in self.task.family.inputs]
-        share = len(range(processes.rank(), self.settings.samples, processes.count()))
+        share = len(range(collectives.rank(), self.settings.samples, collectives.count()))
         seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
         with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
             task.visit(task.inputs[:share])
@@ -127,7 +129,7 @@ class OutlierSuppressionModule(RTNModule):
         """Squared error of the outputs, summed over the readers and all processes; over samples in float64."""
         given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
         if not len(x):
-            return processes.all_reduce_sum(total)
+            return collectives.all_reduce_sum(total)
         moved = x / scale
         if given.inputs != 16:
             quantize = quantize_samples if given.static else quantize_tokens
@@ -136,4 +138,4 @@ class OutlierSuppressionModule(RTNModule):
             weight = self.task.linear(name).weight.float()
             rounded = rounded_to_nearest(weight * scale, self.task.grid)
             total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
-        return processes.all_reduce_sum(total)
+        return collectives.all_reduce_sum(total)

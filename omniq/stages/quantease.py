@@ -27,19 +27,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from omniq import processes
+from omniq.calibration.gram import GramModule, GramStage
+from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights
+from omniq.distributed import collectives
 from omniq.errors import UserError
-from omniq.kernels.gptq import gptq
 from omniq.kernels.layer_problem import groups_of
-from omniq.kernels.outliers import choose_support
 from omniq.quantizers.clipping import Clipping
-from omniq.result import Outliers, QuantizedLinear
-from omniq.stages.alternating_descent import AlternatingDescent
-from omniq.stages.base import BlockTask, Stage
-from omniq.stages.coordinate_descent import CoordinateDescent, Solution
-from omniq.stages.gram import GramModule, GramStage
-from omniq.stages.stack import Stack
-from omniq.stages.tokens import TokenWeights
+from omniq.solvers.alternating_descent import AlternatingDescent
+from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.gptq import gptq
+from omniq.solvers.outliers import choose_support
+from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
 
@@ -153,7 +154,7 @@ class QuantEaseModule(GramModule):
             stack.weight, self.grams[k] = stack.weight.new_empty(0), self.optimizers_of[k].problem.gram
         optimizer = self.optimizers_of[k]
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
-        if optimizer.shaken or not processes.all_agree(optimizer.converged):
+        if optimizer.shaken or not collectives.all_agree(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
         self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
+from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.rounding import RTNModule
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
 from omniq.models.family import Family
 from omniq.quantizers.clipping import Clipping, MinMax
-from omniq.result import BlockResult
-from omniq.stages.base import BlockTask, Stage
-from omniq.stages.rtn import RTNModule
-from omniq.stages.transform import fuse, input_ranges
+from omniq.storage.block_result import BlockResult
 from omniq.transforms.initial import check_alpha, initial_values
 from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds
 

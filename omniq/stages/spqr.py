@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SpQR (arXiv 2306.03078): small groups whose scales are codes themselves, and the most sensitive weights in float16.
 
-The arithmetic is ``omniq.kernels.spqr``, how scales and zero points are stored ``omniq.quantizers.second_level``. With
+The arithmetic is ``omniq.solvers.spqr``, how scales and zero points are stored ``omniq.grid.quantized_scales``. With
 codes of ``b`` bits in groups of ``g`` and ``k`` bits a scale, a weight takes
 
     b + k / g + 2 * 16 / (g rows) + b / g + 32 share        bits
@@ -23,16 +23,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from omniq.calibration.gram import GramModule, GramStage
+from omniq.calibration.observe import power_of, relative
+from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
-from omniq.kernels.spqr import Feedback, spqr
+from omniq.grid.affine import Grid
+from omniq.grid.quantized_scales import SecondLevel
 from omniq.quantizers.clipping import Clipping, MinMax
-from omniq.quantizers.grid import Grid
-from omniq.quantizers.second_level import SecondLevel
-from omniq.result import BlockResult, Outliers, QuantizedLinear
-from omniq.stages.base import BlockTask
-from omniq.stages.gram import GramModule, GramStage
-from omniq.stages.stack import Stack
-from omniq.stages.statistics import power_of, relative
+from omniq.solvers.spqr import Feedback, spqr
+from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 
 
 class SpQR(GramStage):

@@ -28,7 +28,7 @@ Order does not matter: each equivalence holds for whatever tensors the others le
 Tensors are promoted to the dtype of the parameters (float32), so that nothing is rounded between what is learned and
 the grid. A transform that is fused into a block in half precision is rounded there, once: initial values before
 anything is learned, and what stages without gradients find. Matrices are not multiplied before somebody wants them: a
-weight keeps its factors beside it (``omniq.kernels.scaled``) until it is quantized or stored.
+weight keeps its factors beside it (``omniq.kernels.scaled_weight``) until it is quantized or stored.
 
 Shapes: ``o`` output features, ``i`` input features, ``H`` query heads, ``K`` KV heads, ``c`` channels of a head,
 ``P`` channels of a head after tying pairs.
@@ -39,7 +39,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from omniq.kernels.scaled import Scaled, whole
+from omniq.kernels.scaled_weight import Scaled, whole
 from omniq.models.family import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from omniq.storage.block_result import BlockResult
+
+
+def deploy(block: nn.Module, result: BlockResult) -> None:
+    """Give a block the weights that the deployed model will compute with, made of their codes on its device."""
+    for name, value in result.dequantized(device=next(block.parameters()).device):
+        set_tensors(block, {name: value})
+
+
+@torch.no_grad()
+def set_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy parameters into a block, keeping its dtype; biases that a transform has created are added to it.
+
+    Raises:
+        KeyError: neither a parameter of the block nor the bias of one of its linears.
+    """
+    parameters = dict(block.named_parameters())
+    for name, value in tensors.items():
+        if name in parameters:
+            parameters[name].copy_(value)
+            continue
+        owner, _, last = name.rpartition(".")
+        linear = block.get_submodule(owner)
+        if last != "bias" or not isinstance(linear, nn.Linear):
+            raise KeyError(f"{name} is neither a parameter of the block nor the bias of one of its linears")
+        linear.bias = nn.Parameter(value.to(linear.weight, copy=True), requires_grad=False)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stages that move scales and shifts inside a block share: the ranges of its inputs, and fusing.
+
+After ``fuse`` the block computes what it did, with other weights, norms and (where a shift needed them) new biases: it
+stays the full-precision block that later stages start from.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from omniq.blocks.weights import set_tensors
+from omniq.calibration.observe import bad_samples, check_finite, observed
+from omniq.calibration.task import BlockTask
+from omniq.distributed.collectives import all_reduce_max, all_reduce_sum
+from omniq.transforms.equivalence import Transform
+from omniq.transforms.initial import ChannelRanges
+
+
+def input_ranges(task: BlockTask) -> ChannelRanges:
+    """Smallest and largest value of every input channel of the linears, in one pass over the quantized stream.
+
+    Activations are not quantized for it: what is asked for are the outliers.
+
+    Raises:
+        UserError: see ``omniq.calibration.observe.check_finite``.
+    """
+    ranges, bad = ChannelRanges(), dict[str, Tensor]()
+
+    def add(name: str, x: Tensor) -> None:
+        ranges.update(name, x)
+        bad[name] = bad_samples(x, task) + bad.get(name, 0)
+
+    with observed(task.block, tuple(group[0] for group in task.family.inputs), add):
+        task.visit(task.inputs)
+    for name in ranges.lo:
+        ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
+        both = torch.stack([ranges.lo[name], ranges.hi[name]])
+        check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
+    for group in task.family.inputs:
+        for name in group[1:]:
+            ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
+    return ranges
+
+
+@torch.no_grad()
+def fuse(block: nn.Module, transform: Transform, parameters: Mapping[str, Tensor] | nn.ParameterDict) -> None:
+    """Store the transformed tensors in the block: the same function as in training, float32, rounded once."""
+    set_tensors(block, transform.apply(dict(block.named_parameters()), parameters))

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise stages: gather the Gram matrix of each input, then choose codes without gradients.
+
+GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
+
+    f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
+
+and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
+solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are those of the
+quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block
+already quantized.
+
+Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
+solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
+
+S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16
+are exact in float32); under several processes S is summed over them. Only the block's forward follows the Trainer's
+precision; a solver computes in float32, unless its own settings say otherwise.
+
+Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, ``i`` input features, ``G`` groups.
+"""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from omniq.blocks.placement import take
+from omniq.calibration.loader import PassLoader
+from omniq.calibration.module import BlockModule
+from omniq.calibration.observe import bad_samples, check_finite, exact, gram_of, observed, relative
+from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stage import Stage
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights, relative_weights
+from omniq.distributed import collectives
+from omniq.errors import UserError
+from omniq.kernels.matmul_precision import matmul_precision
+from omniq.quantizers.clipping import Clipping, Searched
+from omniq.storage.block_result import BlockResult, QuantizedLinear
+
+log = logging.getLogger("omniq")
+
+
+class GramStage(Stage):
+    """Settings that all layer-wise stages share.
+
+    Args:
+        clipping: the range of each group: ``Searched`` (weighted with the diagonal of S) unless another is given.
+        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
+        batch_size: samples a gathering step.
+        token_weights: how much each token counts in S.
+        damping: added to the diagonal of S by the solver, as a share of its mean.
+
+    Raises:
+        UserError: nothing is gathered, or the damping is no share.
+    """
+
+    def __init__(
+        self,
+        clipping: Clipping | None = None,
+        true_sequential: bool = True,
+        batch_size: int = 4,
+        token_weights: TokenWeights = "uniform",
+        damping: float = 0.01,
+    ) -> None:
+        name = type(self).__name__
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} of {name} gathers nothing: give 1 or more")
+        if not 0 <= damping < 1:
+            raise UserError(
+                f"damping {damping} of {name} is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"
+            )
+        self.clipping = clipping or Searched()
+        self.true_sequential, self.batch_size = true_sequential, batch_size
+        self.token_weights: TokenWeights = token_weights
+        self.damping = damping
+
+    @property
+    def chooses_codes(self) -> bool:
+        return True
+
+
+class PlanLoader(PassLoader):
+    """For each round: the batches that gather, as sample indices, then the solver's steps, as empty tensors.
+
+    Args:
+        samples, batch_size: of the gathering.
+        rounds: how often that happens.
+        work: solver steps a round.
+    """
+
+    def __init__(self, samples: int, batch_size: int, rounds: int, work: int) -> None:
+        super().__init__(samples, batch_size, rounds)
+        self.gathering, self.work = super().steps_per_pass, work
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Gathering and working steps of one round."""
+        return self.gathering + self.work
+
+    def pass_of(self, step: int) -> int:
+        """The gathering of a round is one pass, and so is each step of the solver."""
+        turn, inside = divmod(step - 1, self.steps_per_pass)
+        return turn * (1 + self.work) + max(0, inside - self.gathering + 1)
+
+    def ends_pass(self, step: int) -> bool:
+        """After the gathering, and after each step of the solver; of several processes, after the last one of a round.
+
+        In between each of them has rows of its own, which no checkpoint holds.
+        """
+        inside = step % self.steps_per_pass
+        return inside in (0, self.gathering) if collectives.count() > 1 else inside == 0 or inside >= self.gathering
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.position < len(self):
+            step = self.position % self.steps_per_pass
+            self.position += 1
+            start = step * self.batch_size if step < self.gathering else self.samples
+            yield torch.arange(self.samples)[start : start + self.batch_size]
+
+
+class GramModule(BlockModule):
+    """A block whose linears are solved group by group.
+
+    Args:
+        task: the block, its streams and its grid.
+        settings: of the stage.
+        work: solver steps for each group.
+    """
+
+    save_interval = 5.0  # seconds: a sweep takes milliseconds on a GPU, a checkpoint with its Gram matrix does not
+
+    def __init__(self, task: BlockTask, settings: GramStage, work: int = 1) -> None:
+        super().__init__(task)
+        self.automatic_optimization = False
+        self.settings, self.work = settings, work
+        groups = tuple(range(len(task.family.inputs)))
+        self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
+        self.grams: dict[int, Tensor] = {}
+        self.bad: dict[int, Tensor] = {}
+        self.found: dict[str, QuantizedLinear] = {}
+        self.stacks: dict[int, Stack] = {}
+        self._deployed: dict[str, Tensor] = {}
+
+    def loader(self) -> PlanLoader:
+        return PlanLoader(len(self.task.inputs), self.settings.batch_size, len(self.rounds), self.work)
+
+    def configure_optimizers(self) -> None:
+        """None for Lightning: a solver exists only once its Gram matrix does."""
+
+    @abstractmethod
+    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        """One step of the solver on one group.
+
+        Args:
+            k: position of the group in the family.
+            stack: its linears.
+            gram: ``[i, i]``, float32, on the device of the block.
+            step: from 0.
+
+        Returns:
+            the finished linears after the last step, None before.
+        """
+
+    @torch.no_grad()
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        turn, step = divmod(batch_idx, self.batches.steps_per_pass)
+        groups = self.rounds[turn]
+        if len(indices):
+            self._gather(groups, indices)
+            if step + 1 == self.batches.steps_per_pass - self.work:
+                for k in groups:
+                    self._gathered(k)
+            return
+        work = step - (self.batches.steps_per_pass - self.work)
+        for k in groups:
+            with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                done = self.solve(k, self._stack(k), self.grams[k], work)
+            if done is not None:
+                self._keep(k, done)
+
+    def finish(self) -> BlockResult:
+        return BlockResult(self.found, self.task.plain_tensors())
+
+    def importance(self, k: int) -> Tensor:
+        """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
+        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self._tokens
+
+    def track_errors(self, stack: Stack, rows: slice, errors: Tensor, powers: Tensor) -> None:
+        """Track the relative reconstruction error of each linear, without waiting for the device.
+
+        Args:
+            rows: of the stack, that this process has solved: its share, or all of them.
+            errors, powers: ``d S d^T`` and ``w S w^T`` of each of these rows.
+        """
+        parts = torch.stack([errors, powers]).split(stack.lengths(rows), 1)
+        sums = collectives.all_reduce_sum(torch.stack([part.sum(1) for part in parts]))
+        for name, (error, power) in zip(stack.names, sums, strict=True):
+            self.track(f"{name.rpartition('.')[2]}/recon_error", relative(error, power))
+
+    @property
+    def _tokens(self) -> int:
+        """How many tokens S is a sum over: those of all processes."""
+        return self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
+
+    def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
+        names = {self.task.family.inputs[k][0]: k for k in groups}
+        waiting = set(names)
+
+        inputs, weights = take(self.task.inputs, indices, self.task.device), None
+        if self.settings.token_weights == "relative":
+            weights = relative_weights(take(self.task.targets, indices, self.task.device)).flatten()
+
+        def add(name: str, x: Tensor) -> None:
+            k = names[name]
+            product, bad = gram_of(x, weights), bad_samples(x, self.task)
+            self.grams[k] = self.grams[k].add_(product) if k in self.grams else product  # a Gram matrix may be large
+            self.bad[k] = self.bad[k] + bad if k in self.bad else bad
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        with self.task.quantized_activations(), observed(self.task.block, tuple(names), add), suppress(_Enough):
+            functional_call(self.task.block, self._deployed, (inputs,), dict(self.task.kwargs))
+
+    def _gathered(self, k: int) -> None:
+        """Sum over processes, and refuse what no solver can use."""
+        self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
+        reduce = self.trainer.strategy.reduce
+        self.grams[k] = reduce(self.grams[k], reduce_op="sum")
+        name, width = self.task.family.inputs[k][0], len(self.grams[k])
+        check_finite(self.task, name, self.grams[k], reduce(self.bad.pop(k), reduce_op="sum"))
+        if self._tokens < width and collectives.rank() == 0:
+            log.warning(
+                "%s %s: %d tokens for %d inputs; give at least as many tokens as inputs (data.samples, data.length)",
+                self.task.name, name, self._tokens, width,
+            )  # fmt: skip
+
+    def _stack(self, k: int) -> Stack:
+        if k not in self.stacks:
+            self.stacks[k] = Stack.of(self.task, self.task.family.inputs[k])
+        return self.stacks[k]
+
+    def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:
+        self.found |= done
+        self._deploy(done)
+        del self.grams[k], self.stacks[k]
+
+    def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
+        for name, linear in done.items():
+            weight = self.task.linear(name).weight
+            self._deployed[f"{name}.weight"] = linear.dequantize(weight.dtype, weight.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        solvers = self.solver_state()
+        checkpoint["gram stage"] = {
+            "grams": {k: gram for k, gram in self.grams.items() if k not in solvers},
+            "bad": self.bad,
+            "found": {name: linear.to_state() for name, linear in self.found.items()},
+            "solvers": solvers,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["gram stage"]
+        device = self.task.device
+        self.grams = {k: gram.to(device) for k, gram in state["grams"].items()}
+        self.bad = {k: count.to(device) for k, count in state["bad"].items()}
+        self.found = {name: QuantizedLinear.from_state(linear) for name, linear in state["found"].items()}
+        self._deploy(self.found)
+        self.load_solver_state(state["solvers"])
+
+    def solver_state(self) -> dict[int, Any]:
+        """State of the solvers in mid-solution, Gram matrix included, by position of their group."""
+        return {}
+
+    def load_solver_state(self, state: dict[int, Any]) -> None:
+        """Take up what ``solver_state`` gave."""
+
+
+class _Enough(Exception):
+    """All inputs that were wanted have been seen: the rest of the block need not run."""

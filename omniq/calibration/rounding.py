@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+import torch
+from torch import Tensor
+
+from omniq.calibration.loader import PassLoader
+from omniq.calibration.module import BlockModule
+from omniq.calibration.observe import importance_for
+from omniq.calibration.task import BlockTask
+from omniq.grid.affine import Grid
+from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.storage.block_result import BlockResult, QuantizedLinear
+
+
+class RTNModule(BlockModule):
+    """A block that is rounded once; its single step learns nothing."""
+
+    def __init__(self, task: BlockTask, clipping: Clipping) -> None:
+        super().__init__(task)
+        self.clipping = clipping
+        self.automatic_optimization = False
+
+    def loader(self) -> PassLoader:
+        return PassLoader(samples=1)
+
+    def training_step(self, indices: Tensor) -> None:
+        """Nothing to do before ``finish``."""
+
+    def configure_optimizers(self) -> None:
+        """No parameters, no optimizer."""
+
+    @torch.no_grad()
+    def finish(self) -> BlockResult:
+        importance = importance_for(self.clipping, self.task)
+        linears = {}
+        for name in self.task.family.linears:
+            weight = self.task.linear(name).weight
+            linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, importance.get(name))
+        return BlockResult(linears, self.task.plain_tensors())
+
+
+@torch.no_grad()
+def round_to_nearest(
+    weight: Tensor, grid: Grid, clipping: Clipping | None = None, importance: Tensor | None = None
+) -> QuantizedLinear:
+    """The nearest codes of one weight ``[o, i]`` on the grid that its clipping gives."""
+    scale, zero_point = grid.fit(*(clipping or MinMax()).range(weight, grid, importance))
+    return QuantizedLinear.of(grid, grid.quantize(weight.float(), scale, zero_point), scale, zero_point)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed ranges for the inputs of a finished block's linears, for schemes with ``activation_range: tensor``.
+
+They are found once all stages of the block are through: a transform moves ranges with every step, and a later stage
+changes the weights in front of the inner linears. One pass sends the calibration samples, as the quantized model feeds
+them, through the block with its deployed weights; the smallest and largest value of each input make its range, over
+the samples of all processes. Activations are not quantized in that pass: the range of one input would depend on how
+another is cut off, and a range is either covered or it is not.
+
+While the block is calibrated there is no such range yet: ``omniq.quantizers.activations.quantize_samples``.
+"""
+
+from omniq.blocks.weights import deploy
+from omniq.calibration.fuse import input_ranges
+from omniq.calibration.task import BlockTask
+from omniq.quantizers.activations import StaticGrid
+from omniq.storage.block_result import BlockResult
+
+
+def fix_inputs(task: BlockTask, result: BlockResult) -> BlockResult:
+    """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``."""
+    deploy(task.block, result)
+    ranges, given, dtype = input_ranges(task), task.activations, task.grid.scale_dtype
+    return result.with_inputs(
+        {
+            name: StaticGrid.fit(ranges.lo[name].min(), ranges.hi[name].max(), given.inputs, given.symmetric, dtype)
+            for name in result.linears
+        }
+    )

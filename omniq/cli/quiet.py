@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+import logging
+import os
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+
+def quiet() -> None:
+    """Keep the chatter of a Trainer for every block out of the terminal; omniq's own warnings stay."""
+    chatter = ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda")
+    for name in (*chatter, "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    log = logging.getLogger("omniq")
+    if not log.hasHandlers():  # NOTE: on the root logger, other libraries' warnings would be said in omniq's name
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("omniq: %(message)s"))
+        log.addHandler(handler)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*AccumulateGrad node's stream does not match.*")  # Lightning's DDP
+    warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # stages that learn nothing
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.13
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""omniq's own format: for what no runtime's format holds, and for everything else that quantizes weights.
+
+Stored of each quantized linear, ``u = 2^(b-1)``:
+
+    weight_packed        int32 [o, ceil(i b / 32)]   q, a dense bitstream along the inputs
+    weight_scale         [o, G]                      s, in the dtype of deployment
+    weight_zero_point    int32 [ceil(o b / 32), G]   z, a dense bitstream along the outputs; asymmetric only, else z = u
+    weight_shape         int64 [2]                   o, i
+    outlier_row_pointer  int32 [o + 1]               row r owns the entries row_pointer[r] : row_pointer[r + 1]
+    outlier_column       int16 or int32 [n]          of each entry
+    outlier_value        float16 [n]                 added to (q - z) s
+
+The first four are those of compressed-tensors' ``pack-quantized`` (``omniq.export.formats.compressed_tensors``); the outliers
+are there only if the linear has a sparse part. Where scales are codes themselves, on a second level over runs of ``r``
+rows (``omniq.grid.quantized_scales``), ``weight_scale`` is replaced by the first two of these, and where zero points
+are, ``weight_zero_point`` by the next two:
+
+    weight_scale_codes       int32 [ceil(o k / 32), G]     codes of k bits, a dense bitstream along the outputs
+    weight_scale_ends        [2 R, G]                      least of each of the R = ceil(o / r) runs, then greatest
+    weight_zero_point_codes  int32 [ceil(o k / 32), G]
+    weight_zero_point_ends   int32 [ceil(2 R b / 32), G]   a dense bitstream, too
+    weight_second_level      int64 [3]                     k of scales, k of zero points (0 for no codes), r
+
+Each linear has its own grid, in ``config.json``:
+
+    "quantization_config": {
+      "quant_method": "omniq", "version": 1, "scale_dtype": "float16",
+      "linears": {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": -1, "symmetric": false, "outliers": 983}, …}}
+
+so bits and group sizes may differ from linear to linear, and those that are not named are plain. A second level is
+one more entry, ``"second": {"scale_bits": 3, "zero_bits": 0, "rows": 16}``. Where the scheme quantizes activations, the
+reader does the same: ``"activations": {"inputs": 4, "queries": 4, "keys_values": 4, "symmetric": false}`` beside
+``linears`` are the bits of inputs of linears, of queries, and of keys and values, each token on its own range. It is
+``omniq.runtime``; after ``import omniq`` plain ``from_pretrained`` finds it.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups of a row, ``b`` bits, ``n`` outliers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.export.formats.compressed_tensors import PackQuantized
+from omniq.export.formats.format import Written, check_scheme
+from omniq.export.formats.packing import pack, unpack, words
+from omniq.grid.affine import Grid
+from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.scheme import Scheme
+from omniq.models.family import Family
+from omniq.storage.block_result import Outliers, QuantizedLinear
+
+_SPARSE = "outlier_"  # before the fields of Outliers
+_SCALE, _ZERO, _SECOND = "weight_scale", "weight_zero_point", "weight_second_level"
+
+
+def pack_linear(linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of one linear by their last name."""
+    sparse = {} if linear.outliers is None else vars(linear.outliers)
+    dense = PackQuantized().store(linear)
+    if linear.grid.second is not None:
+        dense = _encode(dense, linear, linear.grid.second)
+    return dense | {f"{_SPARSE}{key}": value for key, value in sparse.items()}
+
+
+def unpack_linear(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+    """Invert ``pack_linear``; works on any device.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: one has a shape or dtype it cannot have.
+    """
+    dense = _decode(stored, grid) if _SECOND in stored else PackQuantized().load(stored, grid)
+    if not any(key.startswith(_SPARSE) for key in stored):
+        return dense
+    fields = ("row_pointer", "column", "value")
+    sparse = Outliers(**{key: stored[f"{_SPARSE}{key}"] for key in fields})
+    return QuantizedLinear(dense.grid, dense.codes, dense.scale, dense.zero_point, sparse)
+
+
+def packed_shapes(
+    grid: Grid, outputs: int, inputs: int, outliers: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors of one linear by their last name, known before any is read.
+
+    Args:
+        outliers: entries of the sparse part; None if there is none.
+    """
+    groups, second = grid.groups(inputs), grid.second or SecondLevel(0, 0)
+    ends = 2 * second.runs(outputs)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "weight_packed": ((outputs, words(inputs, grid.bits)), torch.int32),
+        "weight_shape": ((2,), torch.int64),
+    }
+    if grid.second is not None:
+        shapes[_SECOND] = ((3,), torch.int64)
+    if second.scale_bits:
+        shapes[f"{_SCALE}_codes"] = ((words(outputs, second.scale_bits), groups), torch.int32)
+        shapes[f"{_SCALE}_ends"] = ((ends, groups), grid.scale_dtype)
+    else:
+        shapes[_SCALE] = ((outputs, groups), grid.scale_dtype)
+    if second.zero_bits:
+        shapes[f"{_ZERO}_codes"] = ((words(outputs, second.zero_bits), groups), torch.int32)
+        shapes[f"{_ZERO}_ends"] = ((words(ends, grid.bits), groups), torch.int32)
+    elif not grid.symmetric:
+        shapes[_ZERO] = ((words(outputs, grid.bits), groups), torch.int32)
+    if outliers is not None:
+        shapes[f"{_SPARSE}row_pointer"] = ((outputs + 1,), torch.int32)
+        shapes[f"{_SPARSE}column"] = ((outliers,), torch.int32)  # or int16: integers are taken as they are stored
+        shapes[f"{_SPARSE}value"] = ((outliers,), torch.float16)
+    return shapes
+
+
+def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: SecondLevel) -> dict[str, Tensor]:
+    """Put codes and ends in the place of scales and zero points, as far as these have a second level."""
+    new = {_SECOND: torch.tensor((second.scale_bits, second.zero_bits, second.rows))}
+    if second.scale_bits:
+        codes, ends = second.encode(linear.scale, second.scale_bits)
+        new |= {f"{_SCALE}_codes": pack(codes, second.scale_bits, dim=0), f"{_SCALE}_ends": ends}
+    if second.zero_bits:
+        codes, ends = second.encode(linear.zero_point, second.zero_bits)
+        new[f"{_ZERO}_codes"] = pack(codes, second.zero_bits, dim=0)
+        new[f"{_ZERO}_ends"] = pack(ends, linear.grid.bits, dim=0)
+    replaced = [key for key in (_SCALE, _ZERO) if f"{key}_codes" in new]
+    return {key: tensor for key, tensor in stored.items() if key not in replaced} | new
+
+
+def _decode(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+    """Invert ``_encode``."""
+    second = grid.second or SecondLevel(*stored[_SECOND].tolist())  # a grid from config.json has it: no wait for a GPU
+    inner = dict(stored)
+    if second.scale_bits:
+        codes = unpack(stored[f"{_SCALE}_codes"], second.scale_bits, int(stored["weight_shape"][0]), dim=0)
+        inner[_SCALE] = second.decode(codes, stored[f"{_SCALE}_ends"], second.scale_bits)
+    # zero points that are encoded are not where the first level looks for them
+    found = PackQuantized().load(inner, replace(grid, second=None, symmetric=grid.symmetric or second.zero_bits > 0))
+    zero_point = found.zero_point
+    if second.zero_bits:
+        codes = unpack(stored[f"{_ZERO}_codes"], second.zero_bits, len(zero_point), dim=0)
+        ends = unpack(stored[f"{_ZERO}_ends"], grid.bits, 2 * second.runs(len(zero_point)), dim=0)
+        zero_point = second.decode(codes, ends, second.zero_bits)
+    return QuantizedLinear(replace(grid, second=second), found.codes, found.scale, zero_point)
+
+
+class Native:
+    """Packed codes, one grid a linear, scales that may be codes themselves, and sparse outliers."""
+
+    name = "omniq"
+    requires: tuple[str, ...] = ("omniq",)
+    stays_packed = True
+
+    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
+        """Refuse fixed ranges of activations, and odd dtypes.
+
+        Raises:
+            UserError: names the scheme and what would fit.
+        """
+        problem = ""
+        if scheme.activations.static:
+            problem = "has no place for fixed ranges: set scheme.activation_range to token, or use compressed-tensors"
+        check_scheme(scheme, self.name, problem)
+
+    def code_bits(self, scheme: Scheme) -> int:
+        """Bits that a code takes on disk."""
+        return scheme.grid.bits
+
+    def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+        """What is stored for one linear, by full name.
+
+        Raises:
+            UserError: its scales have another dtype than the model.
+            ValueError: a symmetric linear whose zero point is not the middle of the code range.
+        """
+        grid, dtype = linear.grid, scheme.grid.scale_dtype
+        if grid.scale_dtype != dtype:
+            raise UserError(
+                f"{name} has scales in {grid.scale_dtype}, the model in {dtype}: format {self.name} holds one"
+            )
+        middle = 2 ** (grid.bits - 1)
+        if grid.symmetric and bool((linear.zero_point != middle).any()):
+            raise ValueError(f"{name}: the zero point of a symmetric grid is not {middle}")
+        return {f"{name}.{key}": tensor for key, tensor in pack_linear(linear).items()}
+
+    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
+        """Invert ``tensors``."""
+        prefix = f"{name}."
+        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        return unpack_linear(stored, scheme.grid)
+
+    def quantization_config(
+        self, scheme: Scheme, ignore: Sequence[str], linears: Mapping[str, Written]
+    ) -> dict[str, Any]:
+        """The entry of ``config.json``; linears that it does not name are plain, so ``ignore`` needs no mention."""
+        return {
+            "quant_method": self.name,
+            "version": 1,
+            "scale_dtype": str(scheme.grid.scale_dtype).removeprefix("torch."),
+            **({"activations": _activations(scheme)} if scheme.activations.quantized else {}),
+            "linears": {name: _entry(linear) for name, linear in linears.items()},
+        }
+
+
+def _activations(scheme: Scheme) -> dict[str, Any]:
+    given = scheme.activations
+    return {
+        "inputs": given.inputs,
+        "queries": given.queries,
+        "keys_values": given.keys_values,
+        "symmetric": given.symmetric,
+    }
+
+
+def _entry(linear: Written) -> dict[str, Any]:
+    grid = linear.grid
+    entry: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    if grid.second is not None:
+        entry["second"] = dict(vars(grid.second))
+    return entry if linear.outliers is None else entry | {"outliers": linear.outliers}

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deployed model, run block by block: as the finished blocks have it, and as the files of an export have it.
+
+Both are stock models in the dtype of deployment, of which one block is in memory at a time. They differ in where config
+and weights come from:
+
+    finished    the source's config, with the bias switches that the blocks need; dequantized codes of the finished
+                blocks, and all other parameters of the source
+    exported    the config in the folder; codes and parameters as its files have them
+
+On every window they compute what transformers computes with the whole model, operation by operation.
+
+Shapes: ``m`` windows, ``t`` tokens of a window, ``v`` vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniq.blocks.activation_hooks import attach
+from omniq.evaluate.streaming import stream_logits
+from omniq.export.containers.huggingface import Results, Source
+from omniq.export.containers.shards import ShardReader
+from omniq.export.containers.target_model import Deployment, deployment
+from omniq.export.formats.format import Format
+from omniq.export.verify.reopened import plain_config
+from omniq.grid.affine import Grid
+from omniq.grid.scheme import Scheme
+from omniq.models.checkpoint import Checkpoint, Stored
+from omniq.models.meta import meta_model
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult, QuantizedLinear
+
+Linear = Callable[[str, QuantizedLinear], QuantizedLinear]
+"""From the full name of a linear and its finished result to what the model is to have."""
+
+Plain = Callable[[str], Tensor | None]
+"""Any other parameter by full name; None for a bias that is there because its neighbours have one."""
+
+
+class Parts(Checkpoint):
+    """Parameters of a stock model by name, each made when it is asked for.
+
+    Args:
+        model: the stock model.
+        dtype: of its parameters.
+        part: makes one of them.
+    """
+
+    def __init__(self, model: Deployment, dtype: torch.dtype, part: Callable[[str], Tensor]) -> None:
+        kind = str(dtype).removeprefix("torch.")
+        super().__init__({name: Stored(tuple(shape), kind, Path()) for name, shape in model.parameters.items()}, [])
+        self._part = part
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._part(name) for name in names}
+
+
+class Deployed:
+    """Runs a model whose blocks are finished.
+
+    Args:
+        source: the model that was exported: where its blocks are, and everything outside them.
+        results: finished blocks, as given to ``export_checkpoint``.
+        scheme: what becomes of activations, and the dtype of deployment.
+        attention: implementation of transformers.
+    """
+
+    def __init__(self, source: Source, results: Results, scheme: Scheme, attention: str) -> None:
+        self._source, self._scheme, self._attention = source, scheme, attention
+        self._result = lru_cache(maxsize=1)(lambda index: _at(results, index))
+
+    def finished(self, names: Iterable[str], windows: Tensor) -> Iterator[Tensor]:
+        """Logits ``[1, t, v]`` of each of ``[m, t]``; nothing is read from an exported folder.
+
+        Args:
+            names: all parameters, as a plain model has them.
+        """
+
+        def plain(name: str) -> Tensor | None:
+            index, inner = self._find(name)
+            if index is not None:
+                return self._result(index).tensors.get(inner)
+            return next((value for key, value in self._source.outside() if key == name), None)
+
+        return self._run(deployment(self._source.config, names), lambda _, linear: linear, plain, windows)
+
+    def exported(self, path: Path, layout: Format, windows: Tensor) -> Iterator[Tensor]:
+        """The same of what lies in an exported folder; codes are read on the grids of the finished blocks."""
+        with ShardReader(path) as file:
+
+            def linear(name: str, finished: QuantizedLinear) -> QuantizedLinear:
+                return read_linear(name, stored_of(file, name), layout, self._scheme, finished.grid)
+
+            yield from self._run(Deployment.of(plain_config(path)), linear, file.__getitem__, windows)
+
+    def _run(self, model: Deployment, linear: Linear, plain: Plain, windows: Tensor) -> Iterator[Tensor]:
+        dtype = self._scheme.grid.scale_dtype
+
+        def part(name: str) -> Tensor:
+            index, inner = self._find(name)
+            linears: Mapping[str, QuantizedLinear] = {} if index is None else self._result(index).linears
+            found = linears.get(inner.removesuffix(".weight")) if inner.endswith(".weight") else None
+            if found is not None:
+                return linear(name.removesuffix(".weight"), found).dequantize(dtype)
+            value = plain(name)
+            return torch.zeros(model.parameters[name], dtype=dtype) if value is None else value.to(dtype)
+
+        def quantized(index: int, block: nn.Module) -> nn.Module:
+            attach(block, self._source.family, self._scheme.activations, self._result(index).linears)
+            return block
+
+        stock = meta_model(model.config, dtype, self._attention)
+        assembled = SourceModel.of(stock, Parts(model, dtype, part), self._source.folder)
+        return (logits for _, logits, _ in stream_logits(assembled, windows, {"deployed": quantized}))
+
+    def _find(self, name: str) -> tuple[int | None, str]:
+        """The block that a parameter is in, and its name there; None if it is in none."""
+        prefix = f"{self._source.family.blocks}."
+        if not name.startswith(prefix):
+            return None, name
+        number, _, inner = name.removeprefix(prefix).partition(".")
+        return int(number), inner
+
+
+def stored_of(file: ShardReader, name: str) -> dict[str, Tensor]:
+    """What is stored of a linear, by full name; its bias is a parameter beside the codes."""
+    stored = file.under(f"{name}.")
+    stored.pop(f"{name}.bias", None)
+    return stored
+
+
+def read_linear(name: str, stored: Mapping[str, Tensor], layout: Format, scheme: Scheme, grid: Grid) -> QuantizedLinear:
+    """A linear as an export has it.
+
+    Args:
+        scheme: of the model.
+        grid: of this linear.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: one has a shape, dtype or padding it cannot have.
+    """
+    own = Scheme.of(
+        grid,
+        scheme.activation_bits,
+        scheme.activation_symmetric,
+        scheme.kv_bits,
+        scheme.queries,
+        scheme.activation_range,
+    )
+    return layout.read(name, stored, own)
+
+
+def _at(results: Results, index: int) -> BlockResult:
+    return results(index) if callable(results) else next(islice(iter(results), index, None))

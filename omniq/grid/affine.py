@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The uniform affine grid: the only place in omniq where a weight is rounded to an integer.
+
+For a group of weights with range ``[lo, hi]``, ``b`` bits and ``L = 2^b - 1``:
+
+    s = (hi - lo) / L            scale, rounded to its storage dtype before anything else uses it
+    z = round(-lo / s)           zero point, an integer in [0, L]
+    q = clamp(round(w / s) + z, 0, L)          codes
+    w^ = (q - z) * s
+
+Rounding is half to even. The range always includes zero, so zero is representable and ``0 <= z <= L`` holds by
+construction: every format in the field can store the result. A symmetric grid fixes ``z = 2^(b-1)`` and takes
+``s = 2 max|w| / L`` (the convention of GPTQ and compressed-tensors).
+
+Because scales are storage-rounded *before* codes are chosen, ``(q - z) * s`` is what a runtime computes, to the bit.
+A stage may restrict scales and zero points further, to a few levels: ``omniq.grid.quantized_scales``.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size (``i = G g``).
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.grid.quantized_scales import SecondLevel
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How weights become integers.
+
+    Args:
+        bits: bits of a code, 2 to 8.
+        group_size: inputs that share one scale and zero point; -1 for one group per output channel.
+        symmetric: fix the zero point in the middle of the code range.
+        scale_dtype: the dtype in which scales are stored and deployed.
+        second: how scales and zero points are stored as codes, if they are.
+
+    Raises:
+        UserError: bits outside 2..8, a group size that is neither -1 nor positive, or zero points whose codes would
+            take as much as they do.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = False
+    scale_dtype: torch.dtype = torch.float16
+    second: SecondLevel | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UserError(f"weight bits {self.bits} are outside 2..8: choose a scheme from W2 to W8, such as W4A16")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UserError(f"group size {self.group_size} is not usable: give a positive size, or -1 for per-channel")
+        if self.second is not None and self.second.zero_bits and (self.symmetric or self.second.zero_bits >= self.bits):
+            kind = "of a symmetric grid" if self.symmetric else f"of {self.bits} bits"
+            raise UserError(f"zero points {kind} need no code of {self.second.zero_bits} bits: set zero_bits to 0")
+
+    @property
+    def levels(self) -> int:
+        """The largest code, ``L = 2^b - 1``."""
+        return 2**self.bits - 1
+
+    def groups(self, width: int) -> int:
+        """Groups in a row of ``width`` inputs."""
+        return 1 if self.group_size == -1 else width // self.group_size
+
+    def check_width(self, width: int, name: str, others: Iterable[int] = ()) -> None:
+        """Refuse a layer whose inputs do not divide into groups.
+
+        Args:
+            others: widths of the other layers on this grid, which a group size must divide too.
+
+        Raises:
+            UserError: names the layer, its width and the group sizes that would fit.
+        """
+        if self.group_size != -1 and width % self.group_size:
+            common = gcd(width, *others)
+            fitting = [size for size in range(16, common + 1, 16) if common % size == 0]
+            choices = ", ".join(map(str, fitting)) or "none that is a multiple of 16"
+            raise UserError(
+                f"group size {self.group_size} does not divide the {width} inputs of {name}: "
+                f"sizes that do{' so everywhere' if common < width else ''} are {choices}, or -1 for per-channel"
+            )
+
+    def split(self, weight: Tensor) -> Tensor:
+        """View ``[o, i]`` as ``[o, G, g]``."""
+        return weight.unflatten(-1, (self.groups(weight.shape[-1]), -1))
+
+    def expand(self, per_group: Tensor, width: int) -> Tensor:
+        """Repeat a value per group, ``[o, G]``, over the inputs it governs, ``[o, i]``."""
+        return per_group.repeat_interleave(width // per_group.shape[-1], dim=-1)
+
+    def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group, zero included: two ``[o, G]`` tensors, ``lo <= 0 <= hi``."""
+        split = self.split(weight)  # not aminmax: before torch 2.13 it has no derivative
+        return split.amin(dim=-1).clamp(max=0), split.amax(dim=-1).clamp(min=0)
+
+    def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid that covers ``[lo, hi]``.
+
+        Args:
+            lo, hi: range of each group, ``[o, G]``; stretched to include zero if they do not.
+
+        Returns:
+            scale ``[o, G]``, in the input's dtype but holding values the storage dtype represents exactly, and
+            zero point ``[o, G]``, integers in ``[0, L]`` in the input's dtype.
+        """
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        if self.symmetric:
+            scale = self.store(2 * torch.maximum(-lo, hi) / self.levels)
+            return scale, torch.full_like(scale, 2 ** (self.bits - 1))
+        scale = self.store((hi - lo) / self.levels)
+        return scale, (-lo / scale).round().clamp(0, self.levels)
+
+    def store(self, scale: Tensor) -> Tensor:
+        """Round a scale to its storage dtype, never to zero or infinity; keep the tensor's own dtype."""
+        info = torch.finfo(self.scale_dtype)
+        smallest = info.tiny * info.eps  # the smallest positive number of the storage dtype, a subnormal
+        return scale.to(self.scale_dtype).to(scale.dtype).clamp(smallest, info.max)
+
+    def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Nearest codes.
+
+        Args:
+            weight: ``[o, i]``; scale, zero_point: ``[o, G]``.
+
+        Returns:
+            uint8 codes ``[o, i]`` in ``[0, L]``.
+        """
+        s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1)  # [o, G, 1]
+        codes = (self.split(weight.to(s.dtype)) / s).round() + z
+        return codes.clamp(0, self.levels).flatten(-2).to(torch.uint8)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weights ``(q - z) * s``, ``[o, i]``, in the dtype of ``scale``."""
+        s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1).to(scale.dtype)
+        return ((self.split(codes.to(scale.dtype)) - z) * s).flatten(-2)
+
+
+_SCHEME = re.compile(r"W(?P<weight>\d+)A(?P<activation>\d+)(?:KV(?P<kv>\d+))?(?:g(?P<group>\d+))?", re.IGNORECASE)
+
+
+def parse_scheme(name: str) -> tuple[int, int, int, int]:
+    """Read a scheme by its name in the field: ``W4A16``, ``W3A16g128``, ``W4A4KV8``.
+
+    Returns:
+        bits of weights, activations and KV cache (16 where nothing is said), and the group size (-1: per-channel).
+
+    Raises:
+        UserError: not such a name.
+    """
+    match = _SCHEME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128"
+        )
+    given = match.groupdict()
+    kv, group = int(given["kv"] or 16), int(given["group"] or -1)
+    return int(given["weight"]), int(given["activation"]), kv, group
+
+
+@torch.no_grad()
+def rounded_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """What that leaves of a float32 weight ``[o, i]`` on its min-max grid, where it is: to the bit what is deployed."""
+    scale, zero_point = grid.fit(*grid.range(weight))
+    return grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)

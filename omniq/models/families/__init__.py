@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family omniq knows. A new one is a file beside this one, and its name in ``FAMILIES``."""
+
+from transformers import PretrainedConfig
+
+from omniq.errors import NotByBlocks
+from omniq.models.families.llama import LLAMA
+from omniq.models.families.opt import OPT
+from omniq.models.families.qwen3 import QWEN3
+from omniq.models.family import Family
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, OPT)
+
+# Types that one might expect here, and why they are not.
+_ABSENT = dict.fromkeys(
+    ("bloom", "falcon"),
+    "it attends in code of its own instead of through transformers' attention interface, where queries, keys and "
+    "values are quantized, and one linear makes all three",
+)
+
+
+def family_of_type(model_type: str | None) -> Family:
+    """The family that covers a ``model_type`` of transformers.
+
+    Raises:
+        NotByBlocks: none does; the message lists those there are, and says why a type that one might expect is not.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    why = f"{_ABSENT[model_type]}; " if model_type in _ABSENT else ""
+    raise NotByBlocks(f"model type {model_type!r} is not supported: {why}choose a model of type {supported}")
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        NotByBlocks: no family covers its type, or the family refuses this variant of it.
+    """
+    family = family_of_type(config.model_type)
+    if reason := family.refuse(config):
+        raise NotByBlocks(reason)
+    return family

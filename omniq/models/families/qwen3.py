@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3: LLaMA's block with an RMSNorm on every query and key head before rotary embedding.
+
+It gets no new biases. transformers would hold them under ``attention_bias``, but vLLM builds the output projection of
+Qwen3 without a bias whatever the config says and passes over the one that it finds, without a word. A shift of the
+values that is taken back there would be left standing, in a checkpoint that transformers runs rightly.
+"""
+
+from dataclasses import replace
+
+from omniq.models.families.llama import LLAMA
+from omniq.models.family import QueryKey
+
+QWEN3 = replace(
+    LLAMA,
+    model_types=("qwen3",),
+    new_biases=False,
+    equivalences=(
+        *(equivalence for equivalence in LLAMA.equivalences if not isinstance(equivalence, QueryKey)),
+        QueryKey(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            rotary="half",
+            query_norm="self_attn.q_norm",
+            key_norm="self_attn.k_norm",
+        ),
+    ),
+)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a checkpoint, or its config or tokenizer, through plain transformers, but never from pickled weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from omniq.errors import NotByBlocks, UserError, first_line
+from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, weights_in
+from omniq.models.families import family_of_type
+from omniq.models.gguf import reading_gguf
+from omniq.models.locate import PICKLE, pickle_refusal
+from omniq.models.no_progress_bars import without_bars
+
+
+def open_weights(folder: Path, file: str | None = None, **options: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``, once the weight files are found and every header in them is whole.
+
+    Args:
+        folder: of the checkpoint.
+        file: the weight file in it, if one is named.
+        **options: for ``from_pretrained``.
+
+    Raises:
+        UserError: there are only pickle files, a file is missing, truncated or corrupt, or transformers could not find
+            it under its name.
+    """
+    model: PreTrainedModel
+    file = file or weights_in(folder)
+    if file is not None and file.endswith(".gguf"):
+        with reading_gguf(folder / file):
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
+        return model
+    if file is not None and file != "model.safetensors":
+        raise UserError(f"{folder / file}: transformers opens model.safetensors and no other name: rename the file")
+    named = read_json(folder / "config.json").get("transformers_weights")
+    if Path(str(named)).suffix in PICKLE:  # NOTE: use_safetensors does not hold for a file that the config names
+        raise UserError(pickle_refusal(folder / str(named)))
+    SafetensorsCheckpoint(folder, file)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    return model
+
+
+def open_checkpoint(path: str | Path, file: str | None = None, **options: Any) -> PreTrainedModel:
+    """``open_weights`` without progress bars, and one token sent through: that is where the last bar would be."""
+    with without_bars():
+        model = open_weights(Path(path), file, **options)
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return model
+
+
+def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model that can be taken apart into blocks, from a folder or a GGUF file in it.
+
+    Args:
+        folder: of the checkpoint.
+        gguf_file: the file that holds the config.
+        remote_code: run code that comes with it.
+
+    Raises:
+        NotByBlocks: the type is unknown, or the model is quantized already.
+        UserError: config.json is missing or broken, or the GGUF file is.
+    """
+    if gguf_file is not None:
+        with reading_gguf(folder / gguf_file):
+            return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+    file = folder / "config.json"
+    content = read_json(file)
+    family_of_type(content.get("model_type"))
+    if quantized := content.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # validation of configs raises many kinds
+        raise UserError(
+            f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"
+        ) from error
+
+
+def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a GGUF file in it.
+
+    Args:
+        folder: of the checkpoint.
+        gguf_file: the file that holds the tokenizer.
+        remote_code: run code that comes with it.
+
+    Raises:
+        UserError: there is none.
+    """
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no tokenizer can be read from {folder} ({first_line(error)}): put its files there") from error
+    return tokenizer

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from omniq.config.run import Export
+from omniq.data.text import one_line
+from omniq.errors import UserError
+from omniq.evaluate.perplexity import evaluate_streamed
+from omniq.evaluate.variants import as_deployed, quantized
+from omniq.export import (
+    Opened,
+    Report,
+    VerificationError,
+    earlier_export,
+    export_checkpoint,
+    find_format,
+    mend_companions,
+    verify_checkpoint,
+)
+from omniq.grid.scheme import Scheme
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
+from omniq.storage.run_dir import RunDir
+
+log = logging.getLogger("omniq")
+
+VERIFICATION_TEXT = "A model is quantized block by block, and every code that was chosen is the code that is stored."
+FULL, RTN, OURS = "full precision", "round to nearest", "omniq"
+PERPLEXITY_TOLERANCE = 5e-3  # measured: 0.0; both compute in the dtype of the checkpoint
+
+
+def check_export(folder: RunDir, export: Export) -> None:
+    """Refuse to take a checkpoint that was written with other settings for the one that is asked for.
+
+    Raises:
+        UserError: names the settings and two ways to go on.
+    """
+    model = folder.path / "model"
+    written = folder.load_record("export.json") if model.exists() and export.format != "none" else None
+    if written is None:
+        return
+    changed = [
+        f"export.{key} was {written[key]!r}, now {value!r}"
+        for key, value in layout_of(export).items()
+        if written[key] != value
+    ]
+    if changed:
+        raise UserError(
+            f"{model} was written with other settings ({'; '.join(changed)}): remove it to have it written again, or "
+            f"write another one: omniq export --run {folder.path} --out FOLDER --export.format {export.format}"
+        )
+
+
+def layout_of(export: Export) -> dict[str, Any]:
+    """The settings that a checkpoint on disk depends on."""
+    return {"format": export.format, "max_shard_size": export.max_shard_size}
+
+
+def write_checkpoint(
+    source: SourceModel,
+    folder: RunDir,
+    out: Path,
+    export: Export,
+    scheme: Scheme,
+    facts: dict[str, Any],
+    console: Console,
+    window: Tensor | None = None,
+) -> None:
+    """Export a finished run, compare what was written with what was optimised, and let it speak.
+
+    An export that is there already is kept if it is this one, and replaced if it is not: in another format, damaged, or
+    of another run. Of one that is kept, what lies beside the weights is written anew where it differs.
+
+    Args:
+        window: of the evaluation, int64 ``[1, t]``, whose perplexity is compared where activations are quantized; a
+            sentence if not given.
+    """
+    read, layout, size = block_reader(folder), export.format, int(export.max_shard_size * 1e9)
+    if window is None or not scheme.activations.quantized:
+        window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+    opened = Opened(out, find_format(layout))
+
+    def verify() -> str:
+        report = verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=window, opened=opened)
+        same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
+        return describe(report) + same
+
+    earlier, report = None, None
+    try:
+        earlier = earlier_export(out)
+        if earlier == layout and export.verify:
+            report = verify()
+    except Exception as error:  # a damaged file shows in many ways
+        log.warning("%s is not what this run writes there (%s): it is replaced", out, one_line(error))
+    own = out == folder.path / "model"  # anywhere else nothing but the codes tells whose it is
+    if report is None and (earlier != layout or export.verify or not own):
+        instead = f", in the place of an export in format {earlier}" if earlier is not None else ""
+        console.print(f"writing {out} in format {layout}{instead}")
+        export_checkpoint(source, read, out, format=layout, scheme=scheme, card=facts, max_shard_bytes=size)
+        opened = Opened(out, find_format(layout))
+        report = verify() if export.verify else None
+    elif mended := mend_companions(source, out, format=layout, card=facts):
+        console.print(f"written anew in {out}, where it was damaged or of other settings: {', '.join(mended)}")
+    if report is not None:
+        console.print(report)
+    if export.prompt is not None:
+        console.print(f"the checkpoint says{answer(opened, export.prompt)}")
+
+
+def describe(report: Report) -> str:
+    """What was verified, in one line."""
+    way, why = ("through transformers", "") if report.lacking is None else ("block by block", f" ({report.lacking})")
+    return (
+        f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
+        f"logits {way} within {report.relative_error:.1e} of omniq's{why}"
+    )
+
+
+def same_perplexity(
+    report: Report, source: SourceModel, read: Callable[[int], BlockResult], scheme: Scheme, windows: Tensor
+) -> str:
+    """Hold the perplexity of a checkpoint against the one that omniq measures.
+
+    Raises:
+        VerificationError: they differ by more than 0.5 %.
+    """
+    variants = {OURS: quantized(read, source.family, scheme.activations)}
+    ours = evaluate_streamed(as_deployed(source, scheme), windows, variants)[OURS].perplexity
+    theirs, tokens = report.perplexity, windows.numel()
+    both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"
+    if not abs(theirs / ours - 1) <= PERPLEXITY_TOLERANCE:  # NaN must not pass
+        raise VerificationError(f"the checkpoint is not the model that was measured: {both}")
+    return f"; {both}"
+
+
+def answer(opened: Opened, prompt: str, new_tokens: int = 24) -> str:
+    """What the checkpoint answers, greedily, opened by plain transformers as any user would; or why it cannot."""
+    model: Any = opened.model
+    if model is None:
+        return f" nothing: {opened.lacking}"
+    tokenizer = AutoTokenizer.from_pretrained(opened.path)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
+    return f": {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
+
+
+def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
+    """Finished blocks by index."""
+
+    def read(index: int) -> BlockResult:
+        return BlockResult.load(folder.block_path(index))
+
+    return read

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from omniq.distributed import collectives
+
+VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensors", "safetensors", "numpy")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run happens on."""
+    from omniq import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "omniq": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONS},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": gpu or "cpu",
+        "processes": collectives.count(),
+    }

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DOCSTRING."""
+
+from typing import Any
+
+import yaml
+
+# Sections and keys that may change between start and resume: they do not touch the calibration's result, or a digest of
+# what was read stands for the place it was read from.
+FREE_KEYS = (
+    *("out", "export", "evaluation", "callbacks", "config"),
+    *("model.path", "model.gguf_file", "data.source.init_args.path"),
+    *("streams", "save_streams_every"),
+)
+BINDING_TRAINER_KEYS = ("precision",)
+LATER_KEYS = {"compile": False}  # settings that runs of earlier versions have not, and what those did
+
+
+def fingerprint(settings: str) -> dict[str, Any]:
+    """The settings that determine the result, flattened to dotted keys."""
+    flat = _flatten(yaml.safe_load(settings))
+    named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}  # as users write
+    return {key: value for key, value in named.items() if not _free(key) and (key, value) not in LATER_KEYS.items()}
+
+
+def _free(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "trainer":
+        return rest not in BINDING_TRAINER_KEYS
+    return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {k: v for key, child in node.items() for k, v in _flatten(child, f"{prefix}{key}.").items()}
+    if isinstance(node, list) and node:
+        return {k: v for i, child in enumerate(node) for k, v in _flatten(child, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): node}

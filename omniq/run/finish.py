@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the last block: perplexity before and after, the checkpoint, its verification, and the summary of the run."""
+
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from omniq.blocks.placement import Home
+from omniq.data import digest
+from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
+from omniq.evaluate.streaming import Variant
+from omniq.evaluate.variants import as_deployed, full_precision, quantized, rounded
+from omniq.models.locate import public_name
+from omniq.report.table import perplexity_table
+from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, layout_of, write_checkpoint
+from omniq.run.plan import Plan
+from omniq.storage.run_dir import RunDir
+
+
+def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
+    """Evaluate, export, verify and summarize; what an earlier process finished is kept.
+
+    Raises:
+        UserError: the run has its checkpoint already, written with other settings.
+    """
+    check_export(folder, plan.run.export)
+    facts = summary(plan, folder)
+    if plan.evaluation is not None and plan.run.evaluation is not None:
+        text = plan.run.evaluation.describe()
+        facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
+    folder.write_json("summary.json", facts)
+    if plan.run.export.format != "none":
+        if not (folder.path / "model").exists():
+            folder.save_record("export.json", layout_of(plan.run.export))
+        out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
+        write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
+    folder.forget_streams()
+
+
+def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:
+    """Perplexity of the full-precision, the round-to-nearest and the quantized model."""
+    measured = folder.load_record("perplexity.json")
+    about: dict[str, Any] = {"text": text, "tokens": digest(windows)}
+    if measured is not None and about.items() <= measured.items():
+        results = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
+    else:
+        results = measure(plan, windows, folder, console)
+        folder.save_record("perplexity.json", about | {"models": {k: v.to_json() for k, v in results.items()}})
+    console.print(perplexity_table(results, title=text))
+    return {name: result.perplexity for name, result in results.items()}
+
+
+def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> dict[str, PerplexityResult]:
+    """All three in one pass over the blocks, or in two if the quantized ones compute in another dtype."""
+    full: dict[str, Variant] = {FULL: full_precision}
+    family, scheme = plan.source.family, plan.run.scheme
+    ours = {
+        RTN: rounded(family, scheme.grid, scheme.activations),
+        OURS: quantized(block_reader(folder), family, scheme.activations),
+    }
+    deployed = as_deployed(plan.source, scheme)
+    passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]
+    results: dict[str, PerplexityResult] = {}
+
+    def home(size: int) -> Home:
+        most = max(len(variants) for _, variants in passes)
+        return Home.choose(plan.run.streams, plan.device, folder.path, size, count=most)
+
+    with console.status("perplexity") as status:
+        for source, variants in passes:
+            results |= evaluate_streamed(
+                source,
+                windows,
+                variants,
+                device=plan.device,
+                batch_size=plan.run.batch,
+                home=home,
+                progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
+            )
+            source.release()
+    return results
+
+
+def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
+    """What the model card and summary.json tell: recipe, data, versions, losses, size."""
+    read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    for index in range(plan.source.num_blocks):  # one at a time: all codes of a large model do not fit into memory
+        block = read(index)
+        blocks.append(dict(block.summary))
+        for linear in block.linears.values():
+            bits += linear.bits_per_weight() * linear.codes.numel()
+            total += linear.codes.numel()
+    return {
+        "base_model": public_name(plan.run.model.path),
+        "scheme": plan.run.scheme.name,
+        "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
+        "recipe": (folder.path / "config.yaml").read_text(),
+        "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
+        "source_digest": plan.fingerprint["model digest"],
+        "seed": plan.run.seed,
+        "bits_per_weight": round(bits / total, 3),
+        "versions": dict(plan.environment),
+        "blocks": blocks,
+    }

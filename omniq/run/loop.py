@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over blocks: a checkpoint flows through a line of blocks, at each a few stages find integer codes.
+
+    text ─► tokens ─► embedding ─► for each block: full-precision outputs, stages, codes, quantized outputs ─► export
+
+It goes one way, and it is the same loop whether a run starts or continues: what a finished block left in the run
+directory is read instead of computed.
+"""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from omniq.blocks.activation_hooks import quantized_activations
+from omniq.blocks.forward import propagate
+from omniq.blocks.prefetch import blocks_ahead
+from omniq.blocks.streams import Streams
+from omniq.blocks.weights import deploy
+from omniq.calibration.static_ranges import fix_inputs
+from omniq.calibration.task import BlockTask
+from omniq.callbacks import BlockLosses
+from omniq.config.run import Run
+from omniq.distributed import collectives
+from omniq.kernels.matmul_precision import matmul_precision
+from omniq.report.display import Display
+from omniq.report.stopwatch import Stopwatch
+from omniq.run.finish import wrap_up
+from omniq.run.fit import Fitting, check_deployable, fit_stage
+from omniq.run.plan import Plan, prepare
+from omniq.storage.block_result import BlockResult
+from omniq.storage.run_dir import RunDir
+
+log = logging.getLogger("omniq")
+
+
+def quantize(run: Run, settings: str) -> Path:
+    """Quantize a model: the main job.
+
+    Args:
+        run: what to do.
+        settings: the resolved configuration as YAML, recorded with the run.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: something cannot be done as asked; found before the first block wherever possible.
+    """
+    plan = prepare(run, settings)
+    precision: Literal["float32", "tf32", "bf16"] = "float32" if run.matmul == "ieee" else run.matmul
+    with RunDir(run.out) as folder, matmul_precision(precision, plan.device):
+        resumed = folder.claim(plan.fingerprint, settings)
+        folder.write_json("environment.json", plan.environment)
+        with Display(plan.source.num_blocks, Console(quiet=not folder.writes)) as display:
+            if resumed:
+                display.console.print(f"continuing the run in {run.out}")
+            calibrate(plan, folder, display)
+        collectives.part(lambda: wrap_up(plan, folder, display.console))
+    return run.out
+
+
+def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
+    """Finish every block that is not finished yet."""
+    blocks = range(plan.source.num_blocks)
+    finished = collectives.first(lambda: [folder.load_block(index) is not None for index in blocks])
+    if all(finished):
+        for index in blocks:
+            _show(display, index, BlockResult.load(folder.block_path(index)))
+        return
+    folder.clear_current(but=finished.index(False))
+    streams = _streams_before(plan, folder, finished.index(False))
+    plan.source.release()
+    for index, block in blocks_ahead(plan.source, streams.index, plan.device):
+        result = BlockResult.load(folder.block_path(index)) if finished[index] else None
+        _show(display, index, pass_block(plan, folder, display, block, streams, result))
+        del block, result  # NOTE: or a third one is alive while the next but one is read
+        _keep_streams(plan, folder, streams)
+    folder.flush()
+
+
+def pass_block(
+    plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, result: BlockResult | None
+) -> BlockResult:
+    """Send both streams through one block, which is calibrated in between unless it is finished."""
+    index, kwargs, clock = streams.index, plan.block_arguments[streams.index], Stopwatch()
+    finished, losses = result is not None, None
+    numbers = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
+    check_numbers(numbers, plan.source.block_name(index))
+    if result is None and (plan.run.blocks is None or index < plan.run.blocks):
+        result, losses = run_stages(plan, folder, display, block, streams, clock)
+    elif result is None:
+        result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
+    deploy(block, result)
+    with quantized_activations(block, plan.source.family, plan.run.scheme.activations, result.linears):
+        propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
+    streams.index += 1
+    folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
+    if not finished:
+        result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
+        collectives.first(lambda: check_deployable(index, result, plan.run.scheme.deploy_dtype))
+        if losses is not None:
+            ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
+            losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
+        folder.keep_block(index, result)
+    return result
+
+
+def check_numbers(finite: bool, block: str) -> None:
+    """Refuse a model that computes something else than numbers, before anything is calibrated on that.
+
+    Args:
+        finite: whether all is that the full-precision block, of this full name, has put out for this process.
+
+    Raises:
+        UserError: names the block.
+    """
+    if not collectives.all_agree(finite):
+        raise collectives.told_once(
+            f"{block}: the full-precision model puts out NaN or infinity here: get its weights again, or set "
+            "trainer.precision to 32-true"
+        )
+
+
+def run_stages(
+    plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, clock: Stopwatch
+) -> tuple[BlockResult, BlockLosses | None]:
+    """Send one block through all stages; a stage that finished before an interruption is not repeated.
+
+    Returns:
+        The block's result, and the losses of its last stage.
+    """
+    index, samples = streams.index, len(streams.quantized) - plan.held_out
+    task = BlockTask(
+        index=index,
+        family=plan.source.family,
+        block=block,
+        grid=plan.run.scheme.grid,
+        inputs=streams.quantized[:samples],
+        targets=streams.full_precision[:samples],
+        kwargs=plan.block_arguments[index],
+        seed=plan.run.seed,
+        precision=plan.precision,
+        activations=plan.run.scheme.activations,
+        compile=plan.run.compile,
+    )
+    losses = None
+    for number, stage in enumerate(plan.run.stages):
+        losses = fit_stage(task, stage, Fitting(plan.run, folder, display, number, clock))
+    if task.result is None:
+        raise RuntimeError(f"block {index}: the stages left no result")
+    result = task.result.with_summary(**task.notes)
+    return (fix_inputs(task, result) if task.activations.static else result), losses
+
+
+def summarize(
+    result: BlockResult, streams: Streams, held_out: int, device: torch.device, seconds: float
+) -> BlockResult:
+    """Add what became of the block: its reconstruction error as deployed, relative to the output's power."""
+    errors: dict[str, float] = {}
+    samples = len(streams.quantized) - held_out
+    for name, part in (("loss", slice(0, samples)), ("held_out_loss", slice(samples, None))):
+        if len(streams.quantized[part]):
+            error, power = _mean_squares(streams.quantized[part], streams.full_precision[part], device)
+            errors |= {name: error, f"relative_{name}": error / power}
+    return result.with_summary(**errors, seconds=round(seconds, 3))
+
+
+def _mean_squares(quantized: Tensor, full_precision: Tensor, device: torch.device) -> tuple[float, float]:
+    """Mean squared difference and mean square of the target over all processes, summed in float64 sample by sample."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for pair in zip(quantized, full_precision, strict=True):
+        ours, theirs = (sample.to(device, non_blocking=True).double() for sample in pair)
+        sums += torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+    error, power = (collectives.all_reduce_sum(sums) / (quantized.numel() * collectives.count())).tolist()
+    return error, power
+
+
+def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
+    """Streams at or before the first unfinished block: as saved, or from the embedding."""
+    saved = folder.load_streams(lambda stream: plan.home.take_in(collectives.mine(stream)))
+    usable = Streams(*saved) if saved is not None and saved[0] <= first else None
+    if collectives.all_agree(usable is not None) and usable is not None:
+        return usable
+    return Streams.start(plan.embed())
+
+
+def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
+    """Have a copy of the streams written, where one is asked for and of use."""
+    every, index = plan.run.save_streams_every, streams.index
+    if not every or index % every or index == plan.source.num_blocks:
+        return
+    snapshot = streams.snapshot(plan.home.copies)
+    if snapshot is not None:
+        folder.keep_streams(snapshot.index, snapshot.full_precision, snapshot.quantized)
+
+
+def _show(display: Display, index: int, result: BlockResult) -> None:
+    parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
+    parts += [str(result.summary[name]) for name in ("guard",) if name in result.summary]
+    display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is checked, opened and counted before the first block: a run that cannot work stops here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from omniq.blocks.forward import Precision
+from omniq.blocks.placement import Home
+from omniq.config.run import Run
+from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
+from omniq.data import digest
+from omniq.data.text import one_line
+from omniq.distributed import collectives
+from omniq.distributed.launch import join, launch_arguments, started
+from omniq.errors import UserError
+from omniq.export import check_free, find_format
+from omniq.models.source import SourceModel
+from omniq.run.checks import check_compiler, check_model, check_shares
+from omniq.run.environment import environment
+from omniq.run.fingerprint import fingerprint
+from omniq.storage.ownership import check_writable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start.
+
+    Args:
+        run: the configuration.
+        source: the opened model.
+        tokens: calibration windows, then held-out ones, int64 ``[n, t]``; of several processes, this one's share.
+        held_out: how many of them are held out.
+        evaluation: windows for the perplexity, int64 ``[m, t]``, or None.
+        device: where blocks compute.
+        home: where the streams live.
+        precision: enters the autocast context of the Trainer.
+        block_arguments: of each block's forward.
+        fingerprint: what must not change between start and resume.
+        environment: versions and machine.
+    """
+
+    run: Run
+    source: SourceModel
+    tokens: Tensor
+    held_out: int
+    evaluation: Tensor | None
+    device: torch.device
+    home: Home
+    precision: Precision
+    block_arguments: list[dict[str, Any]]
+    fingerprint: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def embed(self) -> Tensor:
+        """Hidden states that enter block 0, ``[n, t, h]``, where the streams live."""
+        parts = self.tokens.split(self.run.batch)
+        first, _ = self.source.embed(parts[0], self.device)
+        hidden = self.home.empty((len(self.tokens), *first.shape[1:]), first.dtype)
+        for part, out in zip(parts, hidden.split(self.run.batch), strict=True):
+            out.copy_(self.source.embed(part, self.device)[0])
+        return hidden
+
+
+def open_model(run: Run) -> SourceModel:
+    """The model of a run, in the dtype of its computations.
+
+    Raises:
+        UserError: the model cannot be opened, or another dtype was asked for than the precision computes in.
+    """
+    model, dtype = run.model, str(compute_dtype(run.trainer)).removeprefix("torch.")
+    if model.dtype not in ("auto", dtype):
+        raise UserError(
+            f"model.dtype {model.dtype!r} does not go with trainer.precision, which computes in {dtype}: "
+            "leave model.dtype at auto, or change trainer.precision"
+        )
+    return SourceModel.open(
+        model.path,
+        gguf_file=model.gguf_file,
+        dtype=dtype,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def prepare(run: Run, settings: str) -> Plan:
+    """Check a run from end to end, open its model and draw its windows.
+
+    Raises:
+        UserError: the first thing that cannot work, in one line.
+    """
+    run.check()
+    check_trainer(run.trainer)
+    check_writable(run.out)
+    if run.export.format != "none":
+        sparse = any(stage.sparse for stage in run.stages)
+        find_format(run.export.format).check(run.scheme, outliers=sparse)
+        check_free(run.out / "model")
+    source = open_model(run)
+    check_model(run, source)
+    tokenizer = source.tokenizer()
+    windows = run.data.windows(tokenizer, run.seed)
+    tokens = torch.cat([windows.calibration, windows.held_out])
+    trainer = open_trainer(run)
+    check_shares(len(windows.calibration), len(windows.held_out))
+    device = trainer.strategy.root_device
+    if run.compile:
+        check_compiler(device)
+    sample, block_arguments = source.embed(tokens[:1], device)
+    share = collectives.mine(tokens)
+    return Plan(
+        run=run,
+        source=source,
+        tokens=share,
+        held_out=len(windows.held_out) // collectives.count(),
+        evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
+        device=device,
+        home=Home.choose(
+            run.streams,
+            device,
+            run.out,
+            len(share) * sample.nbytes,
+            neighbours=started()[1],
+            saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
+        ),
+        precision=trainer.precision_plugin.forward_context,
+        block_arguments=block_arguments,
+        fingerprint=collectives.first(
+            lambda: fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()}
+        ),
+        environment=environment(device),
+    )
+
+
+def open_trainer(run: Run) -> L.Trainer:
+    """A Trainer as every block will get one, for its device and precision; several processes meet here.
+
+    Raises:
+        UserError: Lightning refuses its arguments, or it means another number of processes than there are.
+    """
+    given = trainer_arguments(run.trainer)
+    try:
+        trainer = run.trainer(**launch_arguments(given))
+    except UserError:
+        raise
+    except Exception as error:  # Lightning and torch refuse in many ways
+        raise UserError(f"trainer: {one_line(error)}; change or leave out that argument of the Trainer") from error
+    join(trainer, given)
+    return trainer

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done with a run directory afterwards: another export, and a look at its losses."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from omniq.config.parse import parse_run
+from omniq.config.run import Export, Run
+from omniq.errors import UserError
+from omniq.export import check_output, find_format
+from omniq.run.checkpoint import write_checkpoint
+from omniq.run.fingerprint import fingerprint
+from omniq.run.plan import open_model
+from omniq.storage.atomic import expanded
+from omniq.storage.run_dir import RunDir
+
+_ANEW = "run its quantize command again, which writes it anew"
+
+
+def open_run(path: Path) -> tuple[Run, str]:
+    """The configuration of a run directory, and its settings as YAML.
+
+    Raises:
+        UserError: no run lives there, or its configuration is damaged.
+    """
+    config = path / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"run {path} is not a run directory: it has no config.yaml; give the out of a quantize command")
+    try:
+        return parse_run([config])
+    except (UserError, ValueError) as error:  # not UTF-8, for one
+        raise UserError(f"{config} cannot be read ({error}): {_ANEW}") from error
+
+
+def export_run(path: Path, out: Path, export: Export) -> None:
+    """Write another checkpoint of a finished run.
+
+    Raises:
+        UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
+            the format cannot hold it, or ``out`` holds something else.
+    """
+    path, out = expanded(path), expanded(out)
+    run, settings = open_run(path)
+    facts = _facts(path)
+    layout = find_format(export.format)
+    layout.check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
+    check_output(out)
+    with RunDir(path) as folder:
+        source = open_model(run)
+        layout.check(run.scheme, source.family)
+        _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
+        write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the card of a finished run tells."""
+    file = path / "summary.json"
+    if not file.is_file():
+        raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
+    try:
+        facts = json.loads(file.read_bytes())
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged: {_ANEW}")
+    return facts
+
+
+def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
+    """Make sure that configuration and model are those of the finished blocks.
+
+    Settings that only one of both versions of omniq knows are passed over.
+    """
+    then = folder.fingerprint()
+    changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
+    if changed == ["model digest"]:
+        raise UserError(
+            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: put that back, or give "
+            "its new place to the quantize command, which records it"
+        )
+    if changed:
+        raise UserError(f"{folder.path / 'config.yaml'} is not that of the run ({', '.join(changed)} differ): {_ANEW}")

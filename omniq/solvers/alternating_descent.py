@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuantEase with a sparse part that moves (arXiv 2309.01885, Algorithm 3): descent and hard thresholding in turn.
+
+    minimise ||(W - B - H) X||^2,   B on the grid,   H sparse
+
+Each step is one sweep over B with target ``W - H``, then one step of iterative hard thresholding on H with B fixed
+(``omniq.solvers.outliers.threshold_step``; the published code takes half that step, and never rounds B). In terms of
+the residual ``D = W - B - H`` the sweep is the usual one; H moves the target and D together.
+
+The support belongs to the whole layer, so rows do not compete alone: the best iterate is that of least total error.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniq.grid.affine import Grid
+from omniq.kernels.layer_problem import Problem, objective, squares
+from omniq.kernels.matmul_precision import matmul_precision
+from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.outliers import largest_eigenvalue, threshold_step
+
+
+class AlternatingDescent(CoordinateDescent):
+    """Algorithm 3 on one stacked weight.
+
+    Args:
+        params: one parameter ``[o, i]`` that holds the original weights W; it becomes W - H.
+        gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
+        support: where H starts, bool ``[o, i]``, from ``omniq.solvers.outliers.choose_support``; H starts as W there.
+        structured: the support is whole columns, which may be others for each of the stacked linears: neighbouring rows
+            with the same support keep as many columns, in common.
+        settings: the other settings of ``CoordinateDescent``, except target and mask.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        gram: Tensor,
+        grid: Grid,
+        scale: Tensor,
+        zero_point: Tensor,
+        *,
+        support: Tensor,
+        structured: bool = False,
+        **settings: Any,
+    ) -> None:
+        (weight,) = params = list(params)
+        target = weight.data.t().contiguous()
+        sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
+        weight.data = (target - sparse).t()  # moves with H, in memory of its own
+        super().__init__(params, gram, grid, scale, zero_point, **settings)
+        self.param_groups[0] |= {"structured": structured, "parts": _parts(support) if structured else [len(support)]}
+        counts = [
+            int(part[0].sum() if structured else part.sum()) for part in support.split(self.param_groups[0]["parts"])
+        ]
+        self.param_groups[0]["counts"] = counts
+        state, problem = self.state[self.weight], self.problem
+        ridge = state["ridge"] * squares(target)
+        state |= {
+            "sparse": sparse,
+            "best_sparse": sparse.clone(),
+            "lambda_max": largest_eigenvalue(problem.gram),
+            "baseline": objective(problem, target) - ridge,
+        }
+
+    def _after_sweep(self, problem: Problem, sweep: int) -> None:
+        super()._after_sweep(problem, sweep)
+        state, group, problem = self.state[self.weight], self.param_groups[0], self.problem
+        parts = zip(
+            state["residual"].t().split(group["parts"]),
+            state["sparse"].t().split(group["parts"]),
+            group["counts"],
+            strict=True,
+        )
+        with matmul_precision(group["precision"], problem.gram.device):
+            steps = [
+                threshold_step(residual, sparse, problem.gram, count, state["lambda_max"], group["structured"])
+                for residual, sparse, count in parts
+            ]
+        moved = torch.cat(steps).t()
+        change = moved - state["sparse"]
+        state["sparse"] = moved.contiguous()
+        problem.target.sub_(change)  # W - H
+        state["residual"].sub_(change)
+        if problem.dead:
+            state["residual"].mul_((problem.inverse > 0).to(change.dtype)[:, None])
+        state["objective"] = objective(problem, state["residual"])
+
+    def _improved(self) -> Tensor:
+        state = self.state[self.weight]
+        return (state["objective"].sum() < state["best_objective"].sum()).expand_as(state["objective"])
+
+    def _keep_best(self) -> None:
+        state = self.state[self.weight]
+        state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
+        super()._keep_best()
+
+    def result(self, last: bool = False) -> Solution:
+        """The best codes, and H beside them."""
+        solution = super().result(last)
+        return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())
+
+
+def _parts(support: Tensor) -> list[int]:
+    """Lengths of the runs of rows with equal support."""
+    starts = (support[1:] != support[:-1]).any(1).nonzero().flatten() + 1
+    edges = [0, *starts.tolist(), len(support)]
+    return [end - start for start, end in zip(edges, edges[1:], strict=False)]

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished block is: integer codes, scales, zero points and every other parameter as deployed.
+
+Codes are the truth. Stages write them, packers rearrange their bits, and nothing in between rounds again.
+A result lives in one safetensors file whose metadata holds the grids, a summary and a SHA-256 over all tensors.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniq.grid.affine import Grid
+from omniq.grid.quantized_scales import SecondLevel
+from omniq.quantizers.activations import StaticGrid
+from omniq.storage.sealed import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The sparse float16 part of a layer, in compressed sparse rows; it is added to the dense part.
+
+    Args:
+        row_pointer: int32 ``[o + 1]``; row ``r`` owns entries ``row_pointer[r]:row_pointer[r + 1]``.
+        column: ``[n]``, int16 where the layer has at most 32,768 inputs, else int32.
+        value: float16 ``[n]``.
+    """
+
+    row_pointer: Tensor
+    column: Tensor
+    value: Tensor
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> "Outliers":
+        """Keep the non-zero entries of ``[o, i]``."""
+        mask = dense != 0
+        pointer = torch.zeros(dense.shape[0] + 1, dtype=torch.int32)
+        pointer[1:] = mask.sum(1).cumsum(0).cpu()
+        column = mask.nonzero()[:, 1].to(torch.int16 if dense.shape[1] <= 2**15 else torch.int32)
+        return cls(pointer, column.cpu(), dense[mask].to(torch.float16).cpu())
+
+    def dense(self, width: int, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
+        """The same as ``[o, i]``, zero elsewhere; on the device of ``value`` if none is given."""
+        rows = self.row_pointer.diff().long()
+        row = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
+        out = torch.zeros(len(rows), width, dtype=dtype, device=device or self.value.device)
+        out[row.to(out.device), self.column.to(out.device).long()] = self.value.to(out.device, dtype)
+        return out
+
+
+# Parts of a linear that have tensors of their own, by their name there.
+_NESTED: dict[str, type[Outliers] | type[StaticGrid]] = {"outliers": Outliers, "input": StaticGrid}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear layer on its grid.
+
+    Args:
+        grid: bits, group size, symmetry and the storage dtype of scales.
+        codes: uint8 ``[o, i]``.
+        scale: ``[o, G]`` in ``grid.scale_dtype``.
+        zero_point: uint8 ``[o, G]``.
+        outliers: the sparse part, if the method has one.
+        input: the grid of its input, if the scheme fixes that.
+    """
+
+    grid: Grid
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    outliers: Outliers | None = None
+    input: StaticGrid | None = None
+
+    @classmethod
+    def of(
+        cls, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor, outliers: Outliers | None = None
+    ) -> "QuantizedLinear":
+        """Bring codes and grid to their storage dtypes on the CPU."""
+        return cls(
+            grid,
+            codes.to("cpu", torch.uint8),
+            scale.to("cpu", grid.scale_dtype),
+            zero_point.to("cpu", torch.uint8),
+            outliers,
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
+        nested = {key: getattr(self, key) for key in _NESTED}
+        parts = {key: None if part is None else dict(vars(part)) for key, part in nested.items()}
+        return {**vars(self), "grid": _grid_to_json(self.grid), **parts}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "QuantizedLinear":
+        """Invert ``to_state``."""
+        parts = {key: None if state[key] is None else kind(**state[key]) for key, kind in _NESTED.items()}
+        return cls(**{**state, "grid": _grid_from_json(state["grid"]), **parts})
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
+        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``: the same bits on every device.
+
+        Args:
+            device: where to make it; where the codes lie if not given.
+        """
+        device = device or self.codes.device
+        codes, scale, zero_point = (part.to(device) for part in (self.codes, self.scale, self.zero_point))
+        weight = self.grid.dequantize(codes, scale.float(), zero_point)
+        if self.outliers is not None:
+            weight = weight + self.outliers.dense(weight.shape[1], device=device)
+        return weight.to(dtype)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes, scales, zero points and outliers over the number of weights."""
+        grid, second = self.grid, self.grid.second or SecondLevel(0, 0)
+        bits = self.codes.numel() * grid.bits
+        bits += second.stored_bits(self.scale, second.scale_bits, 8 * self.scale.element_size())
+        if not grid.symmetric:
+            bits += second.stored_bits(self.zero_point, second.zero_bits, grid.bits)
+        if self.outliers is not None:
+            parts = (self.outliers.row_pointer, self.outliers.column, self.outliers.value)
+            bits += sum(part.numel() * part.element_size() * 8 for part in parts)
+        return bits / self.codes.numel()
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A finished block.
+
+    Args:
+        linears: by name inside the block, such as ``self_attn.q_proj``.
+        tensors: every other parameter of the block as deployed (norms, biases), by name inside the block.
+        summary: what is worth telling of the block: losses, warnings, seconds.
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    tensors: Mapping[str, Tensor]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_summary(self, **entries: Any) -> "BlockResult":
+        """The same result with more in its summary."""
+        return replace(self, summary={**self.summary, **entries})
+
+    def on_host(self) -> "BlockResult":
+        """The same result with all tensors in host memory, where codes are anyway."""
+        return replace(self, tensors={name: value.cpu() for name, value in self.tensors.items()})
+
+    def with_inputs(self, grids: Mapping[str, StaticGrid]) -> "BlockResult":
+        """The same result with the grid of each linear's input."""
+        linears = {name: replace(linear, input=grids[name]) for name, linear in self.linears.items()}
+        return replace(self, linears=linears)
+
+    def dequantized(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """All parameters of the block as a plain module holds them, one at a time: the items of a state dict."""
+        for name, linear in self.linears.items():
+            yield f"{name}.weight", linear.dequantize(dtype, device)
+        for name, tensor in self.tensors.items():
+            yield name, tensor.to(device, dtype)
+
+    def unstorable(self, dtype: torch.dtype) -> str | None:
+        """The first parameter with values beyond a dtype of deployment, or none at all; None if all are well."""
+        ranges = {f"{name}.weight": linear.scale.float() * linear.grid.levels for name, linear in self.linears.items()}
+        values = {**ranges, **self.tensors}
+        return next((name for name, value in values.items() if not value.to(dtype).isfinite().all()), None)
+
+    def save(self, path: Path) -> None:
+        """Write to ``path`` atomically: beside it, flushed, renamed."""
+        tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
+        grids = {}
+        for name, linear in self.linears.items():
+            grids[name] = _grid_to_json(linear.grid)
+            parts = {"codes": linear.codes, "scale": linear.scale, "zero_point": linear.zero_point}
+            for part in _NESTED:
+                if (nested := getattr(linear, part)) is not None:
+                    parts |= {f"{part}.{key}": value for key, value in vars(nested).items()}
+            tensors |= {f"linears.{name}:{part}": tensor for part, tensor in parts.items()}
+        save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))})
+
+    @classmethod
+    def load(cls, path: Path) -> "BlockResult":
+        """Read what ``save`` wrote.
+
+        Raises:
+            CorruptFile: the file is truncated, altered or not a block result.
+        """
+        tensors, head = load_tensors(path)
+        linears: dict[str, QuantizedLinear] = {}
+        for name, grid in json.loads(head["grids"]).items():
+            prefix = f"linears.{name}:"
+            part: dict[str, Any] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+            for key, kind in _NESTED.items():
+                fields = {
+                    last.removeprefix(f"{key}."): part.pop(last) for last in list(part) if last.startswith(f"{key}.")
+                }
+                part[key] = kind(**fields) if fields else None
+            linears[name] = QuantizedLinear(_grid_from_json(grid), **part)
+        others = {key.removeprefix("tensors."): value for key, value in tensors.items() if key.startswith("tensors.")}
+        return cls(linears, others, json.loads(head["summary"]))
+
+
+def _grid_to_json(grid: Grid) -> dict[str, Any]:
+    second = None if grid.second is None else vars(grid.second)
+    return vars(grid) | {"scale_dtype": str(grid.scale_dtype).removeprefix("torch."), "second": second}
+
+
+def _grid_from_json(grid: dict[str, Any]) -> Grid:
+    second = SecondLevel(**grid["second"]) if grid.get("second") else None  # results of earlier versions have no key
+    return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"]), "second": second})

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose folder ``out`` is: a run makes, replaces and removes files in it, so nothing of the user's may be there.
+
+A folder is a run's if it holds a fingerprint. Without one it must be empty, or hold no more than what a run makes
+before its fingerprint; anything else is the user's, or of a run whose settings nobody knows any more, and is refused
+before anything is touched. In a run's folder only the names below are ever written or removed, with what is in
+``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export has filled it (``omniq.export.containers.output_folder``).
+"""
+
+import os
+from pathlib import Path
+
+from omniq.errors import UserError
+
+FINGERPRINT = "fingerprint.json"
+_RECORDS = (
+    *(FINGERPRINT, "config.yaml", "environment.json", "streams.safetensors"),
+    *("perplexity.json", "summary.json", "export.json"),
+)
+# What there is of a run that was killed before it had a fingerprint; the folders are empty then.
+_FIRST = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a run directory that could not be made or is not a run's, without touching it.
+
+    Raises:
+        UserError: the working directory itself, which an empty ``out`` means too; a file is in the way; there is no
+            permission; or it holds files, but no run.
+    """
+    if path == Path():
+        raise UserError(
+            "out is empty or '.', the working directory: give the run a folder of its own, such as checkpoints/run"
+        )
+    path = path.absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"out {path} cannot be written: no permission in {there}; choose another folder")
+    check_own(path)
+
+
+def check_own(path: Path) -> None:
+    """Refuse a folder that is neither a run's nor empty nor still to be made.
+
+    Raises:
+        UserError: names the first file in it that is not a run's.
+    """
+    if (path / FINGERPRINT).exists():
+        return
+    for place in (path, path / "blocks", path / "current"):
+        for entry in sorted(place.iterdir()) if place.is_dir() else ():
+            if place != path or entry.name not in _FIRST:
+                raise UserError(
+                    f"out {path} holds {entry.relative_to(path)} and no {FINGERPRINT}, so it is no run to continue: "
+                    "choose an empty or a new folder"
+                )
+
+
+def sweep(path: Path) -> None:
+    """Remove what a process that was killed while it wrote has left of a run's own files."""
+    for name in _RECORDS:
+        (path / f".{name}.partial").unlink(missing_ok=True)
+    for folder in ("blocks", "current"):
+        for leftover in (path / folder).glob(".*.partial"):
+            leftover.unlink()

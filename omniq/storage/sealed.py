@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or not there, and that know when they were altered.
+
+Everything is written beside its final name, flushed and renamed, and then the new name is flushed: what is written
+later is never on the disk without it. Tensors go to safetensors files whose metadata holds
+a SHA-256 over all of their content, and so do records in JSON; Python state goes to a digest followed by what
+``torch.save`` writes.
+"""
+
+import hashlib
+import io
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from omniq.errors import CorruptFile
+from omniq.storage.atomic import atomic_write
+
+_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
+    """Write tensors and a few strings, sealed by a checksum."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each one is aligned
+    header = _header(tensors, {**head, "sha256": _digest(tensors, head)})
+    atomic_write(path, header, *(_bytes(tensor) for tensor in tensors.values()))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what ``save_tensors`` wrote.
+
+    Raises:
+        CorruptFile: truncated, altered, or never such a file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            head = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFile(f"{path}: {error}") from error
+    if head.pop("sha256", None) != _digest(tensors, head):
+        raise CorruptFile(f"{path}: the checksum does not match its content")
+    return tensors, head
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write Python state (tensors, numbers, strings, containers), sealed by a checksum."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> Any:
+    """Read what ``save_state`` wrote; only plain containers and tensors are unpickled.
+
+    Raises:
+        CorruptFile: truncated, altered, or written with something else in it.
+    """
+    data = path.read_bytes()
+    if hashlib.sha256(memoryview(data)[32:]).digest() != data[:32]:
+        raise CorruptFile(f"{path}: the checksum does not match its content")
+    try:
+        return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
+        raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
+
+
+def finite(content: Any) -> Any:
+    """The same containers with None for every number that is not finite: JSON has no infinity."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def save_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what JSON can hold, for people and tools, sealed by a checksum."""
+    atomic_write(path, json.dumps({**content, "sha256": _seal(content)}, indent=1).encode())
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Read what ``save_record`` wrote.
+
+    Raises:
+        CorruptFile: truncated or altered.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
+        return content
+    raise CorruptFile(f"{path}: the checksum does not match its content")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(head), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
+    """What precedes the tensors in a safetensors file. Written here because the library copies all tensors first."""
+    entries: dict[str, Any] = {"__metadata__": dict(head)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The content of a contiguous tensor on the CPU, not copied."""
+    return tensor.flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed ranges of inputs: found when a block is finished, kept with it, and what a runtime computes with."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from omniq.blocks.activation_hooks import Finished, quantized_activations
+from omniq.blocks.forward import call_block
+from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.static_ranges import fix_inputs
+from omniq.calibration.task import BlockTask
+from omniq.cli.main import main
+from omniq.errors import UserError
+from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
+from omniq.grid.affine import Grid
+from omniq.grid.scheme import Activations, Scheme
+from omniq.models.families import family_of_type
+from omniq.models.family import Family
+from omniq.models.source import SourceModel
+from omniq.quantizers.activations import StaticGrid, quantize_tokens
+from omniq.storage.block_result import BlockResult, QuantizedLinear
+from tests.helpers.exported import CARD, WINDOWS, rounded
+from tests.helpers.runs import omniquant, outcome, write_run
+from tests.helpers.tiny import tiny_block
+
+FAMILIES = ["llama", "qwen3", "opt"]
+X = torch.randn(6, 16, 64, generator=torch.Generator().manual_seed(0))
+
+
+def inputs_before_and_after(
+    block: nn.Module, family: Family, kwargs: dict[str, Any], given: Activations, finished: Finished | None
+) -> list[tuple[Tensor, Tensor]]:
+    """What comes to every linear of a block, and what the quantizers make of it."""
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    linears = [block.get_submodule(name) for name in family.linears]
+    handles = [each.register_forward_pre_hook(lambda module, args: before.append(args[0])) for each in linears]
+    with torch.no_grad(), quantized_activations(block, family, given, finished):
+        handles += [each.register_forward_pre_hook(lambda module, args: after.append(args[0])) for each in linears]
+        call_block(block, X, kwargs)
+    for handle in handles:
+        handle.remove()
+    return list(zip(before, after, strict=True))
+
+
+def finished_with(family: Family, fixed: StaticGrid) -> Finished:
+    nothing = torch.zeros(1, 1)
+    return dict.fromkeys(family.linears, QuantizedLinear(Grid(4), nothing, nothing, nothing, input=fixed))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_tokens_share_a_range(family: str, symmetric: bool) -> None:
+    """The sample's while the block is calibrated, the fixed one when it is finished; none where it is not quantized.
+
+    Also where OPT hands over all tokens of a batch in one row.
+    """
+    block, kwargs = tiny_block(family)
+    form, given = family_of_type(family), Activations(6, symmetric=symmetric, static=True)
+    fixed = StaticGrid.fit(torch.tensor(-0.9), torch.tensor(1.7), 6, symmetric, torch.float16)
+
+    def check(finished: Finished | None, quantize: Any) -> None:
+        pairs = inputs_before_and_after(block, form, kwargs, given, finished)
+        assert len(pairs) == len(form.linears)
+        assert all(torch.equal(after, quantize(before)) for before, after in pairs)
+
+    check(None, lambda x: quantize_tokens(x.reshape(len(X), -1), 6, symmetric).view(x.shape))
+    check(finished_with(form, fixed), lambda x: fixed.quantize(x, 6))
+    check({}, lambda x: x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
+    """Against hooks of our own on a block with the rounded weights."""
+    block, kwargs = tiny_block(family)
+    form, given, grid = family_of_type(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
+    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
+    result = fix_inputs(task, BlockResult(linears, task.plain_tensors()))
+    seen = inputs_before_and_after(block, form, kwargs, Activations(), None)  # with the deployed weights by now
+    for (raw, _), name in zip(seen, form.linears, strict=True):
+        found = result.linears[name].input
+        assert found is not None
+        lo, hi = min(float(raw.min()), 0.0), max(float(raw.max()), 0.0)
+        assert found.scale.item() == pytest.approx((hi - lo) / 255, rel=1e-5)
+        assert found.zero_point.item() == round(-128 - lo / found.scale.item())
+
+
+def test_a_range_without_an_end_is_refused() -> None:
+    """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
+    block, kwargs = tiny_block("llama")
+    form, given, grid = family_of_type("llama"), Activations(8, static=True), Grid(8)
+    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    block.get_submodule("mlp.down_proj").register_forward_pre_hook(
+        lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
+    )
+    linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
+    with pytest.raises(UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite, \d of 6"):
+        fix_inputs(task, BlockResult(linears, task.plain_tensors()))
+
+
+def test_they_are_saved_and_read(tmp_path: Path) -> None:
+    fixed = StaticGrid(torch.tensor([0.25], dtype=torch.float16), torch.tensor([-7], dtype=torch.int8))
+    linear = round_to_nearest(torch.randn(4, 32), Grid(4))
+    result = BlockResult({"a": linear, "b": linear}, {}).with_inputs({"a": fixed, "b": fixed})
+    result.save(tmp_path / "block")
+    for found in (
+        *BlockResult.load(tmp_path / "block").linears.values(),
+        QuantizedLinear.from_state(result.linears["a"].to_state()),
+    ):
+        assert found.input is not None
+        assert (found.input.scale, found.input.zero_point) == (fixed.scale, fixed.zero_point)
+        assert (found.input.scale.dtype, found.input.zero_point.dtype) == (torch.float16, torch.int8)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_exported_ranges_are_what_transformers_computes_with(
+    symmetric: bool, source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    def fixed(results: list[BlockResult], hi: float) -> list[BlockResult]:
+        bounds = torch.tensor(-2.0), torch.tensor(hi)
+        return [
+            result.with_inputs({name: StaticGrid.fit(*bounds, 8, symmetric, torch.float16) for name in result.linears})
+            for result in results
+        ]
+
+    scheme = Scheme.of(Grid(4, 32), 8, symmetric, activation_range="tensor")
+    with pytest.raises(ValueError, match="q_proj: the scheme fixes the range of its input, and it has none"):
+        export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+    results = fixed(results, 3.0)
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+    stored = load_file(out / "model.safetensors")
+    assert ("model.layers.1.mlp.up_proj.input_zero_point" in stored) != symmetric
+    assert verify_checkpoint(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
+    with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.q_proj: scale of input differ first at \[0\]"):
+        verify_checkpoint(out, source, fixed(results, 3.1), scheme=scheme)
+    with pytest.raises(VerificationError, match="q_proj: the range of its input is in the file only"):
+        verify_checkpoint(out, source, rounded(source, Grid(4, 32)), scheme=scheme)
+
+
+def test_a_run_finds_keeps_and_exports_them(tmp_path: Path) -> None:
+    """OPT, whose MLP gets no tokens of its own; the range is that of the last stage, and a resume reads it."""
+    stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
+    scheme = {"name": "W8A8", "activation_range": "tensor"}
+    command = write_run(tmp_path, "opt", scheme=scheme, stages=stages)
+    assert main(command) == 0
+    run = tmp_path / "run"
+    whole, first = outcome(run), BlockResult.load(run / "blocks" / "000.safetensors")
+    stored = load_file(run / "model" / "model.safetensors")
+    for group in family_of_type("opt").inputs:
+        grids = {name: first.linears[name].input for name in group}
+        assert len({float(grid.scale) for grid in grids.values() if grid is not None}) == 1
+        for name, grid in grids.items():
+            assert grid is not None
+            assert torch.equal(stored[f"model.decoder.layers.0.{name}.input_scale"], grid.scale)
+    for gone in ("blocks/001.safetensors", "summary.json", "perplexity.json"):
+        (run / gone).unlink()
+    shutil.rmtree(run / "model")
+    assert main(command) == 0
+    assert outcome(run) == whole
+
+
+@pytest.mark.parametrize("stage", ["SmoothQuant", "OutlierSuppression", "QuantEase"])
+def test_other_stages_are_exported_with_them(stage: str, tmp_path: Path) -> None:
+    scheme = {"name": "W4A8", "activation_range": "tensor"}
+    stages = [{"class_path": f"omniq.stages.{stage}"}]
+    assert main(write_run(tmp_path, scheme=scheme, stages=stages, evaluation=None)) == 0
+
+
+def test_learning_with_one_range_lowers_the_loss(tmp_path: Path) -> None:
+    stages = [omniquant(epochs=8, transform={})]
+    scheme = {"name": "W3A6", "activation_range": "tensor"}
+    assert main(write_run(tmp_path, scheme=scheme, stages=stages, export={"format": "none"}, evaluation=None)) == 0
+    summary = BlockResult.load(tmp_path / "run" / "blocks" / "000.safetensors").summary
+    assert summary["OmniQuant.loss.last"] < 0.9 * summary["OmniQuant.loss.first"]

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input on the command line: one line with status 2, before anything is written."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from omniq.cli.main import main
+from omniq.config.trainer import COMPUTE_DTYPES
+from omniq.models.families import FAMILIES
+from tests.helpers.opening import only_pickle, truncate
+from tests.helpers.runs import QUICK, configuration, omniquant, write_config
+
+
+@pytest.fixture
+def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must be refused at once, and returns what was said."""
+
+    def run(*options: str, config: dict[str, Any] | None = None) -> str:
+        out = tmp_path / "run"
+        args = ["quantize", "--config", str(folder / "run.yaml"), "--out", str(out)]
+        if config is not None:
+            args = [*write_config(tmp_path / "config.yaml", {**configuration(folder), **config}), "--out", str(out)]
+        capfd.readouterr()
+        assert main([*args, *options]) == 2
+        said, errors = capfd.readouterr()
+        assert errors.startswith("omniq: ")
+        assert errors.count("\n") == 1, errors
+        assert errors.endswith("\n")
+        assert said == ""
+        assert not out.exists()
+        return errors
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("--scheme.wbits 3", ["--scheme.wbits 3", "--help"]),
+        ("--nothing 1", ["--nothing 1", "--help"]),
+        ("--stages omniq.stages.Nothing", ["stages", "omniq.stages.Nothing", "--help"]),
+        ("--stages.init_args.epoch 3", ["epoch", "not accepted"]),
+        ("--stages.init_args.epochs many", ["epochs", "many"]),
+        ("--stages.init_args.schedule linear", ["schedule", "'constant', 'cosine'", "linear"]),
+        ("--stages []", ["stages is empty: name at least one"]),
+        ("--stages.init_args.epochs 0", ["OmniQuant.epochs 0 is too small"]),
+        ("--stages.init_args.batch_size 0", ["OmniQuant.batch_size 0 is too small"]),
+        ("--stages.init_args.clipping_lr=-1", ["OmniQuant.clipping_lr -1.0 is no usable rate"]),
+        ("--scheme.name W1A16", ["weight bits 1 are outside 2..8: choose"]),
+        ("--scheme.name W9A16", ["weight bits 9 are outside 2..8: choose"]),
+        ("--scheme.name 4bit", ["scheme '4bit' is not understood: write W<bits>A<bits>"]),
+        ("--scheme.name W4A16g0", ["group size 0 is not usable"]),
+        (
+            "--scheme.name W4A16g48",
+            ["group size 48 does not divide the 32 inputs of model.layers.0.self_attn.q_proj", "16, 32, or -1"],
+        ),
+        ("--scheme.dtype int8", ["scheme.dtype", "int8", "'float16', 'bfloat16', 'float32'"]),
+        ("--scheme.name W4A12", ["scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"]),
+        ("--scheme.name W4A4KV12", ["scheme.name 'W4A4KV12': keys and values of 12 bits are not possible: use 2"]),
+        ("--scheme.name W4A4KV4", ["compressed-tensors cannot hold a dynamic KV cache of 4 bits: use KV16"]),
+        ("--scheme.activation_symmetric true", ["scheme.activation_symmetric: 'W3A16g16' quantizes no activations"]),
+        ("--scheme.activation_range tensor", ["scheme.activation_range: 'W3A16g16' quantizes no inputs of linears"]),
+        ("--scheme.activation_range row", ["scheme.activation_range", "'token', 'tensor'", "row"]),
+        ("--scheme.queries true", ["scheme.queries: 'W3A16g16' has no activation bits to give to queries; use a name"]),
+        ("--stages.transform.alpha 1.5", ["omniq: alpha 1.5 is outside 0..1: 0 leaves activations alone, 1 moves all"]),
+        ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is no usable rate: give one such as 5e-3"]),
+        ("--stages.transform.equivalences []", ["omniq: transform.equivalences: an empty list is not usable, choose"]),
+        ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0..1: 0 leaves"]),
+        ("--stages.token_weights mean", ["token_weights", "'uniform', 'relative'", "mean"]),
+        (
+            "--stages.token_weigths relative",
+            ["'token_weigths' is not accepted", "--stages.help omniq.stages.OmniQuant"],
+        ),
+        ("--data.samples 0", ["data.samples: 0 is too few; give 1 or more"]),
+        ("--data.length 1", ["data.length: 1 is too few; give 2 or more"]),
+        ("--data.length 129", ["data.length: 129 tokens exceed the model's 128 positions: give fewer"]),
+        ("--evaluation.length 129", ["evaluation.length: 129 tokens exceed the model's 128 positions: give fewer"]),
+        (
+            "--data.source.init_args.path SHORT",
+            ["data.source: the text is too short", "needs 48 tokens, found 8", "data.length"],
+        ),
+        (
+            "--evaluation.source.init_args.path SHORT",
+            ["evaluation.source: the text is too short", "24 tokens, found 8", "evaluation.length"],
+        ),
+        ("--data.source.init_args.path /no/such.txt", ["LocalText.path: '/no/such.txt' does not exist; give a file"]),
+        ("--data.source.init_args.path EMPTY", ["LocalText.path: ", "is empty; give a file with text in it"]),
+        ("--data.source.init_args.path BLANK", ["LocalText.path: ", "holds no text; give a file with text in it"]),
+        ("--data.source.init_args.max_documents 0", ["LocalText.max_documents: 0 is too few; give 1 or more"]),
+        ("--seed=-1", ["seed -1 is out of range: give a number from 0 to 999999999"]),
+        ("--seed 1000000000", ["seed 1000000000 is out of range: give a number from 0 to 999999999"]),
+        ("--data.seed 1000000000", ["data.seed 1000000000 is out of range: give a number from 0"]),
+        ("--batch 0", ["batch 0 is too small: give 1 or more"]),
+        ("--batch x", ["batch", "x"]),
+        ("--matmul fp16", ["matmul", "'tf32', 'ieee', 'bf16'", "fp16"]),
+        ("--save_streams_every=-1", ["save_streams_every -1 is negative: give 0"]),
+        ("--export.max_shard_size 0", ["export.max_shard_size 0.0 is not usable: give gigabytes above 0, such as 5"]),
+        ("--export.max_shard_size=-1", ["export.max_shard_size -1.0 is not usable"]),
+        ("--export.max_shard_size .inf", ["export.max_shard_size inf is not usable"]),
+        ("--export.format gguf9", ["export format 'gguf9' is not known: choose one of compressed-tensors"]),
+        ("--model.path /no/such/model", ["model.path '/no/such/model' does not exist: give a folder"]),
+        ("--model.path /no/such.gguf", ["model.path '/no/such.gguf' does not exist: give a folder"]),
+        ("--model.path ~no-such-user/model", ["~no-such-user/model: there is no home folder of that user; give"]),
+        ("--out=~no-such-user/run", ["~no-such-user/run: there is no home folder of that user; give the path"]),
+        ("--model.dtype bfloat16", ["model.dtype 'bfloat16' does not go with trainer.precision", "auto"]),
+        ("--trainer.precision 16-true", ["trainer.precision '16-true' would round what is learned", *COMPUTE_DTYPES]),
+        ("--trainer.precision 64-true", ["trainer.precision '64-true' is not one that omniq calibrates in: use one"]),
+        ("--trainer.num_nodes 2", ["trainer.num_nodes 2 means 2 process(es), but one was started", "--nnodes 2"]),
+        ("--trainer.precision 16-mixed", ["trainer.precision '16-mixed' needs a GPU: use bf16-mixed or 32-true"]),
+        ("--trainer.nothing 1", ["nothing", "not accepted"]),
+        ("--trainer.accelerator abacus", ["trainer: ", "abacus", "Available names"]),
+        ("--trainer.strategy abacus", ["trainer.strategy 'abacus' does not go with omniq", "leave it out"]),
+        ("--trainer.max_epochs 3", ["trainer.max_epochs 3 is decided for each block: use a stage's epochs"]),
+        ("--trainer.max_epochs 0", ["trainer.max_epochs 0 is decided for each block: use a stage's epochs"]),
+        ("--trainer.max_steps 3", ["trainer.max_steps 3", "use a stage's epochs"]),
+        ("--trainer.max_steps 0", ["trainer.max_steps 0 is decided for each block: use a stage's epochs"]),
+        ("--trainer.callbacks []", ["trainer.callbacks [] is decided for each block: use the callbacks section"]),
+        ("--trainer.default_root_dir /x", ["trainer.default_root_dir", "use out"]),
+        ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches 2", "use data.samples"]),
+        ("--trainer.limit_train_batches 0", ["trainer.limit_train_batches 0 is decided for each block: use data"]),
+        ("--trainer.limit_train_batches 0.0", ["trainer.limit_train_batches 0.0 is decided for each block"]),
+        ("--trainer.accumulate_grad_batches 2", ["trainer.accumulate_grad_batches 2", "use a stage's batch_size"]),
+        ("--trainer.gradient_clip_val 1.0", ["trainer.gradient_clip_val 1.0 is decided for each block"]),
+        ("--trainer.fast_dev_run true", ["trainer.fast_dev_run True", "use data.samples"]),
+        ("--trainer.max_time 00:01:00:00", ["trainer.max_time", "killed at any moment and continued"]),
+        ("--trainer.barebones true", ["trainer.barebones True"]),
+        ("--trainer.enable_checkpointing true", ["trainer.enable_checkpointing True"]),
+        ("--out FILE/run", ["out ", "FILE/run cannot be written: ", "FILE is a file; choose another folder"]),
+        ("--config MISSING.yaml", ["File does not exist", "MISSING.yaml"]),
+        ("--config BROKEN.yaml", ["line 1, column"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_options(
+    options: str, parts: list[str], folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "EMPTY.txt").write_text("")
+    (folder / "BLANK.txt").write_text(" \n ")
+    (folder / "SHORT.txt").write_text("a word\n\n")
+    (folder / "FILE").write_text("")
+    (folder / "BROKEN.yaml").write_text("a: [1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    named = {"EMPTY": "EMPTY.txt", "BLANK": "BLANK.txt", "SHORT": "SHORT.txt", "FILE/run": "FILE/run"}
+    words = [
+        str(folder / named.get(word, word)) if word in named or word in ("MISSING.yaml", "BROKEN.yaml") else word
+        for word in options.split()
+    ]
+    message = refused(*words)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_absent_gpu(accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused("--trainer.accelerator", accelerator)
+    assert f"trainer.accelerator '{accelerator}': no GPU is present; use cpu or auto" in message
+
+
+def test_unknown_section_in_a_file(refused: Callable[..., str]) -> None:
+    assert "quantizer" in refused(config={"quantizer": {"bits": 3}})
+    assert "lenght" in refused(config={"data": {"lenght": 3}})
+
+
+def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for name in ("model.path", "data.source", "stages"):
+        assert name in message
+
+
+@pytest.mark.parametrize("args", [[], ["quantise"], ["--config", "x.yaml"]])
+def test_unknown_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("omniq: ")
+    assert message.count("\n") == 1
+
+
+def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's and the text's: each message says how a local path is given."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refused("--model.path", "someone/no-such-model")
+    assert "model.path 'someone/no-such-model'" in message
+    assert "give the path of a local folder" in message
+    text = {"class_path": "omniq.data.HubText", "init_args": {"path": "someone/no-such-text"}}
+    message = refused("--data.source", json.dumps(text))
+    assert "HubText.path: 'someone/no-such-text'" in message
+    assert "LocalText" in message
+
+
+def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
+    """A copy of the model with something wrong."""
+    path = tmp_path / "broken"
+    shutil.copytree(folder / "source", path)
+    change(path)
+    return str(path)
+
+
+def holding(name: str, value: float) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        tensors[name].view(-1)[0] = value
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def retyped(model_type: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (truncate, ["model.safetensors is truncated or corrupt", "get the file again"]),
+        (lambda path: (path / "model.safetensors").unlink(), ["holds no weights: model.safetensors"]),
+        (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
+        (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
+        (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
+        (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),
+        (only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
+        (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
+        (retyped("bloom"), ["'bloom' is not supported: it attends in code of its own", *FAMILIES[0].model_types]),
+        (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
+    ],
+    ids=[
+        "truncated",
+        "no weights",
+        "no config",
+        "broken config",
+        "no tokenizer",
+        "large",
+        "NaN",
+        "pickle",
+        "type",
+        "bloom",
+        "falcon",
+    ],
+)
+def test_broken_models(
+    change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    message = refused("--model.path", source_with(folder, tmp_path, change))
+    for part in parts:
+        assert part in message
+
+
+def test_a_pickle_file_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = source_with(folder, tmp_path, only_pickle)
+    assert "pytorch_model.bin is a pickle file" in refused("--model.path", f"{path}/pytorch_model.bin")
+
+
+def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, *rest, **more: not Path(path).is_dir() and real(path, *rest, **more))
+    assert "cannot be written: no permission in" in refused()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "bits"),
+    [("W3A16", "compressed-tensors", 3), ("W3A4", "compressed-tensors", 8), ("W3A4", "omniq", 3)],
+)
+def test_a_disk_without_room(
+    scheme: str, format: str, bits: int, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    """Of the tiny model 18,432 codes, a byte each; their bits once more, and table, head and norm in float16."""
+    needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    said = refused("--scheme.name", scheme, "--export.format", format)
+    assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
+
+
+def test_full_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a run: one line, nothing half-written under its final name, and the run can go on."""
+    args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[omniquant()]))
+    args += ["--out", str(tmp_path / "run")]
+    real, left = os.fsync, [5]
+
+    def full(handle: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(args) == 2
+    message = capfd.readouterr().err
+    assert message.count("\n") == 1
+    assert "No space left on device; free the disk or choose another folder" in message
+    assert not [path for path in (tmp_path / "run").rglob("*") if "partial" in path.name]
+    assert main(args) == 0

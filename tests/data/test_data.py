@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of text and the windows cut out of them. Run with ``pytest tests/data/test_data.py``."""
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from tokenizers.processors import TemplateProcessing
+
+from omniq.data import Calibration, Evaluation, HubText, LocalText, Stdlib, TextSource, digest
+from omniq.data import text as text_module
+from omniq.errors import UserError
+from tests.helpers.tiny import tiny_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+@dataclass(frozen=True)
+class Words(TextSource):
+    """Text of a known number of bytes, which are tokens to the tiny tokenizer."""
+
+    content: str
+
+    def documents(self) -> list[str]:
+        return [self.content]
+
+    def describe(self) -> str:
+        return "words"
+
+
+class Numbers:
+    """A tokenizer whose n-th token is n."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+
+# --- the standard library's documentation
+
+
+def test_stdlib_splits_are_disjoint_and_complete():
+    from pydoc_data.topics import topics
+
+    calibration, held_out = Stdlib().topics(), Stdlib("held-out").topics()
+    assert not set(calibration) & set(held_out)
+    # every word of Python's documentation is in one of them, and every topic that is not a copy of another
+    words = {word for text in topics.values() for word in text.split()}
+    assert words == {word for text in [*calibration.values(), *held_out.values()] for word in text.split()}
+    gone = set(topics) - set(calibration) - set(held_out)
+    every = " ".join(" ".join(text.split()) for text in calibration.values())
+    every += " ".join(" ".join(text.split()) for text in held_out.values())
+    paragraphs = [" ".join(part.split()) for name in gone for part in topics[name].split("\n\n")]
+    assert all(part in every for part in paragraphs)
+
+
+def test_stdlib_holds_out_a_fifth_that_calibration_never_quotes():
+    calibration, held_out = Stdlib().documents(), Stdlib("held-out").documents()
+    share = sum(map(len, held_out)) / sum(map(len, calibration + held_out))
+    assert 0.18 <= share <= 0.2  # measured with Python 3.11: 0.2000
+    seen = {" ".join(part.split()) for text in calibration for part in text.split("\n\n")}
+    repeated = {" ".join(part.split()) for text in held_out for part in text.split("\n\n")} & seen
+    assert all(len(part) < text_module.SHARED_PARAGRAPH for part in repeated)
+
+
+def test_stdlib_is_the_same_in_another_process_and_in_order():
+    command = (
+        "from omniq.data import Stdlib; import hashlib; print(hashlib.sha256(Stdlib().text().encode()).hexdigest())"
+    )
+    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)}
+    other = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == hashlib.sha256(Stdlib().text().encode()).hexdigest()
+    assert list(Stdlib().topics()) == sorted(Stdlib().topics())
+
+
+# --- files
+
+
+def test_text_file_is_one_document(tmp_path):
+    file = tmp_path / "a.md"
+    file.write_bytes("\ufeffone\r\n\r\ntwo é".encode())
+    assert LocalText(str(file)).documents() == ["one\n\ntwo é"]  # no byte order mark, one kind of line end
+
+
+def test_rows_are_documents_and_are_joined_by_a_blank_line(tmp_path):
+    rows = [{"text": "a", "other": 1}, {"text": "b", "other": "x"}, {"text": "c", "other": [1]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        source = LocalText(str(tmp_path / name))
+        assert source.documents() == ["a", "b", "c"]
+        assert source.text() == "a\n\nb\n\nc"
+        assert LocalText(str(tmp_path / name), separator=" ", max_documents=2).text() == "a b"
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "old"}\n')
+    stamp = file.stat().st_mtime_ns
+    assert LocalText(str(file)).documents() == ["old"]
+    before = LocalText(str(file)).describe()
+    file.write_text('{"text": "new"}\n')
+    os.utime(file, ns=(stamp, stamp))
+    assert LocalText(str(file)).documents() == ["new"]
+    assert LocalText(str(file)).describe() != before
+
+
+def test_descriptions_hold_no_path_of_the_machine(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    assert LocalText(str(file)).describe() == "a.txt (SHA-256 982d9e3eb996f559)"
+    assert HubText("allenai/c4", data_files="en/x.gz", max_documents=5).describe() == (
+        "allenai/c4 en/x.gz (train split, first 5 documents)"
+    )
+    assert HubText(str(tmp_path)).describe() == f"{tmp_path.name} (train split)"
+    assert "held-out split" in Stdlib("held-out").describe()
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            b"x",
+            r"LocalText\.path: '.*a\.csv' has an unknown extension; known are \.txt, .*parquet",
+        ),
+        ("a.txt", b"", r"LocalText\.path: '.*a\.txt' is empty; give a file with text in it"),
+        ("a.txt", b" \n\n ", r"LocalText\.path: '.*a\.txt' holds no text"),
+        ("a.txt", b"caf\xe9", r"LocalText\.path: '.*a\.txt' cannot be read as text: 'utf-8' codec"),
+        ("a.jsonl", b"", r"LocalText\.path: '.*a\.jsonl' is empty"),
+        ("a.jsonl", b"\n\n", r"LocalText\.path: '.*a\.jsonl' "),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"LocalText\.path: '.*a\.jsonl' cannot be read as json: "),
+        ("a.jsonl", b"hello\n", r"LocalText\.path: '.*a\.jsonl' cannot be read as json: "),
+        (
+            "a.jsonl",
+            b'{"body": "a", "id": 1}\n',
+            r"field: '.*a\.jsonl' has no field 'text'; set it to one of 'body', 'id'",
+        ),
+        ("a.jsonl", b'{"text": 1}\n', r"field: '.*a\.jsonl' row 1 has 1 where 'text' should be text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"row 2 has None where 'text' should be text"),
+        ("a.json", b'[{"text": ""}]', r"LocalText\.path: '.*a\.json' holds no text"),
+        ("a.parquet", b"PAR1 no", r"LocalText\.path: '.*a\.parquet' cannot be read as parquet: "),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, capfd, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=message) as refused:
+        LocalText(path).documents()
+    assert "\n" not in str(refused.value)
+    assert not capfd.readouterr().err  # datasets' own log would say it twice
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"LocalText\.path: '/no/a\.txt' does not exist; give a file of text \(\.txt, "):
+        LocalText("/no/a.txt").documents()
+    with pytest.raises(UserError, match=r"LocalText\.path: '.*' is a folder, not a file; give a file of text"):
+        LocalText(str(tmp_path)).documents()
+
+
+def test_parquet_names_its_fields_and_may_be_empty(tmp_path):
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"has no field 'text'; set it to one of 'body', 'id'"):
+        LocalText(str(tmp_path / "a.parquet")).documents()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"LocalText\.path: '.*b\.parquet' "):
+        LocalText(str(tmp_path / "b.parquet")).documents()
+
+
+# --- the hub
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """As if HF_HUB_OFFLINE=1 had been set before Python started."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_offline_is_refused_at_once(offline, streaming, monkeypatch):
+    """Without a try, and without the waiting between tries."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("something was waited for"))
+    source = HubText("Salesforce/no-such-text", "wikitext-2-raw-v1", streaming=streaming)
+    with pytest.raises(
+        UserError, match=r"HubText\.path: 'Salesforce/no-such-text' .*HF_HUB_OFFLINE=1.*LocalText.*FILE"
+    ):
+        source.documents()
+
+
+def test_hub_unreachable_names_the_way_out(monkeypatch, caplog):
+    import datasets
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        logging.getLogger("datasets.load").warning("not there")
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach")
+
+    for name in ("datasets", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)  # to where caplog listens
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    levels = [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")]
+    with pytest.raises(UserError, match=r"'x/y' cannot be fetched: the Hugging Face hub is unreachable; .*LocalText"):
+        HubText("x/y").documents()
+    assert not caplog.records  # the one line says it
+    assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
+
+
+def test_hub_layout_in_a_folder(tmp_path, offline):
+    pq.write_table(pa.table({"text": ["", "a", "b"]}), tmp_path / "train.parquet")
+    folder = str(tmp_path)
+    assert HubText(folder, streaming=True).documents() == ["", "a", "b"]
+    assert HubText(folder, streaming=True, max_documents=2).text() == "\n\na"
+    assert HubText(folder, streaming=True, data_files="train.parquet", split="mine").documents() == ["", "a", "b"]
+    with pytest.raises(UserError, match=r"has no field 'body'; set it to one of 'text'"):
+        HubText(folder, field="body", streaming=True).documents()
+    with pytest.raises(UserError, match=r"HubText\.path: .* cannot be read: .*split.*\['train'\]"):
+        HubText(folder, split="mine", streaming=True).documents()
+    with pytest.raises(UserError, match=r"holds no text in split 'train'; name another split"):
+        HubText(folder, max_documents=1, streaming=True).documents()
+
+
+# --- windows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(2, 20),
+    samples=st.integers(1, 30),
+    held_out=st.integers(0, 5),
+    spare=st.integers(0, 50),
+    seed=st.integers(0, 2**31),
+)
+def test_calibration_windows(length, samples, held_out, spare, seed):
+    total = (1 + held_out) * length + spare
+    data = Calibration(Words("x" * total), samples, length, held_out)
+    drawn, again = data.windows(Numbers(), seed), data.windows(Numbers(), seed)
+    assert drawn.calibration.shape == (samples, length)
+    assert drawn.held_out.shape == (held_out, length)
+    assert drawn.calibration.dtype == drawn.held_out.dtype == torch.int64
+    assert drawn.available == total
+    assert digest(drawn.calibration) == digest(again.calibration)
+    # tokens are their own positions: windows are contiguous, and calibration ends before the held-out part starts
+    assert (drawn.calibration.diff(dim=1) == 1).all()
+    assert drawn.calibration.min() >= 0
+    assert drawn.calibration.max() < total - held_out * length
+    assert drawn.held_out.flatten().tolist() == list(range(total - held_out * length, total))
+
+
+def test_calibration_offsets_are_uniform_and_reach_both_ends():
+    drawn = Calibration(Words("x" * 14), samples=4000, length=5).windows(Numbers(), 0).calibration[:, 0]
+    counts = np.bincount(drawn.numpy(), minlength=10)
+    assert len(counts) == 10
+    assert abs(counts - 400).max() < 80  # four standard deviations; measured 32
+
+
+def test_calibration_seed_is_the_run_s_unless_given():
+    source = Words("x" * 1000)
+    run = Calibration(source, 8, 10).windows(Numbers(), 3)
+    assert torch.equal(run.calibration, Calibration(source, 8, 10, seed=3).windows(Numbers(), 9).calibration)
+    assert not torch.equal(run.calibration, Calibration(source, 8, 10).windows(Numbers(), 4).calibration)
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(2, 20), total=st.integers(20, 200), most=st.none() | st.integers(1, 6))
+def test_evaluation_windows(length, total, most):
+    windows = Evaluation(Words("x" * total), length, most).windows(Numbers())
+    count = min(total // length, most or total)
+    assert windows.shape == (count, length)
+    assert windows.flatten().tolist() == list(range(count * length))
+
+
+def test_text_is_tokenized_once_with_the_tokenizer_s_own_start():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    source = Words("abc" * 20)
+    windows = Evaluation(source, 10).windows(tokenizer)
+    assert windows[0, 0] == 256
+    assert (windows == 256).sum() == 1  # at the very start only
+    assert not (Evaluation(source, 10, add_special_tokens=False).windows(tokenizer) == 256).any()
+
+
+def test_long_text_gives_no_warning(caplog, capfd):
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 16
+    logging.getLogger("transformers").propagate = True
+    Evaluation(Words("a" * 100), 10).windows(tokenizer)
+    assert not caplog.records
+    assert not capfd.readouterr().err
+
+
+def test_too_short_text_says_what_is_needed_and_found():
+    with pytest.raises(
+        UserError, match=r"data\.source: the text is too short: one window needs 2048 tokens, found 5; give more text"
+    ):
+        Calibration(Words("hello")).windows(tiny_tokenizer(), 0)
+    with pytest.raises(UserError, match=r"one window of 4 and 2 held out needs 12 tokens, found 11; .* data\.held_out"):
+        Calibration(Words("hello world"), length=4, held_out=2).windows(tiny_tokenizer(), 0)
+    with pytest.raises(UserError, match=r"evaluation\.source: .*one window needs 20 tokens, found 11; .*\.length"):
+        Evaluation(Words("hello world"), 20).windows(tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda source: Calibration(source, samples=0), r"data\.samples: 0 is too few; give 1 or more"),
+        (lambda source: Calibration(source, length=1), r"data\.length: 1 is too few; give 2 or more"),
+        (lambda source: Calibration(source, held_out=-1), r"data\.held_out: -1 is too few; give 0 or more"),
+        (lambda source: Evaluation(source, length=0), r"evaluation\.length: 0 is too few; give 2 or more"),
+        (lambda source: Evaluation(source, max_windows=0), r"evaluation\.max_windows: 0 is too few; give 1 or more"),
+        (lambda _: LocalText("x.jsonl", max_documents=0), r"LocalText\.max_documents: 0 is too few; give 1 or more"),
+        (lambda _: HubText("x/y", max_documents=-1), r"HubText\.max_documents: -1 is too few; give 1 or more"),
+    ],
+)
+def test_bad_sizes_are_refused_when_made(make, message):
+    with pytest.raises(UserError, match=message):
+        make(Words("x"))
+
+
+def test_digest_tells_values_and_shapes_apart():
+    tokens = torch.arange(12).view(3, 4)
+    assert digest(tokens) == digest(tokens.t().contiguous().t()) == digest(tokens.to(torch.int32))
+    assert len({digest(tokens), digest(tokens.view(4, 3)), digest(tokens + 1), digest(tokens.flatten())}) == 4
+
+
+def test_descriptions_say_how_windows_are_made():
+    source = Words("x")
+    assert Calibration(source, 8, 64).describe() == "8 random windows of 64 tokens from words"
+    assert Evaluation(source, 64).describe() == "all consecutive windows of 64 tokens of words"
+    assert Evaluation(source, 64, 3).describe() == "the first 3 consecutive windows of 64 tokens of words"
+
+
+# --- configuration fragments
+
+
+def sections(data: Calibration, evaluation: Evaluation) -> None:
+    """The two sections of a run that text belongs to."""
+
+
+def parse(*arguments: str) -> tuple[Calibration, Evaluation]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(sections, as_positional=False)
+    made = parser.instantiate(parser.parse_args([*arguments]))
+    return made.data, made.evaluation
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_fragment_parses_and_its_override_works(file):
+    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    override = next(line for line in head if "Override" in line).split("example: ")[1].split()
+    assert any(f"--config configs/data/{file.name}" in line for line in head)
+    plain, changed = parse("--config", str(file)), parse("--config", str(file), *override)
+    assert plain[1] == changed[1]
+    assert plain[0] != changed[0]
+
+
+def test_fragments_replace_each_other():
+    data, evaluation = parse("--config", str(CONFIGS / "local.yaml"), "--config", str(CONFIGS / "stdlib.yaml"))
+    assert data == Calibration(Stdlib(), held_out=4)
+    assert evaluation == Evaluation(Stdlib("held-out"))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Trainer is told of the processes that a launcher has started, and what is refused."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from omniq.distributed import collectives
+from omniq.distributed.launch import BlockParallel, join, launch_arguments
+from omniq.errors import UserError
+from omniq.run.checks import check_shares
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "expected"),
+    [
+        ({}, {}, {"devices": 1}),
+        ({}, {"devices": 2}, {}),
+        ({}, {"strategy": "ddp"}, {"devices": 1}),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, {"devices": "auto"}, {"devices": 4}),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"num_nodes": 1}, {"devices": 2, "num_nodes": 2}),
+        ({"SLURM_NTASKS": "6", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}, {}, {"devices": 3, "num_nodes": 2}),
+        ({"SLURM_NTASKS": "6", "SLURM_JOB_NAME": "interactive"}, {}, {"devices": 1}),
+        ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {}, {"devices": 2}),
+    ],
+)
+def test_the_launcher_decides(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = launch_arguments(given)
+    strategy = found.pop("strategy", "auto")
+    assert found == expected
+    assert isinstance(strategy, BlockParallel) == (len(environment) > 0 and "devices" in found and found["devices"] > 1)
+    assert isinstance(strategy, BlockParallel) or strategy == "auto"
+
+
+def test_ddp_sends_no_buffers_round() -> None:
+    """They come from the weights, and those of learned rounding are as large."""
+
+    class Learned(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learned = torch.nn.Parameter(torch.zeros(2))
+            self.register_buffer("start", torch.zeros(2), persistent=False)
+
+    strategy = BlockParallel()
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
+    strategy.model = Learned()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        strategy.configure_ddp()
+        assert isinstance(strategy.model, DistributedDataParallel)
+        assert len(strategy.model.modules_buffers) == 1
+        assert not strategy.model.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
+        launch_arguments({"strategy": "fsdp"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for strategy in ("fsdp", SingleDeviceStrategy("cpu")):
+        with pytest.raises(UserError, match="trainer.strategy .* does not go with several processes.*leave it out"):
+            launch_arguments({"strategy": strategy})
+
+
+def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneProcess:
+        num_devices = num_nodes = 1
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
+        join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "asked", "start"),
+    [
+        (2, 1, "trainer.devices 2 means 2", "torchrun --nproc-per-node 2 -m"),
+        (1, 2, "trainer.num_nodes 2 means 2", "torchrun --nnodes 2 --nproc-per-node 1 -m"),
+        (4, 2, "trainer.num_nodes 2 of 4 devices means 8", "torchrun --nnodes 2 --nproc-per-node 4 -m"),
+    ],
+)
+def test_processes_that_nobody_has_started(
+    monkeypatch: pytest.MonkeyPatch, devices: int, nodes: int, asked: str, start: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    trainer: Any = SimpleNamespace(num_devices=devices, num_nodes=nodes)
+    with pytest.raises(UserError) as caught:
+        join(trainer, {"devices": devices, "num_nodes": nodes})
+    assert str(caught.value).startswith(f"{asked} process(es), but one was started: run {start} ")
+
+
+@pytest.mark.parametrize(
+    ("samples", "held_out", "message"),
+    [(9, 4, "data.samples 9 .* 4 processes: give 8"), (8, 2, "data.held_out 2 is not divisible by the 4 processes")],
+)
+def test_shares_that_do_not_come_out_even(
+    monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
+) -> None:
+    monkeypatch.setattr(collectives, "count", lambda: 4)
+    check_shares(8, 0)
+    with pytest.raises(UserError, match=message):
+        check_shares(samples, held_out)

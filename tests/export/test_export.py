@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what is written is what was optimised, and a stranger's ``from_pretrained`` computes with it."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from omniq.errors import UserError
+from omniq.evaluate import evaluate_model
+from omniq.export import FORMATS, Report, export_checkpoint, find_format, verify_checkpoint
+from omniq.export.containers import shards
+from omniq.export.containers.target_model import deployment
+from omniq.grid.affine import Grid
+from omniq.grid.scheme import Scheme
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
+from tests.helpers.exported import CARD, WINDOWS, opened, rounded
+from tests.helpers.tiny import save_tiny
+
+
+@torch.no_grad()
+def dequantized_logits(source: SourceModel, results: list[BlockResult], dtype: torch.dtype) -> Tensor:
+    """Of the source model with the optimised weights, by transformers' own whole-model code."""
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+    for index, result in enumerate(results):
+        model.get_submodule(source.block_name(index)).load_state_dict(dict(result.dequantized(dtype)))
+    return torch.cat([model(window[None]).logits for window in WINDOWS])
+
+
+GRIDS = [
+    Grid(2, 32),
+    Grid(3, 32),
+    Grid(4, 32),
+    Grid(8, 32),
+    Grid(3, -1),
+    Grid(4, -1, symmetric=True),
+    Grid(2, 32, symmetric=True),
+    Grid(3, 32, symmetric=True),
+    Grid(8, -1, symmetric=True),
+    Grid(3, 16, scale_dtype=torch.bfloat16),
+    Grid(5, -1, symmetric=True, scale_dtype=torch.bfloat16),
+    Grid(4, 32, scale_dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bool, tmp_path: Path) -> None:
+    source = opened(tmp_path / "source", grid, tie_word_embeddings=tied)
+    results = rounded(source, grid)
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        logits = torch.cat([model(window[None]).logits for window in WINDOWS])
+    assert model.dtype == grid.scale_dtype
+    assert torch.equal(logits, dequantized_logits(source, results, grid.scale_dtype))  # measured: 0.0 for every grid
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("Hello", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 8)
+
+    report = verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    codes = sum(linear.codes.numel() for result in results for linear in result.linears.values())
+    assert report.perplexity == pytest.approx(evaluate_model(model, WINDOWS).perplexity, rel=1e-6)
+    assert replace(report, perplexity=0.0) == Report(
+        linears=14, codes=codes, others=7 - tied, windows=2, perplexity=0.0
+    )
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: torch.dtype) -> None:
+    """Its own decompressor on our tensors, with scales down to subnormal: the same bits as ours."""
+    grid = Grid(3, 32, symmetric, dtype)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (40, 96), generator=generator)
+    scale = 2 ** torch.empty(40, 3).uniform_(-26, 4, generator=generator)
+    zero_point = torch.full((40, 3), 4) if symmetric else torch.randint(0, 8, (40, 3), generator=generator)
+    linear = QuantizedLinear.of(grid, codes, grid.store(scale), zero_point)
+    layout = FORMATS["compressed-tensors"]
+    for scheme in (Scheme.of(grid), Scheme.of(grid, activation_bits=8)):
+        stored = layout.tensors("x", linear, scheme)
+        config = layout.quantization_config(scheme, [], {})
+        theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
+        compressor = BaseCompressor.get_value_from_registry(config["format"])
+        by_last_name = {key.removeprefix("x."): value for key, value in stored.items()}
+        weight = compressor.decompress(by_last_name, theirs)["weight"]
+        assert weight.dtype == dtype
+        assert shards.same_bits(weight, linear.dequantize(dtype))
+        back = layout.read("x", stored, scheme)
+        assert torch.equal(back.codes, linear.codes)
+        assert torch.equal(back.zero_point, linear.zero_point)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("activation_symmetric", [False, True])
+def test_integer_activations(symmetric: bool, activation_symmetric: bool, source: SourceModel, tmp_path: Path) -> None:
+    grid = Grid(4, 32, symmetric)
+    results = rounded(source, grid)
+    scheme = Scheme.of(grid, 8, activation_symmetric)
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+    stored = load_file(out / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    # measured 0.0
+    assert verify_checkpoint(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
+
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        logits = torch.cat([model(window[None]).logits for window in WINDOWS])
+    plain = dequantized_logits(source, results, torch.float16)
+    error = float((logits - plain).norm() / plain.norm())
+    assert 1e-4 < error < 0.1  # they really are quantized; measured 0.0106 to 0.0133
+
+
+def test_shards_hold_the_same_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+    single = export_checkpoint(source, results.__getitem__, tmp_path / "single", card=CARD)
+    sharded = export_checkpoint(source, iter(results), tmp_path / "sharded", card=CARD, max_shard_bytes=20_000)
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert files == sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one = load_file(single / "model.safetensors")
+    many: dict[str, Tensor] = {}
+    for file in files:
+        many |= load_file(sharded / file)
+    assert one.keys() == many.keys() == index["weight_map"].keys()
+    assert all(shards.same_bits(one[name], many[name]) for name in one)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in one.values())
+    verify_checkpoint(sharded, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+def test_folder_is_complete_and_says_nothing_of_this_machine(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    (source.folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    text = {path.name: path.read_text() for path in out.iterdir() if path.suffix != ".safetensors"}
+    assert text.keys() >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert text["recipe.yaml"] == CARD["recipe"]
+    assert text["generation_config.json"] == '{"temperature": 0.6, "do_sample": false}'  # refused by save_pretrained
+    assert not [name for name, content in text.items() if str(tmp_path) in content]
+    config = json.loads(text["config.json"])
+    assert config["dtype"] == "float16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["quantization_config"]["dequantize"] is True
+    assert "W4A16g32" in text["README.md"]
+    again = export_checkpoint(source, results, tmp_path / "again" / "out", card=CARD)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+def test_a_source_with_code_of_its_own_becomes_a_stock_model(tmp_path: Path) -> None:
+    """Its files stay where they are, so a reader that allows code must not look for them."""
+    folder = save_tiny(tmp_path / "source", dtype=torch.float16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    source = SourceModel.open(folder)
+    results = rounded(source, Grid(4, 32))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "LlamaForCausalLM"
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embedding_under_the_names_of_transformers_4(rope: dict[str, Any], tmp_path: Path) -> None:
+    """Which vLLM may run on: it takes the base 10000 where it finds no ``rope_theta``, and says nothing."""
+    source = opened(tmp_path / "source", Grid(4, 32), rope_parameters=rope)
+    results = rounded(source, Grid(4, 32))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    content = json.loads((out / "config.json").read_text())
+    assert content["rope_theta"] == 500000.0
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert content.get("rope_scaling") == (scaling if rope["rope_type"] == "llama3" else None)
+    assert AutoConfig.from_pretrained(out).rope_parameters == source.config.rope_parameters
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+def test_files_have_the_mode_of_the_users_umask(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        out = export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=50_000)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o640"}
+
+
+# -- biases that the source does not have ---------------------------------------------------------------------------
+
+
+def test_new_biases_switch_the_config_and_zero_their_siblings(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    added = {"self_attn.o_proj.bias": torch.linspace(-1, 1, 64), "mlp.up_proj.bias": torch.linspace(-1, 1, 128)}
+    results[1] = BlockResult(results[1].linears, {**results[1].tensors, **added})
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.attention_bias
+    assert model.config.mlp_bias
+    block = model.model.layers[1]
+    assert torch.equal(block.self_attn.o_proj.bias, added["self_attn.o_proj.bias"].half())
+    assert not block.self_attn.q_proj.bias.any()
+    assert not model.model.layers[0].self_attn.o_proj.bias.any()
+    assert not source.config.attention_bias
+    report = verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    assert report.others == 7 + 2 * 7  # embedding, head, norms; a bias for each linear
+
+
+def test_biases_of_the_source_are_kept(tmp_path: Path) -> None:
+    grid = Grid(4, 32)
+    source = opened(tmp_path / "source", grid, attention_bias=True)
+    results = rounded(source, grid)
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    assert load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.bias"].any()
+
+
+def test_bias_without_a_place_is_refused(tmp_path: Path) -> None:
+    source = opened(tmp_path / "source", Grid(4, 32), family="mistral")
+    bias = "model.layers.0.mlp.up_proj.bias"
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.bias has no place in MistralForCausalLM"):
+        deployment(source.config, [bias])
+    results = rounded(source, Grid(4, 32))
+    results[0] = BlockResult(results[0].linears, {**results[0].tensors, "mlp.up_proj.bias": torch.ones(128)})
+    with pytest.raises(UserError, match="has no place"):
+        export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    grid = Grid(3, 32)
+    source = opened(tmp_path / "source", grid, family=family)
+    results = rounded(source, grid)
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_deployment_in_another_dtype_than_the_source(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = opened(tmp_path / "source", Grid(4, 32, scale_dtype=torch.bfloat16))
+    results = rounded(source, Grid(4, 32, scale_dtype=dtype))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)  # measured: 0.0
+
+
+def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "source", dtype=torch.float16, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = SourceModel.open(folder)
+    results = rounded(source, Grid(4, 32))
+    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_unsupported_schemes_are_refused_by_name(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    layout = find_format("compressed-tensors")
+    grid = Grid(4, 32)
+    layout.check(Scheme.of(grid))
+    layout.check(Scheme.of(grid, activation_bits=4))
+    with pytest.raises(UserError, match="W4A16g32: export.format compressed-tensors has no place for the sparse"):
+        layout.check(Scheme.of(grid), outliers=True)
+    for scheme, words in [
+        (Scheme.of(grid, 4, kv_bits=4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),
+        (Scheme.of(grid, 4, queries=True), "W4A4g32: .*cannot hold quantized queries: set scheme.queries to false"),
+        (Scheme.of(Grid(4, scale_dtype=torch.float64)), "scales in torch.float64: use float16, bfloat16 or float32"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            layout.check(scheme)
+    with pytest.raises(UserError, match="export format 'gguf' is not known: choose one of compressed-tensors"):
+        find_format("gguf")
+
+    with pytest.raises(UserError, match=r"1 blocks are finished of 2: finish the run"):
+        export_checkpoint(source, results[:1], tmp_path / "out", card=CARD)
+    with pytest.raises(UserError, match="max_shard_bytes 0 is not usable"):
+        export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=0)
+    mixed = [results[0], rounded(source, Grid(3, 32))[1]]
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj is on Grid\(bits=3.*holds one grid"):
+        export_checkpoint(source, mixed, tmp_path / "out", card=CARD)
+    large = BlockResult(results[0].linears, {**results[0].tensors, "input_layernorm.weight": torch.full((64,), 1e6)})
+    with pytest.raises(
+        UserError, match=r"layers\.0\.input_layernorm\.weight holds values beyond scheme.dtype float16: set"
+    ):
+        export_checkpoint(source, [large, results[1]], tmp_path / "out", card=CARD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outliers_and_wrong_zero_points_are_refused() -> None:
+    layout, grid = FORMATS["compressed-tensors"], Grid(4, -1, symmetric=True)
+    codes, scale, middle = torch.zeros(4, 8), torch.ones(4, 1), torch.full((4, 1), 8)
+    sparse = QuantizedLinear.of(grid, codes, scale, middle, Outliers.from_dense(torch.eye(4, 8)))
+    with pytest.raises(UserError, match="x has outliers: format compressed-tensors has no place"):
+        layout.tensors("x", sparse, Scheme.of(grid))
+    with pytest.raises(ValueError, match="x: the zero point of a symmetric grid is not 8"):
+        layout.tensors("x", QuantizedLinear.of(grid, codes, scale, middle - 1), Scheme.of(grid))

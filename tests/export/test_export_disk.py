@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from omniq.errors import UserError
+from omniq.export import check_output, export_checkpoint, mend_companions
+from omniq.export.containers import shards
+from omniq.grid.affine import Grid
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
+from tests.helpers.exported import CARD, rounded
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody handles it by accident."""
+
+
+def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockResult]:
+    def fetch(wanted: int) -> BlockResult:
+        if wanted == index:
+            raise Killed
+        return results[wanted]
+
+    return fetch
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_failed_export_leaves_nothing_or_the_old_one(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    out = place / "out"
+    with pytest.raises(Killed):
+        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+    assert not list(place.iterdir())
+    export_checkpoint(source, results, out, card=CARD)
+    before = contents(out)
+    with pytest.raises(Killed):
+        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+    export_checkpoint(source, rounded(source, Grid(2, 32)), out, card=CARD)
+    assert "W2A16g32" in (out / "README.md").read_text()
+    assert [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_leaves_is_put_right(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    out = export_checkpoint(source, results, place / "out", card=CARD)
+    before = contents(out)
+    out.rename(place / ".out.previous")  # killed between the two renames, the new one still beside
+    shutil.copytree(place / ".out.previous", place / ".out.partial")
+    check_output(out)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+    shutil.copytree(out, place / ".out.previous")  # killed after both
+    (place / ".out.partial").mkdir()
+    export_checkpoint(source, results, out, card=CARD)
+    assert contents(out) == before
+    assert [path.name for path in place.iterdir()] == ["out"]
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["weights", "config", "tokenizer"])
+def test_full_disk_is_one_line_and_leaves_nothing(
+    where: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rust(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # what tokenizers raises
+
+    if where == "weights":
+        monkeypatch.setattr(shards, "save_file", full_disk)
+    elif where == "config":
+        monkeypatch.setattr(transformers.LlamaConfig, "to_json_file", full_disk)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", rust)
+    place = tmp_path / "place"
+    with pytest.raises(
+        UserError, match=r"cannot write .*place/\.out\.partial.*: No space left on device.*; free space"
+    ):
+        export_checkpoint(source, results, place / "out", card=CARD)
+    assert not list(place.iterdir())
+
+
+def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*shard-00000\.safetensors: .*too large"):
+            export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", card=CARD)
+    with pytest.raises(UserError, match="holds something that omniq did not export"):
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file", card=CARD)
+    with pytest.raises(UserError, match="holds something that omniq did not export"):
+        export_checkpoint(source, killed_at([], 0), source.folder, card=CARD)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+FOREIGN = {  # what others write under the same names
+    "llm-compressor": {"recipe.yaml": "default_stage:\n  default_modifiers:\n    GPTQModifier: {scheme: W4A16}\n"},
+    "a card": {"recipe.yaml": "a: 1", "README.md": "---\ntags: [quantized]\n---\n# omniq\n"},
+    "no card": {"recipe.yaml": "[", "README.md": "tags:\n- omniq\n"},
+    "no front matter": {"README.md": "---\n- omniq\n---\n"},
+    "a broken one": {"README.md": "---\n[\n---\n"},
+    "no date": {"README.md": "---\ndate: 2024-13-45\n---\n", "recipe.yaml": "date: 2024-13-45"},
+    "weights": {"model.safetensors": "mine"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source: SourceModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in {"config.json": "{}", **files}.items():
+        (out / name).write_text(content)
+    before = contents(out)
+    with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
+        export_checkpoint(source, killed_at([], 0), out, card=CARD)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("damaged", ["README.md", "recipe.yaml"])
+@pytest.mark.parametrize("content", [None, b"\xff\x00"])
+def test_an_own_export_is_known_by_its_card_or_its_recipe(
+    damaged: str, content: bytes | None, source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
+    out = export_checkpoint(source, results, tmp_path / "out", card={**CARD, "recipe": recipe})
+    (out / damaged).unlink() if content is None else (out / damaged).write_bytes(content)
+    check_output(out)
+    (out / "config.json").unlink()
+    with pytest.raises(UserError, match="it holds something that omniq did not export"):
+        check_output(out)
+
+
+def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in folders as well: a tokenizer with several chat templates makes one for them."""
+    tokenizer = source.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
+    out, real, flushed = tmp_path / "place/out", os.fsync, set()
+
+    def flush(handle: int) -> None:
+        real(handle)
+        if not out.exists():
+            flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    export_checkpoint(source, results, out, card=CARD)
+    template = out / "additional_chat_templates/tool_use.jinja"
+    assert template.is_file()
+    assert {path.stat().st_ino for path in out.rglob("*")} <= flushed
+    shutil.rmtree(template.parent)
+    flushed.clear()
+    monkeypatch.setattr(os, "fsync", lambda handle: (real(handle), flushed.add(os.fstat(handle).st_ino)))
+    assert mend_companions(source, out, format="compressed-tensors", card={**CARD, "recipe": "a: 1"})
+    assert {template.stat().st_ino, template.parent.stat().st_ino, out.stat().st_ino} <= flushed
+
+
+def test_a_folder_of_the_user_beside_an_export_stays(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    mine = tmp_path / "place/out.partial/mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    export_checkpoint(source, results, tmp_path / "place/out", card=CARD)
+    assert mine.read_text() == "mine"

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of exports share: a tiny source and its finished blocks, rounded to nearest."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniq.grid.affine import Grid
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult, QuantizedLinear
+from tests.helpers.tiny import VOCAB_SIZE, save_tiny
+
+CARD = {"base_model": "someone/tiny", "recipe": "scheme: W4A16g32\n", "seed": 7}
+WINDOWS = torch.arange(2 * 24).view(2, 24) % VOCAB_SIZE
+
+
+def rounded(source: SourceModel, grid: Grid) -> list[BlockResult]:
+    """Every block, rounded to nearest; groups whose weights have one sign included (z = 0 and z = 2^b - 1)."""
+    results = []
+    for index in range(source.num_blocks):
+        block = source.block(index, dtype=torch.float32)
+        linears = {}
+        for name in source.family.linears:
+            weight = block.get_parameter(f"{name}.weight").data.clone()
+            weight[0], weight[1] = weight[0].abs(), -weight[1].abs()
+            scale, zero_point = grid.fit(*grid.range(weight))
+            linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
+        quantized = {f"{name}.weight" for name in linears}
+        others = {name: value.data for name, value in block.named_parameters() if name not in quantized}
+        results.append(BlockResult(linears, others, {"loss": 0.5 + index, "note": "text"}))
+    return results
+
+
+def opened(folder: Path, grid: Grid, **overrides: Any) -> SourceModel:
+    save_tiny(folder, dtype=grid.scale_dtype, **overrides)
+    return SourceModel.open(folder)

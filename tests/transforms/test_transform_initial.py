@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial values of a transform, against SmoothQuant and Outlier Suppression+ written channel by channel."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniq.errors import UserError
+from omniq.models.families.opt import OPT
+from omniq.models.family import NormToLinears, ValueToOutput
+from omniq.transforms.equivalence import Transform
+from omniq.transforms.heads import Heads
+from omniq.transforms.initial import ChannelRanges, initial_values
+from tests.helpers.tiny import tiny_block
+
+
+def channel_sizes(x: Tensor, weights: list[Tensor], alpha: float, shift: bool) -> tuple[list[float], list[float]]:
+    """SmoothQuant's log scale and Outlier Suppression+'s shift, one channel after the other."""
+    scales, shifts = [], []
+    for j in range(x.shape[-1]):
+        column = x[..., j].flatten().tolist()
+        middle = (max(column) + min(column)) / 2 if shift else 0.0
+        reach = max(abs(value - middle) for value in column)
+        weight = max(abs(value) for w in weights for value in w[:, j].tolist())
+        scales.append(alpha * torch.tensor(reach).log().item() - (1 - alpha) * torch.tensor(weight).log().item())
+        shifts.append(middle)
+    return scales, shifts
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_initial_values_of_a_norm(alpha: float) -> None:
+    block, _ = tiny_block("opt")
+    tensors = dict(block.named_parameters())
+    transform = Transform(OPT.equivalences, Heads(4, 4), tensors)
+    batches = [torch.randn(2, 7, 64) * torch.rand(64) + torch.randn(64) for _ in range(3)]
+    ranges = ChannelRanges()
+    for x in batches:
+        for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1"):
+            ranges.update(name, x)
+    values = initial_values(transform, tensors, ranges, alpha)
+    assert {name for name in transform.shapes if not name.startswith("self_attn/q_proj")} == set(values)
+    weights = [tensors[f"self_attn.{name}_proj.weight"] for name in "qkv"]
+    scales, shifts = channel_sizes(torch.cat(batches), weights, alpha, shift=True)
+    torch.testing.assert_close(values["self_attn_layer_norm/log_scale"], torch.tensor(scales), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values["self_attn_layer_norm/shift"], torch.tensor(shifts), rtol=1e-5, atol=1e-6)
+    plain = initial_values(transform, tensors, ranges, alpha, shift=False)
+    scales, _ = channel_sizes(torch.cat(batches), weights, alpha, shift=False)
+    assert "self_attn_layer_norm/shift" not in plain
+    torch.testing.assert_close(plain["self_attn_layer_norm/log_scale"], torch.tensor(scales), rtol=1e-5, atol=1e-5)
+    assert initial_values(transform, tensors, ranges, None, shift=False) == {}
+
+
+def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
+    heads = Heads(4, 2)  # channel 1 of KV head 1 is read by query heads 2 and 3: inputs 7 and 10 of the output
+    tensors = {"v.weight": torch.ones(6, 5), "o.weight": torch.full((5, 12), 0.5)}
+    transform = Transform((ValueToOutput("v", "o"),), heads, tensors, {"v", "o"})
+    x = torch.zeros(1, 2, 12)
+    x[0, :, 7], x[0, :, 10] = torch.tensor([-1.0, 3.0]), torch.tensor([0.0, 9.0])
+    tensors["o.weight"][2, 10] = -4.0
+    ranges = ChannelRanges()
+    ranges.update("o", x)
+    values = initial_values(transform, tensors, ranges)
+    assert values["v/shift"].tolist() == [0.0, 0.0, 0.0, 0.0, 4.0, 0.0]  # the middle of -1 .. 9
+    torch.testing.assert_close(values["v/log_scale"][4].exp(), torch.tensor((5.0 / 4.0) ** 0.5))
+    moved = transform.apply(tensors, transform.parameters(values))
+    assert moved["o.bias"].shape == (5,)
+
+
+def test_a_dead_channel_gets_a_finite_scale() -> None:
+    tensors = {"norm.weight": torch.ones(3), "up.weight": torch.tensor([[1.0, 0.0, 2.0]])}
+    transform = Transform((NormToLinears("norm", ("up",)),), Heads(1, 1), tensors)
+    ranges = ChannelRanges()
+    ranges.update("up", torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, 1.0]]))
+    for alpha in (0.0, 0.5, 1.0):
+        assert initial_values(transform, tensors, ranges, alpha)["norm/log_scale"].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5])
+def test_alpha_outside_the_unit_interval_is_refused(alpha: float) -> None:
+    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0..1"):
+        initial_values(Transform((), Heads(1, 1), {}), {}, ChannelRanges(), alpha)

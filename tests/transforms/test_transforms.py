@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equivalent transformations: a random one leaves what a block computes unchanged in float64."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from omniq.models.families.llama import LLAMA
+from omniq.models.families.opt import OPT
+from omniq.models.families.qwen3 import QWEN3
+from omniq.models.family import Equivalence, Family, QueryKey, UpToDown
+from omniq.transforms.equivalence import Transform
+from omniq.transforms.heads import Heads
+from tests.helpers.tiny import tiny_block
+
+NINE = {"hidden_size": 72, "num_attention_heads": 9}
+BLOCKS: dict[str, tuple[Family, str, dict[str, Any]]] = {
+    "llama 1 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 1}),
+    "llama 3 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 3}),
+    "llama 9 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 9}),
+    "llama with biases": (LLAMA, "llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (LLAMA, "mistral", {}),
+    "qwen2": (LLAMA, "qwen2", {}),
+    "qwen3": (QWEN3, "qwen3", {}),
+    "opt": (OPT, "opt", {}),
+}
+
+
+class Case:
+    """A tiny Hugging Face block in float64, ready to run with other tensors."""
+
+    def __init__(self, kind: str, **overrides: Any) -> None:
+        block, kwargs = tiny_block(kind, **overrides)
+        self.block = block.double()
+        # Hugging Face's RMSNorms compute in float32 whatever comes in; torch's is the same function and does not.
+        for name, module in list(block.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon, dtype=torch.float64)
+                norm.load_state_dict(module.state_dict())
+                block.set_submodule(name, norm)
+        self.kwargs = {key: _double(value) for key, value in kwargs.items()}
+        self.heads = Heads.of(block.self_attn.config)
+        self.tensors = {name: value.detach() for name, value in block.named_parameters()}
+
+    def hidden(self, seed: int = 0) -> Tensor:
+        width = self.tensors["self_attn.q_proj.weight"].shape[1]
+        return torch.randn(2, 16, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    def run(self, tensors: dict[str, Tensor], seed: int = 0) -> Tensor:
+        output = functional_call(self.block, tensors, (self.hidden(seed),), self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def change(self, equivalences: tuple[Equivalence, ...], seed: int = 0, **options: Any) -> float:
+        """Relative change of the output under a random transform."""
+        transform = Transform(equivalences, self.heads, self.tensors, **options)
+        moved = transform.apply(self.tensors, random_parameters(transform, seed))
+        before = self.run(self.tensors, seed)
+        return ((self.run(moved, seed) - before).norm() / before.norm()).item()
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_double, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def random_parameters(transform: Transform, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw).double() for name, shape in transform.shapes.items()}
+
+
+_CASES: dict[str, Case] = {}
+
+
+def case(label: str) -> tuple[Family, Case]:
+    family, kind, overrides = BLOCKS[label]
+    if label not in _CASES:
+        _CASES[label] = Case(kind, **overrides)
+    return family, _CASES[label]
+
+
+@pytest.mark.parametrize("label", BLOCKS)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_a_random_transform_changes_nothing(label: str, seed: int) -> None:
+    family, block = case(label)
+    assert block.change(family.equivalences, seed) < 1e-9  # measured 7e-16
+
+
+@pytest.mark.parametrize("label", BLOCKS)
+def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: str) -> None:
+    family, block = case(label)
+    for move in family.equivalences:
+        assert block.change((move,)) < 1e-9
+        transform = Transform((move,), block.heads, block.tensors)
+        moved = transform.apply(block.tensors, random_parameters(transform))
+        changed = {name for name, value in moved.items() if not torch.equal(value, block.tensors[name])}
+        norms = isinstance(move, QueryKey) and move.query_norm is not None
+        names = {"query_norm", "key_norm"} if norms else {"norm", "value", "output", "query", "key", "up", "down"}
+        ends = {value for name, value in vars(move).items() if name in names} | set(getattr(move, "linears", ()))
+        assert {name.rpartition(".")[0] for name in changed} == ends
+
+
+@pytest.mark.parametrize("label", ["llama 3 of 9", "llama 9 of 9", "qwen3"])
+def test_scales_that_split_a_rotary_pair_are_no_equivalence(label: str) -> None:
+    """The published transform; it shows that the tests above can fail."""
+    family, block = case(label)
+    (move,) = (each for each in family.equivalences if isinstance(each, QueryKey))
+    untied = QueryKey(move.query, move.key, None, move.query_norm, move.key_norm)
+    assert block.change((untied,)) > 1e-2
+
+
+def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
+    for label, shifted in {
+        "opt": {"self_attn_layer_norm", "final_layer_norm", "self_attn/v_proj"},
+        "llama with biases": {"self_attn/v_proj"},
+        "llama 3 of 9": set(),
+        "qwen2": set(),
+    }.items():
+        family, block = case(label)
+        transform = Transform(family.equivalences, block.heads, block.tensors)
+        assert {name.removesuffix("/shift") for name in transform.shapes if name.endswith("/shift")} == shifted
+        assert (
+            set(transform.unshifted)
+            == {key for key, move in transform.moves.items() if not isinstance(move, QueryKey | UpToDown)} - shifted
+        )
+        assert not any(
+            name.endswith("/shift")
+            for name in Transform(family.equivalences, block.heads, block.tensors, shift=False).shapes
+        )
+    family, block = case("qwen2")
+    reasons = Transform(family.equivalences, block.heads, block.tensors).unshifted
+    assert reasons["self_attn/v_proj"] == "no shift from self_attn.v_proj: self_attn.o_proj cannot store a bias"
+    assert "input_layernorm" in reasons["input_layernorm"]
+
+
+def test_a_shift_creates_the_biases_it_may() -> None:
+    """A LLaMA without biases, and its stock module with ``attention_bias``, which can store them."""
+    bare, room = Case("llama"), Case("llama", attention_bias=True)
+    transform = Transform(LLAMA.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
+    assert "self_attn/v_proj/shift" in transform.shapes
+    moved = transform.apply(bare.tensors, random_parameters(transform))
+    assert {"self_attn.v_proj.bias", "self_attn.o_proj.bias"} == set(moved) - set(bare.tensors)
+    zeros = {name: torch.zeros_like(value) for name, value in room.tensors.items() if name.endswith("bias")}
+    before = bare.run(bare.tensors)
+    assert ((room.run(zeros | moved) - before).norm() / before.norm()).item() < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved", None])
+@pytest.mark.parametrize("rotary", [None, 4])
+def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary: int | None) -> None:
+    channels, turned = 8, rotary or 8
+    tied = Heads(1, 1, rotary).tied_channels(channels, layout)
+    assert sorted(set(tied.tolist())) == list(range(int(tied.max()) + 1))
+    assert int(tied.max()) + 1 == (channels if layout is None else channels - turned // 2)
+    first = torch.arange(turned // 2) if layout == "half" else 2 * torch.arange(turned // 2)
+    second = first + (turned // 2 if layout == "half" else 1)
+
+    def turn(x: Tensor) -> Tensor:
+        if layout is None:
+            return x
+        out, angle = x.clone(), torch.linspace(0.3, 2.0, turned // 2, dtype=torch.float64)
+        out[..., first] = x[..., first] * angle.cos() - x[..., second] * angle.sin()
+        out[..., second] = x[..., second] * angle.cos() + x[..., first] * angle.sin()
+        return out
+
+    x = torch.randn(5, channels, dtype=torch.float64)
+    scale = torch.rand(int(tied.max()) + 1, dtype=torch.float64)[tied] + 0.5
+    torch.testing.assert_close(turn(x * scale), turn(x) * scale, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
+    """A norm over one head (Qwen3) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
+    heads, size = Heads(4, 2), 6
+    names = {"q": 4 * size, "k": 2 * size}
+    tensors = {f"{name}.weight": torch.randn(width, 10).double() for name, width in names.items()}
+    tensors |= {f"{name}_norm.weight": torch.rand(width if wide else size).double() for name, width in names.items()}
+    transform = Transform((QueryKey("q", "k", "half", "q_norm", "k_norm"),), heads, tensors)
+    assert transform.shapes == {"q/log_scale": (2, 3) if wide else (3,)}
+    hidden = torch.randn(5, 10).double()
+
+    def scores(tensors: dict[str, Tensor]) -> Tensor:
+        sides = []
+        for name, count in (("q", 4), ("k", 2)):
+            x = hidden @ tensors[f"{name}.weight"].T
+            x = x if wide else x.unflatten(1, (count, size))
+            x = x / x.square().mean(-1, keepdim=True).sqrt() * tensors[f"{name}_norm.weight"]
+            sides.append(x.reshape(5, count, size).transpose(0, 1))
+        return sides[0] @ sides[1].repeat_interleave(2, 0).mT  # [H, 5, 5]
+
+    moved = transform.apply(tensors, random_parameters(transform))
+    assert not torch.equal(moved["q_norm.weight"], tensors["q_norm.weight"])
+    torch.testing.assert_close(scores(moved), scores(tensors), rtol=1e-9, atol=1e-12)
+
+
+def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> None:
+    family, block = case("opt")
+    transform = Transform(family.equivalences, block.heads, block.tensors)
+    parameters = {name: value.requires_grad_() for name, value in random_parameters(transform).items()}
+    moved = transform.apply(block.tensors, parameters)
+    output = block.run(moved)
+    flat = torch.autograd.grad((output * torch.randn_like(output)).sum(), list(parameters.values()), retain_graph=True)
+    steep = torch.autograd.grad(sum(value.square().sum() for value in moved.values()), list(parameters.values()))
+    for name, small, large in zip(parameters, flat, steep, strict=True):
+        assert small.norm() < 1e-9 * large.norm(), name  # measured 1e-13
+
+
+def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
+    family, block = case("qwen3")
+    half = {name: value.half() for name, value in block.tensors.items()}
+    transform = Transform(family.equivalences, block.heads, half)
+    parameters = transform.parameters()
+    assert isinstance(parameters, nn.ParameterDict)
+    assert {name: tuple(value.shape) for name, value in parameters.items()} == transform.shapes
+    moved = transform.apply(half, parameters)
+    assert moved["self_attn.o_proj.weight"].dtype == torch.float32
+    assert all(torch.equal(moved[name].double(), half[name].double()) for name in half)
+    again = transform.parameters()
+    again.load_state_dict(parameters.state_dict())
+
+
+def test_scales_stay_positive_and_finite() -> None:
+    family, block = case("llama 3 of 9")
+    transform = Transform(family.equivalences, block.heads, block.tensors)
+    for far, most in ((-1e6, -10.0), (1e6, 10.0)):
+        moved = transform.apply(
+            block.tensors, {name: torch.full(shape, far) for name, shape in transform.shapes.items()}
+        )
+        assert all(value.isfinite().all() and (value != 0).all() for value in moved.values())
+        kept = block.tensors["input_layernorm.weight"] / moved["input_layernorm.weight"]
+        torch.testing.assert_close(kept.log(), torch.full_like(kept, most))
+
+
+def test_heads_of_a_config() -> None:
+    config = SimpleNamespace(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    assert Heads.of(config) == Heads(9, 3)
+    config.rope_parameters = {"partial_rotary_factor": 0.5}
+    assert Heads.of(config) == Heads(9, 3, 4)
+    assert Heads.of(SimpleNamespace(hidden_size=64, num_attention_heads=4)) == Heads(4, 4)
