@@ -4,6 +4,7 @@
 #
 #   make demo               quantize a 135M model on this machine, measure it, reopen it, let it speak
 #   make test               the whole test suite             make test ARGS="-m 'not slow' tests/grid/test_grid.py"
+#   make lint               style, and which room may import which (import-linter)
 #   make check              lint, typecheck and test: what CI runs
 #   make bench              the benchmarks' CPU part; their figures also as JSON in build/bench/
 #   make clean              remove what make and the tools have made; checkpoints/ stays
@@ -57,6 +58,7 @@ test: $(VENV)/.model
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache --no-logo
 
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy

@@ -110,8 +110,8 @@ def check(device: torch.device) -> dict[str, int]:
         if not masked:
             gram[3, 3] = 1.0  # alone, but no longer dead: the published form divides by it
             problem = prepare(weight, gram, scale, zero_point, 3, precision="float64")
-            values = published_sweeps(weight.double(), gram, (scale, zero_point), GRID.levels, (True, False, True))
-            codes = ((values / scale).round() + zero_point).clamp(0, GRID.levels)
+            values = published_sweeps(weight.double(), gram, (scale, zero_point), GRID.max_code, (True, False, True))
+            codes = ((values / scale).round() + zero_point).clamp(0, GRID.max_code)
             found[f"blocked and sequential, {name}, float64"] = int((_codes(problem, "auto").t() != codes).sum())
     return found
 
@@ -214,7 +214,7 @@ def measure_reference(weight: Tensor, gram: Tensor, kinds: Sequence[bool], sweep
     """Milliseconds of all sweeps of the sequential form in float32, from those of its first few."""
     grid = fit(weight)
     with matmul_precision("float32", weight.device):
-        few = seconds_of(lambda: published_sweeps(weight, gram, grid, GRID.levels, kinds[:sweeps]), weight.device)
+        few = seconds_of(lambda: published_sweeps(weight, gram, grid, GRID.max_code, kinds[:sweeps]), weight.device)
     return 1e3 * few * len(kinds) / sweeps
 
 

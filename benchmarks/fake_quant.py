@@ -35,7 +35,7 @@ from torch import Tensor
 from omniq.grid.affine import Grid, parse_scheme
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled_weight import Scaled
+from omniq.kernels.scaled_weight import ScaledWeight
 
 BLOCKS = {"cuda": ("7b", torch.float16), "cpu": ("smollm2", torch.float32)}
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g64"), "cpu": ("W4A16", "W3A16g64")}
@@ -60,12 +60,12 @@ class Linear:
     def fused(self) -> Tensor:
         """Through the operators."""
         if self.factors:
-            return fake_quantize_moving(Scaled(self.weight, *self.factors), self.upper, self.lower, self.grid)
+            return fake_quantize_moving(ScaledWeight(self.weight, *self.factors), self.upper, self.lower, self.grid)
         return fake_quantize(self.weight, *self.range, self.upper, self.lower, self.grid)
 
     def eager(self) -> Tensor:
         """As the specification."""
-        weight = Scaled(self.weight, *self.factors).tensor()
+        weight = ScaledWeight(self.weight, *self.factors).tensor()
         lo, hi = (None, None) if self.factors else self.range
         return fake_quantize_reference(weight, lo, hi, self.upper, self.lower, self.grid, self.weight.dtype)
 
@@ -97,12 +97,14 @@ def compiled_form() -> Callable[[Linear], Tensor]:
     torch._dynamo.reset()
 
     @torch.compile(dynamic=False)
-    def eager(weight: Scaled, *others: Any) -> Tensor:
+    def eager(weight: ScaledWeight, *others: Any) -> Tensor:
         return fake_quantize_reference(weight.tensor(), *others)
 
     def form(each: Linear) -> Tensor:
         lo, hi = (None, None) if each.factors else each.range
-        return eager(Scaled(each.weight, *each.factors), lo, hi, each.upper, each.lower, each.grid, each.weight.dtype)
+        return eager(
+            ScaledWeight(each.weight, *each.factors), lo, hi, each.upper, each.lower, each.grid, each.weight.dtype
+        )
 
     return form
 

@@ -46,7 +46,7 @@ class PassCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"processes": collectives.count(), "seconds": self.clock.seconds}
+        return {"processes": collectives.world_size(), "seconds": self.clock.seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class PassCheckpoint(Callback):
     def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
         """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""
         saved: int = checkpoint["callbacks"][self.state_key]["processes"]
-        return saved == collectives.count()
+        return saved == collectives.world_size()
 
     @override
     def on_train_batch_end(

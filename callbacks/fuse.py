@@ -23,7 +23,7 @@ class Fuse(Callback):
         assert isinstance(pl_module, BlockModule)
         task = pl_module.task
         result, dtype = pl_module.finish(), task.grid.scale_dtype
-        name = collectives.first(lambda: result.unstorable(dtype))
+        name = collectives.broadcast_from_rank0(lambda: result.first_unstorable(dtype))
         if name is not None:
             task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"
             result = pl_module.finish()

@@ -106,7 +106,7 @@ class BlockLosses(Callback):
         if not self._waiting:
             return
         stacked = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).to(module.task.device)
-        values = (collectives.all_reduce_sum(stacked) / collectives.count()).tolist()
+        values = (collectives.all_reduce_sum(stacked) / collectives.world_size()).tolist()
         rows: list[str] = []
         for (step, name, _), value in zip(self._waiting, values, strict=True):
             turn = module.batches.pass_of(step)

@@ -43,7 +43,11 @@ class Case:
     def configuration(self, out: str) -> Settings:
         """The whole content of the YAML file."""
         scheme = {"name": self.scheme} if isinstance(self.scheme, str) else self.scheme
-        return BASE | {"model": {"path": f"sources/{self.model}"}, "scheme": scheme, "stages": self.stages, "out": out} | self.more
+        return (
+            BASE
+            | {"model": {"path": f"sources/{self.model}"}, "scheme": scheme, "stages": self.stages, "out": out}
+            | self.more
+        )
 
 
 def stage(name: str, **settings: Any) -> Settings:

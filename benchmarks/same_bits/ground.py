@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder in which one tree of omniq makes its runs, each by the command line in a process of its own.
 
-    sources/ text.txt configs/    what the runs read
-    finished/w4a4/                a run that went through
-    interrupted/w4a4@FILE/        one that was killed when it had written FILE (``-`` for ``/``)
-    resumed/w4a4@FILE/            the same after it was continued
-    record.json                   the digests
+sources/ text.txt configs/    what the runs read
+finished/w4a4/                a run that went through
+interrupted/w4a4@FILE/        one that was killed when it had written FILE (``-`` for ``/``)
+resumed/w4a4@FILE/            the same after it was continued
+record.json                   the digests
 """
 
 import os

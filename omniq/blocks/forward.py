@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Run one block: a single forward, or a whole activation stream in batches, without gradients."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.blocks.placement import take
+from omniq.blocks.placement import gather_samples
 
 Precision = Callable[[], AbstractContextManager[Any]]
 
@@ -19,7 +19,7 @@ def call_block(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> T
     return output[0] if isinstance(output, tuple) else output  # some families return (hidden states, …)
 
 
-def sweep(
+def forward_stream(
     block: nn.Module,
     stream: Tensor,
     kwargs: Mapping[str, Any],
@@ -38,13 +38,13 @@ def sweep(
     with torch.no_grad(), precision():
         for start in range(0, len(stream), batch):
             samples = slice(start, start + batch)
-            use(samples, call_block(block, take(stream, samples, device), kwargs))
+            use(samples, call_block(block, gather_samples(stream, samples, device), kwargs))
 
 
 def propagate(
     block: nn.Module, stream: Tensor, kwargs: Mapping[str, Any], precision: Precision, batch: int = 4
 ) -> bool:
-    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``sweep`` goes along.
+    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``forward_stream`` goes along.
 
     Returns:
         whether all of it is finite, which the block's device tells faster than the host would.
@@ -56,7 +56,7 @@ def propagate(
         torch.logical_and(finite, output.isfinite().all(), out=finite)
         stream[samples].copy_(output, non_blocking=True)
 
-    sweep(block, stream, kwargs, precision, batch, store)
+    forward_stream(block, stream, kwargs, precision, batch, store)
     if stream.device != device and device.type == "cuda":
         torch.cuda.synchronize(device)  # the last batches may still be on their way to the host
     return bool(finite)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Where the activation streams live: device memory, (pinned) host memory or memory-mapped files.
+
+A file of a stream has no name: it takes disk space while the run works and is gone with it.
+"""
 
 import os
 import tempfile
@@ -14,21 +17,21 @@ from torch import Tensor
 from omniq.distributed.memory import free_host_memory
 from omniq.errors import UserError
 
-Place = Literal["device", "host", "disk"]
+Location = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
-class Home:
+class ActivationPlacement:
     """Where the streams of a run live.
 
     Args:
-        place: device memory, (pinned) host memory, or files.
+        location: device memory, (pinned) host memory, or files.
         device: of the blocks.
         folder: for the files.
         copy_on_disk: whether a copy that is to be saved is made in files, though the streams are not there.
     """
 
-    place: Place
+    location: Location
     device: torch.device
     folder: Path
     copy_on_disk: bool = False
@@ -43,7 +46,7 @@ class Home:
         count: int = 3,
         neighbours: int = 1,
         saved: int = 0,
-    ) -> "Home":
+    ) -> "ActivationPlacement":
         """A home as the user wants it, or by what is free.
 
         Args:
@@ -59,30 +62,30 @@ class Home:
         if wanted == "auto":
             fits = {"device": count * size <= _free_device_memory(device), "host": here <= free}
             wanted = next((place for place, does in fits.items() if does), "disk")
-        place: Place = "disk" if wanted == "disk" else "host" if wanted == "host" else "device"
-        if place == "host" or (place == "device" and device.type == "cpu"):
+        location: Location = "disk" if wanted == "disk" else "host" if wanted == "host" else "device"
+        if location == "host" or (location == "device" and device.type == "cpu"):
             free -= here
-        return cls(place, device, folder, place != "disk" and saved > free)
+        return cls(location, device, folder, location != "disk" and saved > free)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for one stream."""
-        if self.place == "disk":
+        if self.location == "disk":
             return _mapped(self.folder, shape, dtype)
-        where = self.device if self.place == "device" else torch.device("cpu")
-        pinned = self.place == "host" and self.device.type == "cuda"
+        where = self.device if self.location == "device" else torch.device("cpu")
+        pinned = self.location == "host" and self.device.type == "cuda"
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
 
     @property
     def copies(self) -> Path | None:
         """The folder for files of a copy that is to be saved; None for host memory."""
-        return self.folder if self.place == "disk" or self.copy_on_disk else None
+        return self.folder if self.location == "disk" or self.copy_on_disk else None
 
-    def take_in(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
         """A copy that lives here."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
-def like(stream: Tensor) -> Tensor:
+def empty_like_stream(stream: Tensor) -> Tensor:
     """Room for another stream of the same size in the same place."""
     file = stream.untyped_storage().filename
     if file is not None:
@@ -91,7 +94,7 @@ def like(stream: Tensor) -> Tensor:
     return torch.empty(stream.shape, dtype=stream.dtype, device=stream.device, pin_memory=pinned)
 
 
-def take(stream: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
+def gather_samples(stream: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
     """Some samples of a stream on the device, ``[batch, t, h]``; from pinned memory the host does not wait for them.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omniq.blocks.placement import _mapped, like
+from omniq.blocks.placement import _mapped, empty_like_stream
 from omniq.distributed import collectives
 
 
@@ -35,7 +35,7 @@ class Streams:
     @classmethod
     def start(cls, hidden: Tensor) -> "Streams":
         """At block 0 both are the embedding."""
-        return cls(0, hidden, like(hidden).copy_(hidden))
+        return cls(0, hidden, empty_like_stream(hidden).copy_(hidden))
 
     def snapshot(self, folder: Path | None = None) -> "Streams | None":
         """Both streams as they are now, with the samples of all processes in order, for the first of them to write.
@@ -50,7 +50,7 @@ class Streams:
 
 
 def _gathered(stream: Tensor, folder: Path | None, batch: int = 4) -> Tensor:
-    number = collectives.count()
+    number = collectives.world_size()
     shape = (number * len(stream), *stream.shape[1:])
     if collectives.rank() != 0:
         whole = stream.new_empty(0)
@@ -59,7 +59,7 @@ def _gathered(stream: Tensor, folder: Path | None, batch: int = 4) -> Tensor:
     else:
         whole = torch.empty(shape, dtype=stream.dtype)
     for start in range(0, len(stream), batch):
-        part = collectives.gather_samples(stream[start : start + batch])
+        part = collectives.all_gather_samples(stream[start : start + batch])
         if len(whole):
             whole[number * start : number * start + len(part)].copy_(part)
     return whole

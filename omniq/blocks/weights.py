@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Load quantized weights, and transformed tensors, into a block."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from omniq.storage.block_result import BlockResult
 
 
-def deploy(block: nn.Module, result: BlockResult) -> None:
+def load_quantized_weights(block: nn.Module, result: BlockResult) -> None:
     """Give a block the weights that the deployed model will compute with, made of their codes on its device."""
     for name, value in result.dequantized(device=next(block.parameters()).device):
         set_tensors(block, {name: value})

@@ -6,9 +6,9 @@ GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
 and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
-solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are those of the
-quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of its own block
-already quantized.
+solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are
+those of the quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of
+its own block already quantized.
 
 Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
 solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
@@ -30,18 +30,18 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from omniq.blocks.placement import take
+from omniq.blocks.placement import gather_samples
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import bad_samples, check_finite, exact, gram_of, observed, relative
-from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights, relative_weights
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.quantizers.clipping import Clipping, Searched
+from omniq.quantizers.clipping import RangeEstimator, Searched
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 log = logging.getLogger("omniq")
@@ -63,7 +63,7 @@ class GramStage(Stage):
 
     def __init__(
         self,
-        clipping: Clipping | None = None,
+        clipping: RangeEstimator | None = None,
         true_sequential: bool = True,
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
@@ -115,7 +115,9 @@ class PlanLoader(PassLoader):
         In between each of them has rows of its own, which no checkpoint holds.
         """
         inside = step % self.steps_per_pass
-        return inside in (0, self.gathering) if collectives.count() > 1 else inside == 0 or inside >= self.gathering
+        return (
+            inside in (0, self.gathering) if collectives.world_size() > 1 else inside == 0 or inside >= self.gathering
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         while self.position < len(self):
@@ -145,7 +147,7 @@ class GramModule(BlockModule):
         self.grams: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
         self.found: dict[str, QuantizedLinear] = {}
-        self.stacks: dict[int, Stack] = {}
+        self.stacks: dict[int, StackedLinears] = {}
         self._deployed: dict[str, Tensor] = {}
 
     def loader(self) -> PlanLoader:
@@ -155,7 +157,7 @@ class GramModule(BlockModule):
         """None for Lightning: a solver exists only once its Gram matrix does."""
 
     @abstractmethod
-    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
         """One step of the solver on one group.
 
         Args:
@@ -188,11 +190,11 @@ class GramModule(BlockModule):
     def finish(self) -> BlockResult:
         return BlockResult(self.found, self.task.plain_tensors())
 
-    def importance(self, k: int) -> Tensor:
+    def second_moment(self, k: int) -> Tensor:
         """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
         return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self._tokens
 
-    def track_errors(self, stack: Stack, rows: slice, errors: Tensor, powers: Tensor) -> None:
+    def track_errors(self, stack: StackedLinears, rows: slice, errors: Tensor, powers: Tensor) -> None:
         """Track the relative reconstruction error of each linear, without waiting for the device.
 
         Args:
@@ -213,9 +215,9 @@ class GramModule(BlockModule):
         names = {self.task.family.inputs[k][0]: k for k in groups}
         waiting = set(names)
 
-        inputs, weights = take(self.task.inputs, indices, self.task.device), None
+        inputs, weights = gather_samples(self.task.inputs, indices, self.task.device), None
         if self.settings.token_weights == "relative":
-            weights = relative_weights(take(self.task.targets, indices, self.task.device)).flatten()
+            weights = relative_weights(gather_samples(self.task.targets, indices, self.task.device)).flatten()
 
         def add(name: str, x: Tensor) -> None:
             k = names[name]
@@ -242,9 +244,9 @@ class GramModule(BlockModule):
                 self.task.name, name, self._tokens, width,
             )  # fmt: skip
 
-    def _stack(self, k: int) -> Stack:
+    def _stack(self, k: int) -> StackedLinears:
         if k not in self.stacks:
-            self.stacks[k] = Stack.of(self.task, self.task.family.inputs[k])
+            self.stacks[k] = StackedLinears.of(self.task, self.task.family.inputs[k])
         return self.stacks[k]
 
     def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The batches of one stage: several passes over the samples as one stateful sequence."""
 
 from collections.abc import Iterator, Mapping
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The LightningModule of one stage on one block."""
 
 import math
 import time
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from omniq.blocks.placement import take
+from omniq.blocks.placement import gather_samples
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
@@ -43,7 +43,7 @@ class BlockModule(L.LightningModule):
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these samples on the block's device, each ``[batch, t, h]``."""
         task = self.task
-        return take(task.inputs, indices, task.device), take(task.targets, indices, task.device)
+        return gather_samples(task.inputs, indices, task.device), gather_samples(task.targets, indices, task.device)
 
     def cpu(self) -> Self:
         """Stays: Lightning would take what was learned to the host when the fit ends, and ``finish`` wants it here."""
@@ -61,7 +61,7 @@ class BlockModule(L.LightningModule):
         """
         if self._paused[0] != step:
             now = time.monotonic()
-            waited = collectives.count() > 1 or now - self._paused_at >= self.save_interval  # processes must agree
+            waited = collectives.world_size() > 1 or now - self._paused_at >= self.save_interval  # processes must agree
             self._paused = (step, waited and self.batches.ends_pass(step))
             self._paused_at = now if self._paused[1] else self._paused_at
         return self._paused[1]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.blocks.placement import take
+from omniq.blocks.placement import gather_samples
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights, relative_weights
 from omniq.distributed import collectives
 from omniq.kernels.layer_problem import all_finite
-from omniq.quantizers.clipping import ClippingMethod
+from omniq.quantizers.clipping import Clipping
 
 Observe = Callable[[str, Tensor], None]
 
@@ -48,7 +48,7 @@ def exact(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def input_importance(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
+def input_second_moments(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
     """Mean square of each input channel on the quantized stream: the diagonal of the Gram matrix over the tokens.
 
     Over the samples of all processes, if there are several.
@@ -90,7 +90,7 @@ def _means(
         batch = x.unflatten(0, (-1, task.inputs.shape[1]))
         weights = None
         if token_weights == "relative":
-            targets = take(task.targets, slice(seen[name], seen[name] + len(batch)), task.device)
+            targets = gather_samples(task.targets, slice(seen[name], seen[name] + len(batch)), task.device)
             weights = relative_weights(targets)
         seen[name] += len(batch)
         total = sum_over(batch, weights)
@@ -98,20 +98,20 @@ def _means(
 
     with task.quantized_activations(), observed(task.block, tuple(seen), add):
         task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.count()
+    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.world_size()
     means = {name: collectives.all_reduce_sum(total) / tokens for name, total in sums.items()}
     for name, mean in means.items():
         check_finite(task, name, mean, collectives.all_reduce_sum(bad[name]))
     return {name: means[group[0]] for group in task.family.inputs for name in group}
 
 
-def importance_for(
-    clipping: ClippingMethod, task: BlockTask, token_weights: TokenWeights = "uniform"
+def second_moments_for(
+    clipping: Clipping, task: BlockTask, token_weights: TokenWeights = "uniform"
 ) -> dict[str, Tensor]:
     """What a clipping wants to know of the inputs of each linear; nothing if it needs none."""
     if clipping.needs_gram:
         return input_grams(task, token_weights)
-    return input_importance(task, token_weights) if clipping.needs_importance else {}
+    return input_second_moments(task, token_weights) if clipping.needs_second_moment else {}
 
 
 def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -159,11 +159,11 @@ def check_finite(task: BlockTask, name: str, gathered: Tensor, bad: Tensor, what
     Raises:
         UserError: names the linear, and how many samples are to blame; in all processes, told by the first.
     """
-    number, samples = int(bad), len(task.inputs) * collectives.count()
+    number, samples = int(bad), len(task.inputs) * collectives.world_size()
     if not number and all_finite(gathered):
         return
     why = f"{number} of {samples} samples have inputs that are not" if number else "its inputs are too large to square"
-    raise collectives.told_once(
+    raise collectives.error_on_rank0(
         f"{task.name} {name}: the {what} is not finite, {why}; use trainer.precision 32-true or bf16-mixed, or "
         "other calibration text"
     )

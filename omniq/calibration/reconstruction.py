@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 
-from omniq.blocks.placement import take
+from omniq.blocks.placement import gather_samples
 from omniq.calibration.captured_step import Loss, OptimizerStep
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
@@ -133,7 +133,9 @@ class ReconstructionModule(BlockModule):
         return error if self.gap is None else 2 * error
 
     def training_step(self, indices: Tensor) -> None:
-        inputs, targets = (take(stream, indices, self.task.device) for stream in (self.task.inputs, self.targets))
+        inputs, targets = (
+            gather_samples(stream, indices, self.task.device) for stream in (self.task.inputs, self.targets)
+        )
         loss = self.step(inputs, targets) if self.trainer.world_size == 1 else self._shared_step(inputs, targets)
         if self.gap is not None:
             loss = loss + self.gap[indices.to(self.gap.device)].mean()

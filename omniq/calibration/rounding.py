@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Round to nearest: the module of ``RTN``, and the base of stages that transform a block and then round it."""
 
 import torch
 from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
-from omniq.calibration.observe import importance_for
+from omniq.calibration.observe import second_moments_for
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
-from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 
 class RTNModule(BlockModule):
     """A block that is rounded once; its single step learns nothing."""
 
-    def __init__(self, task: BlockTask, clipping: Clipping) -> None:
+    def __init__(self, task: BlockTask, clipping: RangeEstimator) -> None:
         super().__init__(task)
         self.clipping = clipping
         self.automatic_optimization = False
@@ -32,18 +32,18 @@ class RTNModule(BlockModule):
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
-        importance = importance_for(self.clipping, self.task)
+        second_moment = second_moments_for(self.clipping, self.task)
         linears = {}
         for name in self.task.family.linears:
             weight = self.task.linear(name).weight
-            linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, importance.get(name))
+            linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, second_moment.get(name))
         return BlockResult(linears, self.task.plain_tensors())
 
 
 @torch.no_grad()
 def round_to_nearest(
-    weight: Tensor, grid: Grid, clipping: Clipping | None = None, importance: Tensor | None = None
+    weight: Tensor, grid: Grid, clipping: RangeEstimator | None = None, second_moment: Tensor | None = None
 ) -> QuantizedLinear:
     """The nearest codes of one weight ``[o, i]`` on the grid that its clipping gives."""
-    scale, zero_point = grid.fit(*(clipping or MinMax()).range(weight, grid, importance))
+    scale, zero_point = grid.fit(*(clipping or MinMax()).range(weight, grid, second_moment))
     return QuantizedLinear.of(grid, grid.quantize(weight.float(), scale, zero_point), scale, zero_point)

@@ -23,7 +23,7 @@ from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 
 @dataclass
-class Stack:
+class StackedLinears:
     """The linears of one shared input as one matrix.
 
     Args:
@@ -39,7 +39,7 @@ class Stack:
     grid: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, task: BlockTask, names: tuple[str, ...]) -> "Stack":
+    def of(cls, task: BlockTask, names: tuple[str, ...]) -> "StackedLinears":
         """Stack the weights of these linears.
 
         Raises:
@@ -49,16 +49,16 @@ class Stack:
         stacked = torch.cat(weights)
         if not all_finite(stacked):
             name, bad = next((n, b) for n, w in zip(names, weights, strict=True) if (b := int((~w.isfinite()).sum())))
-            raise collectives.told_once(
+            raise collectives.error_on_rank0(
                 f"{task.name} {name}: {bad} weights of the model are not finite: use a checkpoint that is whole, or "
                 "trainer.precision 32-true if its values are beyond float16"
             )
         return cls(names, tuple(len(weight) for weight in weights), stacked)
 
-    def part(self, rows: slice) -> "Stack":
+    def part(self, rows: slice) -> "StackedLinears":
         """Some neighbouring rows of the stack."""
         grid = None if self.grid is None else (self.grid[0][rows], self.grid[1][rows])
-        return Stack(self.names, self.lengths(rows), self.weight[rows], grid)
+        return StackedLinears(self.names, self.lengths(rows), self.weight[rows], grid)
 
     def lengths(self, rows: slice) -> tuple[int, ...]:
         """How many rows of each linear are among these: none of some, perhaps."""
@@ -68,11 +68,11 @@ class Stack:
     @property
     def my_rows(self) -> slice:
         """The rows that are this process' share."""
-        return collectives.my_rows(sum(self.rows))
+        return collectives.local_rows(sum(self.rows))
 
     def gather(self, share: Tensor) -> Tensor:
         """All rows of something, ``[o, …]``, of what each process has for its share."""
-        return collectives.gather_rows(share, sum(self.rows))
+        return collectives.all_gather_rows(share, sum(self.rows))
 
     def split(self, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Rows of each linear of something ``[o, …]``."""

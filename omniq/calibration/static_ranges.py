@@ -10,16 +10,16 @@ another is cut off, and a range is either covered or it is not.
 While the block is calibrated there is no such range yet: ``omniq.quantizers.activations.quantize_samples``.
 """
 
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.fuse import input_ranges
 from omniq.calibration.task import BlockTask
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import BlockResult
 
 
-def fix_inputs(task: BlockTask, result: BlockResult) -> BlockResult:
+def calibrate_static_ranges(task: BlockTask, result: BlockResult) -> BlockResult:
     """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``."""
-    deploy(task.block, result)
+    load_quantized_weights(task.block, result)
     ranges, given, dtype = input_ranges(task), task.activations, task.grid.scale_dtype
     return result.with_inputs(
         {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""``BlockTask``: one block, its two streams, its grid, and what earlier stages found."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
-from omniq.blocks.forward import Precision, propagate, sweep
-from omniq.blocks.placement import like
+from omniq.blocks.forward import Precision, forward_stream, propagate
+from omniq.blocks.placement import empty_like_stream
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
 from omniq.models.family import Family
@@ -76,13 +76,13 @@ class BlockTask:
 
     def run(self, inputs: Tensor) -> Tensor:
         """The block's output for a whole stream, ``[n, t, h]``, without gradients."""
-        outputs = like(inputs).copy_(inputs)
+        outputs = empty_like_stream(inputs).copy_(inputs)
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
 
     def visit(self, inputs: Tensor) -> None:
         """Run the block over a whole stream for the hooks that look on; the outputs are not kept."""
-        sweep(self.block, inputs, self.kwargs, self.precision)
+        forward_stream(self.block, inputs, self.kwargs, self.precision)
 
     def quantized_activations(self) -> AbstractContextManager[None]:
         """While this is entered, the block computes on quantized activations, as the deployed one will."""

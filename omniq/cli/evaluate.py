@@ -13,7 +13,7 @@ from tempfile import gettempdir
 import torch
 from rich.console import Console
 
-from omniq.blocks.placement import Home
+from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Model
 from omniq.data import Evaluation
 from omniq.data.text import one_line
@@ -91,8 +91,8 @@ def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: i
         return _whole(folder, file or weights_in(folder), model, evaluation, device, batch)
     windows = evaluation.windows(source.tokenizer())
 
-    def home(size: int) -> Home:
-        return Home.choose("auto", device, Path(gettempdir()), size, count=1)
+    def home(size: int) -> ActivationPlacement:
+        return ActivationPlacement.choose("auto", device, Path(gettempdir()), size, count=1)
 
     variants = {"model": lambda index, block: block}
     return evaluate_streamed(source, windows, variants, device, batch, home=home)["model"]

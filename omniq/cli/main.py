@@ -16,10 +16,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from omniq.cli.quiet import quiet
-from omniq.config.parse import _instantiate, _subparser, run_of
+from omniq.config.parse import command_parser, instantiate, run_of
 from omniq.config.run import Export, Model, Run
 from omniq.data import Calibration, Evaluation
-from omniq.distributed.collectives import ToldElsewhere
+from omniq.distributed.collectives import ErrorOnRank0
 from omniq.errors import CorruptFile, UserError
 
 
@@ -43,9 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
             loop.quantize(*run_of(subparsers[name], config[name]))
         else:
-            objects = _instantiate(subparsers[name], config[name])
+            objects = instantiate(subparsers[name], config[name])
             COMMANDS[name][0](**{key: value for key, value in vars(objects).items() if key != "config"})
-    except ToldElsewhere:
+    except ErrorOnRank0:
         return 2
     except ArgumentError as error:
         print(f"omniq: {_understood(error)}", file=sys.stderr)
@@ -132,7 +132,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """The parser of the whole command line, and that of each subcommand."""
     parser = ArgumentParser(prog="omniq", description="Quantize language models block by block.", exit_on_error=False)
     subcommands = parser.add_subcommands(required=True)
-    subparsers = {name: _subparser(*command) for name, command in COMMANDS.items()}
+    subparsers = {name: command_parser(*command) for name, command in COMMANDS.items()}
     for name, subparser in subparsers.items():
         subcommands.add_subcommand(name, subparser, help=COMMANDS[name][1])
     return parser, subparsers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Silence the messages that other libraries would print for each block."""
 
 import logging
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""``omniq report``: the losses and perplexities of a run, finished or not."""
 
 from pathlib import Path
 

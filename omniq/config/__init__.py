@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""A run as dataclasses, and how YAML files and options become one.
+
+May import stages, data, grid, storage. Read ``run.py`` first, then ``compose.py`` for the rules of composition.
+"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""How configuration files compose: a later file replaces a list or a class whole."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile
 from omniq.errors import UserError
 
 
-class _ConfigFile(ActionConfigFile):
+class ConfigFile(ActionConfigFile):
     """A configuration file on top of earlier settings: a class or a list that it names starts afresh.
 
     jsonargparse alone would leave another class, and the entries of a list as long as the earlier one, every earlier

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""YAML files and options to a ``Run``."""
 
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from omniq.config.compose import _ConfigFile
+from omniq.config.compose import ConfigFile
 from omniq.config.run import Run
 from omniq.errors import UserError
 
 
-def _subparser(target: Callable[..., Any], description: str) -> ArgumentParser:
+def command_parser(target: Callable[..., Any], description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action=_ConfigFile, help="a YAML file; of several, later ones win")
+    parser.add_argument("--config", action=ConfigFile, help="a YAML file; of several, later ones win")
     if isinstance(target, type):
         parser.add_class_arguments(target, as_group=False)
     else:
@@ -34,7 +34,7 @@ def parse_run(configs: Sequence[str | Path] = (), settings: Mapping[str, Any] | 
     Raises:
         UserError: a key or value that is not understood.
     """
-    parser = _subparser(Run, "a quantization run")
+    parser = command_parser(Run, "a quantization run")
     layers = [str(path) for path in configs] + ([yaml.safe_dump(dict(settings))] if settings else [])
     try:
         config = parser.parse_args([argument for layer in layers for argument in ("--config", layer)])
@@ -46,11 +46,11 @@ def parse_run(configs: Sequence[str | Path] = (), settings: Mapping[str, Any] | 
 def run_of(parser: ArgumentParser, config: Namespace) -> tuple[Run, str]:
     """The run that a parsed configuration describes, and its resolved settings as YAML."""
     settings = parser.dump(config, skip_validation=True)
-    objects = vars(_instantiate(parser, config))
+    objects = vars(instantiate(parser, config))
     return Run(**{field.name: objects[field.name] for field in fields(Run)}), settings
 
 
-def _instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
+def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     try:
         return parser.instantiate(config)
     except (ValueError, TypeError) as error:

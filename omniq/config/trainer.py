@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The Trainer's arguments: which of them omniq decides, and which precisions it calibrates in."""
 
 import inspect
 from collections.abc import Callable, Mapping

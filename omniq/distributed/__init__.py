@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Several processes that work on one run, and the memory of the machine that they share.
+
+May import errors only. Read ``collectives.py`` first.
+"""

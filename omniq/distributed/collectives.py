@@ -4,8 +4,8 @@
 A run is data-parallel. Of ``N`` processes, number ``r`` holds the samples ``r, r + N, r + 2 N, …``, so that one step of
 all of them, with ``b`` samples each, sees the samples that one process would see in a step of ``N b``. Gradients are
 averaged by DDP; sums over tokens (Gram matrices, importances) go through ``all_reduce_sum``; rows of a layer that are
-solved without the others are shared (``my_rows``) and then gathered; everything else is either computed alike by all or
-by the first process alone, which also writes all files, and told to the others.
+solved without the others are shared (``local_rows``) and then gathered; everything else is either computed alike by all
+or by the first process alone, which also writes all files, and told to the others.
 
 With one process nothing here does anything. With several, Lightning's strategy makes the process group, from whatever
 started them (``torchrun``, ``fabric run``, SLURM); its timeout is finite, so a process whose peer is gone fails.
@@ -29,7 +29,7 @@ _DONE = "omniq/done"  # key of the store: what came of the work that the first p
 _ENDLESS = timedelta(days=30)
 
 
-class ToldElsewhere(UserError):
+class ErrorOnRank0(UserError):
     """Another process has met a user's mistake and says so; this one ends as well, in silence."""
 
 
@@ -41,7 +41,7 @@ class _Outcome:
     error: str | None = None
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if _several() else 1
 
@@ -51,32 +51,32 @@ def rank() -> int:
     return dist.get_rank() if _several() else 0
 
 
-def mine(samples: Tensor) -> Tensor:
+def local_shard(samples: Tensor) -> Tensor:
     """This process' share of something that has an entry a sample: every ``N``-th."""
-    return samples[rank() :: count()]
+    return samples[rank() :: world_size()]
 
 
-def my_rows(rows: int) -> slice:
+def local_rows(rows: int) -> slice:
     """This process' share of so many rows: neighbours, and as many as the others have, or one less."""
     return _share(rows, rank())
 
 
-def gather_rows(share: Tensor, rows: int) -> Tensor:
-    """All rows in their order, ``[rows, …]``, of the shares ``my_rows(rows)`` of all processes."""
+def all_gather_rows(share: Tensor, rows: int) -> Tensor:
+    """All rows in their order, ``[rows, …]``, of the shares ``local_rows(rows)`` of all processes."""
     if not _several():
         return share
-    room = -(-rows // count())
+    room = -(-rows // world_size())
     padded = share.new_zeros(room, *share.shape[1:], device=_device())
     padded[: len(share)] = share
-    parts = [torch.empty_like(padded) for _ in range(count())]
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    shares = (_share(rows, number) for number in range(count()))
+    shares = (_share(rows, number) for number in range(world_size()))
     return torch.cat([part[: its.stop - its.start] for part, its in zip(parts, shares, strict=True)]).to(share.device)
 
 
 def _share(rows: int, number: int) -> slice:
     """The rows of process ``number``."""
-    return slice(rows * number // count(), rows * (number + 1) // count())
+    return slice(rows * number // world_size(), rows * (number + 1) // world_size())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_agree(flag: bool) -> bool:
+def all_ranks(flag: bool) -> bool:
     """Whether the flag is set in every process."""
     if not _several():
         return flag
@@ -101,7 +101,7 @@ def all_agree(flag: bool) -> bool:
     return int(all_reduce_sum(unset)) == 0
 
 
-def first(work: Callable[[], Value]) -> Value:
+def broadcast_from_rank0(work: Callable[[], Value]) -> Value:
     """What ``work`` returns in the first process, told to all; the others do not call it.
 
     Raises:
@@ -121,17 +121,17 @@ def first(work: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     if outcome[0].error is not None:
-        raise ToldElsewhere(outcome[0].error)
+        raise ErrorOnRank0(outcome[0].error)
     value: Value = outcome[0].value  # type: ignore[assignment]
     return value
 
 
-def told_once(message: str) -> UserError:
+def error_on_rank0(message: str) -> UserError:
     """A mistake that all processes meet alike, for each of them to raise: only the first one says it."""
-    return UserError(message) if rank() == 0 else ToldElsewhere(message)
+    return UserError(message) if rank() == 0 else ErrorOnRank0(message)
 
 
-def part(rest: Callable[[], None] = lambda: None) -> None:
+def finish_on_rank0(rest: Callable[[], None] = lambda: None) -> None:
     """Leave the other processes when there is nothing more to do together; all return when the first has done the rest.
 
     That may take longer than any exchange may. So the group is left, and the others wait at the store through which
@@ -145,7 +145,7 @@ def part(rest: Callable[[], None] = lambda: None) -> None:
         rest()
         return
     store, number = dist.distributed_c10d._get_default_store(), rank()
-    read = [f"{_DONE}/{other}" for other in range(1, count())]
+    read = [f"{_DONE}/{other}" for other in range(1, world_size())]
     dist.barrier()
     dist.destroy_process_group()
     if number == 0:
@@ -160,7 +160,7 @@ def part(rest: Callable[[], None] = lambda: None) -> None:
         message = store.get(_DONE).decode()
         store.set(read[number - 1], "")
         if message:
-            raise ToldElsewhere(message)
+            raise ErrorOnRank0(message)
 
 
 def _tell(store: dist.Store, message: str, read: list[str]) -> None:
@@ -172,12 +172,12 @@ def _tell(store: dist.Store, message: str, read: list[str]) -> None:
         store.delete_key(key)
 
 
-def gather_samples(share: Tensor) -> Tensor:
+def all_gather_samples(share: Tensor) -> Tensor:
     """All samples in their order, ``[N n, …]``, of the shares ``[n, …]`` of all processes."""
     if not _several():
         return share
     share = share.to(_device()).contiguous()
-    parts = [torch.empty_like(share) for _ in range(count())]
+    parts = [torch.empty_like(share) for _ in range(world_size())]
     dist.all_gather(parts, share)
     return torch.stack(parts, 1).flatten(0, 1)
 

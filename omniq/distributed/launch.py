@@ -51,7 +51,7 @@ def started() -> tuple[int, int]:
         return total, total // int(os.environ.get("SLURM_NNODES", 1))
     # NOTE: the group counts once there is one: Lightning may delete WORLD_SIZE after a fit, and the next fit of each
     # process would be a run of its own.
-    total = max(collectives.count(), int(os.environ.get("WORLD_SIZE", 1)))
+    total = max(collectives.world_size(), int(os.environ.get("WORLD_SIZE", 1)))
     return total, int(os.environ.get("LOCAL_WORLD_SIZE", total))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""How much host memory the system, or this container, still has."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from omniq.blocks.placement import Home
+from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
 from omniq.evaluate.streaming import BlockSource, Variant, stream_logits
 
@@ -179,7 +179,7 @@ def evaluate_streamed(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], Home] | None = None,
+    home: Callable[[int], ActivationPlacement] | None = None,
 ) -> dict[str, PerplexityResult]:
     """Measure several variants of a checkpoint in one pass over its blocks.
 

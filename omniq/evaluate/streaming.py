@@ -3,7 +3,8 @@
 
     tokens ─► embedding ─► for each block: every variant of it over its own activations ─► final norm and head ─► logits
 
-Memory: one activation ``[m, t, h]`` a variant, where the caller wants them (``omniq.blocks.placement.Home``), the embedding, the
+Memory: one activation ``[m, t, h]`` a variant, where the caller wants them
+    (``omniq.blocks.placement.ActivationPlacement``), the embedding, the
 head and a block, or two of them for several variants.
 
 Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
@@ -20,7 +21,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from omniq.blocks.forward import propagate
-from omniq.blocks.placement import Home, take
+from omniq.blocks.placement import ActivationPlacement, gather_samples
 
 
 class BlockSource(Protocol):
@@ -53,7 +54,7 @@ def stream_logits(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda block: None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], Home] | None = None,
+    home: Callable[[int], ActivationPlacement] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Logits of several variants of a checkpoint, in one pass over its blocks.
 
@@ -79,7 +80,7 @@ def stream_logits(
     dtype = dtype or first.dtype
     shape = (*windows.shape, first.shape[-1])
     size = windows.numel() * first.shape[-1] * dtype.itemsize
-    place = Home("device", device, Path()) if home is None else home(size)
+    place = ActivationPlacement("device", device, Path()) if home is None else home(size)
     streams = {name: place.empty(shape, dtype) for name in variants}
     for start in range(0, len(windows), batch_size):
         batch = slice(start, start + batch_size)
@@ -92,7 +93,7 @@ def stream_logits(
     for name, stream in streams.items():
         for start in range(0, len(windows), batch_size):
             batch = slice(start, start + batch_size)
-            yield name, source.logits(take(stream, batch, device), device), windows[batch].to(device)
+            yield name, source.logits(gather_samples(stream, batch, device), device), windows[batch].to(device)
 
 
 def _advance(

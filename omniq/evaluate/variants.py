@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The variants of a model that an evaluation compares: full precision, rounded to nearest, quantized."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from omniq.blocks.activation_hooks import attach
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.evaluate.streaming import Variant
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.grid.scheme import Activations, Scheme
@@ -16,7 +16,7 @@ from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
 
 
-def as_deployed(source: SourceModel, scheme: Scheme) -> SourceModel:
+def in_export_dtype(source: SourceModel, scheme: Scheme) -> SourceModel:
     """The model to measure quantized variants on: where activations are integers, in the dtype of deployment.
 
     An activation near a tie that goes the other way is a perturbation like any other, and every layer behind it makes
@@ -24,16 +24,16 @@ def as_deployed(source: SourceModel, scheme: Scheme) -> SourceModel:
     on 2040 tokens: 0.5 % at W8A8, 2 % at W6A6, 12 % at W4A4). So what is measured is what will run, operation by
     operation.
     """
-    dtype = scheme.deploy_dtype
+    dtype = scheme.export_dtype
     return source.in_dtype(dtype) if scheme.activations.quantized and dtype != source.dtype else source
 
 
-def full_precision(index: int, block: nn.Module) -> nn.Module:
+def full_precision_variant(index: int, block: nn.Module) -> nn.Module:
     """The block as it is."""
     return block
 
 
-def rounded(family: Family, grid: Grid, activations: Activations) -> Variant:
+def rounded_variant(family: Family, grid: Grid, activations: Activations) -> Variant:
     """Every block rounded to nearest on the min-max grid given, its activations quantized as given.
 
     Where the scheme fixes the ranges of inputs, which only calibration can, each window has its own.
@@ -50,12 +50,12 @@ def rounded(family: Family, grid: Grid, activations: Activations) -> Variant:
     return variant
 
 
-def quantized(read: Callable[[int], BlockResult], family: Family, activations: Activations) -> Variant:
+def quantized_variant(read: Callable[[int], BlockResult], family: Family, activations: Activations) -> Variant:
     """Every block as the run left it, its activations quantized as the scheme says."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         result = read(index)
-        deploy(block, result)
+        load_quantized_weights(block, result)
         attach(block, family, activations, result.linears)
         return block
 

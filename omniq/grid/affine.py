@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.quantized_scales import QuantizedScales
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Grid:
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
-    second: SecondLevel | None = None
+    second: QuantizedScales | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -62,7 +62,7 @@ class Grid:
             raise UserError(f"zero points {kind} need no code of {self.second.zero_bits} bits: set zero_bits to 0")
 
     @property
-    def levels(self) -> int:
+    def max_code(self) -> int:
         """The largest code, ``L = 2^b - 1``."""
         return 2**self.bits - 1
 
@@ -113,10 +113,10 @@ class Grid:
         """
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.symmetric:
-            scale = self.store(2 * torch.maximum(-lo, hi) / self.levels)
+            scale = self.store(2 * torch.maximum(-lo, hi) / self.max_code)
             return scale, torch.full_like(scale, 2 ** (self.bits - 1))
-        scale = self.store((hi - lo) / self.levels)
-        return scale, (-lo / scale).round().clamp(0, self.levels)
+        scale = self.store((hi - lo) / self.max_code)
+        return scale, (-lo / scale).round().clamp(0, self.max_code)
 
     def store(self, scale: Tensor) -> Tensor:
         """Round a scale to its storage dtype, never to zero or infinity; keep the tensor's own dtype."""
@@ -135,7 +135,7 @@ class Grid:
         """
         s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1)  # [o, G, 1]
         codes = (self.split(weight.to(s.dtype)) / s).round() + z
-        return codes.clamp(0, self.levels).flatten(-2).to(torch.uint8)
+        return codes.clamp(0, self.max_code).flatten(-2).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Weights ``(q - z) * s``, ``[o, i]``, in the dtype of ``scale``."""

@@ -29,7 +29,7 @@ from omniq.errors import UserError
 
 
 @dataclass(frozen=True)
-class SecondLevel:
+class QuantizedScales:
     """How scales and zero points are stored.
 
     Args:

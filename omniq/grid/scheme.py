@@ -128,7 +128,7 @@ class Scheme:
     def grid(self) -> Grid:
         """The grid of the weights."""
         bits, _, _, group_size = parse_scheme(self.name)
-        return Grid(bits, group_size, self.symmetric, self.deploy_dtype)
+        return Grid(bits, group_size, self.symmetric, self.export_dtype)
 
     @property
     def activation_bits(self) -> int:
@@ -148,7 +148,7 @@ class Scheme:
         return Activations(self.activation_bits, queries, self.kv_bits, self.activation_symmetric, static)
 
     @property
-    def deploy_dtype(self) -> torch.dtype:
+    def export_dtype(self) -> torch.dtype:
         """Dtype of scales, norms, biases and embeddings in the checkpoint."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype

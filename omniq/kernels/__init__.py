@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hot loops: pure functions on tensors, a readable torch version beside a fused one of the same signature."""
+"""Hot operators: a torch reference beside a Triton version with the same signature.
+
+May import grid only. Read ``fake_quant.py`` first.
+"""

@@ -165,7 +165,7 @@ def _round_columns(
         else:
             g = torch.addmv(gradient[t], gradient[:t].t(), gram[t, :t]) if t else gradient[t]
             torch.addcmul(was, g, inverse[t], out=u)
-            torch.div(u, s, out=v).round_().add_(z).clamp_(0, problem.levels).sub_(z).mul_(s)
+            torch.div(u, s, out=v).round_().add_(z).clamp_(0, problem.max_code).sub_(z).mul_(s)
             if mask is not None:
                 torch.where(mask[t], u, v, out=v)
         torch.sub(was, v, out=gradient[t])

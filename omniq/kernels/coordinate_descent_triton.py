@@ -67,19 +67,19 @@ def _earlier_steps(
 
 
 @triton.jit
-def _nearest(u, scale, zero, levels, MAGIC: tl.constexpr):
+def _nearest(u, scale, zero, max_code, MAGIC: tl.constexpr):
     """``clamp(round(u / s) + z, 0, L) - z``."""
     per_step = 1.0 / scale
     steps = u * per_step
     steps = tl.fma(tl.fma(-steps, scale, u), per_step, steps)
-    steps = tl.minimum(tl.maximum(steps, -zero), levels - zero)
+    steps = tl.minimum(tl.maximum(steps, -zero), max_code - zero)
     return (steps + MAGIC) - MAGIC
 
 
 @triton.jit
 def _round_block(
     work_ptr, gram_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
-    changed_ptr, gain_ptr, outputs, columns, stride, levels,
+    changed_ptr, gain_ptr, outputs, columns, stride, max_code,
     MASKED: tl.constexpr, ONE_GRID: tl.constexpr, WHOLE: tl.constexpr, MAGIC: tl.constexpr,
     PRODUCT: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def _round_block(
                 gradient += weights[t * (t - 1) // 2 + k] * steps[k]
             old, live = olds[t], inverses[t] > 0
             u = old + gradient * inverses[t]
-            new = _nearest(u, scale, zero, levels, MAGIC) * scale
+            new = _nearest(u, scale, zero, max_code, MAGIC) * scale
             if MASKED:
                 new = tl.where(keeps[t], u, new)
             step = tl.where(live, old - new, 0.0)
@@ -163,7 +163,7 @@ def _take_steps(
 @triton.jit
 def _keep_codes(
     target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, rows_ptr, codes_ptr, outputs, columns,
-    levels, MAGIC: tl.constexpr, ROWS: tl.constexpr, PER_BYTE: tl.constexpr,
+    max_code, MAGIC: tl.constexpr, ROWS: tl.constexpr, PER_BYTE: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -178,7 +178,7 @@ def _keep_codes(
         u = tl.load(target_ptr + at, mask=here, other=0.0) - tl.load(residual_ptr + at, mask=here, other=0.0)
         scale = tl.load(scale_ptr + grid, mask=here, other=1.0)
         zero = tl.load(zero_ptr + grid, mask=here, other=0.0)
-        code = _nearest(u, scale, zero, levels, MAGIC) + zero
+        code = _nearest(u, scale, zero, max_code, MAGIC) + zero
         packed += code.to(tl.int32) << (4 * part)
     tl.store(codes_ptr + line.to(tl.int64) * outputs + row, packed.to(tl.uint8), mask=chosen)
 
@@ -189,7 +189,7 @@ def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, codes: Tensor)
     rows = rows.contiguous()  # all alike may be one, expanded
     _keep_codes[(triton.cdiv(outputs, 1024), len(codes))](
         problem.target, residual, problem.scale, problem.zero_point, problem.group_index, rows, codes, outputs, inputs,
-        problem.levels, MAGIC=_magic(residual), ROWS=1024, PER_BYTE=problem.codes_per_byte, num_warps=4,
+        problem.max_code, MAGIC=_magic(residual), ROWS=1024, PER_BYTE=problem.codes_per_byte, num_warps=4,
     )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def round_block(
     _round_block[(triton.cdiv(outputs, _ROWS),)](
         gradient, problem.gram[columns, columns], problem.target[columns], residual[columns],
         problem.scale, problem.zero_point, problem.group_index[columns], problem.inverse[columns], mask,
-        changed, gain, outputs, size, problem.gram.stride(0), problem.levels,
+        changed, gain, outputs, size, problem.gram.stride(0), problem.max_code,
         MASKED=problem.mask is not None, ONE_GRID=problem.one_grid, WHOLE=size % RUN == 0,
         MAGIC=_magic(residual), PRODUCT="outer" if double else "tf32" if problem.precision == "tf32" else "tf32x3",
         RUN=RUN, ROWS=_ROWS, DEPTH=_DEPTH, num_warps=1,

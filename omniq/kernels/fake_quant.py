@@ -88,16 +88,16 @@ def fake_quantize_reference(
 
     Same arguments and result; without ``lo`` and ``hi`` the range is the weight's own, gradient included.
     """
-    levels = grid.levels
+    max_code = grid.max_code
     if lo is None or hi is None:
         lo, hi = grid.range(weight)
     xmin, xmax = clip_range(lo.unsqueeze(-1), hi.unsqueeze(-1), upper.unsqueeze(-1), lower.unsqueeze(-1))  # [o, G, 1]
-    s = 2 * torch.maximum(xmax, -xmin) / levels if grid.symmetric else (xmax - xmin) / levels
+    s = 2 * torch.maximum(xmax, -xmin) / max_code if grid.symmetric else (xmax - xmin) / max_code
     s = s.clamp(min=torch.finfo(s.dtype).tiny)
-    z = torch.full_like(s, 2 ** (grid.bits - 1)) if grid.symmetric else (-xmin / s).round().clamp(0, levels).detach()
+    z = torch.full_like(s, 2 ** (grid.bits - 1)) if grid.symmetric else (-xmin / s).round().clamp(0, max_code).detach()
     steps = weight.unflatten(-1, (lo.shape[-1], -1)) / s  # [o, G, g]
     rounded = steps + (steps.round() - steps).detach()
-    codes = (rounded + z).clamp(0, levels)
+    codes = (rounded + z).clamp(0, max_code)
     return ((codes - z) * s).flatten(-2).to(out_dtype or weight.dtype)
 
 

@@ -10,7 +10,7 @@ weights at the extremes (ties sharing evenly, what autograd does with ``Grid.ran
 ``d r_i`` is had without the extremes: range, scale and result are all proportional to ``r_i``, so that it equals
 ``sum_j G_ij w^_ij / r_i`` (put ``g_s`` and the range in: ``in w' + ((q - z) - in w' / s) s = w^``).
 
-Without ``r`` and ``c`` it is a weight on its own range. ``fake_quantize_reference`` of ``Scaled.tensor()`` is the
+Without ``r`` and ``c`` it is a weight on its own range. ``fake_quantize_reference`` of ``ScaledWeight.tensor()`` is the
 specification; the operator ``omniq::fake_quantize_moving`` neither saves nor makes the moved matrix: in torch it exists
 a chunk of rows at a time (``omniq.kernels.fake_quant_moving_torch``), on CUDA in registers
 (``omniq.kernels.fake_quant_moving_triton``). Arithmetic is float32 (float64 for a weight in float64).
@@ -27,11 +27,11 @@ from torch import Tensor
 from omniq.grid.affine import Grid
 from omniq.kernels import fake_quant_moving_torch
 from omniq.kernels.fused import is_fused
-from omniq.kernels.scaled_weight import Scaled
+from omniq.kernels.scaled_weight import ScaledWeight
 
 
 def fake_quantize_moving(
-    weight: Scaled, upper: Tensor, lower: Tensor, grid: Grid, out_dtype: torch.dtype | None = None
+    weight: ScaledWeight, upper: Tensor, lower: Tensor, grid: Grid, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """A moved weight as the clipped grid represents it, differentiable in every tensor argument.
 

@@ -93,12 +93,12 @@ def bounds(
     dtype: torch.dtype, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, ``-z`` and ``L - z`` of each group, ``[o, G, 1]``."""
-    levels = 2**bits - 1
+    max_code = 2**bits - 1
     xmin, xmax = clip_range(*(each.to(dtype).unsqueeze(-1) for each in (lo, hi, upper, lower)))
-    s = 2 * torch.maximum(xmax, -xmin) / levels if symmetric else (xmax - xmin) / levels
+    s = 2 * torch.maximum(xmax, -xmin) / max_code if symmetric else (xmax - xmin) / max_code
     s = s.clamp(min=torch.finfo(dtype).tiny)
-    z = torch.full_like(s, 2 ** (bits - 1)) if symmetric else (-xmin / s).round().clamp(0, levels)
-    return s, -z, levels - z
+    z = torch.full_like(s, 2 ** (bits - 1)) if symmetric else (-xmin / s).round().clamp(0, max_code)
+    return s, -z, max_code - z
 
 
 def round_into(out: Tensor, w: Tensor, s: Tensor, least: Tensor, most: Tensor) -> None:
@@ -133,17 +133,17 @@ def range_gradients(
     d_scale: Tensor, lo: Tensor, hi: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of the scale to those of lo, hi, upper, lower, ``[r, G]`` each."""
-    levels, dtype = 2**bits - 1, d_scale.dtype
+    max_code, dtype = 2**bits - 1, d_scale.dtype
     keep_hi, keep_lo = upper.to(dtype).sigmoid(), lower.to(dtype).sigmoid()
     xmin, xmax = keep_lo * lo.to(dtype), keep_hi * hi.to(dtype)
     if symmetric:
         # The side that sets the scale gets everything; 0.5 is its share in a tie.
         share = torch.heaviside(xmax + xmin, xmax.new_full((), 0.5))
-        s, to_hi, to_lo = 2 * torch.maximum(xmax, -xmin) / levels, 2 * share, 2 * (1 - share)
+        s, to_hi, to_lo = 2 * torch.maximum(xmax, -xmin) / max_code, 2 * share, 2 * (1 - share)
     else:
-        s = (xmax - xmin) / levels
+        s = (xmax - xmin) / max_code
         to_hi = to_lo = torch.ones_like(s)
-    d_scale = d_scale.masked_fill(s < torch.finfo(dtype).tiny, 0) / levels
+    d_scale = d_scale.masked_fill(s < torch.finfo(dtype).tiny, 0) / max_code
     d_max, d_min = to_hi * d_scale, -to_lo * d_scale
     return d_min * keep_lo, d_max * keep_hi, d_max * xmax * (1 - keep_hi), d_min * xmin * (1 - keep_lo)
 

@@ -39,7 +39,7 @@ class Problem:
         gram: ``[i, i]``, symmetric.
         scale, zero_point: ``[G, o]``.
         group_index: group of each column, int64 ``[i]``.
-        levels: largest code.
+        max_code: largest code.
         inverse: ``1 / S_jj``, 0 for dead columns, ``[i]``.
         dead: columns that no input reaches.
         triangles: inverse of the lower triangle of each diagonal block, ``[ceil(i / B), B, B]``; zero for dead columns.
@@ -53,7 +53,7 @@ class Problem:
     scale: Tensor
     zero_point: Tensor
     group_index: Tensor
-    levels: int
+    max_code: int
     inverse: Tensor
     dead: frozenset[int]
     triangles: Tensor
@@ -69,7 +69,7 @@ class Problem:
     @property
     def codes_per_byte(self) -> int:
         """How many codes are kept in a byte: two up to 4 bit."""
-        return 2 if self.levels < 16 else 1
+        return 2 if self.max_code < 16 else 1
 
     def blocks(self, size: int | None = None) -> Iterator[slice]:
         """The columns of each block in turn, or so many at a time."""
@@ -115,7 +115,7 @@ def prepare(
         scale=scale.to(dtype).t().contiguous(),
         zero_point=zero_point.to(dtype).t().contiguous(),
         group_index=group_index,
-        levels=2**bits - 1,
+        max_code=2**bits - 1,
         inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, diagonal)),
         dead=frozenset(dead.nonzero().flatten().tolist()),
         triangles=_triangles(gram, dead, block),
@@ -181,7 +181,7 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
     """Nearest codes of ``W - D`` for some columns, ``[n, o]``, in the dtype of the weights."""
     group = problem.group_index[columns]
     steps = ((problem.target[columns] - residual[columns]) / problem.scale[group]).round_()
-    return steps.add_(problem.zero_point[group]).clamp_(0, problem.levels)
+    return steps.add_(problem.zero_point[group]).clamp_(0, problem.max_code)
 
 
 def codes_of(problem: Problem, residual: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledWeight:
     """``diag(rows) W diag(columns)``; differentiable in whichever part has a gradient.
 
     Args:
@@ -28,11 +28,11 @@ class Scaled:
     rows: Tensor | None = None
     columns: Tensor | None = None
 
-    def times_rows(self, factor: Tensor) -> "Scaled":
+    def times_rows(self, factor: Tensor) -> "ScaledWeight":
         """Multiplied from the left by the diagonal of ``factor``, ``[o]``."""
         return replace(self, rows=factor if self.rows is None else self.rows * factor)
 
-    def times_columns(self, factor: Tensor) -> "Scaled":
+    def times_columns(self, factor: Tensor) -> "ScaledWeight":
         """Multiplied from the right by the diagonal of ``factor``, ``[i]``."""
         return replace(self, columns=factor if self.columns is None else self.columns * factor)
 
@@ -49,6 +49,6 @@ class Scaled:
         return out if self.rows is None else out * self.rows.unsqueeze(-1)
 
 
-def whole(weight: Tensor | Scaled) -> Tensor:
+def materialize(weight: Tensor | ScaledWeight) -> Tensor:
     """The matrix, whichever way it is given."""
-    return weight.tensor() if isinstance(weight, Scaled) else weight
+    return weight.tensor() if isinstance(weight, ScaledWeight) else weight

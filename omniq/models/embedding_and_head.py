@@ -60,7 +60,7 @@ class Tap(nn.Module):
         self.seen, self.kwargs, self.replay = None, {}, None
 
 
-class Outer:
+class EmbeddingAndHead:
     """Embedding, head and everything else outside the blocks of a meta model.
 
     Args:

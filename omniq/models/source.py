@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from omniq.errors import UserError
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, weights_in
-from omniq.models.embedding_and_head import Outer
+from omniq.models.embedding_and_head import EmbeddingAndHead
 from omniq.models.families import family_of
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
@@ -89,7 +89,7 @@ class SourceModel:
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
         self._check()
-        self._outer = Outer(model, self.family.blocks, self._read)
+        self._outer = EmbeddingAndHead(model, self.family.blocks, self._read)
 
     @classmethod
     def open(

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The affine grid, and the ways to choose the range that it covers."""
+"""How a range is chosen: min-max, searched, learned (LWC, PACT, LSQ); quantizers of activations.
+
+May import kernels and grid. Read ``clipping.py`` first.
+"""

@@ -17,27 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from omniq.grid.affine import Grid
-from omniq.kernels.scaled_weight import Scaled, whole
-from omniq.quantizers.clipping import LearnableClip, StartedClipping
+from omniq.kernels.scaled_weight import ScaledWeight, materialize
+from omniq.quantizers.clipping import FakeQuantWeight, LearnableRange
 
 SMALLEST_FACTOR = 1e-2  # of a learned step or threshold: an optimizer step must not turn it over
 
 
-class PACT(StartedClipping):
+class PACT(LearnableRange):
     """Learned thresholds, for comparison with LWC."""
 
-    def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:
-        return ThresholdClip(grid, torch.stack(self.initial.range(weight, grid, importance)))
+    def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> FakeQuantWeight:
+        return PACTWeight(grid, torch.stack(self.initial.range(weight, grid, second_moment)))
 
 
-class LSQ(StartedClipping):
+class LSQ(LearnableRange):
     """A learned step, for comparison with LWC."""
 
-    def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:
-        return StepClip(grid, *grid.fit(*self.initial.range(weight, grid, importance)))
+    def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> FakeQuantWeight:
+        return LSQWeight(grid, *grid.fit(*self.initial.range(weight, grid, second_moment)))
 
 
-class ThresholdClip(LearnableClip):
+class PACTWeight(FakeQuantWeight):
     """PACT of one linear.
 
     Args:
@@ -53,8 +53,8 @@ class ThresholdClip(LearnableClip):
         self.register_buffer("start", start, persistent=False)
         self.factors = nn.Parameter(torch.ones_like(start))
 
-    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
-        weight = whole(weight)
+    def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
+        weight = materialize(weight)
         lo, hi = self._thresholds()
         if self.grid.symmetric:
             hi = torch.maximum(-lo, hi)
@@ -79,7 +79,7 @@ class ThresholdClip(LearnableClip):
         return lo, hi
 
 
-class StepClip(LearnableClip):
+class LSQWeight(FakeQuantWeight):
     """LSQ of one linear.
 
     Args:
@@ -98,11 +98,11 @@ class StepClip(LearnableClip):
         self.register_buffer("zero_point", zero_point, persistent=False)
         self.factors = nn.Parameter(torch.ones_like(step))
 
-    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
+    def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
         step, zero = self._step().unsqueeze(-1), self.zero_point.unsqueeze(-1)  # [o, G, 1]
-        steps = self.grid.split(whole(weight).float()) / step
+        steps = self.grid.split(materialize(weight).float()) / step
         rounded = steps + (steps.round() - steps).detach()
-        return (((rounded + zero).clamp(0, self.grid.levels) - zero) * step).flatten(-2).to(dtype)
+        return (((rounded + zero).clamp(0, self.grid.max_code) - zero) * step).flatten(-2).to(dtype)
 
     @torch.no_grad()
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:

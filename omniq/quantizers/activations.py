@@ -88,8 +88,8 @@ def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     """Scale and signed zero point that cover ``[lo, hi]`` and zero, in the dtype of the range."""
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    levels = lo.new_full((), most - least)  # a tensor: CUDA divides by a Python number through its reciprocal
-    scale = torch.maximum(-lo, hi) / (levels / 2) if symmetric else (hi - lo) / levels
+    max_code = lo.new_full((), most - least)  # a tensor: CUDA divides by a Python number through its reciprocal
+    scale = torch.maximum(-lo, hi) / (max_code / 2) if symmetric else (hi - lo) / max_code
     # NOTE: torch.where with a Python number copies it from the host, which a CUDA graph cannot capture
     scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
     if symmetric:
@@ -176,12 +176,12 @@ class _Tokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, lo, hi = ctx.saved_tensors
-        levels = 2**ctx.bits - 1
+        max_code = 2**ctx.bits - 1
         scale, zero = fit_range(lo, hi, ctx.bits, ctx.symmetric)
         codes, inside = _codes(x, scale, zero, ctx.bits)
         wide = torch.promote_types(x.dtype, torch.float32)  # half cannot tell a residual from a code of 100
         residual = codes.sub_(zero).to(wide).sub_((x.to(wide) / scale.to(wide)).mul_(inside))  # [..., c]
-        d_scale = residual.mul_(grad).sum(-1, keepdim=True) / levels  # [..., 1]
+        d_scale = residual.mul_(grad).sum(-1, keepdim=True) / max_code  # [..., 1]
         d_lo, d_hi = -d_scale * (lo < 0), d_scale * (hi > 0)
         if ctx.symmetric:
             share = torch.heaviside(hi.clamp(min=0) + lo.clamp(max=0), hi.new_full((), 0.5))

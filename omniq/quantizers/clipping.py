@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant import fake_quantize
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled_weight import Scaled
+from omniq.kernels.scaled_weight import ScaledWeight
 from omniq.quantizers.search import search_range
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: OmniQuant's start, a 1.8 % shrink (its code; the paper does not say)
 OPEN_LOGIT = 40.0  # sigmoid(40) is 1 in float32
 
 
-class ClippingMethod(ABC):
+class Clipping(ABC):
     """How a stage that learns gets the clipping of each linear, named in YAML."""
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_second_moment(self) -> bool:
         """Whether the mean square of the inputs is wanted."""
         return False
 
@@ -43,21 +43,21 @@ class ClippingMethod(ABC):
         return False
 
     @abstractmethod
-    def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> "LearnableClip":
-        """The clipping of one linear; arguments as in ``Clipping.range``."""
+    def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> "FakeQuantWeight":
+        """The clipping of one linear; arguments as in ``RangeEstimator.range``."""
 
 
-class Clipping(ClippingMethod):
+class RangeEstimator(Clipping):
     """A way to choose the range of each group once. In a stage that learns, its share of min-max stays fixed."""
 
     @abstractmethod
-    def range(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
         """Range of each group.
 
         Args:
             weight: ``[o, i]``.
             grid: bits, group size and symmetry.
-            importance: mean square of each input, ``[i]`` (the diagonal of the Gram matrix), or that matrix,
+            second_moment: mean square of each input, ``[i]`` (the diagonal of the Gram matrix), or that matrix,
                 ``[i, i]``, where it was asked for.
 
         Returns:
@@ -67,19 +67,19 @@ class Clipping(ClippingMethod):
             ValueError: an importance is needed and not given, or has another shape.
         """
 
-    def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> "LearnableClip":
-        clip = LearnedClip(weight, grid, self.range(weight, grid, importance), OPEN_LOGIT)
+    def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> "FakeQuantWeight":
+        clip = LWCWeight(weight, grid, self.range(weight, grid, second_moment), OPEN_LOGIT)
         return clip.requires_grad_(False)
 
 
-class MinMax(Clipping):
+class MinMax(RangeEstimator):
     """The smallest and largest weight of the group."""
 
-    def range(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    def range(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
         return grid.range(weight.float())
 
 
-class Searched(Clipping):
+class Searched(RangeEstimator):
     """The shrunken range of least rounding error, each input weighted by what it carries.
 
     Minimises ``sum_j H_jj (w_j - Q(w_j))^2``, the diagonal of the layer's reconstruction error, or ``d S d^T``, all of
@@ -94,24 +94,24 @@ class Searched(Clipping):
         self.weighting = weighting
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_second_moment(self) -> bool:
         return True
 
     @property
     def needs_gram(self) -> bool:
         return self.weighting == "gram"
 
-    def range(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        if importance is None:
+    def range(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
+        if second_moment is None:
             raise ValueError("a searched range needs the mean square of each input")
-        return search_range(weight.float(), grid, importance.float())
+        return search_range(weight.float(), grid, second_moment.float())
 
 
-class LearnableClip(nn.Module, ABC):
+class FakeQuantWeight(nn.Module, ABC):
     """The clipping of one linear in the hands of a stage: fake-quantizes its weight and knows its grid."""
 
     @abstractmethod
-    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
+    def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
         """The fake-quantized weight, differentiable in the clipping.
 
         Args:
@@ -128,7 +128,7 @@ class LearnableClip(nn.Module, ABC):
         """Back to the start."""
 
 
-class LearnedClip(LearnableClip):
+class LWCWeight(FakeQuantWeight):
     """Learnable weight clipping of one linear.
 
     Args:
@@ -153,8 +153,8 @@ class LearnedClip(LearnableClip):
         self.lower = nn.Parameter(initial[0].clone())
         self.upper = nn.Parameter(initial[1].clone())
 
-    def forward(self, weight: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
-        if isinstance(weight, Scaled):
+    def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, ScaledWeight):
             return fake_quantize_moving(weight, self.upper, self.lower, self.grid, dtype)
         return fake_quantize(weight, self.lo, self.hi, self.upper, self.lower, self.grid, dtype)
 
@@ -169,30 +169,30 @@ class LearnedClip(LearnableClip):
         self.upper.copy_(self.start[1])
 
 
-class StartedClipping(ClippingMethod):
+class LearnableRange(Clipping):
     """A clipping that is learned from a range to start with.
 
     Args:
         initial: the range to start from; min-max by default.
     """
 
-    def __init__(self, initial: Clipping | None = None) -> None:
+    def __init__(self, initial: RangeEstimator | None = None) -> None:
         self.initial = initial or MinMax()
 
     @property
-    def needs_importance(self) -> bool:
-        return self.initial.needs_importance
+    def needs_second_moment(self) -> bool:
+        return self.initial.needs_second_moment
 
     @property
     def needs_gram(self) -> bool:
         return self.initial.needs_gram
 
 
-class LWC(StartedClipping):
+class LWC(LearnableRange):
     """Learnable weight clipping; from min-max it starts 1.8 % inside, as published."""
 
-    def build(self, weight: Tensor, grid: Grid, importance: Tensor | None) -> LearnableClip:
-        return LearnedClip(weight, grid, self.initial.range(weight, grid, importance))
+    def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> FakeQuantWeight:
+        return LWCWeight(weight, grid, self.initial.range(weight, grid, second_moment))
 
 
 def _logit(start: Tensor, extreme: Tensor, limit: float) -> Tensor:

@@ -44,14 +44,14 @@ _ENDS = tuple(torch.linspace(-reach, reach, 17).tolist() for reach in (0.16, 0.0
 _CHUNK = {"cpu": 2**18, "cuda": 2**25}  # weights at a time: a megabyte stays in a core's cache; 128 MB fill a GPU
 
 
-def search_range(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+def search_range(weight: Tensor, grid: Grid, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """The range of least weighted rounding error.
 
     Args:
         weight: ``[o, i]``; entries that another part of the layer stores (outliers) are passed as 0, which every grid
             represents exactly.
         grid: bits, group size, symmetry and the storage dtype of scales.
-        importance: weight of each input's error, ``[i]``, not negative: the diagonal of the Gram matrix; or that
+        second_moment: weight of each input's error, ``[i]``, not negative: the diagonal of the Gram matrix; or that
             matrix, ``[i, i]``.
 
     Returns:
@@ -59,28 +59,30 @@ def search_range(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor
         importance keeps its min-max range.
 
     Raises:
-        ValueError: an importance of another shape.
+        ValueError: second moments of another shape.
     """
     width, groups = weight.shape[1], grid.groups(weight.shape[1])
-    if importance.shape not in ((width,), (width, width)):
-        raise ValueError(f"importance {tuple(importance.shape)} is not one number for each of {weight.shape[1]} inputs")
-    split = _by_group(importance.to(weight.dtype), groups)
+    if second_moment.shape not in ((width,), (width, width)):
+        raise ValueError(
+            f"second moments {tuple(second_moment.shape)} are not one number for each of {weight.shape[1]} inputs"
+        )
+    split = _by_group(second_moment.to(weight.dtype), groups)
     rows = max(1, _CHUNK.get(weight.device.type, 2**18) // weight.shape[1])
     parts = [_search(grid.split(part), grid.range(part), grid, split) for part in weight.split(rows)]
     lo, hi = zip(*parts, strict=True)
     return torch.cat(lo), torch.cat(hi)
 
 
-def _search(weight: Tensor, widest: tuple[Tensor, Tensor], grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, widest: tuple[Tensor, Tensor], grid: Grid, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """The passes over a few rows: weight ``[o, G, g]``, widest and result ``[o, G]``, importance by group."""
     lo, hi = lowest, highest = widest
     span, zero = highest - lowest, torch.zeros_like(lowest)
-    least = _loss(weight, lo, hi, grid, importance)
+    least = _loss(weight, lo, hi, grid, second_moment)
 
     def consider(candidates: Iterator[tuple[Tensor, Tensor]]) -> None:
         nonlocal lo, hi, least
         for low, high in candidates:
-            loss = _loss(weight, low, high, grid, importance)
+            loss = _loss(weight, low, high, grid, second_moment)
             better = loss < least
             least = torch.where(better, loss, least)
             lo, hi = torch.where(better, low, lo), torch.where(better, high, hi)
@@ -94,7 +96,7 @@ def _search(weight: Tensor, widest: tuple[Tensor, Tensor], grid: Grid, importanc
     return lo, hi
 
 
-def _loss(weight: Tensor, lo: Tensor, hi: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+def _loss(weight: Tensor, lo: Tensor, hi: Tensor, grid: Grid, second_moment: Tensor) -> Tensor:
     """``sum_j H_jj (w_j - Q(w_j))^2`` of each group, or ``d S_gg d^T``: ``[o, G]``.
 
     In units of the scale, and by its reciprocal: a tie may fall the other way than in ``Grid.quantize``, at equal loss.
@@ -103,16 +105,16 @@ def _loss(weight: Tensor, lo: Tensor, hi: Tensor, grid: Grid, importance: Tensor
     steps = weight * scale.reciprocal().unsqueeze(-1)
     z = zero_point.unsqueeze(-1)
     rounded = steps.round()
-    miss = clamp(rounded, -z, grid.levels - z, out=rounded).sub_(steps)
-    if importance.ndim == 2:
-        return torch.einsum("ogj,gj->og", miss.square_(), importance) * scale.square()
-    spread = torch.bmm(miss.transpose(0, 1), importance).transpose(0, 1)  # [o, G, g]
+    miss = clamp(rounded, -z, grid.max_code - z, out=rounded).sub_(steps)
+    if second_moment.ndim == 2:
+        return torch.einsum("ogj,gj->og", miss.square_(), second_moment) * scale.square()
+    spread = torch.bmm(miss.transpose(0, 1), second_moment).transpose(0, 1)  # [o, G, g]
     return (spread * miss).sum(-1) * scale.square()
 
 
-def _by_group(importance: Tensor, groups: int) -> Tensor:
+def _by_group(second_moment: Tensor, groups: int) -> Tensor:
     """The diagonal as ``[G, g]``, or the part of the Gram matrix inside each group as ``[G, g, g]``."""
-    if importance.ndim == 1:
-        return importance.unflatten(0, (groups, -1))
-    blocks = importance.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # [G, g, G, g]
+    if second_moment.ndim == 1:
+        return second_moment.unflatten(0, (groups, -1))
+    blocks = second_moment.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # [G, g, G, g]
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

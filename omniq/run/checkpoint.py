@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Write the checkpoint of a finished run, verify it, and generate a sentence with it."""
 
 import logging
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from omniq.config.run import Export
 from omniq.data.text import one_line
 from omniq.errors import UserError
 from omniq.evaluate.perplexity import evaluate_streamed
-from omniq.evaluate.variants import as_deployed, quantized
+from omniq.evaluate.variants import in_export_dtype, quantized_variant
 from omniq.export import (
-    Opened,
+    ReopenedCheckpoint,
     Report,
     VerificationError,
     earlier_export,
@@ -86,7 +86,7 @@ def write_checkpoint(
     read, layout, size = block_reader(folder), export.format, int(export.max_shard_size * 1e9)
     if window is None or not scheme.activations.quantized:
         window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
-    opened = Opened(out, find_format(layout))
+    opened = ReopenedCheckpoint(out, find_format(layout))
 
     def verify() -> str:
         report = verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=window, opened=opened)
@@ -105,7 +105,7 @@ def write_checkpoint(
         instead = f", in the place of an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {layout}{instead}")
         export_checkpoint(source, read, out, format=layout, scheme=scheme, card=facts, max_shard_bytes=size)
-        opened = Opened(out, find_format(layout))
+        opened = ReopenedCheckpoint(out, find_format(layout))
         report = verify() if export.verify else None
     elif mended := mend_companions(source, out, format=layout, card=facts):
         console.print(f"written anew in {out}, where it was damaged or of other settings: {', '.join(mended)}")
@@ -132,8 +132,8 @@ def same_perplexity(
     Raises:
         VerificationError: they differ by more than 0.5 %.
     """
-    variants = {OURS: quantized(read, source.family, scheme.activations)}
-    ours = evaluate_streamed(as_deployed(source, scheme), windows, variants)[OURS].perplexity
+    variants = {OURS: quantized_variant(read, source.family, scheme.activations)}
+    ours = evaluate_streamed(in_export_dtype(source, scheme), windows, variants)[OURS].perplexity
     theirs, tokens = report.perplexity, windows.numel()
     both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"
     if not abs(theirs / ours - 1) <= PERPLEXITY_TOLERANCE:  # NaN must not pass
@@ -141,7 +141,7 @@ def same_perplexity(
     return f"; {both}"
 
 
-def answer(opened: Opened, prompt: str, new_tokens: int = 24) -> str:
+def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str:
     """What the checkpoint answers, greedily, opened by plain transformers as any user would; or why it cannot."""
     model: Any = opened.model
     if model is None:

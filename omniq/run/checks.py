@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Checks before the first block: a run that cannot work is refused here."""
 
 import shutil
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from omniq.config.run import Run
 from omniq.data.text import one_line
 from omniq.distributed import collectives
 from omniq.errors import UserError
-from omniq.export import deployed, find_format
+from omniq.export import cast_for_export, find_format
 from omniq.models.source import SourceModel
 
 
@@ -43,7 +43,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.nn.functional.relu)(torch.zeros(8, device=device))
     except Exception as error:  # every backend has its own
-        raise collectives.told_once(
+        raise collectives.error_on_rank0(
             f"compile true: torch.compile does not work here ({one_line(error)}): mend that, or set compile to false"
         ) from error
 
@@ -54,7 +54,7 @@ def check_shares(samples: int, held_out: int) -> None:
     Raises:
         UserError: names the number that is not divisible.
     """
-    number = collectives.count()
+    number = collectives.world_size()
     for name, value in (("data.samples", samples), ("data.held_out", held_out)):
         if value % number:
             nearest = value - value % number or number
@@ -90,7 +90,7 @@ def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
     needed = max(0, codes - written)
     if run.export.format != "none":
         checkpoint = codes * find_format(run.export.format).code_bits(run.scheme) // 8
-        checkpoint += sum(deployed(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
+        checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
         needed += 0 if (run.out / "model").exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
     if free < needed:

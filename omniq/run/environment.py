@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The versions and the machine that a run records."""
 
 import os
 import platform
@@ -25,5 +25,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "device": gpu or "cpu",
-        "processes": collectives.count(),
+        "processes": collectives.world_size(),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""The fingerprint of a run: the settings that must not change between start and resume."""
 
 from typing import Any
 

@@ -6,11 +6,11 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from omniq.blocks.placement import Home
+from omniq.blocks.placement import ActivationPlacement
 from omniq.data import digest
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
 from omniq.evaluate.streaming import Variant
-from omniq.evaluate.variants import as_deployed, full_precision, quantized, rounded
+from omniq.evaluate.variants import full_precision_variant, in_export_dtype, quantized_variant, rounded_variant
 from omniq.models.locate import public_name
 from omniq.report.table import perplexity_table
 from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, layout_of, write_checkpoint
@@ -18,7 +18,7 @@ from omniq.run.plan import Plan
 from omniq.storage.run_dir import RunDir
 
 
-def wrap_up(plan: Plan, folder: RunDir, console: Console) -> None:
+def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     """Evaluate, export, verify and summarize; what an earlier process finished is kept.
 
     Raises:
@@ -53,19 +53,19 @@ def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console
 
 def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> dict[str, PerplexityResult]:
     """All three in one pass over the blocks, or in two if the quantized ones compute in another dtype."""
-    full: dict[str, Variant] = {FULL: full_precision}
+    full: dict[str, Variant] = {FULL: full_precision_variant}
     family, scheme = plan.source.family, plan.run.scheme
     ours = {
-        RTN: rounded(family, scheme.grid, scheme.activations),
-        OURS: quantized(block_reader(folder), family, scheme.activations),
+        RTN: rounded_variant(family, scheme.grid, scheme.activations),
+        OURS: quantized_variant(block_reader(folder), family, scheme.activations),
     }
-    deployed = as_deployed(plan.source, scheme)
+    deployed = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]
     results: dict[str, PerplexityResult] = {}
 
-    def home(size: int) -> Home:
+    def home(size: int) -> ActivationPlacement:
         most = max(len(variants) for _, variants in passes)
-        return Home.choose(plan.run.streams, plan.device, folder.path, size, count=most)
+        return ActivationPlacement.choose(plan.run.streams, plan.device, folder.path, size, count=most)
 
     with console.status("perplexity") as status:
         for source, variants in passes:

@@ -72,14 +72,16 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | No
         Settle(where.folder.settle),
         checkpoint := PassCheckpoint(last, where.clock),
     ]
-    resume = last if collectives.all_agree(_resumable(checkpoint, losses, where.folder)) else None
+    resume = last if collectives.all_ranks(_resumable(checkpoint, losses, where.folder)) else None
     trainer = make_trainer(where, task, callbacks)
     try:
         with others_writing(where.folder.path):
             trainer.fit(module, module.batches, ckpt_path=resume)
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
-    task.result = collectives.first(lambda: task.result)  # the same codes everywhere, whatever the hardware
+    task.result = collectives.broadcast_from_rank0(
+        lambda: task.result
+    )  # the same codes everywhere, whatever the hardware
     names = [type(each).__name__ for each in where.run.stages]
     label = name if names.count(name) == 1 else f"{name} {where.number + 1}"
     task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
@@ -108,7 +110,7 @@ def check_deployable(index: int, result: BlockResult, dtype: torch.dtype) -> Non
     Raises:
         UserError: names the block, and what is not finite in it.
     """
-    if (name := result.unstorable(dtype)) is not None:
+    if (name := result.first_unstorable(dtype)) is not None:
         raise UserError(f"block {index}: {name} is not finite in {dtype}: set scheme.dtype to bfloat16 or float32")
     if not all(isfinite(result.summary.get(key, 0.0)) for key in ("loss", "held_out_loss")):
         raise UserError(
@@ -133,8 +135,8 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
     if given.get("logger") is None:
         arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
     trainer = where.run.trainer(**launch_arguments(given), **arguments)
-    if trainer.world_size != collectives.count():
-        raise RuntimeError(f"a fit of {trainer.world_size} processes in a run of {collectives.count()}")
+    if trainer.world_size != collectives.world_size():
+        raise RuntimeError(f"a fit of {trainer.world_size} processes in a run of {collectives.world_size()}")
     return trainer
 
 
@@ -169,7 +171,7 @@ def _restore(task: BlockTask, where: Fitting) -> bool:
     result, block = _paths(task, where)
     state = where.folder.load_current(block)
     finished = where.folder.load_result(result) if state is not None else None
-    if not collectives.all_agree(finished is not None) or state is None:
+    if not collectives.all_ranks(finished is not None) or state is None:
         return False
     task.result = finished
     set_tensors(task.block, state["block"])

@@ -19,8 +19,8 @@ from omniq.blocks.activation_hooks import quantized_activations
 from omniq.blocks.forward import propagate
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.blocks.streams import Streams
-from omniq.blocks.weights import deploy
-from omniq.calibration.static_ranges import fix_inputs
+from omniq.blocks.weights import load_quantized_weights
+from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
 from omniq.callbacks import BlockLosses
 from omniq.config.run import Run
@@ -28,7 +28,7 @@ from omniq.distributed import collectives
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
-from omniq.run.finish import wrap_up
+from omniq.run.finish import finish
 from omniq.run.fit import Fitting, check_deployable, fit_stage
 from omniq.run.plan import Plan, prepare
 from omniq.storage.block_result import BlockResult
@@ -59,14 +59,14 @@ def quantize(run: Run, settings: str) -> Path:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
             calibrate(plan, folder, display)
-        collectives.part(lambda: wrap_up(plan, folder, display.console))
+        collectives.finish_on_rank0(lambda: finish(plan, folder, display.console))
     return run.out
 
 
 def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
     """Finish every block that is not finished yet."""
     blocks = range(plan.source.num_blocks)
-    finished = collectives.first(lambda: [folder.load_block(index) is not None for index in blocks])
+    finished = collectives.broadcast_from_rank0(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
         for index in blocks:
             _show(display, index, BlockResult.load(folder.block_path(index)))
@@ -94,14 +94,14 @@ def pass_block(
         result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
-    deploy(block, result)
+    load_quantized_weights(block, result)
     with quantized_activations(block, plan.source.family, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
     folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
     if not finished:
         result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
-        collectives.first(lambda: check_deployable(index, result, plan.run.scheme.deploy_dtype))
+        collectives.broadcast_from_rank0(lambda: check_deployable(index, result, plan.run.scheme.export_dtype))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
             losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
@@ -118,8 +118,8 @@ def check_numbers(finite: bool, block: str) -> None:
     Raises:
         UserError: names the block.
     """
-    if not collectives.all_agree(finite):
-        raise collectives.told_once(
+    if not collectives.all_ranks(finite):
+        raise collectives.error_on_rank0(
             f"{block}: the full-precision model puts out NaN or infinity here: get its weights again, or set "
             "trainer.precision to 32-true"
         )
@@ -153,7 +153,7 @@ def run_stages(
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")
     result = task.result.with_summary(**task.notes)
-    return (fix_inputs(task, result) if task.activations.static else result), losses
+    return (calibrate_static_ranges(task, result) if task.activations.static else result), losses
 
 
 def summarize(
@@ -175,15 +175,15 @@ def _mean_squares(quantized: Tensor, full_precision: Tensor, device: torch.devic
     for pair in zip(quantized, full_precision, strict=True):
         ours, theirs = (sample.to(device, non_blocking=True).double() for sample in pair)
         sums += torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
-    error, power = (collectives.all_reduce_sum(sums) / (quantized.numel() * collectives.count())).tolist()
+    error, power = (collectives.all_reduce_sum(sums) / (quantized.numel() * collectives.world_size())).tolist()
     return error, power
 
 
 def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
     """Streams at or before the first unfinished block: as saved, or from the embedding."""
-    saved = folder.load_streams(lambda stream: plan.home.take_in(collectives.mine(stream)))
+    saved = folder.load_streams(lambda stream: plan.home.place(collectives.local_shard(stream)))
     usable = Streams(*saved) if saved is not None and saved[0] <= first else None
-    if collectives.all_agree(usable is not None) and usable is not None:
+    if collectives.all_ranks(usable is not None) and usable is not None:
         return usable
     return Streams.start(plan.embed())
 

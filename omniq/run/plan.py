@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omniq.blocks.forward import Precision
-from omniq.blocks.placement import Home
+from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
@@ -50,7 +50,7 @@ class Plan:
     held_out: int
     evaluation: Tensor | None
     device: torch.device
-    home: Home
+    home: ActivationPlacement
     precision: Precision
     block_arguments: list[dict[str, Any]]
     fingerprint: Mapping[str, Any]
@@ -111,15 +111,15 @@ def prepare(run: Run, settings: str) -> Plan:
     if run.compile:
         check_compiler(device)
     sample, block_arguments = source.embed(tokens[:1], device)
-    share = collectives.mine(tokens)
+    share = collectives.local_shard(tokens)
     return Plan(
         run=run,
         source=source,
         tokens=share,
-        held_out=len(windows.held_out) // collectives.count(),
+        held_out=len(windows.held_out) // collectives.world_size(),
         evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
         device=device,
-        home=Home.choose(
+        home=ActivationPlacement.choose(
             run.streams,
             device,
             run.out,
@@ -129,7 +129,7 @@ def prepare(run: Run, settings: str) -> Plan:
         ),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
-        fingerprint=collectives.first(
+        fingerprint=collectives.broadcast_from_rank0(
             lambda: fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()}
         ),
         environment=environment(device),

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.quantized_scales import QuantizedScales
 from omniq.grid.scheme import Activations
 
 METHOD = "omniq"
@@ -94,7 +94,7 @@ class OmniqConfig(QuantizationConfigMixin):
         try:
             second = entry.get("second")
             if second is not None:
-                second = SecondLevel(second["scale_bits"], second["zero_bits"], second["rows"])
+                second = QuantizedScales(second["scale_bits"], second["zero_bits"], second["rows"])
             dtype = getattr(torch, self.scale_dtype)
             return Grid(entry["bits"], entry["group_size"], entry["symmetric"], dtype, second)
         except KeyError as error:

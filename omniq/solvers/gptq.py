@@ -102,11 +102,11 @@ def _round_block(
     Returns:
         the errors ``e``, ``[n, o]``.
     """
-    scale, zero_point, levels = grid
+    scale, zero_point, max_code = grid
     errors = torch.empty_like(values)
     for t in range(values.shape[0]):
         w = torch.addmv(values[t], errors[:t].t(), factor[:t, t], alpha=-1) if t else values[t].clone()
-        q = (w / scale[t]).round_().add_(zero_point[t]).clamp_(0, levels)
+        q = (w / scale[t]).round_().add_(zero_point[t]).clamp_(0, max_code)
         codes[t] = q.to(torch.uint8)
         q.sub_(zero_point[t]).mul_(scale[t])
         values[t] = q if free is None else torch.where(free[t], w, q)

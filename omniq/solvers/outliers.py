@@ -56,7 +56,7 @@ def choose_support(
     *,
     by: Criterion = "magnitude",
     structured: bool = False,
-    importance: Tensor | None = None,
+    second_moment: Tensor | None = None,
     grid: Grid | None = None,
 ) -> Tensor:
     """The coordinates that a sparse part stores.
@@ -69,7 +69,7 @@ def choose_support(
             support, three times in turn: a good range clips the weights that cost most on any grid. (Min-max clips
             nothing, and the losses on it are the noise of rounding: a useless support.)
         structured: whole columns.
-        importance: S_jj, ``[i]``, for "loss".
+        second_moment: S_jj, ``[i]``, for "loss".
         grid: bits and groups, for "loss".
 
     Returns:
@@ -82,13 +82,13 @@ def choose_support(
     count = count_of((weight.shape[0], weight.shape[1]), fraction, structured)
     if by == "magnitude":
         return _largest(weight.abs(), count, structured)
-    if importance is None or grid is None:
+    if second_moment is None or grid is None:
         raise ValueError("a support by loss needs the importance of the inputs and the grid")
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for _ in range(_SEARCHES):
-        scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, importance))
+        scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, second_moment))
         rounded = grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)
-        mask = _largest((weight - rounded).abs() * importance.sqrt(), count, structured)
+        mask = _largest((weight - rounded).abs() * second_moment.sqrt(), count, structured)
     return mask
 
 

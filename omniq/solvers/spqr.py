@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel, level, nearest
+from omniq.grid.quantized_scales import QuantizedScales, level, nearest
 from omniq.kernels.layer_problem import dead_columns
-from omniq.quantizers.clipping import Clipping
+from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.gptq import inverse_factor
 
 _BLOCK = 128  # columns at most between two large products, as in GPTQ
@@ -99,7 +99,7 @@ class Solution(NamedTuple):
     sparse: Tensor
 
 
-def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: Clipping, threshold: float) -> Solution:
+def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimator, threshold: float) -> Solution:
     """Quantize a layer.
 
     Args:
@@ -124,14 +124,14 @@ def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: Clipping, thr
         for first in range(start, start + size, _BLOCK):
             here = slice(first, min(first + _BLOCK, start + size))
             errors = _round_block(
-                values[here], codes[here], sparse[here], factor[here, here], d[here], chosen, grid.levels, tau
+                values[here], codes[here], sparse[here], factor[here, here], d[here], chosen, grid.max_code, tau
             )
             values[here.stop :].addmm_(factor[here, here.stop :].t(), errors, alpha=-1)
     back = order.argsort()
     return Solution(codes[back].t(), scale.t(), zero_point.t(), sparse[back].t())
 
 
-def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: Clipping, tau: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: RangeEstimator, tau: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of one group, ``[o, 1]`` each, of its weights ``[o, g]`` and their sensitivities ``[g]``."""
     if tau is not None:
         weight = weight.masked_fill(gains(weight, d, grid) > tau, 0)
@@ -143,7 +143,7 @@ def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: Clipping, tau: Tensor 
     scale = torch.where(lo == hi, grid.second.spread(grid.second.ends(scale)[1], len(scale)), scale)
     best, least = (scale, zero_point), torch.full_like(scale, torch.inf, dtype=weight.dtype)
     for s, z in _candidates(lo, scale, zero_point, grid, grid.second):
-        cost = _costs(weight, s, z, d, grid.levels).sum(-1, keepdim=True)
+        cost = _costs(weight, s, z, d, grid.max_code).sum(-1, keepdim=True)
         better = cost < least
         least = torch.where(better, cost, least)
         best = torch.where(better, s, best[0]), torch.where(better, z, best[1])
@@ -151,7 +151,7 @@ def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: Clipping, tau: Tensor 
 
 
 def _candidates(
-    lo: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, second: SecondLevel
+    lo: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, second: QuantizedScales
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales and zero points that a second level can store, ``[o, 1]`` each.
 
@@ -162,14 +162,14 @@ def _candidates(
     for code in range(2**second.scale_bits):  # once, if scales are stored as they are
         s = torch.where(end, scale, level(least, greatest, code, second.scale_bits)) if second.scale_bits else scale
         for shift in (0,) if grid.symmetric else (0, -1, 1):
-            z = zero_point if grid.symmetric else ((-lo / s).round() + shift).clamp(0, grid.levels)
+            z = zero_point if grid.symmetric else ((-lo / s).round() + shift).clamp(0, grid.max_code)
             if second.zero_bits:
                 z = nearest(z, least_zero, greatest_zero, second.zero_bits)[1].to(z.dtype)
                 z = torch.where(end_zero, zero_point, z)
             yield s, z
 
 
-def _ends(values: Tensor, second: SecondLevel) -> tuple[Tensor, Tensor, Tensor]:
+def _ends(values: Tensor, second: QuantizedScales) -> tuple[Tensor, Tensor, Tensor]:
     """Least and greatest of the run of each row, and whether the row has one of them; all ``[o, 1]``."""
     least, greatest = (second.spread(end, len(values)) for end in second.ends(values))
     return least, greatest, (values == least) | (values == greatest)
@@ -188,16 +188,16 @@ def gains(weight: Tensor, d: Tensor, grid: Grid) -> Tensor:
     ends = weight.argmin(1, keepdim=True), weight.argmax(1, keepdim=True)
     without = torch.stack([weight, *(weight.scatter(1, end, 0) for end in ends)])  # [3, o, g]; a 0 costs nothing
     scale, zero_point = grid.fit(without.amin(-1, keepdim=True), without.amax(-1, keepdim=True))
-    costs = _costs(without, scale, zero_point, d, grid.levels)
+    costs = _costs(without, scale, zero_point, d, grid.max_code)
     total, gain = costs.sum(-1, keepdim=True), costs[0]
     for end, rest in zip(ends, total[1:], strict=True):
         gain = gain.scatter(1, end, total[0] - rest)
     return gain
 
 
-def _costs(weight: Tensor, scale: Tensor, zero_point: Tensor, d: Tensor, levels: int) -> Tensor:
+def _costs(weight: Tensor, scale: Tensor, zero_point: Tensor, d: Tensor, max_code: int) -> Tensor:
     """``d_j (w_j - Q(w_j))^2`` of each weight, ``[…, g]``, with scale and zero point ``[…, 1]``."""
-    q = (weight / scale).round_().add_(zero_point).clamp_(0, levels)
+    q = (weight / scale).round_().add_(zero_point).clamp_(0, max_code)
     return q.sub_(zero_point).mul_(scale).sub_(weight).square_().mul_(d)
 
 
@@ -208,7 +208,7 @@ def _round_block(
     factor: Tensor,
     d: Tensor,
     chosen: tuple[Tensor, Tensor],
-    levels: int,
+    max_code: int,
     tau: Tensor | None,
 ) -> Tensor:
     """The columns of one block, all of one group, in order.
@@ -218,7 +218,7 @@ def _round_block(
         codes, sparse: ``[n, o]``, written to.
         factor: ``[n, n]``; d: ``[n]``.
         chosen: scale and zero point, ``[o, 1]`` each.
-        levels: the largest code.
+        max_code: the largest code.
         tau: the cost above which a weight is an outlier, or None.
 
     Returns:
@@ -228,7 +228,7 @@ def _round_block(
     errors = torch.empty_like(values)
     for t in range(len(values)):
         w = torch.addmv(values[t], errors[:t].t(), factor[:t, t], alpha=-1) if t else values[t]
-        q = (w / scale).round_().add_(zero_point).clamp_(0, levels)
+        q = (w / scale).round_().add_(zero_point).clamp_(0, max_code)
         codes[t] = q.to(torch.uint8)
         missed = w - q.sub_(zero_point).mul_(scale)
         if tau is not None:

@@ -52,9 +52,9 @@ from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.models.family import Equivalence, Family, ValueToOutput
-from omniq.quantizers.clipping import Clipping, Searched
+from omniq.quantizers.clipping import RangeEstimator, Searched
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import LIMIT, ends
+from omniq.transforms.equivalence import LIMIT, modules_of
 from omniq.transforms.initial import FLOOR
 from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds, kinds_of
 
@@ -73,7 +73,7 @@ class AWQ(Stage):
     """
 
     def __init__(
-        self, candidates: int = 20, equivalences: Sequence[Kind] | None = None, clipping: Clipping | None = None
+        self, candidates: int = 20, equivalences: Sequence[Kind] | None = None, clipping: RangeEstimator | None = None
     ) -> None:
         if candidates < 2:
             raise UserError(
@@ -168,19 +168,21 @@ class AWQModule(RTNModule):
     def inputs(self) -> dict[str, Input]:
         """What the search needs of each input, by key of its equivalence: one pass over the quantized stream."""
         task, by_key = self.task, self.transform.heads.by_key
-        found = _gather(task, tuple(ends(move)[1] for move in self.transform.moves.values()))
+        found = _gather(task, tuple(modules_of(move)[1] for move in self.transform.moves.values()))
         inputs = {}
         for key, move in self.transform.moves.items():
-            size, gram = found[ends(move)[1]]
+            size, gram = found[modules_of(move)[1]]
             size = by_key(size).mean(1) if isinstance(move, ValueToOutput) else size
-            power = torch.stack([power_of(task.linear(name).weight.float(), gram) for name in ends(move)[1:]]).sum()
+            power = torch.stack(
+                [power_of(task.linear(name).weight.float(), gram) for name in modules_of(move)[1:]]
+            ).sum()
             inputs[key] = Input(move, size, gram, power.clamp(min=torch.finfo(torch.float32).tiny))
         return inputs
 
     def _error(self, inputs: Input, scale: Tensor) -> Tensor:
         """Mean squared error of the outputs at this scale ``[c]``, summed over the readers."""
         wide = self.transform.heads.to_query(scale) if isinstance(inputs.move, ValueToOutput) else scale  # [i]
-        weights = [self.task.linear(name).weight for name in ends(inputs.move)[1:]]
+        weights = [self.task.linear(name).weight for name in modules_of(inputs.move)[1:]]
         return torch.stack([output_error(weight, inputs.gram, wide, self.task.grid) for weight in weights]).sum()
 
 
@@ -221,7 +223,7 @@ def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, 
 
     with observed(task.block, names, add):
         task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.count()
+    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.world_size()
     found = {}
     for name, parts in sums.items():
         size, gram, bad = (collectives.all_reduce_sum(part) for part in parts)

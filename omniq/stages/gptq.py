@@ -10,10 +10,10 @@ from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
 from omniq.calibration.observe import powers_of
-from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
-from omniq.quantizers.clipping import Clipping
+from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.gptq import gptq
 from omniq.storage.block_result import QuantizedLinear
 
@@ -32,7 +32,7 @@ class GPTQ(GramStage):
 
     def __init__(
         self,
-        clipping: Clipping | None = None,
+        clipping: RangeEstimator | None = None,
         damping: float = 0.01,
         act_order: bool = False,
         true_sequential: bool = True,
@@ -51,10 +51,10 @@ class GPTQModule(GramModule):
 
     settings: GPTQ
 
-    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
         grid, settings, rows = self.task.grid, self.settings, stack.my_rows
         part = stack.part(rows)
-        part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.importance(k)))
+        part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(k)))
         rounded = gptq(
             part.weight,
             gram,

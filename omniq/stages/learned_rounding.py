@@ -204,12 +204,12 @@ class LearnedCodes(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight, float32 ``[o, i]``."""
-        codes = _Round.apply(self.position, self.grid.levels)
+        codes = _Round.apply(self.position, self.grid.max_code)
         return self.grid.dequantize(codes, self.scale * self.log_scale.exp(), self.zero_point)
 
     def linear(self) -> QuantizedLinear:
         """As stored."""
-        codes = _Round.apply(self.position, self.grid.levels)
+        codes = _Round.apply(self.position, self.grid.max_code)
         scale = self.grid.store(self.scale * self.log_scale.exp())
         return QuantizedLinear.of(self.grid, codes, scale, self.zero_point)
 
@@ -223,13 +223,13 @@ class _Round(torch.autograd.Function):
     """Codes of positions; straight-through, except for what leads out of the grid."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, levels: int) -> Tensor:
+    def forward(ctx: Any, position: Tensor, max_code: int) -> Tensor:
         ctx.save_for_backward(position)
-        ctx.levels = levels
-        return position.round().clamp_(0, levels)
+        ctx.max_code = max_code
+        return position.round().clamp_(0, max_code)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (position,) = ctx.saved_tensors
-        out = ((position <= 0) & (grad > 0)) | ((position >= ctx.levels) & (grad < 0))
+        out = ((position <= 0) & (grad > 0)) | ((position >= ctx.max_code) & (grad < 0))
         return grad.masked_fill(out, 0), None

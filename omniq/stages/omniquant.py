@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from omniq.calibration.fuse import fuse, input_ranges
-from omniq.calibration.observe import importance_for
+from omniq.calibration.observe import second_moments_for
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
-from omniq.kernels.scaled_weight import Scaled, whole
+from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.family import Family
-from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, LearnableClip
+from omniq.quantizers.clipping import LWC, Clipping, FakeQuantWeight, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
@@ -61,7 +61,7 @@ class OmniQuant(Reconstruction):
         self,
         epochs: int = 20,
         batch_size: int = 1,
-        clipping: LWC | ClippingMethod | None = None,
+        clipping: LWC | Clipping | None = None,
         clipping_lr: float = 1e-2,
         transform: LET | None = None,
         augmented_loss: bool = False,
@@ -76,7 +76,7 @@ class OmniQuant(Reconstruction):
     def check(self, before: Sequence[Stage]) -> None:
         if not 0 < self.clipping_lr < 1:
             raise UserError(f"stages: OmniQuant.clipping_lr {self.clipping_lr} is no usable rate: the paper's is 0.01")
-        if isinstance(self.clipping, Clipping) and self.transform is None:
+        if isinstance(self.clipping, RangeEstimator) and self.transform is None:
             raise UserError(
                 f"stages: OmniQuant has nothing to learn with clipping {type(self.clipping).__name__}: give it one "
                 "that learns, such as LWC, or a transform"
@@ -107,16 +107,16 @@ class OmniQuantModule(ReconstructionModule):
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task, settings)
         self.transform, self.moves = self._start_transform()
-        if self.transform is None and isinstance(settings.clipping, Clipping):
+        if self.transform is None and isinstance(settings.clipping, RangeEstimator):
             raise UserError(
                 "stages: OmniQuant has nothing to learn: a scale between queries and keys changes nothing while both "
                 "stay at 16 bits; add norm to transform.equivalences, or give a clipping that learns, such as LWC"
             )
-        importance = importance_for(settings.clipping, task, settings.token_weights)
+        second_moment = second_moments_for(settings.clipping, task, settings.token_weights)
         weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
         self.clips = nn.ModuleDict(
             {
-                module_key(name): settings.clipping.build(weight, task.grid, importance.get(name))
+                module_key(name): settings.clipping.build(weight, task.grid, second_moment.get(name))
                 for name, weight in weights.items()
             }
         )
@@ -137,25 +137,25 @@ class OmniQuantModule(ReconstructionModule):
 
     def tensors(self) -> dict[str, Tensor]:
         """Full-precision tensors of the block as the transform makes them, differentiable in it."""
-        return {name: whole(value) for name, value in self._moved().items()}
+        return {name: materialize(value) for name, value in self._moved().items()}
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         tensors = self._moved()
         for name in self.task.family.linears:
             out = dtype or self.task.linear(name).weight.dtype
             tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out)
-        return {name: whole(value) for name, value in tensors.items()}
+        return {name: materialize(value) for name, value in tensors.items()}
 
-    def _moved(self) -> dict[str, Tensor | Scaled]:
+    def _moved(self) -> dict[str, Tensor | ScaledWeight]:
         """The same, weights that the transform moves still with their factors; without one, weights alone."""
         if self.transform is None or self.moves is None:
             return {f"{name}.weight": self.task.linear(name).weight for name in self.task.family.linears}
         return self.transform.move(dict(self.task.block.named_parameters()), self.moves)
 
-    def clip(self, name: str) -> LearnableClip:
+    def clip(self, name: str) -> FakeQuantWeight:
         """The clipping of one linear."""
         clip = self.clips[module_key(name)]
-        assert isinstance(clip, LearnableClip)
+        assert isinstance(clip, FakeQuantWeight)
         return clip
 
     def learned(self) -> list[dict[str, Any]]:
@@ -177,7 +177,9 @@ class OmniQuantModule(ReconstructionModule):
         if self.transform is None or self.moves is None:
             return BlockResult(linears, task.plain_tensors())
         result = BlockResult(linears, {name: tensors[name].to(grid.scale_dtype) for name in task.plain_tensors()})
-        if result.unstorable(grid.scale_dtype) is None:  # else the block stays as it was, for what ``abandon`` leaves
+        if (
+            result.first_unstorable(grid.scale_dtype) is None
+        ):  # else the block stays as it was, for what ``abandon`` leaves
             fuse(task.block, self.transform, self.moves)
         return result
 

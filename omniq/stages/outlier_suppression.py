@@ -31,9 +31,9 @@ from omniq.errors import UserError
 from omniq.grid.affine import rounded_to_nearest
 from omniq.models.family import Equivalence, Family, ValueToOutput
 from omniq.quantizers.activations import quantize_samples, quantize_tokens
-from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import Transform, ends
+from omniq.transforms.equivalence import Transform, modules_of
 from omniq.transforms.initial import ChannelRanges, initial_values
 from omniq.transforms.let import block_transform, check_equivalences
 
@@ -52,7 +52,7 @@ class OutlierSuppression(Stage):
         UserError: no candidates or no samples.
     """
 
-    def __init__(self, candidates: int = 20, samples: int = 8, clipping: Clipping | None = None) -> None:
+    def __init__(self, candidates: int = 20, samples: int = 8, clipping: RangeEstimator | None = None) -> None:
         for name, value in (("candidates", candidates), ("samples", samples)):
             if value < 1:
                 raise UserError(f"stages: OutlierSuppression.{name} {value} is too small: give 1 or more")
@@ -92,7 +92,7 @@ class OutlierSuppressionModule(RTNModule):
     def _inputs(self) -> dict[str, Tensor]:
         """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
         task, first = self.task, [group[0] for group in self.task.family.inputs]
-        share = len(range(collectives.rank(), self.settings.samples, collectives.count()))
+        share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
         seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
         with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
             task.visit(task.inputs[:share])
@@ -108,7 +108,7 @@ class OutlierSuppressionModule(RTNModule):
         inputs: dict[str, Tensor],
     ) -> Tensor:
         """The scales ``[c]`` of the best threshold."""
-        readers, heads = ends(move)[1:], transform.heads
+        readers, heads = modules_of(move)[1:], transform.heads
         through_heads = isinstance(move, ValueToOutput)
         lo, hi, x = ranges.lo[readers[0]], ranges.hi[readers[0]], inputs[readers[0]]
         if shift is not None:

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.kernels.layer_problem import groups_of
-from omniq.quantizers.clipping import Clipping
+from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.alternating_descent import AlternatingDescent
 from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
 from omniq.solvers.gptq import gptq
@@ -76,7 +76,7 @@ class QuantEase(GramStage):
         sweeps: int = 30,
         start: Start = "weights",
         grid: Literal["auto", "clipping", "previous"] = "auto",
-        clipping: Clipping | None = None,
+        clipping: RangeEstimator | None = None,
         damping: float = 0.01,
         act_order: bool = False,
         refit_scales: bool = False,
@@ -147,20 +147,20 @@ class QuantEaseModule(GramModule):
         self.orders: dict[int, Tensor | None] = {}
         self._saved: dict[int, Any] = {}
 
-    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
         if k not in self.optimizers_of:
             self.optimizers_of[k] = self._reopen(k, stack, gram) if k in self._saved else self._open(k, stack, gram)
             # The optimizer has what it needs of the weights, and the Gram matrix as it needs it, damped and in order.
             stack.weight, self.grams[k] = stack.weight.new_empty(0), self.optimizers_of[k].problem.gram
         optimizer = self.optimizers_of[k]
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
-        if optimizer.shaken or not collectives.all_agree(optimizer.converged):
+        if optimizer.shaken or not collectives.all_ranks(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
         self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)
         return None if step + 1 < self.work else self._finished(k, stack)
 
-    def _finished(self, k: int, stack: Stack) -> dict[str, QuantizedLinear]:
+    def _finished(self, k: int, stack: StackedLinears) -> dict[str, QuantizedLinear]:
         """What the optimizers of all processes found for one group."""
         solution, order = self.optimizers_of.pop(k).result(last=True), self.orders.pop(k)
         back = slice(None) if order is None else order.argsort()
@@ -180,11 +180,11 @@ class QuantEaseModule(GramModule):
         """Whether each process solves its share of the rows. Algorithm 3 moves weights from row to row: all do all."""
         return not (self.settings.outliers and self.settings.outlier_method == "algorithm3")
 
-    def _rows(self, stack: Stack) -> slice:
+    def _rows(self, stack: StackedLinears) -> slice:
         """The rows that this process solves."""
         return stack.my_rows if self._shared else slice(0, sum(stack.rows))
 
-    def _open(self, k: int, stack: Stack, gram: Tensor) -> CoordinateDescent:
+    def _open(self, k: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
         """Choose support, grid, start and order of one group, and set up its optimizer."""
         settings, grid, previous = self.settings, self.task.grid, self.task.result
         rows = self._rows(stack)
@@ -194,7 +194,7 @@ class QuantEaseModule(GramModule):
         part = stack.part(rows)
         if part.grid is None:
             free = part.weight if mask is None else part.weight.masked_fill(mask, 0)
-            lo, hi = settings.clipping.range(free, grid, self.importance(k))
+            lo, hi = settings.clipping.range(free, grid, self.second_moment(k))
             part.grid = grid.fit(lo, hi)
         start, weight = self._start(part, gram, mask, rows), part.weight
         group_index = groups_of(weight, part.scale)
@@ -234,7 +234,7 @@ class QuantEaseModule(GramModule):
         target = None if start is None else weight
         return CoordinateDescent([parameter], gram, grid, scale, zero_point, target=target, mask=mask, **common)
 
-    def _support(self, k: int, stack: Stack) -> Tensor:
+    def _support(self, k: int, stack: StackedLinears) -> Tensor:
         """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
 
         Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
@@ -248,14 +248,14 @@ class QuantEaseModule(GramModule):
                 settings.outliers / 100,
                 by=settings.outlier_support,
                 structured=settings.outlier_columns,
-                importance=diagonal,
+                second_moment=diagonal,
                 grid=self.task.grid,
             )
             for part in parts
         ]
         return torch.cat(chosen)
 
-    def _start(self, part: Stack, gram: Tensor, mask: Tensor | None, rows: slice) -> Tensor | None:
+    def _start(self, part: StackedLinears, gram: Tensor, mask: Tensor | None, rows: slice) -> Tensor | None:
         """Quantized weights to start from, ``[o, i]``, for some rows; None for the weights themselves."""
         settings, grid = self.settings, self.task.grid
         if settings.start == "weights":
@@ -282,7 +282,7 @@ class QuantEaseModule(GramModule):
         # The optimizer keeps the Gram matrix; it was not written a second time.
         self.grams |= {k: saved["state"][0]["gram"].to(self.task.device) for k, saved in state.items()}
 
-    def _reopen(self, k: int, stack: Stack, gram: Tensor) -> CoordinateDescent:
+    def _reopen(self, k: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
         """Set up the optimizer of a group in mid-solution, and give it back its state."""
         saved = self._saved.pop(k)
         state = {name: value.to(gram.device) for name, value in saved["state"][0].items()}

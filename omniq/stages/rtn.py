@@ -8,7 +8,7 @@ each input.
 from omniq.calibration.rounding import RTNModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.quantizers.clipping import MinMax, RangeEstimator
 
 
 class RTN(Stage):
@@ -18,7 +18,7 @@ class RTN(Stage):
         clipping: the range of each group; min-max by default.
     """
 
-    def __init__(self, clipping: Clipping | None = None) -> None:
+    def __init__(self, clipping: RangeEstimator | None = None) -> None:
         self.clipping = clipping or MinMax()
 
     def module(self, task: BlockTask) -> "RTNModule":

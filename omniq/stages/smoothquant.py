@@ -16,7 +16,7 @@ from omniq.calibration.rounding import RTNModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.models.family import Family
-from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.initial import check_alpha, initial_values
 from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds
@@ -35,7 +35,7 @@ class SmoothQuant(Stage):
     """
 
     def __init__(
-        self, alpha: float = 0.5, equivalences: Sequence[Kind] = ("norm",), clipping: Clipping | None = None
+        self, alpha: float = 0.5, equivalences: Sequence[Kind] = ("norm",), clipping: RangeEstimator | None = None
     ) -> None:
         check_alpha(alpha)
         check_kinds(equivalences, "stages: SmoothQuant.equivalences", MEASURED_KINDS)

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
 from omniq.calibration.observe import power_of, relative
-from omniq.calibration.stacked_linears import Stack
+from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel
-from omniq.quantizers.clipping import Clipping, MinMax
+from omniq.grid.quantized_scales import QuantizedScales
+from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.solvers.spqr import Feedback, spqr
 from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 
@@ -64,7 +64,7 @@ class SpQR(GramStage):
         scale_bits: int = 3,
         zero_bits: int = 3,
         scale_group: int = 16,
-        clipping: Clipping | None = None,
+        clipping: RangeEstimator | None = None,
         damping: float = 0.01,
         act_order: bool = True,
         true_sequential: bool = True,
@@ -78,7 +78,7 @@ class SpQR(GramStage):
                 "clipping of SpQR with weighting 'gram' does not suit a stage that compensates for errors: use "
                 "'diagonal'"
             )
-        self.second = SecondLevel(scale_bits, zero_bits, scale_group)
+        self.second = QuantizedScales(scale_bits, zero_bits, scale_group)
         self.threshold, self.act_order = threshold, act_order
 
     @property
@@ -101,7 +101,7 @@ class SpQRModule(GramModule):
 
     settings: SpQR
 
-    def solve(self, k: int, stack: Stack, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
         settings, grid = self.settings, self.settings.grid(self.task.grid)
         feedback = Feedback.of(gram, grid.groups(len(gram)), damping=settings.damping, act_order=settings.act_order)
         found = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Atomic files: each is written beside its final name, flushed and renamed."""
 
 import errno
 import os

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.sealed import load_tensors, save_tensors
 
@@ -116,7 +116,7 @@ class QuantizedLinear:
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zero points and outliers over the number of weights."""
-        grid, second = self.grid, self.grid.second or SecondLevel(0, 0)
+        grid, second = self.grid, self.grid.second or QuantizedScales(0, 0)
         bits = self.codes.numel() * grid.bits
         bits += second.stored_bits(self.scale, second.scale_bits, 8 * self.scale.element_size())
         if not grid.symmetric:
@@ -163,9 +163,11 @@ class BlockResult:
         for name, tensor in self.tensors.items():
             yield name, tensor.to(device, dtype)
 
-    def unstorable(self, dtype: torch.dtype) -> str | None:
+    def first_unstorable(self, dtype: torch.dtype) -> str | None:
         """The first parameter with values beyond a dtype of deployment, or none at all; None if all are well."""
-        ranges = {f"{name}.weight": linear.scale.float() * linear.grid.levels for name, linear in self.linears.items()}
+        ranges = {
+            f"{name}.weight": linear.scale.float() * linear.grid.max_code for name, linear in self.linears.items()
+        }
         values = {**ranges, **self.tensors}
         return next((name for name, value in values.items() if not value.to(dtype).isfinite().all()), None)
 
@@ -210,5 +212,7 @@ def _grid_to_json(grid: Grid) -> dict[str, Any]:
 
 
 def _grid_from_json(grid: dict[str, Any]) -> Grid:
-    second = SecondLevel(**grid["second"]) if grid.get("second") else None  # results of earlier versions have no key
+    second = (
+        QuantizedScales(**grid["second"]) if grid.get("second") else None
+    )  # results of earlier versions have no key
     return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"]), "second": second})

@@ -4,7 +4,8 @@
 A folder is a run's if it holds a fingerprint. Without one it must be empty, or hold no more than what a run makes
 before its fingerprint; anything else is the user's, or of a run whose settings nobody knows any more, and is refused
 before anything is touched. In a run's folder only the names below are ever written or removed, with what is in
-``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export has filled it (``omniq.export.containers.output_folder``).
+``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export has filled it
+(``omniq.export.containers.output_folder``).
 """
 
 import os
@@ -58,7 +59,7 @@ def check_own(path: Path) -> None:
                 )
 
 
-def sweep(path: Path) -> None:
+def remove_partial_files(path: Path) -> None:
     """Remove what a process that was killed while it wrote has left of a run's own files."""
     for name in _RECORDS:
         (path / f".{name}.partial").unlink(missing_ok=True)

@@ -39,7 +39,7 @@ from omniq.errors import CorruptFile, UserError
 from omniq.storage import sealed
 from omniq.storage.atomic import atomic_write
 from omniq.storage.block_result import BlockResult
-from omniq.storage.ownership import FINGERPRINT, check_own, sweep
+from omniq.storage.ownership import FINGERPRINT, check_own, remove_partial_files
 from omniq.storage.sealed import load_state, load_tensors, save_state, save_tensors
 from omniq.storage.writer import Writer
 
@@ -65,7 +65,7 @@ class RunDir:
         self._writer, self._block = Writer(), None
 
     def __enter__(self) -> "RunDir":
-        collectives.first(self._open)
+        collectives.broadcast_from_rank0(self._open)
         return self
 
     def _open(self) -> None:
@@ -84,7 +84,7 @@ class RunDir:
             raise UserError(
                 f"out {self.path} is in use by another omniq process: wait for it, or give this run its own folder"
             ) from error
-        sweep(self.path)
+        remove_partial_files(self.path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -133,7 +133,7 @@ class RunDir:
         Raises:
             UserError: a run with other settings lives here; names each key with both values.
         """
-        return collectives.first(lambda: self._claim(fingerprint, config))
+        return collectives.broadcast_from_rank0(lambda: self._claim(fingerprint, config))
 
     def _claim(self, fingerprint: Mapping[str, Any], config: str) -> bool:
         path = self.path / FINGERPRINT

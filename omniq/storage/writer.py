@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Write finished blocks and streams in a background thread while the next block trains."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivalent transformations: scales and shifts that move between layers and change nothing a block computes."""
+"""Equivalences: scales and shifts that move between layers and leave the block's output unchanged.
+
+May import models and kernels. Read ``equivalence.py`` first.
+"""

@@ -39,7 +39,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from omniq.kernels.scaled_weight import Scaled, whole
+from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.family import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
 
@@ -72,16 +72,16 @@ class Transform:
     ) -> None:
         self.heads = heads
         self._tied: dict[tuple[int, str | None, torch.device], Tensor] = {}
-        self.moves = {ends(each)[0].replace(".", "/"): each for each in equivalences}
+        self.moves = {modules_of(each)[0].replace(".", "/"): each for each in equivalences}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.unshifted: dict[str, str] = {}
         for key, move in self.moves.items():
             shape = self.shapes[f"{key}/log_scale"] = self._shape(move, tensors)
             if isinstance(move, QueryKey | UpToDown) or not shift:
                 continue
-            bare = [name for name in ends(move) if f"{name}.bias" not in tensors and name not in can_bias]
+            bare = [name for name in modules_of(move) if f"{name}.bias" not in tensors and name not in can_bias]
             if bare:
-                self.unshifted[key] = f"no shift from {ends(move)[0]}: {', '.join(bare)} cannot store a bias"
+                self.unshifted[key] = f"no shift from {modules_of(move)[0]}: {', '.join(bare)} cannot store a bias"
             else:
                 self.shapes[f"{key}/shift"] = shape
 
@@ -103,11 +103,11 @@ class Transform:
         Returns:
             every tensor by name: those that moved are new, and biases that shifts create are added.
         """
-        return {name: whole(value) for name, value in self.move(tensors, parameters).items()}
+        return {name: materialize(value) for name, value in self.move(tensors, parameters).items()}
 
     def move(
         self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | nn.ParameterDict
-    ) -> dict[str, Tensor | Scaled]:
+    ) -> dict[str, Tensor | ScaledWeight]:
         """As ``apply``, but weights of linears that moved are given with the factors of their rows and columns."""
         moved = _Moving(tensors, [name for move in self.moves.values() for name in _linears(move)])
         for key, move in self.moves.items():
@@ -133,7 +133,7 @@ class Transform:
     def _shape(self, move: Equivalence, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """``[i]``, ``[K c]``, ``[K, P]``, or ``[P]`` where a norm of one head is shared by all."""
         if not isinstance(move, QueryKey):
-            return (tensors[f"{ends(move)[0]}.weight"].shape[0],)
+            return (tensors[f"{modules_of(move)[0]}.weight"].shape[0],)
         channels = tensors[f"{move.key}.weight"].shape[0] // self.heads.key
         tied = int(self.heads.tied_channels(channels, move.rotary).max()) + 1
         norms = [tensors[f"{norm}.weight"] for norm in (move.query_norm, move.key_norm) if norm is not None]
@@ -168,7 +168,7 @@ class _Moving:
 
     def __init__(self, tensors: Mapping[str, Tensor], linears: Collection[str]) -> None:
         self.plain = dict(tensors)
-        self.weights = {name: Scaled(self.plain.pop(f"{name}.weight")) for name in dict.fromkeys(linears)}
+        self.weights = {name: ScaledWeight(self.plain.pop(f"{name}.weight")) for name in dict.fromkeys(linears)}
 
     def divide(self, name: str, scale: Tensor, shift: Tensor | None = None) -> None:
         """The module's output less ``shift``, over ``scale``: rows of a linear, or the weight of a norm."""
@@ -190,7 +190,7 @@ class _Moving:
         self.weights[name] = self.weights[name].times_columns(scale)
 
 
-def ends(move: Equivalence) -> tuple[str, ...]:
+def modules_of(move: Equivalence) -> tuple[str, ...]:
     """Every module that an equivalence touches, the one that is divided first."""
     match move:
         case NormToLinears(norm, linears):
@@ -212,4 +212,4 @@ def _linears(move: Equivalence) -> tuple[str, ...]:
             sides = ((move.query, move.query_norm), (move.key, move.key_norm))
             return tuple(name for name, norm in sides if norm is None)
         case _:
-            return ends(move)
+            return modules_of(move)

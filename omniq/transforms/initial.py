@@ -27,7 +27,7 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.models.family import QueryKey, ValueToOutput
-from omniq.transforms.equivalence import LIMIT, Transform, ends
+from omniq.transforms.equivalence import LIMIT, Transform, modules_of
 
 FLOOR = 1e-5  # of activation and weight sizes, so that a dead channel gets a finite scale (OmniQuant's code)
 
@@ -74,7 +74,7 @@ def initial_values(
     for key, move in transform.moves.items():
         if isinstance(move, QueryKey):
             continue
-        readers = ends(move)[1:]
+        readers = modules_of(move)[1:]
         seen = next(name for name in readers if name in ranges.lo)
         lo, hi = ranges.lo[seen], ranges.hi[seen]
         weight = torch.stack([tensors[f"{name}.weight"].abs().amax(0) for name in readers]).amax(0).float()  # [i]

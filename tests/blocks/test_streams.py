@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from omniq.blocks import streams as streams_module
-from omniq.blocks.forward import call_block, propagate, sweep
-from omniq.blocks.placement import Home, Place, like, take
+from omniq.blocks.forward import call_block, forward_stream, propagate
+from omniq.blocks.placement import ActivationPlacement, Location, empty_like_stream, gather_samples
 from omniq.blocks.streams import Streams
 from omniq.calibration.module import BlockModule
 from omniq.cli.main import main
@@ -19,24 +19,24 @@ from tests.helpers.runs import SMALL, omniquant, outcome, write_run
 from tests.helpers.stages import tiny_task
 
 CPU = torch.device("cpu")
-PLACES: list[Place] = ["device", "host", "disk"]
+PLACES: list[Location] = ["device", "host", "disk"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Place) -> None:
+def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=5)
-    home = Home(place, CPU, tmp_path)
-    stream = home.take_in(task.inputs)
+    home = ActivationPlacement(place, CPU, tmp_path)
+    stream = home.place(task.inputs)
     assert list(tmp_path.iterdir()) == []  # a file on disk has no name
     mapped = stream.untyped_storage().filename
     assert (mapped is not None) == (place == "disk")
-    assert (like(stream).untyped_storage().filename is not None) == (place == "disk")
+    assert (empty_like_stream(stream).untyped_storage().filename is not None) == (place == "disk")
     with torch.no_grad():
         expected = torch.cat([call_block(task.block, part, task.kwargs) for part in task.inputs.split(2)])
     propagate(task.block, stream, task.kwargs, task.precision, batch=2)
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
-        assert torch.equal(take(stream, samples, CPU), expected[samples])
+        assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
     for copies, in_file in ((home.copies, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
@@ -46,11 +46,11 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Place) -> No
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Place) -> None:
+def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=4)
     outputs = task.run(task.inputs)
-    home = Home(place, CPU, tmp_path)
-    task.inputs, task.targets = home.take_in(task.inputs), home.take_in(task.targets)
+    home = ActivationPlacement(place, CPU, tmp_path)
+    task.inputs, task.targets = home.place(task.inputs), home.place(task.targets)
     assert torch.equal(task.run(task.inputs), outputs)
 
     class Module(BlockModule):
@@ -64,7 +64,9 @@ def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Place) -> N
 def test_a_sweep_gives_each_batch_and_its_place() -> None:
     task = tiny_task(Grid(4), samples=5)
     seen: list[tuple[slice, int]] = []
-    sweep(task.block, task.inputs, task.kwargs, task.precision, 2, lambda place, out: seen.append((place, len(out))))
+    forward_stream(
+        task.block, task.inputs, task.kwargs, task.precision, 2, lambda place, out: seen.append((place, len(out)))
+    )
     assert seen == [(slice(0, 2), 2), (slice(2, 4), 2), (slice(4, 6), 1)]
 
 
@@ -73,10 +75,10 @@ def test_auto_goes_by_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, size: int, expected: str
 ) -> None:
     monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * host)
-    assert Home.choose("auto", CPU, tmp_path, size).place == expected
-    assert Home.choose("device", CPU, tmp_path, size).place == "device"
+    assert ActivationPlacement.choose("auto", CPU, tmp_path, size).location == expected
+    assert ActivationPlacement.choose("device", CPU, tmp_path, size).location == "device"
     monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 3 * size)
-    assert Home.choose("auto", CPU, tmp_path, size).place == "device"
+    assert ActivationPlacement.choose("auto", CPU, tmp_path, size).location == "device"
 
 
 @pytest.mark.parametrize(
@@ -107,16 +109,18 @@ def test_what_takes_host_memory(
     """All streams of the processes of a machine as they are allocated, then the copy that is written."""
     monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
     monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 0)
-    home = Home.choose(asked, torch.device("cuda"), tmp_path, size, **others)
-    assert (home.place, home.copy_on_disk) == (place, copy_on_disk)
+    home = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (home.location, home.copy_on_disk) == (place, copy_on_disk)
     assert home.copies == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
 def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
-    assert not Home.choose("device", CPU, tmp_path, 50, saved=50).copy_on_disk
-    assert Home.choose("device", CPU, tmp_path, 50, saved=51).copy_on_disk
-    assert not Home.choose("host", CPU, tmp_path, 50, saved=50).copy_on_disk  # nothing is pinned without a GPU
+    assert not ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=50).copy_on_disk
+    assert ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=51).copy_on_disk
+    assert not ActivationPlacement.choose(
+        "host", CPU, tmp_path, 50, saved=50
+    ).copy_on_disk  # nothing is pinned without a GPU
 
 
 def test_free_memory_is_a_number() -> None:
@@ -146,7 +150,7 @@ def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="no room for a file of 0.0 GiB .*No space left.*set streams to host or device"):
-        Home("disk", CPU, tmp_path).empty((2, 3), torch.float32)
+        ActivationPlacement("disk", CPU, tmp_path).empty((2, 3), torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +177,7 @@ def test_pinned_memory_is_counted_as_it_is_allocated(tmp_path: Path) -> None:
     torch.zeros(1, device=device)
     streams_module.free_host_memory()
     before = pinned("allocated")
-    stream = Home("host", device, tmp_path).empty((3, 2**22), torch.float32)
+    stream = ActivationPlacement("host", device, tmp_path).empty((3, 2**22), torch.float32)
     assert stream.is_pinned()
     assert pinned("allocated") - before == streams_module._allocated(stream.nbytes, device) == 2**26
     del stream

@@ -166,7 +166,7 @@ def test_passes_end_where_all_that_is_held_can_be_saved(
     processes: int, ends: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not between the sweeps of several processes, each of which has rows of its own."""
-    monkeypatch.setattr("omniq.distributed.collectives.count", lambda: processes)
+    monkeypatch.setattr("omniq.distributed.collectives.world_size", lambda: processes)
     loader = PlanLoader(samples=5, batch_size=2, rounds=2, work=3)
     assert len(loader) == 12
     assert [step for step in range(1, 13) if loader.ends_pass(step)] == ends

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from omniq.blocks.activation_hooks import Finished, quantized_activations
 from omniq.blocks.forward import call_block
 from omniq.calibration.rounding import round_to_nearest
-from omniq.calibration.static_ranges import fix_inputs
+from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
 from omniq.cli.main import main
 from omniq.errors import UserError
@@ -82,7 +82,7 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
     form, given, grid = family_of_type(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
     task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
-    result = fix_inputs(task, BlockResult(linears, task.plain_tensors()))
+    result = calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
     seen = inputs_before_and_after(block, form, kwargs, Activations(), None)  # with the deployed weights by now
     for (raw, _), name in zip(seen, form.linears, strict=True):
         found = result.linears[name].input
@@ -102,7 +102,7 @@ def test_a_range_without_an_end_is_refused() -> None:
     )
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
     with pytest.raises(UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite, \d of 6"):
-        fix_inputs(task, BlockResult(linears, task.plain_tensors()))
+        calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
 
 
 def test_they_are_saved_and_read(tmp_path: Path) -> None:

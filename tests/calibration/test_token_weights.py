@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniq.calibration.gram import GramModule
-from omniq.calibration.observe import input_grams, input_importance
+from omniq.calibration.observe import input_grams, input_second_moments
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import relative_weights, weighted_error
 from omniq.grid.affine import Grid
@@ -59,9 +59,9 @@ def test_importance_and_grams_weigh_tokens_alike() -> None:
     name = task.family.inputs[0][0]
     ours = input_grams(task, "relative")[name]
     assert (ours - gram).norm() < 1e-5 * gram.norm()
-    diagonal = input_importance(task, "relative")[name]
+    diagonal = input_second_moments(task, "relative")[name]
     assert (diagonal - gram.diagonal()).norm() < 1e-5 * gram.diagonal().norm()
-    assert not torch.allclose(diagonal, input_importance(task)[name])
+    assert not torch.allclose(diagonal, input_second_moments(task)[name])
 
 
 def test_a_searched_start_weighs_tokens_as_the_loss_does() -> None:
@@ -69,7 +69,7 @@ def test_a_searched_start_weighs_tokens_as_the_loss_does() -> None:
     module = OmniQuant(clipping=clipping, token_weights="relative").module(task)
     weight = task.linear(name).weight
     relative, uniform = (
-        clipping.build(weight, GRID, input_importance(task, kind)[name])
+        clipping.build(weight, GRID, input_second_moments(task, kind)[name])
         for kind in ("relative", "uniform")  # type: ignore[arg-type]
     )
     assert torch.equal(module.clip(name).start, relative.start)

@@ -111,7 +111,7 @@ def test_processes_that_nobody_has_started(
 def test_shares_that_do_not_come_out_even(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
 ) -> None:
-    monkeypatch.setattr(collectives, "count", lambda: 4)
+    monkeypatch.setattr(collectives, "world_size", lambda: 4)
     check_shares(8, 0)
     with pytest.raises(UserError, match=message):
         check_shares(samples, held_out)

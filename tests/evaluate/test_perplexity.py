@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity: exact, the same streamed as whole, and mergeable. Run with ``pytest tests/evaluate/test_perplexity.py``."""
+"""Perplexity: exact, the same streamed as whole, and mergeable."""
 
 import json
 import math
@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from omniq.blocks.placement import Home
+from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
 from omniq.evaluate import (
     Perplexity,
     PerplexityResult,
     evaluate_model,
     evaluate_streamed,
-    perplexity_table,
-    write_results,
 )
 from omniq.models.source import SourceModel
+from omniq.report.table import perplexity_table, write_results
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 
@@ -250,9 +249,9 @@ def test_streamed_batches_order_and_place_do_not_matter(source: SourceModel, tmp
     alone = evaluate_streamed(source, windows, {"full": as_is})["full"].perplexity
     sizes: list[int] = []
 
-    def on_disk(size: int) -> Home:
+    def on_disk(size: int) -> ActivationPlacement:
         sizes.append(size)
-        return Home("disk", torch.device("cpu"), tmp_path)
+        return ActivationPlacement("disk", torch.device("cpu"), tmp_path)
 
     for options in ({"batch_size": 2}, {"batch_size": 9}, {"home": on_disk}, {"dtype": torch.float32}):
         together = evaluate_streamed(source, windows, {"halved": halved, "full": as_is}, **options)

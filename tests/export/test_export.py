@@ -19,7 +19,7 @@ from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
 from omniq.export import FORMATS, Report, export_checkpoint, find_format, verify_checkpoint
 from omniq.export.containers import shards
-from omniq.export.containers.target_model import deployment
+from omniq.export.containers.target_model import target_model
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
@@ -247,7 +247,7 @@ def test_bias_without_a_place_is_refused(tmp_path: Path) -> None:
     source = opened(tmp_path / "source", Grid(4, 32), family="mistral")
     bias = "model.layers.0.mlp.up_proj.bias"
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.bias has no place in MistralForCausalLM"):
-        deployment(source.config, [bias])
+        target_model(source.config, [bias])
     results = rounded(source, Grid(4, 32))
     results[0] = BlockResult(results[0].linears, {**results[0].tensors, "mlp.up_proj.bias": torch.ones(128)})
     with pytest.raises(UserError, match="has no place"):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from omniq.errors import CorruptFile, UserError
 from omniq.evaluate import evaluate_model
-from omniq.export import Opened, VerificationError, export_checkpoint, find_format, verify_checkpoint
-from omniq.export.verify.checkpoint import reopened as opened_module
+from omniq.export import ReopenedCheckpoint, VerificationError, export_checkpoint, find_format, verify_checkpoint
+from omniq.export.verify import reopened as opened_module
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
@@ -194,9 +194,9 @@ def test_needed_memory(
     weights = sum(value.numel() for value in open_checkpoint(tmp_path / "source").parameters())
     largest = 272 * 64  # the head
     expected = stored + (2 * weights if format == "compressed-tensors" else 20 * largest)
-    assert Opened(out, layout).needed == expected
+    assert ReopenedCheckpoint(out, layout).needed == expected
     for free, fits in ((int(1.1 * expected), True), (int(1.1 * expected) - 1, False)):
         monkeypatch.setattr(opened_module, "free_host_memory", lambda free=free: free)
-        opened = Opened(out, layout)
+        opened = ReopenedCheckpoint(out, layout)
         assert (opened.model is not None) == (opened.lacking is None) == fits
         assert opened.model is opened.model

@@ -58,9 +58,9 @@ def test_invariants(grid: Grid, weight: Tensor) -> None:
     assert torch.equal(scale, scale.to(grid.scale_dtype).to(scale.dtype))  # already what will be stored
     assert torch.equal(zero_point, zero_point.round())
     assert zero_point.min() >= 0
-    assert zero_point.max() <= grid.levels
+    assert zero_point.max() <= grid.max_code
     assert codes.dtype == torch.uint8
-    assert codes.max() <= grid.levels
+    assert codes.max() <= grid.max_code
     nothing = torch.zeros_like(weight)  # zero is a point of every grid
     assert torch.equal(grid.dequantize(grid.quantize(nothing, scale, zero_point), scale, zero_point), nothing)
     assert torch.equal(grid.quantize(back, scale, zero_point), codes)  # rounding what is rounded changes nothing
@@ -71,13 +71,13 @@ def test_invariants(grid: Grid, weight: Tensor) -> None:
 def test_error_is_half_a_step_inside_the_range(grid: Grid, weight: Tensor) -> None:
     scale, zero_point, _, back = rounded(grid, weight)
     s, z = grid.expand(scale, WIDTH).double(), grid.expand(zero_point, WIDTH).double()
-    inside = (weight >= -z * s) & (weight <= (grid.levels - z) * s)
+    inside = (weight >= -z * s) & (weight <= (grid.max_code - z) * s)
     error = (weight.double() - back.double()).abs()
     slack = 1e-6 * weight.double().abs() + 1e-6 * s  # of float32
     assert (error[inside] <= (s / 2 + slack)[inside]).all()
     # Outside lies only what rounding the scale (by half a step of its dtype) and the zero point cut off.
     info = torch.finfo(grid.scale_dtype)
-    off = grid.levels * info.eps * s.clamp(min=info.tiny) / 2
+    off = grid.max_code * info.eps * s.clamp(min=info.tiny) / 2
     assert (error <= off + (1 if grid.symmetric else 0.5) * s + slack).all()
 
 
@@ -91,17 +91,17 @@ def test_equals_float64(grid: Grid, weight: Tensor) -> None:
         for group, part in enumerate(parts):
             lo, hi = min(float(part.min()), 0.0), max(float(part.max()), 0.0)
             s, z = float(scale[row, group]), float(zero_point[row, group])
-            exact = 2 * max(-lo, hi) / grid.levels if grid.symmetric else (hi - lo) / grid.levels
+            exact = 2 * max(-lo, hi) / grid.max_code if grid.symmetric else (hi - lo) / grid.max_code
             if exact > torch.finfo(grid.scale_dtype).tiny:
                 assert abs(s - exact) <= (torch.finfo(grid.scale_dtype).eps / 2 + 1e-6) * exact
             if grid.symmetric:
                 assert z == 2 ** (grid.bits - 1)
             elif abs(-lo / s % 1 - 0.5) > 1e-4:
-                assert z == min(round(-lo / s), grid.levels)
+                assert z == min(round(-lo / s), grid.max_code)
             found = codes[row].reshape(scale.shape[1], -1)[group]
             for w, q in zip(part.tolist(), found.tolist(), strict=True):
                 if abs(w / s % 1 - 0.5) > 1e-4:
-                    assert q == min(max(round(w / s) + z, 0), grid.levels)
+                    assert q == min(max(round(w / s) + z, 0), grid.max_code)
     assert torch.equal(back, (codes.float() - grid.expand(zero_point, WIDTH)) * grid.expand(scale, WIDTH))
 
 

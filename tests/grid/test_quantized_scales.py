@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omniq.errors import UserError
 from omniq.export.formats.omniq import pack_linear, packed_shapes, unpack_linear
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel, level, nearest
+from omniq.grid.quantized_scales import QuantizedScales, level, nearest
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from tests.helpers.outliers import with_outliers
 
@@ -29,7 +29,7 @@ def test_what_is_on_levels_is_found_again(
     seed: int, outputs: int, groups: int, rows: int, bits: int, dtype: torch.dtype, close: bool
 ) -> None:
     """Also where the ends of a run are neighbours in the storage dtype, so that levels fall together."""
-    generator, second = torch.Generator().manual_seed(seed), SecondLevel(rows=rows)
+    generator, second = torch.Generator().manual_seed(seed), QuantizedScales(rows=rows)
     values = torch.rand(outputs, groups, generator=generator)
     if dtype == torch.uint8:
         values = (values * 255).to(dtype)
@@ -49,7 +49,7 @@ def test_what_is_on_levels_is_found_again(
 
 def test_levels_are_equal_steps_between_the_ends() -> None:
     values = torch.tensor([[0.1, 5.0], [0.8, 5.0], [0.33, 5.0], [2.0, 1.0]])
-    second = SecondLevel(rows=3)
+    second = QuantizedScales(rows=3)
     least, greatest = second.ends(values)
     assert least.tolist() == values[[0, 3]].tolist()
     assert greatest.tolist() == [values[1].tolist(), values[3].tolist()]
@@ -65,7 +65,7 @@ def test_levels_are_equal_steps_between_the_ends() -> None:
 
 def on_levels(grid: Grid, outputs: int, inputs: int, seed: int = 0) -> QuantizedLinear:
     """A random linear whose scales and zero points are on the levels of their runs."""
-    generator, second = torch.Generator().manual_seed(seed), grid.second or SecondLevel(0, 0)
+    generator, second = torch.Generator().manual_seed(seed), grid.second or QuantizedScales(0, 0)
     shape = outputs, grid.groups(inputs)
     scale = torch.rand(shape, generator=generator).add(0.1).to(grid.scale_dtype)
     zero_point = torch.randint(0, 2**grid.bits, shape, generator=generator, dtype=torch.uint8)
@@ -84,10 +84,10 @@ def on_levels(grid: Grid, outputs: int, inputs: int, seed: int = 0) -> Quantized
 @pytest.mark.parametrize(
     "grid",
     [
-        Grid(3, 5, second=SecondLevel(3, 0)),
-        Grid(4, 7, second=SecondLevel(3, 3, 4)),
-        Grid(4, 7, second=SecondLevel(0, 2, 5)),
-        Grid(2, -1, symmetric=True, second=SecondLevel(8, 0)),
+        Grid(3, 5, second=QuantizedScales(3, 0)),
+        Grid(4, 7, second=QuantizedScales(3, 3, 4)),
+        Grid(4, 7, second=QuantizedScales(0, 2, 5)),
+        Grid(2, -1, symmetric=True, second=QuantizedScales(8, 0)),
     ],
     ids=str,
 )
@@ -121,11 +121,11 @@ def test_packing_is_inverted(grid: Grid, dtype: torch.dtype, support: str, tmp_p
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        SecondLevel(**wrong)
+        QuantizedScales(**wrong)
 
 
 def test_zero_points_that_need_no_codes_are_refused() -> None:
     with pytest.raises(UserError, match="zero points of 3 bits need no code of 3 bits: set zero_bits to 0"):
-        Grid(3, second=SecondLevel(3, 3))
+        Grid(3, second=QuantizedScales(3, 3))
     with pytest.raises(UserError, match="zero points of a symmetric grid need no code"):
-        Grid(8, symmetric=True, second=SecondLevel(3, 3))
+        Grid(8, symmetric=True, second=QuantizedScales(3, 3))

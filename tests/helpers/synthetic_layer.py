@@ -40,8 +40,8 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float
     return float(((residual @ gram) * residual).sum() / ((weight @ gram) * weight).sum())
 
 
-def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, zero point ``[o, G]`` and group of each column ``[i]``, from min-max or, with ``importance``, searched.
+def fit_grid(weight: Tensor, grid: Grid, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, zero point ``[o, G]`` and group of each column ``[i]``, from min-max or, with ``second_moment``, searched.
 
     The last group is short where the group size does not divide the width.
     """
@@ -49,10 +49,10 @@ def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tu
     size = inputs if grid.group_size == -1 else grid.group_size
     missing = -inputs % size
     padded = torch.cat([weight, weight.new_zeros(outputs, missing)], 1)  # zeros change neither a range nor its error
-    if importance is None:
+    if second_moment is None:
         covered = grid.range(padded)
     else:
-        covered = search_range(padded, grid, torch.cat([importance, importance.new_zeros(missing)]))
+        covered = search_range(padded, grid, torch.cat([second_moment, second_moment.new_zeros(missing)]))
     return *grid.fit(*covered), torch.arange(inputs) // size
 
 

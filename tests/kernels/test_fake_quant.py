@@ -13,7 +13,7 @@ from torch import Tensor
 from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant import clip_range, fake_quantize, fake_quantize_reference
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled_weight import Scaled
+from omniq.kernels.scaled_weight import ScaledWeight
 
 FORMS = (fake_quantize, fake_quantize_reference)
 
@@ -320,7 +320,7 @@ def test_the_torch_version_in_a_cuda_graph(symmetric: bool) -> None:
 
     def step() -> list[Tensor]:
         still = fake_quantize(w, lo, hi, up, low, grid)
-        moving = fake_quantize_moving(Scaled(w, columns=columns), up, low, grid)
+        moving = fake_quantize_moving(ScaledWeight(w, columns=columns), up, low, grid)
         grads = torch.autograd.grad((still, moving), (up, low, columns), (grad, grad))
         return [still.detach(), moving.detach(), *grads]
 

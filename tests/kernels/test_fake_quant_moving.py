@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
-from omniq.kernels.scaled_weight import Scaled, whole
+from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.families.llama import LLAMA
 from omniq.models.family import UpToDown
 from omniq.transforms.equivalence import Transform
@@ -52,7 +52,7 @@ def both(
 
 
 def fused(grid: Grid, w: Tensor, rows: Tensor | None, columns: Tensor | None, upper: Tensor, lower: Tensor) -> Tensor:
-    return fake_quantize_moving(Scaled(w, rows, columns), upper, lower, grid)
+    return fake_quantize_moving(ScaledWeight(w, rows, columns), upper, lower, grid)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,12 +104,12 @@ def test_half_weights_compute_in_float32_and_only_inputs_and_ranges_are_saved() 
     grid = Grid(4, 16)
     w, _, _, up, low = (t.float() for t in problem(8, 64, grid))
     rows, columns = (t.float().requires_grad_() for t in factors(8, 64, True, True))
-    weight, saved = Scaled(w.half(), rows, columns), []
+    weight, saved = ScaledWeight(w.half(), rows, columns), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = fake_quantize_moving(weight, up, low, grid)
     assert out.dtype == torch.float16
     assert sum(t.numel() * t.element_size() for t in saved) == 2 * w.numel() + 4 * (8 + 64) + 4 * 4 * up.numel()
-    exact = fake_quantize_moving(Scaled(w.half().float(), rows, columns), up, low, grid)
+    exact = fake_quantize_moving(ScaledWeight(w.half().float(), rows, columns), up, low, grid)
     assert torch.equal(out, exact.half())
     out.sum().backward()
     assert rows.grad.dtype == columns.grad.dtype == torch.float32
@@ -131,13 +131,13 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_factors_multiply_and_products_need_no_matrix() -> None:
     w, vector = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     rows, columns = factors(3, 5, True, True)
-    weight = Scaled(w).times_rows(rows).times_columns(columns).times_rows(rows)
+    weight = ScaledWeight(w).times_rows(rows).times_columns(columns).times_rows(rows)
     matrix = rows.square().diag() @ w @ columns.diag()
-    torch.testing.assert_close(whole(weight), matrix, rtol=1e-12, atol=0)
+    torch.testing.assert_close(materialize(weight), matrix, rtol=1e-12, atol=0)
     torch.testing.assert_close(weight.product(vector), matrix @ vector, rtol=1e-12, atol=1e-12)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Scaled(w.bfloat16()).product(vector.float()).dtype == torch.float32
-    assert whole(w) is w
+        assert ScaledWeight(w.bfloat16()).product(vector.float()).dtype == torch.float32
+    assert materialize(w) is w
 
 
 def test_a_transform_gives_factors_and_leaves_matrices_alone() -> None:
@@ -148,12 +148,12 @@ def test_a_transform_gives_factors_and_leaves_matrices_alone() -> None:
     draw = torch.Generator().manual_seed(0)
     parameters = {name: torch.randn(shape, generator=draw) for name, shape in transform.shapes.items()}
     found = transform.move(tensors, parameters)
-    factored = {name: value for name, value in found.items() if isinstance(value, Scaled)}
+    factored = {name: value for name, value in found.items() if isinstance(value, ScaledWeight)}
     assert set(factored) == {f"{name}.weight" for name in LLAMA.linears} - {"mlp.down_proj.weight"}
     assert all(value.weight is tensors[name] for name, value in factored.items())
     assert found["mlp.down_proj.weight"] is tensors["mlp.down_proj.weight"]
     for name, value in transform.apply(tensors, parameters).items():
-        assert torch.equal(whole(found[name]), value)
+        assert torch.equal(materialize(found[name]), value)
 
 
 def test_the_operator_passes_torch_own_checks_and_compiles() -> None:
@@ -208,6 +208,6 @@ def test_triton_shows_what_is_not_a_number() -> None:
     w, *_, up, low = (t.float().cuda() for t in problem(4, 64, grid))
     rows, columns = (t.float().cuda() for t in factors(4, 64, True, True))
     rows[1] = torch.nan
-    out = fake_quantize_moving(Scaled(w.half(), rows, columns), up, low, grid)
+    out = fake_quantize_moving(ScaledWeight(w.half(), rows, columns), up, low, grid)
     assert out[1].isnan().all()
     assert out[[0, 2, 3]].isfinite().all()

@@ -82,7 +82,7 @@ def _missed(problem: Problem, before: Tensor, after: Tensor, rounded: bool) -> f
     free = torch.full_like(best, not rounded, dtype=torch.bool)
     if problem.mask is not None:
         free |= problem.mask
-    wanted = torch.where(free, best, best.clamp(-zero_point, problem.levels - zero_point))
+    wanted = torch.where(free, best, best.clamp(-zero_point, problem.max_code - zero_point))
     missed = (wanted - (problem.target - after) / scale).abs() - torch.where(free, 0.0, 0.5)
     return float(missed[problem.inverse > 0].max())
 

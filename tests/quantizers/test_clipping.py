@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
-from omniq.kernels.scaled_weight import Scaled
+from omniq.kernels.scaled_weight import ScaledWeight
 from omniq.quantizers.absolute import LSQ, PACT
-from omniq.quantizers.clipping import LWC, Clipping, ClippingMethod, MinMax, Searched
+from omniq.quantizers.clipping import LWC, Clipping, MinMax, RangeEstimator, Searched
 
 GRIDS = [Grid(4, scale_dtype=torch.float32), Grid(3, 8, scale_dtype=torch.float32), Grid(3, 8, True, torch.float32)]
-METHODS: list[ClippingMethod] = [LWC(), PACT(), LSQ(), MinMax(), Searched(), LWC(Searched()), PACT(Searched())]
+METHODS: list[Clipping] = [LWC(), PACT(), LSQ(), MinMax(), Searched(), LWC(Searched()), PACT(Searched())]
 
 
 def drawn(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,12 +24,12 @@ def drawn(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_trained_is_what_is_fused(grid: Grid, method: ClippingMethod) -> None:
+def test_what_is_trained_is_what_is_fused(grid: Grid, method: Clipping) -> None:
     """The fake-quantized weight is the dequantized one of the final grid, at the start and away from it."""
-    weight, importance = drawn()
-    clip = method.build(weight, grid, importance if method.needs_importance else None)
+    weight, second_moment = drawn()
+    clip = method.build(weight, grid, second_moment if method.needs_second_moment else None)
     for step in range(2):
-        for given in (weight, Scaled(weight)):
+        for given in (weight, ScaledWeight(weight)):
             trained = clip(given, torch.float32)
             scale, zero_point = clip.grid_of(weight)
             final = grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)
@@ -38,15 +38,15 @@ def test_what_is_trained_is_what_is_fused(grid: Grid, method: ClippingMethod) ->
             for value in clip.parameters():
                 value -= 0.1 * (step + 1)
     clip.reset()
-    fresh = method.build(weight, grid, importance)
+    fresh = method.build(weight, grid, second_moment)
     torch.testing.assert_close(clip(weight, torch.float32), fresh(weight, torch.float32))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_final_scales_are_as_stored(method: ClippingMethod) -> None:
+def test_final_scales_are_as_stored(method: Clipping) -> None:
     """Codes are chosen on them: a scale that is rounded only later would belong to other codes."""
-    weight, importance = drawn()
-    clip = method.build(weight, Grid(3, 8), importance)
+    weight, second_moment = drawn()
+    clip = method.build(weight, Grid(3, 8), second_moment)
     with torch.no_grad():
         for value in clip.parameters():
             value -= 0.123
@@ -56,23 +56,23 @@ def test_final_scales_are_as_stored(method: ClippingMethod) -> None:
 
 
 @pytest.mark.parametrize("method", [MinMax(), Searched()])
-def test_fixed_clipping_is_the_range_and_learns_nothing(method: Clipping) -> None:
-    weight, importance = drawn()
+def test_fixed_clipping_is_the_range_and_learns_nothing(method: RangeEstimator) -> None:
+    weight, second_moment = drawn()
     for grid in GRIDS:
-        clip = method.build(weight, grid, importance)
+        clip = method.build(weight, grid, second_moment)
         assert not [value for value in clip.parameters() if value.requires_grad]
-        expected = grid.fit(*method.range(weight, grid, importance))
+        expected = grid.fit(*method.range(weight, grid, second_moment))
         for found, wanted in zip(clip.grid_of(weight), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
-def gradients(method: ClippingMethod, grid: Grid, weight: Tensor, towards: Tensor) -> tuple[Any, Tensor]:
+def gradients(method: Clipping, grid: Grid, weight: Tensor, towards: Tensor) -> tuple[Any, Tensor]:
     weight = weight.clone().requires_grad_()
     clip = method.build(weight.detach(), grid, None)
     with torch.no_grad():
         for value in clip.parameters():
             value *= 0.8  # so that something is clipped
-    (clip(Scaled(weight), torch.float32) * towards).sum().backward()
+    (clip(ScaledWeight(weight), torch.float32) * towards).sum().backward()
     return clip, weight.grad
 
 
@@ -84,7 +84,7 @@ def test_step_gradient_is_that_of_lsq(grid: Grid) -> None:
     clip, d_weight = gradients(LSQ(), grid, weight, towards)
     start, zero = (value.double().unsqueeze(-1) for value in (clip.start, clip.zero_point))
     steps = grid.split(weight.double()) / (0.8 * start)
-    low, high = -zero, grid.levels - zero
+    low, high = -zero, grid.max_code - zero
     inside = (steps.round() >= low) & (steps.round() <= high)
     slope = torch.where(inside, steps.round() - steps, steps.round().clamp(low, high))
     expected = (slope * grid.split(towards.double())).sum(-1) * clip.start

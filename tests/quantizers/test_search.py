@@ -13,11 +13,11 @@ from omniq.quantizers.search import search_range
 from tests.helpers.synthetic_layer import make_layer
 
 
-def loss(weight: Tensor, grid: Grid, covered: tuple[Tensor, Tensor], importance: Tensor) -> Tensor:
+def loss(weight: Tensor, grid: Grid, covered: tuple[Tensor, Tensor], second_moment: Tensor) -> Tensor:
     """``sum_j H_jj (w_j - Q(w_j))^2`` of each group through the grid itself, float64 ``[o, G]``."""
     scale, zero_point = grid.fit(*(end.double() for end in covered))
     rounded = grid.dequantize(grid.quantize(weight.double(), scale, zero_point), scale, zero_point)
-    return grid.split((weight.double() - rounded).square() * importance.double()).sum(-1)
+    return grid.split((weight.double() - rounded).square() * second_moment.double()).sum(-1)
 
 
 @st.composite
@@ -27,21 +27,21 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Grid, Tensor]:
     grid = Grid(draw(st.integers(2, 8)), draw(st.sampled_from([-1, size])), draw(st.booleans()))
     weight = torch.randn(draw(st.integers(1, 5)), groups * size, generator=generator) ** 3
     weight += draw(st.sampled_from([0.0, 2.0, -2.0]))
-    importance = torch.rand(groups * size, generator=generator) ** 4
-    importance[: draw(st.integers(0, 2)) * size] = 0
-    return weight, grid, importance
+    second_moment = torch.rand(groups * size, generator=generator) ** 4
+    second_moment[: draw(st.integers(0, 2)) * size] = 0
+    return weight, grid, second_moment
 
 
 @settings(max_examples=50, deadline=None)
 @given(layers())
 def test_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) -> None:
-    weight, grid, importance = layer
-    lo, hi = search_range(weight, grid, importance)
+    weight, grid, second_moment = layer
+    lo, hi = search_range(weight, grid, second_moment)
     lowest, highest = grid.range(weight)
     assert ((lo >= lowest) & (lo <= 0) & (hi >= 0) & (hi <= highest)).all()
-    least, widest = (loss(weight, grid, each, importance) for each in ((lo, hi), (lowest, highest)))
+    least, widest = (loss(weight, grid, each, second_moment) for each in ((lo, hi), (lowest, highest)))
     assert (least <= widest * (1 + 1e-3) + 1e-12).all()  # ties of the float32 search may fall the other way
-    unseen = grid.split(importance.expand_as(weight)).sum(-1) == 0
+    unseen = grid.split(second_moment.expand_as(weight)).sum(-1) == 0
     assert torch.equal(lo[unseen], lowest[unseen])
     assert torch.equal(hi[unseen], highest[unseen])
 
@@ -50,25 +50,25 @@ def test_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) 
 def test_near_the_best_there_is(bits: int) -> None:
     """Against every pair of a fine grid of scales and all zero points."""
     weight, gram = make_layer(576, 576)
-    weight, grid, importance = weight[::16], Grid(bits), gram.diagonal()
-    found = loss(weight, grid, search_range(weight, grid, importance), importance)
+    weight, grid, second_moment = weight[::16], Grid(bits), gram.diagonal()
+    found = loss(weight, grid, search_range(weight, grid, second_moment), second_moment)
     lowest, highest = grid.range(weight)
     best = torch.full_like(lowest, torch.inf)
     for share in torch.linspace(0.2, 1.1, 120).tolist():
-        scale = share * (highest - lowest) / grid.levels
-        for zero_point in range(grid.levels + 1):
-            covered = (-zero_point * scale, (grid.levels - zero_point) * scale)
-            best = torch.minimum(best, loss(weight, grid, covered, importance))
+        scale = share * (highest - lowest) / grid.max_code
+        for zero_point in range(grid.max_code + 1):
+            covered = (-zero_point * scale, (grid.max_code - zero_point) * scale)
+            best = torch.minimum(best, loss(weight, grid, covered, second_moment))
     assert float(found.sum() / best.sum()) < 1.02  # measured 1.005 to 1.009
-    assert float(found.sum() / loss(weight, grid, (lowest, highest), importance).sum()) < 0.8
+    assert float(found.sum() / loss(weight, grid, (lowest, highest), second_moment).sum()) < 0.8
 
 
 def test_moving_the_ends_alone_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = make_layer(96, 192, tokens=500)
-    grid, importance = Grid(3), gram.diagonal()
-    both = loss(weight, grid, search_range(weight, grid, importance), importance).sum()
+    grid, second_moment = Grid(3), gram.diagonal()
+    both = loss(weight, grid, search_range(weight, grid, second_moment), second_moment).sum()
     monkeypatch.setattr(search, "_ENDS", ())
-    joint = loss(weight, grid, search_range(weight, grid, importance), importance).sum()
+    joint = loss(weight, grid, search_range(weight, grid, second_moment), second_moment).sum()
     assert both < 0.97 * joint  # measured 0.95
 
 
@@ -90,5 +90,5 @@ def test_weights_stored_elsewhere_are_passed_as_zero() -> None:
 
 
 def test_refuses_an_importance_of_another_width() -> None:
-    with pytest.raises(ValueError, match=r"importance \(7,\) is not one number for each of 8 inputs"):
+    with pytest.raises(ValueError, match=r"second moments \(7,\) are not one number for each of 8 inputs"):
         search_range(torch.randn(2, 8), Grid(4), torch.ones(7))

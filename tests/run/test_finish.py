@@ -87,13 +87,13 @@ def test_the_evaluation_follows_streams(tmp_path: Path, monkeypatch: pytest.Monk
     """The activations of all three variants live where those of the calibration do, and nothing is left of them."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], export={"format": "none"})
     rooms: list[tuple[str, int]] = []
-    plain = placement.Home.empty
+    plain = placement.ActivationPlacement.empty
 
-    def spy(home: placement.Home, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        rooms.append((home.place, shape[0]))
+    def spy(home: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rooms.append((home.location, shape[0]))
         return plain(home, shape, dtype)
 
-    monkeypatch.setattr(placement.Home, "empty", spy)
+    monkeypatch.setattr(placement.ActivationPlacement, "empty", spy)
     assert main([*args, "--streams", place]) == 0
     assert rooms == [(place, 4), *[(place, 4)] * 3]  # samples with one held out; windows, for each variant
     assert not list((tmp_path / "run").glob("stream.*"))
@@ -106,13 +106,13 @@ def test_the_evaluation_asks_what_is_free(tmp_path: Path, monkeypatch: pytest.Mo
     one = 4 * 24 * SMALL["hidden_size"] * 4  # bytes of a stream
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 10 * one)
     places: list[str] = []
-    plain = placement.Home.choose.__func__  # type: ignore[attr-defined]
+    plain = placement.ActivationPlacement.choose.__func__  # type: ignore[attr-defined]
 
-    def spy(*args: Any, **kwargs: Any) -> placement.Home:
-        home: placement.Home = plain(*args, **kwargs)
-        places.append(home.place)
+    def spy(*args: Any, **kwargs: Any) -> placement.ActivationPlacement:
+        home: placement.ActivationPlacement = plain(*args, **kwargs)
+        places.append(home.location)
         return home
 
-    monkeypatch.setattr(placement.Home, "choose", classmethod(spy))
+    monkeypatch.setattr(placement.ActivationPlacement, "choose", classmethod(spy))
     assert main(args) == 0
     assert places == ["host", "disk"]

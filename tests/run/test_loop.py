@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import omniq
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.module import BlockModule
 from omniq.cli.main import main
 from omniq.models.source import SourceModel
@@ -51,7 +51,7 @@ def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtyp
         hidden, kwargs = model.embed(WINDOW)
         for index, result in enumerate(results):
             block = model.block(index)
-            deploy(block, result)
+            load_quantized_weights(block, result)
             output = block(hidden, **kwargs[index])
             hidden = output[0] if isinstance(output, tuple) else output
         return model.logits(hidden)
@@ -145,7 +145,7 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
         block = source.block(index)
         with torch.no_grad():
             clean = block(clean, **kwargs[index])
-            deploy(block, result)
+            load_quantized_weights(block, result)
             ours = block(ours, **kwargs[index])
         for key, part in (("loss", slice(3)), ("held_out_loss", slice(3, 4))):
             error = (clean[part] - ours[part]).double().square().mean().item()

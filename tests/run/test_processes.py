@@ -297,12 +297,12 @@ def test_one_process_needs_no_group() -> None:
     tensor = torch.arange(3.0)
     assert collectives.all_reduce_sum(tensor) is tensor
     assert collectives.all_reduce_max(tensor) is tensor
-    assert collectives.gather_samples(tensor) is tensor
-    assert collectives.mine(tensor).equal(tensor)
-    assert (collectives.rank(), collectives.count(), collectives.first(lambda: 7)) == (0, 1, 7)
-    assert not collectives.all_agree(False)
+    assert collectives.all_gather_samples(tensor) is tensor
+    assert collectives.local_shard(tensor).equal(tensor)
+    assert (collectives.rank(), collectives.world_size(), collectives.broadcast_from_rank0(lambda: 7)) == (0, 1, 7)
+    assert not collectives.all_ranks(False)
     done: list[int] = []
-    collectives.part(lambda: done.append(1))
+    collectives.finish_on_rank0(lambda: done.append(1))
     assert done == [1]
 
 

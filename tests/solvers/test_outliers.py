@@ -38,8 +38,8 @@ def test_support_has_exactly_its_count(
     generator = torch.Generator().manual_seed(outputs * 13 + inputs)
     weight = torch.randn(outputs, inputs, generator=generator)
     weight = weight.sign() if ties else weight
-    importance = torch.rand(inputs, generator=generator)
-    mask = choose_support(weight, fraction, by=by, structured=structured, importance=importance, grid=Grid(3))
+    second_moment = torch.rand(inputs, generator=generator)
+    mask = choose_support(weight, fraction, by=by, structured=structured, second_moment=second_moment, grid=Grid(3))
     chosen = mask.any(0).sum() if structured else mask.sum()
     assert int(chosen) == count_of((outputs, inputs), fraction, structured)
     assert bool(mask.any()) == (fraction > 0)  # a share of a narrow layer that rounds to nothing is one
@@ -56,16 +56,18 @@ def test_ties_go_to_the_first() -> None:
 def test_support_by_loss_takes_what_costs_most() -> None:
     """On the range that is best without what was chosen before, three times in turn."""
     weight, gram = make_layer(12, 64, tokens=300)
-    grid, importance = Grid(3, 32), gram.diagonal()
+    grid, second_moment = Grid(3, 32), gram.diagonal()
     chosen = torch.zeros_like(weight, dtype=torch.bool)
     for _ in range(3):
-        lo, hi = (end.repeat_interleave(32, 1) for end in search_range(weight.masked_fill(chosen, 0), grid, importance))
+        lo, hi = (
+            end.repeat_interleave(32, 1) for end in search_range(weight.masked_fill(chosen, 0), grid, second_moment)
+        )
         scale = ((hi - lo) / 7).half().double()
         zero = (-lo / scale).round()
         rounded = (((weight / scale).round() + zero).clamp(0, 7) - zero) * scale
-        cost = (weight - rounded).square() * importance
+        cost = (weight - rounded).square() * second_moment
         chosen = cost >= cost.flatten().topk(12).values[-1]
-    found = choose_support(weight, 1 / 64, by="loss", importance=importance, grid=grid)
+    found = choose_support(weight, 1 / 64, by="loss", second_moment=second_moment, grid=grid)
     assert torch.equal(found, chosen)
     assert not torch.equal(found, choose_support(weight, 1 / 64))
 
@@ -73,14 +75,14 @@ def test_support_by_loss_takes_what_costs_most() -> None:
 @pytest.mark.parametrize("structured", [False, True])
 def test_support_by_loss_leaves_less_than_by_magnitude(structured: bool) -> None:
     weight, gram = make_layer(576, 576)
-    weight, grid, importance, left = weight[::8], Grid(3), gram.diagonal(), {}
+    weight, grid, second_moment, left = weight[::8], Grid(3), gram.diagonal(), {}
     ways: list[Any] = ["loss", "magnitude"]
     for by in ways:
-        mask = choose_support(weight, 0.02, by=by, structured=structured, importance=importance, grid=grid)
+        mask = choose_support(weight, 0.02, by=by, structured=structured, second_moment=second_moment, grid=grid)
         dense = weight.masked_fill(mask, 0)
-        scale, zero_point = grid.fit(*search_range(dense, grid, importance))
+        scale, zero_point = grid.fit(*search_range(dense, grid, second_moment))
         rounded = grid.dequantize(grid.quantize(dense, scale, zero_point), scale, zero_point)
-        left[by] = float(((dense - rounded).square() * importance).sum())
+        left[by] = float(((dense - rounded).square() * second_moment).sum())
     assert left["loss"] < 0.95 * left["magnitude"], left
 
 
@@ -158,8 +160,8 @@ def test_threshold_step_is_a_gradient_step() -> None:
 
 def solve(kind: str, weight: Tensor, gram: Tensor, bits: int, by: Any, structured: bool) -> float:
     """Error in % after 30 sweeps with 1 % outliers on a min-max grid, from codes, scales and float16 sparse part."""
-    grid, importance = Grid(bits, scale_dtype=torch.float32), gram.diagonal()
-    mask = choose_support(weight, 0.01, by=by, structured=structured, importance=importance, grid=grid)
+    grid, second_moment = Grid(bits, scale_dtype=torch.float32), gram.diagonal()
+    mask = choose_support(weight, 0.01, by=by, structured=structured, second_moment=second_moment, grid=grid)
     scale, zero_point, _ = fit_grid(weight.masked_fill(mask, 0), grid)
     parameter = nn.Parameter(weight.clone())
     if kind == "masked":
@@ -200,10 +202,12 @@ def test_layer_errors(outputs: int, inputs: int, bits: int, expected: tuple[floa
 def test_outliers_lower_the_error_of_the_best_recipe() -> None:
     """Searched grid, GPTQ start, 3 bit: 1 % by loss halves the error; 1 % of the columns by loss take a tenth."""
     weight, gram = (tensor.float() for tensor in make_layer(576, 576))
-    grid, importance, errors = Grid(3), gram.diagonal(), {}
+    grid, second_moment, errors = Grid(3), gram.diagonal(), {}
     for name, fraction, structured in (("none", 0.0, False), ("columns", 0.01, True), ("entries", 0.01, False)):
-        mask = choose_support(weight, fraction, by="loss", structured=structured, importance=importance, grid=grid)
-        scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, importance))
+        mask = choose_support(
+            weight, fraction, by="loss", structured=structured, second_moment=second_moment, grid=grid
+        )
+        scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, second_moment))
         start = nn.Parameter(gptq(weight, gram, scale, zero_point, 3, mask=mask).values)
         optimizer = CoordinateDescent([start], gram, grid, scale, zero_point, target=weight, mask=mask, sweeps=12)
         for _ in range(12):

@@ -24,7 +24,7 @@ from omniq.quantizers.clipping import MinMax, Searched
 from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
 from omniq.stages.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import ends
+from omniq.transforms.equivalence import modules_of
 from tests.helpers.runs import SMALL, write_run
 from tests.helpers.stages import Stop, fit, fitted, tiny_task
 from tests.stages.test_smoothing_stages import deployed_error
@@ -92,7 +92,7 @@ def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], 
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
     moves = [each for each in task.family.equivalences if not isinstance(each, QueryKey)]
-    expected = [plain_search(task, ends(move)[1:], share * isinstance(move, ValueToOutput)) for move in moves]
+    expected = [plain_search(task, modules_of(move)[1:], share * isinstance(move, ValueToOutput)) for move in moves]
     before = {name: value.double() for name, value in task.block.state_dict().items()}
     module = fitted(AWQ(), task, tmp_path)
     after = task.block.state_dict()
@@ -101,7 +101,7 @@ def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], 
     for place, (move, (alpha, scale, error)) in enumerate(zip(moves, expected, strict=True)):
         assert float(found["alphas"][place]) == pytest.approx(alpha, rel=1e-6)
         assert float(found["least"][place]) == pytest.approx(error, rel=1e-5)  # measured 2e-7
-        scales |= dict.fromkeys(ends(move)[1:], scale)
+        scales |= dict.fromkeys(modules_of(move)[1:], scale)
     assert max(alpha for alpha, *_ in expected) > 0.2
     for name, scale in scales.items():
         rows = after[f"{name}.weight"].double() / (before[f"{name}.weight"] * scale)

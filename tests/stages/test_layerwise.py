@@ -54,7 +54,7 @@ def naive_descent(weight: Tensor, gram: Tensor, linear: QuantizedLinear, sweeps:
     for k in range(sweeps):
         for j in range(weight.shape[1]):
             best = current[:, j] + (weight - current) @ gram[:, j] / gram[j, j]
-            code = (best / scale[:, j]).round().add(zero[:, j]).clamp(0, linear.grid.levels)
+            code = (best / scale[:, j]).round().add(zero[:, j]).clamp(0, linear.grid.max_code)
             relaxed = k % 3 == 1 and k <= sweeps - 3
             current[:, j] = best if relaxed else (code - zero[:, j]) * scale[:, j]
             codes[:, j] = code

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from omniq.blocks.forward import call_block
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.captured_step import OptimizerStep
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
@@ -34,7 +34,7 @@ def rounded(folder: Path, grid: Grid = GRID, samples: int = 4) -> BlockTask:
 def error(task: BlockTask, result: BlockResult) -> float:
     """Mean squared error of the deployed block against the targets, float64."""
     block = copy.deepcopy(task.block)
-    deploy(block, result)
+    load_quantized_weights(block, result)
     with torch.no_grad():
         return (call_block(block, task.inputs, task.kwargs) - task.targets).double().square().mean().item()
 
@@ -49,7 +49,7 @@ def test_it_lowers_the_error_of_the_stage_before(tmp_path: Path) -> None:
     assert any((after.linears[name].codes != before.linears[name].codes).any() for name in after.linears)
     for name, linear in after.linears.items():
         assert torch.equal(linear.zero_point, before.linears[name].zero_point)
-        assert int(linear.codes.max()) <= GRID.levels
+        assert int(linear.codes.max()) <= GRID.max_code
 
 
 def test_the_last_loss_is_that_of_the_deployed_block(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def plain_gradients(task: BlockTask, module: LearnedRoundingModule, name: str) -
     for each, start in task.result.linears.items():
         position = module.codes(each).position.detach().double().requires_grad_()
         log_scale = torch.zeros(start.scale.shape, dtype=torch.float64, requires_grad=True)
-        codes = position + (position.round().clamp(0, start.grid.levels) - position).detach()
+        codes = position + (position.round().clamp(0, start.grid.max_code) - position).detach()
         groups = codes.unflatten(1, (start.scale.shape[1], -1)) - start.zero_point.double().unsqueeze(-1)
         scaled = groups * (start.scale.double() * log_scale.exp()).unsqueeze(-1)
         weights[f"{each}.weight"] = scaled.flatten(1)
@@ -104,14 +104,14 @@ def test_gradients_equal_float64_autograd(tmp_path: Path) -> None:
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         position, log_scale = plain_gradients(task, module, name)
         codes = module.codes(name)
-        ends = (codes.first <= 0) | (codes.first >= GRID.levels)
+        ends = (codes.first <= 0) | (codes.first >= GRID.max_code)
         assert codes.position.grad is not None
         assert codes.log_scale.grad is not None
         free = torch.where(ends, 0, 1)
         ours, theirs = codes.position.grad * free, position * free
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
         assert (codes.log_scale.grad - log_scale).norm() < 1e-5 * log_scale.norm()
-        outward = ((codes.first <= 0) & (position > 0)) | ((codes.first >= GRID.levels) & (position < 0))
+        outward = ((codes.first <= 0) & (position > 0)) | ((codes.first >= GRID.max_code) & (position < 0))
         assert (codes.position.grad[outward] == 0).all()
 
 
@@ -121,7 +121,7 @@ def test_positions_start_at_the_codes_towards_the_weight(tmp_path: Path) -> None
     module = LearnedRounding().module(task)
     for name, linear in task.result.linears.items():
         position = module.codes(name).position
-        assert torch.equal(position.round().clamp(0, GRID.levels).to(torch.uint8), linear.codes)
+        assert torch.equal(position.round().clamp(0, GRID.max_code).to(torch.uint8), linear.codes)
         assert (position - linear.codes).abs().max() <= MARGIN + 1e-6
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.observe import input_importance
+from omniq.calibration.observe import input_second_moments
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import weighted_error
@@ -88,10 +88,10 @@ def _run(task: BlockTask, sample: int) -> Tensor:
 def test_searched_start(grid: Grid, tmp_path: Path) -> None:
     """The logits begin where the search ended, no wider than the published start, and then follow the same path."""
     task = tiny_task(grid)
-    importance, start = input_importance(task), {}
+    second_moment, start = input_second_moments(task), {}
     for name in task.family.linears:
         weight = task.linear(name).weight
-        pairs = zip(search_range(weight, grid, importance[name]), grid.range(weight), strict=True)
+        pairs = zip(search_range(weight, grid, second_moment[name]), grid.range(weight), strict=True)
         shares = [torch.where(widest == 0, 1, found / widest).double().clamp(1e-3, 1 - 1e-6) for found, widest in pairs]
         lower, upper = (torch.log(share / (1 - share)).clamp(max=4) for share in shares)
         start[name] = (upper, lower)
@@ -121,14 +121,14 @@ def test_final_codes(grid: Grid, dtype: torch.dtype, tmp_path: Path) -> None:
         weight = grid.split(task.linear(name).weight.detach().double())  # [o, G, g]
         high = torch.sigmoid(clip.upper.detach().double()) * weight.amax(-1).clamp(min=0)
         low = torch.sigmoid(clip.lower.detach().double()) * weight.amin(-1).clamp(max=0)
-        exact = 2 * torch.maximum(high, -low) / grid.levels if grid.symmetric else (high - low) / grid.levels
+        exact = 2 * torch.maximum(high, -low) / grid.max_code if grid.symmetric else (high - low) / grid.max_code
         assert linear.scale.dtype == dtype
         scale = linear.scale.double()
         torch.testing.assert_close(scale, exact, rtol=torch.finfo(dtype).eps / 2 + 3e-7, atol=1e-7)
         before = torch.full_like(scale, 2 ** (grid.bits - 1)) if grid.symmetric else -low / scale
-        _assert_equal_but_ties(linear.zero_point, torch.round(before).clamp(0, grid.levels), before)
+        _assert_equal_but_ties(linear.zero_point, torch.round(before).clamp(0, grid.max_code), before)
         steps = weight / scale.unsqueeze(-1)
-        codes = (torch.round(steps) + linear.zero_point.double().unsqueeze(-1)).clamp(0, grid.levels)
+        codes = (torch.round(steps) + linear.zero_point.double().unsqueeze(-1)).clamp(0, grid.max_code)
         _assert_equal_but_ties(grid.split(linear.codes), codes, steps)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
@@ -33,7 +33,7 @@ def deployed_error(stages: list[Stage], task: BlockTask, folder: Path) -> float:
         (folder / str(number)).mkdir(parents=True)
         fitted(stage, task, folder / str(number))
     assert task.result is not None
-    deploy(task.block, task.result)
+    load_quantized_weights(task.block, task.result)
     with task.quantized_activations():
         return relative(task.run(task.inputs), task.targets)
 

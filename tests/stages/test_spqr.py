@@ -21,7 +21,7 @@ from omniq.cli.main import main
 from omniq.errors import UserError
 from omniq.export.formats.omniq import pack_linear
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.clipping import MinMax, Searched
 from omniq.solvers.gptq import gptq
 from omniq.solvers.spqr import Feedback, Solution, gains, spqr
@@ -45,14 +45,14 @@ def fit_range(weights: Sequence[Any], grid: Grid, real: Any) -> tuple[Any, float
     """Low end, scale and zero point of some weights, computed in ``real``."""
     lo, hi = real(min(0, *weights)), real(max(0, *weights))
     if grid.symmetric:
-        return lo, stored(real(2) * max(-lo, hi) / real(grid.levels)), 2 ** (grid.bits - 1)
-    scale = stored((hi - lo) / real(grid.levels))
-    return lo, scale, float(min(max(np.round(-lo / real(scale)), 0), grid.levels))
+        return lo, stored(real(2) * max(-lo, hi) / real(grid.max_code)), 2 ** (grid.bits - 1)
+    scale = stored((hi - lo) / real(grid.max_code))
+    return lo, scale, float(min(max(np.round(-lo / real(scale)), 0), grid.max_code))
 
 
 def value(w: float, scale: float, zero: float, grid: Grid) -> tuple[int, float]:
     """Code and value of a weight."""
-    code = min(max(round(w / scale) + zero, 0), grid.levels)
+    code = min(max(round(w / scale) + zero, 0), grid.max_code)
     return int(code), (code - zero) * scale
 
 
@@ -72,7 +72,9 @@ def between(least: Any, greatest: Any, code: int, bits: int, real: Any = np.floa
     return (real(least) * real(top - code) + real(greatest) * real(code)) / real(top)
 
 
-def second_level(rows: list[list[float]], d: list[float], grid: Grid, second: SecondLevel) -> list[tuple[float, float]]:
+def second_level(
+    rows: list[list[float]], d: list[float], grid: Grid, second: QuantizedScales
+) -> list[tuple[float, float]]:
     """Scale and zero point of one group in each row of one run."""
     first = [fit_range(row, grid, np.float32) for row in rows]
     most = max(scale for _, scale, _ in first)
@@ -92,7 +94,7 @@ def second_level(rows: list[list[float]], d: list[float], grid: Grid, second: Se
                 z = (
                     zero
                     if grid.symmetric
-                    else float(min(max(np.round(-lo / np.float32(scale)) + shift, 0), grid.levels))
+                    else float(min(max(np.round(-lo / np.float32(scale)) + shift, 0), grid.max_code))
                 )
                 if second.zero_bits:
                     z = zero if zero in zero_ends else allowed[int(np.argmin([abs(x - z) for x in allowed]))]
@@ -158,7 +160,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     weight.view(-1)[torch.randint(0, weight.numel(), (2,), generator=generator)] *= 9
     scale_bits, zero_bits = draw(st.sampled_from([0, 2, 3])), draw(st.sampled_from([0, 2, 3]))
     zero_bits = 0 if symmetric or zero_bits >= bits else zero_bits
-    second = SecondLevel(scale_bits, zero_bits, draw(st.integers(2, 4))) if scale_bits or zero_bits else None
+    second = QuantizedScales(scale_bits, zero_bits, draw(st.integers(2, 4))) if scale_bits or zero_bits else None
     return {
         "weight": weight, "gram": x.t() @ x, "grid": Grid(bits, size, symmetric, second=second),
         "threshold": draw(st.sampled_from([0.0, 0.2, 1.0])), "damping": 0.01, "act_order": draw(st.booleans()),
@@ -204,14 +206,14 @@ def test_gains_are_those_of_leaving_each_weight_out(
 def test_gpu_and_cpu_agree() -> None:
     """In float64: the same codes, scales, zero points and outliers, and levels of a second level to the bit."""
     weight, gram = make_layer(96, 96, tokens=1024)
-    grid = Grid(4, 16, second=SecondLevel(3, 3))
+    grid = Grid(4, 16, second=QuantizedScales(3, 3))
     here = spqr(weight, Feedback.of(gram, 6, act_order=True), grid, MinMax(), 0.2)
     there = spqr(weight.cuda(), Feedback.of(gram.cuda(), 6, act_order=True), grid, MinMax(), 0.2)
     for mine, theirs in zip(here[:3], there[:3], strict=True):
         assert torch.equal(mine, theirs.cpu())
     torch.testing.assert_close(here.sparse, there.sparse.cpu(), rtol=1e-3, atol=0)
-    codes, ends = SecondLevel(3, 3).encode(here.scale.half(), 3)
-    assert torch.equal(SecondLevel(3, 3).decode(codes.cuda(), ends.cuda(), 3).cpu(), here.scale.half())
+    codes, ends = QuantizedScales(3, 3).encode(here.scale.half(), 3)
+    assert torch.equal(QuantizedScales(3, 3).decode(codes.cuda(), ends.cuda(), 3).cpu(), here.scale.half())
 
 
 # -- what it is worth -----------------------------------------------------------------------------------------------
@@ -248,9 +250,9 @@ def test_planted_outliers_are_kept_and_beat_gptq() -> None:
 def test_second_level_chosen_by_cost_loses_nothing() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(192, 192, tokens=2048))
     first, _ = solved(weight, gram, GRID, 0.0)
-    second, found = solved(weight, gram, Grid(3, 16, second=SecondLevel(3, 0)), 0.0)
+    second, found = solved(weight, gram, Grid(3, 16, second=QuantizedScales(3, 0)), 0.0)
     assert second < first  # measured 0.73: the levels are a search for the range, too
-    searched, _ = solved(weight, gram, Grid(3, 16, second=SecondLevel(3, 0)), 0.0, clipping=Searched())
+    searched, _ = solved(weight, gram, Grid(3, 16, second=QuantizedScales(3, 0)), 0.0, clipping=Searched())
     assert searched < second
     distinct = [len(run.unique()) for run in found.scale[:, 0].split(16)]
     assert max(distinct) <= 8
@@ -275,12 +277,12 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("bits", "symmetric", "second", "expected"), [
     (3, False, None, 3 + 16 / 16 + 3 / 16),
-    (3, False, SecondLevel(3, 0), 3 + 3 / 16 + 2 * 16 / 256 + 3 / 16),
-    (4, False, SecondLevel(3, 3), 4 + 3 / 16 + 2 * 16 / 256 + 3 / 16 + 2 * 4 / 256),
-    (2, True, SecondLevel(4, 0, 32), 2 + 4 / 16 + 2 * 16 / 512),
+    (3, False, QuantizedScales(3, 0), 3 + 3 / 16 + 2 * 16 / 256 + 3 / 16),
+    (4, False, QuantizedScales(3, 3), 4 + 3 / 16 + 2 * 16 / 256 + 3 / 16 + 2 * 4 / 256),
+    (2, True, QuantizedScales(4, 0, 32), 2 + 4 / 16 + 2 * 16 / 512),
 ])  # fmt: skip
 def test_bits_are_those_that_are_stored(
-    bits: int, symmetric: bool, second: SecondLevel | None, expected: float
+    bits: int, symmetric: bool, second: QuantizedScales | None, expected: float
 ) -> None:
     weight, gram = (tensor.float() for tensor in make_layer(256, 32, tokens=200))
     grid = Grid(bits, 16, symmetric, second=second)
@@ -296,7 +298,7 @@ def test_bits_are_those_that_are_stored(
 def test_a_row_of_zeros_does_not_spoil_the_levels_of_its_neighbours() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(16, 96, tokens=1024))
     weight[5] = 0
-    grid = Grid(3, 16, second=SecondLevel(3, 0))
+    grid = Grid(3, 16, second=QuantizedScales(3, 0))
     found = solved(weight, gram, grid, 0.0)[1]
     assert not grid.dequantize(found.codes, found.scale, found.zero_point)[5].any()
     assert torch.equal(found.scale[5], found.scale.amax(0))
@@ -318,7 +320,7 @@ def test_a_block_in_its_hands(tmp_path: Path, symmetric: bool) -> None:
             assert all(x.grid == grid and x.outliers is None for x in task.result.linears.values())
             continue
         for linear in task.result.linears.values():
-            assert linear.grid.second == SecondLevel(3, 0)  # zero points of 3 bits need no codes of 3
+            assert linear.grid.second == QuantizedScales(3, 0)  # zero points of 3 bits need no codes of 3
             assert linear.outliers is not None
             linear.grid.second.encode(linear.scale, 3)
         linears = list(task.result.linears.values())
@@ -363,7 +365,7 @@ def test_a_run_is_exported_and_read_back_to_the_bit(tmp_path: Path) -> None:
     out = tmp_path / "run" / "model"
     result = BlockResult.load(tmp_path / "run" / "blocks" / "000.safetensors")
     linear = result.linears["mlp.up_proj"]
-    assert linear.grid.second == SecondLevel(3, 2)
+    assert linear.grid.second == QuantizedScales(3, 2)
     entry = json.loads((out / "config.json").read_text())["quantization_config"]["linears"]
     assert entry["model.layers.0.mlp.up_proj"]["second"] == {"scale_bits": 3, "zero_bits": 2, "rows": 16}
     model = load(tmp_path / "run")

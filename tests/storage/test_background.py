@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from omniq.blocks.placement import Place
+from omniq.blocks.placement import Location
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.cli.main import main
 from omniq.errors import UserError
@@ -24,7 +24,7 @@ from omniq.storage.writer import Writer
 from tests.helpers.runs import SMALL, omniquant, write_run
 
 CPU = torch.device("cpu")
-PLACES: list[Place] = ["device", "host", "disk"]
+PLACES: list[Location] = ["device", "host", "disk"]
 
 
 def test_two_blocks_are_alive_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniq.blocks.streams import Streams
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
 from omniq.storage.atomic import atomic_write, others_writing
@@ -281,7 +280,7 @@ def test_deploy_gives_a_module_the_deployed_weights(device: str) -> None:
     block = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 6), "norm": torch.nn.LayerNorm(16, bias=False)}).to(device)
     parts = {"q.bias": torch.ones(6), "norm.weight": torch.zeros(16)}
     result = BlockResult({"q": linear(Grid(3, 4), outliers=True)}, parts)
-    deploy(block, result)
+    load_quantized_weights(block, result)
     assert torch.equal(block["q"].weight.cpu(), result.linears["q"].dequantize())
     assert block["q"].bias.eq(1).all()
     assert block["norm"].weight.eq(0).all()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from omniq.blocks.forward import call_block
-from omniq.blocks.weights import deploy
+from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.fuse import input_ranges
 from omniq.calibration.task import BlockTask
 from omniq.cli.main import main
@@ -89,7 +89,7 @@ def test_deployed_block_is_the_trained_one(family: str, model: dict[str, Any]) -
     module = perturbed(task)
     with torch.no_grad():
         trained = module(task.inputs)
-    deploy(task.block, module.finish())
+    load_quantized_weights(task.block, module.finish())
     with task.quantized_activations():
         deployed = task.run(task.inputs)
     # scales are not rounded for storage in float32; a token may fall on the other side of a tie

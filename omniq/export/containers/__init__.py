@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Containers: how a whole model is laid out on disk.
+
+Read ``huggingface.py`` first.
+"""

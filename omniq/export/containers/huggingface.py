@@ -21,7 +21,7 @@ from omniq.errors import UserError
 from omniq.export.containers.card import model_card
 from omniq.export.containers.output_folder import check_output, partial_of, replace
 from omniq.export.containers.shards import ShardReader, ShardWriter, writing
-from omniq.export.containers.target_model import Deployment, deployment
+from omniq.export.containers.target_model import TargetModel, target_model
 from omniq.export.formats.format import Format, Written, scheme_of
 from omniq.export.formats.registry import find_format
 from omniq.grid.scheme import Scheme
@@ -78,12 +78,11 @@ def export_checkpoint(
     """Write a checkpoint that ``AutoModelForCausalLM.from_pretrained`` opens.
 
     Args:
-        source: gives everything outside the blocks, the config and the tokenizer.
-        results: finished blocks in order, or a function that fetches one by its index.
-        out: the folder to make; an earlier export there is replaced once the new one is complete.
-        format: a name in ``FORMATS``.
-        card: facts for the model card (see ``omniq.export.containers.card``); ``card["recipe"]`` also goes to ``recipe.yaml``.
-        scheme: what the model asks of a runtime; by default the weight-only scheme of the first block. The model is
+        source: gives everything outside the blocks, the config and the tokenizer. results: finished blocks in order, or
+        a function that fetches one by its index. out: the folder to make; an earlier export there is replaced once the
+        new one is complete. format: a name in ``FORMATS``. card: facts for the model card (see
+        ``omniq.export.containers.card``); ``card["recipe"]`` also goes to ``recipe.yaml``. scheme: what the model asks
+        of a runtime; by default the weight-only scheme of the first block. The model is
             deployed in the dtype of its scales.
         max_shard_bytes: size of a safetensors file, and of what is held in memory beside one block.
 
@@ -180,7 +179,7 @@ def _write_weights(
                 writer.add(key, tensor)
         for name, tensor in result.tensors.items():
             plain.add(f"{block}.{name}")
-            writer.add(f"{block}.{name}", deployed(f"{block}.{name}", tensor, scheme))
+            writer.add(f"{block}.{name}", cast_for_export(f"{block}.{name}", tensor, scheme))
         summaries.append(dict(result.summary))
     if scheme is None:
         raise UserError("there are no blocks to export")
@@ -188,9 +187,9 @@ def _write_weights(
         raise UserError("no linear of any block is quantized: quantize at least one block before exporting")
     for name, tensor in source.outside():
         plain.add(name)
-        writer.add(name, deployed(name, tensor, scheme))
+        writer.add(name, cast_for_export(name, tensor, scheme))
     names = plain | {f"{name}.weight" for name in linears}
-    model = deployment(source.config, names)
+    model = target_model(source.config, names)
     for name, shape in model.biases_without_value(names).items():
         writer.add(name, torch.zeros(shape, dtype=scheme.grid.scale_dtype))
     size = writer.close()
@@ -201,7 +200,7 @@ def _write_weights(
     return {"scheme": scheme.name, "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
 
 
-def deployed(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
+def cast_for_export(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
     """A parameter that is not quantized, in the dtype of deployment.
 
     Raises:
@@ -218,7 +217,7 @@ def deployed(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
     return cast
 
 
-def _write_config(model: Deployment, quantization: dict[str, Any], scheme: Scheme, folder: Path) -> None:
+def _write_config(model: TargetModel, quantization: dict[str, Any], scheme: Scheme, folder: Path) -> None:
     config = model.config
     config.dtype = scheme.grid.scale_dtype
     config.architectures = [model.architecture]

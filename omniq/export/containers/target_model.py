@@ -22,7 +22,7 @@ from omniq.models.family import BIAS_SWITCHES
 
 
 @dataclass(frozen=True)
-class Deployment:
+class TargetModel:
     """A stock model without its weights.
 
     Args:
@@ -40,7 +40,7 @@ class Deployment:
     linears: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> "Deployment":
+    def of(cls, config: PretrainedConfig) -> "TargetModel":
         """Build the model of a config on the meta device."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -70,7 +70,7 @@ class Deployment:
         return {name: self.parameters[name] for name in missing}
 
 
-def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
+def target_model(config: PretrainedConfig, names: Iterable[str]) -> TargetModel:
     """The stock model that can hold these parameters.
 
     Args:
@@ -84,12 +84,12 @@ def deployment(config: PretrainedConfig, names: Iterable[str]) -> Deployment:
         UserError: a parameter has no place in it.
     """
     names, config = set(names), deepcopy(config)
-    model = Deployment.of(config)
+    model = TargetModel.of(config)
     homeless = model.untied(names) - model.parameters.keys()
     for switch, part in BIAS_SWITCHES.items():
         if getattr(config, switch, None) is False and any(_is_bias_of(name, part) for name in homeless):
             setattr(config, switch, True)
-            model = Deployment.of(config)
+            model = TargetModel.of(config)
     if homeless := model.untied(names) - model.parameters.keys():
         raise UserError(
             f"{min(homeless)} has no place in {model.architecture}, which any runtime would build for this checkpoint: "

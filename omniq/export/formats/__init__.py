@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Codecs: how one linear is laid out in a checkpoint. One file a format.
+
+A codec rearranges bits and never rounds. Read ``format.py`` first, then ``registry.py``.
+"""

@@ -11,10 +11,10 @@ Stored of each quantized linear, ``u = 2^(b-1)``:
     outlier_column       int16 or int32 [n]          of each entry
     outlier_value        float16 [n]                 added to (q - z) s
 
-The first four are those of compressed-tensors' ``pack-quantized`` (``omniq.export.formats.compressed_tensors``); the outliers
-are there only if the linear has a sparse part. Where scales are codes themselves, on a second level over runs of ``r``
-rows (``omniq.grid.quantized_scales``), ``weight_scale`` is replaced by the first two of these, and where zero points
-are, ``weight_zero_point`` by the next two:
+The first four are those of compressed-tensors' ``pack-quantized`` (``omniq.export.formats.compressed_tensors``); the
+outliers are there only if the linear has a sparse part. Where scales are codes themselves, on a second level over runs
+of ``r`` rows (``omniq.grid.quantized_scales``), ``weight_scale`` is replaced by the first two of these, and where zero
+points are, ``weight_zero_point`` by the next two:
 
     weight_scale_codes       int32 [ceil(o k / 32), G]     codes of k bits, a dense bitstream along the outputs
     weight_scale_ends        [2 R, G]                      least of each of the R = ceil(o / r) runs, then greatest
@@ -49,7 +49,7 @@ from omniq.export.formats.compressed_tensors import PackQuantized
 from omniq.export.formats.format import Written, check_scheme
 from omniq.export.formats.packing import pack, unpack, words
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import SecondLevel
+from omniq.grid.quantized_scales import QuantizedScales
 from omniq.grid.scheme import Scheme
 from omniq.models.family import Family
 from omniq.storage.block_result import Outliers, QuantizedLinear
@@ -90,7 +90,7 @@ def packed_shapes(
     Args:
         outliers: entries of the sparse part; None if there is none.
     """
-    groups, second = grid.groups(inputs), grid.second or SecondLevel(0, 0)
+    groups, second = grid.groups(inputs), grid.second or QuantizedScales(0, 0)
     ends = 2 * second.runs(outputs)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "weight_packed": ((outputs, words(inputs, grid.bits)), torch.int32),
@@ -115,7 +115,7 @@ def packed_shapes(
     return shapes
 
 
-def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: SecondLevel) -> dict[str, Tensor]:
+def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: QuantizedScales) -> dict[str, Tensor]:
     """Put codes and ends in the place of scales and zero points, as far as these have a second level."""
     new = {_SECOND: torch.tensor((second.scale_bits, second.zero_bits, second.rows))}
     if second.scale_bits:
@@ -131,7 +131,9 @@ def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: Secon
 
 def _decode(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
     """Invert ``_encode``."""
-    second = grid.second or SecondLevel(*stored[_SECOND].tolist())  # a grid from config.json has it: no wait for a GPU
+    second = grid.second or QuantizedScales(
+        *stored[_SECOND].tolist()
+    )  # a grid from config.json has it: no wait for a GPU
     inner = dict(stored)
     if second.scale_bits:
         codes = unpack(stored[f"{_SCALE}_codes"], second.scale_bits, int(stored["weight_shape"][0]), dim=0)
@@ -146,7 +148,7 @@ def _decode(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
     return QuantizedLinear(replace(grid, second=second), found.codes, found.scale, zero_point)
 
 
-class Native:
+class OmniqFormat:
     """Packed codes, one grid a linear, scales that may be codes themselves, and sparse outliers."""
 
     name = "omniq"

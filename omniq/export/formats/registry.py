@@ -4,9 +4,9 @@
 from omniq.errors import UserError
 from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.export.formats.format import Format
-from omniq.export.formats.omniq import Native
+from omniq.export.formats.omniq import OmniqFormat
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "omniq": Native()}
+FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "omniq": OmniqFormat()}
 
 
 def find_format(name: str) -> Format:

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DOCSTRING."""
+"""Verification: reopen an export, compare every code with the optimized one, compare logits.
+
+Read ``checkpoint.py`` first.
+"""

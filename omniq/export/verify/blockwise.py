@@ -25,7 +25,7 @@ from omniq.blocks.activation_hooks import attach
 from omniq.evaluate.streaming import stream_logits
 from omniq.export.containers.huggingface import Results, Source
 from omniq.export.containers.shards import ShardReader
-from omniq.export.containers.target_model import Deployment, deployment
+from omniq.export.containers.target_model import TargetModel, target_model
 from omniq.export.formats.format import Format
 from omniq.export.verify.reopened import plain_config
 from omniq.grid.affine import Grid
@@ -51,7 +51,7 @@ class Parts(Checkpoint):
         part: makes one of them.
     """
 
-    def __init__(self, model: Deployment, dtype: torch.dtype, part: Callable[[str], Tensor]) -> None:
+    def __init__(self, model: TargetModel, dtype: torch.dtype, part: Callable[[str], Tensor]) -> None:
         kind = str(dtype).removeprefix("torch.")
         super().__init__({name: Stored(tuple(shape), kind, Path()) for name, shape in model.parameters.items()}, [])
         self._part = part
@@ -60,7 +60,7 @@ class Parts(Checkpoint):
         return {name: self._part(name) for name in names}
 
 
-class Deployed:
+class BlockwiseExport:
     """Runs a model whose blocks are finished.
 
     Args:
@@ -87,7 +87,7 @@ class Deployed:
                 return self._result(index).tensors.get(inner)
             return next((value for key, value in self._source.outside() if key == name), None)
 
-        return self._run(deployment(self._source.config, names), lambda _, linear: linear, plain, windows)
+        return self._run(target_model(self._source.config, names), lambda _, linear: linear, plain, windows)
 
     def exported(self, path: Path, layout: Format, windows: Tensor) -> Iterator[Tensor]:
         """The same of what lies in an exported folder; codes are read on the grids of the finished blocks."""
@@ -96,9 +96,9 @@ class Deployed:
             def linear(name: str, finished: QuantizedLinear) -> QuantizedLinear:
                 return read_linear(name, stored_of(file, name), layout, self._scheme, finished.grid)
 
-            yield from self._run(Deployment.of(plain_config(path)), linear, file.__getitem__, windows)
+            yield from self._run(TargetModel.of(plain_config(path)), linear, file.__getitem__, windows)
 
-    def _run(self, model: Deployment, linear: Linear, plain: Plain, windows: Tensor) -> Iterator[Tensor]:
+    def _run(self, model: TargetModel, linear: Linear, plain: Plain, windows: Tensor) -> Iterator[Tensor]:
         dtype = self._scheme.grid.scale_dtype
 
         def part(name: str) -> Tensor:

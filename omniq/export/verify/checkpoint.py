@@ -9,9 +9,9 @@
    describes the file wrongly, a runtime that computes something else. Both make the same operations on the same
    numbers, so the logits agree to the bit.
 
-Where the host has not the memory for the second step (``omniq.export.verify.reopened``), what lies in the folder runs block by
-block as well: that catches a wrong config, not a wrong runtime. Leave ``windows`` out to skip it. Where activations are
-quantized too, it holds omniq's own hooks against what transformers makes of the folder.
+Where the host has not the memory for the second step (``omniq.export.verify.reopened``), what lies in the folder runs
+block by block as well: that catches a wrong config, not a wrong runtime. Leave ``windows`` out to skip it. Where
+activations are quantized too, it holds omniq's own hooks against what transformers makes of the folder.
 """
 
 import math
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from omniq.evaluate.perplexity import CHUNK, Perplexity
-from omniq.export.containers.huggingface import Results, Source, deployed, each_result
+from omniq.export.containers.huggingface import Results, Source, cast_for_export, each_result
 from omniq.export.containers.shards import ShardReader, same_bits
 from omniq.export.formats.format import Format, scheme_of
 from omniq.export.formats.registry import find_format
-from omniq.export.verify.blockwise import Deployed, read_linear, stored_of
-from omniq.export.verify.reopened import Opened
+from omniq.export.verify.blockwise import BlockwiseExport, read_linear, stored_of
+from omniq.export.verify.reopened import ReopenedCheckpoint
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.storage.block_result import QuantizedLinear
@@ -73,7 +73,7 @@ def verify_checkpoint(
     scheme: Scheme | None = None,
     windows: Tensor | None = None,
     tolerance: float = 1e-4,
-    opened: Opened | None = None,
+    opened: ReopenedCheckpoint | None = None,
 ) -> Report:
     """Compare an exported folder with the finished blocks it was made of.
 
@@ -95,9 +95,9 @@ def verify_checkpoint(
     report, scheme, names = _compare_tensors(path, source, results, layout, scheme)
     if windows is None:
         return report
-    opened = opened or Opened(path, layout)
+    opened = opened or ReopenedCheckpoint(path, layout)
     model = opened.model
-    plain = Deployed(source, results, scheme, (source if model is None else model).config._attn_implementation)
+    plain = BlockwiseExport(source, results, scheme, (source if model is None else model).config._attn_implementation)
     found = plain.exported(path, layout, windows) if model is None else _logits(model, windows)
     largest, relative, perplexity = _compare_logits(found, plain.finished(names, windows), windows)
     if not relative <= tolerance:  # NaN must not pass
@@ -173,7 +173,7 @@ def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear
 def _compare_plain(name: str, expected: Tensor, file: ShardReader, scheme: Scheme) -> set[str]:
     if name not in file.names:
         raise VerificationError(f"{name} is missing in the file")
-    _compare(name, file[name], deployed(name, expected, scheme).cpu())
+    _compare(name, file[name], cast_for_export(name, expected, scheme).cpu())
     return {name}
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from omniq.distributed.memory import free_host_memory
-from omniq.export.containers.target_model import Deployment
+from omniq.export.containers.target_model import TargetModel
 from omniq.export.formats.format import Format
 from omniq.models.transformers_io import open_checkpoint
 
@@ -23,7 +23,7 @@ _UNPACKING = 20  # bytes a weight
 _SPARE = 1.1  # for activations, logits, and what other programs take meanwhile
 
 
-class Opened:
+class ReopenedCheckpoint:
     """A folder that is opened when its model is first asked for, once, and only where it fits into host memory.
 
     Args:
@@ -51,7 +51,7 @@ class Opened:
     def needed(self) -> int:
         """Bytes of host memory that the open model takes."""
         config = plain_config(self.path)
-        model, dtype = Deployment.of(config), config.dtype
+        model, dtype = TargetModel.of(config), config.dtype
         stored = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
         if self._layout.stays_packed:
             linears = model.parameters.keys() & {f"{name}.weight" for name in model.linears}  # without a tied head
