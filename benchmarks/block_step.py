@@ -99,7 +99,7 @@ def compiled_step(task: BlockTask) -> Callable[..., torch.Tensor]:
     """
     torch._dynamo.reset()
     step = build_step(task, graph=False)
-    attach(task.block, task.family, task.activations)
+    attach(task.block, task.layout, task.activations)
     task.activations = Activations()
     return torch.compile(step.__call__)
 

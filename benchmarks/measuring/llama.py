@@ -72,15 +72,25 @@ def make_task(shape: str, scheme: Scheme, device: str, tokens: int, samples: int
         return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     block, activations = model.layers[0], scheme.activations
-    task = BlockTask(0, LLAMA, block, scheme.grid, inputs, inputs, kwargs, precision=precision, activations=activations)
+    task = BlockTask(
+        0,
+        LLAMA.layout(block, 0),
+        block,
+        scheme.grid,
+        inputs,
+        inputs,
+        kwargs,
+        precision=precision,
+        activations=activations,
+    )
     task.targets = task.run(inputs)
     return task
 
 
 def step_work(task: BlockTask, module: OmniQuantModule) -> Work:
     """Of a step on one sample: forward, loss, backward and AdamW."""
-    sample, weights = task.inputs[0], _weights(task, task.family.linears)
-    to_inputs = weights if module.moves is not None else weights - _weights(task, task.family.inputs[0])
+    sample, weights = task.inputs[0], _weights(task, task.layout.linears)
+    to_inputs = weights if module.moves is not None else weights - _weights(task, task.layout.groups[0])
     learned = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     tokens, hidden = sample.shape
     operations = 2 * tokens * (2 * weights + to_inputs) + 3 * 2 * tokens**2 * hidden
@@ -91,7 +101,7 @@ def forward_work(task: BlockTask, samples: int) -> Work:
     """Of sending so many samples through the block."""
     sample = task.inputs[0]
     tokens, hidden = sample.shape
-    each = 2 * tokens * _weights(task, task.family.linears) + 2 * tokens**2 * hidden
+    each = 2 * tokens * _weights(task, task.layout.linears) + 2 * tokens**2 * hidden
     return Work(samples * each, _block_bytes(task) + 2 * samples * sample.nbytes)
 
 

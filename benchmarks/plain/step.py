@@ -40,7 +40,7 @@ class Eager:
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward with reference fake quantization and eager attention."""
         task, tensors = self.module.task, self.module.tensors()
-        for name in task.family.linears:
+        for name in task.layout.linears:
             clip, weight = self.module.clip(name), tensors[f"{name}.weight"]
             lo, hi = (clip.lo, clip.hi) if self.module.transform is None else (None, None)
             tensors[f"{name}.weight"] = fake_quantize_reference(
@@ -83,7 +83,7 @@ def plain_activations(task: BlockTask, dtype: torch.dtype) -> Iterator[None]:
     before, config._attn_implementation = config._attn_implementation, "plain"
     hooks = [
         task.linear(name).register_forward_pre_hook(lambda _, args: (quantized(args[0], given.inputs), *args[1:]))
-        for name in task.family.linears
+        for name in task.layout.linears
     ]
     try:
         yield

@@ -206,7 +206,22 @@ MODELS: dict[str, tuple[str, Settings]] = {  # family, and what differs from the
     "qwen3": ("qwen3", _ROTARY | {"head_dim": 16}),
     "opt": ("opt", _OPT),
 }
-_WORDS = "the of quantized block by weight and scale is a code grid that learned".split()
+_WORDS = [
+    "the",
+    "of",
+    "quantized",
+    "block",
+    "by",
+    "weight",
+    "and",
+    "scale",
+    "is",
+    "a",
+    "code",
+    "grid",
+    "that",
+    "learned",
+]
 
 
 def write_inputs(folder: Path) -> None:

@@ -31,22 +31,22 @@ from transformers import AttentionInterface
 
 from omniq.errors import UserError
 from omniq.grid.scheme import Activations
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.activations import StaticGrid, quantize_samples, quantize_tokens
 from omniq.storage.block_result import QuantizedLinear
 
 Finished = Mapping[str, QuantizedLinear]
 
 
-def check_family(family: Family, activations: Activations) -> None:
-    """Refuse quantized queries, keys and values where the family's attention cannot be reached.
+def check_attention(layout: Layout, activations: Activations) -> None:
+    """Refuse quantized queries, keys and values where the attention of the block cannot be reached.
 
     Raises:
-        UserError: names the family and what is possible instead.
+        UserError: names the model type and what is possible instead.
     """
-    if activations.attention and family.attention is None:
+    if activations.attention and layout.attention is None:
         raise UserError(
-            f"scheme: the attention of {', '.join(family.model_types)} does not call transformers' attention "
+            f"scheme: the attention of {layout.model_type} does not call transformers' attention "
             "interface, so queries, keys and values cannot be quantized: use a scheme without KV bits and with queries "
             "false"
         )
@@ -54,10 +54,10 @@ def check_family(family: Family, activations: Activations) -> None:
 
 @contextmanager
 def quantized_activations(
-    block: nn.Module, family: Family, activations: Activations, finished: Finished | None = None
+    block: nn.Module, layout: Layout, activations: Activations, finished: Finished | None = None
 ) -> Iterator[None]:
     """While this is entered, the block computes on quantized activations."""
-    detach = attach(block, family, activations, finished)
+    detach = attach(block, layout, activations, finished)
     try:
         yield
     finally:
@@ -65,7 +65,7 @@ def quantized_activations(
 
 
 def attach(
-    block: nn.Module, family: Family, activations: Activations, finished: Finished | None = None
+    block: nn.Module, layout: Layout, activations: Activations, finished: Finished | None = None
 ) -> Callable[[], None]:
     """Let a block compute on quantized activations.
 
@@ -77,9 +77,9 @@ def attach(
         what takes everything off again.
 
     Raises:
-        UserError: queries, keys or values of a family that cannot.
+        UserError: queries, keys or values of a block whose attention cannot be reached.
     """
-    check_family(family, activations)
+    check_attention(layout, activations)
     undo: list[Callable[[], None]] = []
     if finished is not None and not finished:
         activations = Activations()
@@ -87,13 +87,13 @@ def attach(
         length = SampleLength()
         if activations.static and finished is None:
             undo.append(block.register_forward_pre_hook(length).remove)
-        for names in family.inputs:
+        for names in layout.groups:
             fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
             shared = SharedInput(activations, fixed, linears[-1], length)
             undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
-    if activations.attention and family.attention is not None:
-        undo.append(_redirect(block.get_submodule(family.attention), activations))
+    if activations.attention and layout.attention is not None:
+        undo.append(_redirect(block.get_submodule(layout.attention), activations))
 
     def detach() -> None:
         for each in undo:
@@ -103,17 +103,17 @@ def attach(
 
 
 def attach_all(
-    blocks: Iterable[tuple[nn.Module, Finished | None]], family: Family, activations: Activations
+    blocks: Iterable[tuple[nn.Module, Layout, Finished | None]], activations: Activations
 ) -> Callable[[], None]:
     """Let the blocks of a whole model compute on quantized activations, each as ``attach`` does.
 
     Args:
-        blocks: with what is finished of each.
+        blocks: each with its layout and with what is finished of it.
 
     Returns:
         what takes everything off again.
     """
-    undo = [attach(block, family, activations, finished) for block, finished in blocks]
+    undo = [attach(block, layout, activations, finished) for block, layout, finished in blocks]
 
     def detach() -> None:
         for each in undo:

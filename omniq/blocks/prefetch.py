@@ -7,22 +7,14 @@ One thread each, host memory only: neither calls CUDA, so that a CUDA graph can 
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 from torch import nn
 
-
-class Readable(Protocol):
-    """What ``blocks_ahead`` needs of ``omniq.models.source.SourceModel``."""
-
-    num_blocks: int
-
-    def block(self, index: int) -> nn.Module:
-        """A fresh block in host memory."""
+from omniq.models.source import SourceModel
 
 
-def blocks_ahead(source: Readable, start: int, device: torch.device) -> Iterator[tuple[int, nn.Module]]:
+def blocks_ahead(source: SourceModel, start: int, device: torch.device) -> Iterator[tuple[int, nn.Module]]:
     """Blocks on the device, from ``start`` to the last; while the caller has one, the next one is read.
 
     Two blocks are alive at any time if the caller lets go of each before it asks for the next. What is left of a block

@@ -5,7 +5,7 @@ After ``fuse`` the block computes what it did, with other weights, norms and (wh
 stays the full-precision block that later stages start from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,44 @@ from omniq.blocks.weights import set_tensors
 from omniq.calibration.observe import bad_samples, check_finite, observed
 from omniq.calibration.task import BlockTask
 from omniq.distributed.collectives import all_reduce_max, all_reduce_sum
+from omniq.errors import UserError
+from omniq.models.layout import Layout
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import ChannelRanges
+from omniq.transforms.let import KINDS, warn_once
+
+
+def kinds_of(layout: Layout) -> list[str]:
+    """The kinds of equivalences that a block has."""
+    return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in layout.equivalences)]
+
+
+def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
+    """Refuse equivalences that a block does not have.
+
+    Args:
+        field: where they were given.
+
+    Raises:
+        UserError: names the model type and the kinds that it has.
+    """
+    there = kinds_of(layout)
+    for kind in kinds:
+        if kind not in there:
+            raise UserError(
+                f"{field}: {layout.model_type} has no {kind!r}; "
+                + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
+            )
+
+
+def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Transform:
+    """The transform of one block; warns once in a process about each equivalence that cannot have a shift."""
+    layout, forms = task.layout, tuple(KINDS[kind] for kind in kinds)
+    chosen = [each for each in layout.equivalences if isinstance(each, forms)]
+    transform = Transform(chosen, layout.heads, dict(task.block.named_parameters()), layout.can_bias, shift)
+    for reason in transform.unshifted.values():
+        warn_once(reason)
+    return transform
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
@@ -32,13 +68,13 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
         ranges.update(name, x)
         bad[name] = bad_samples(x, task) + bad.get(name, 0)
 
-    with observed(task.block, tuple(group[0] for group in task.family.inputs), add):
+    with observed(task.block, tuple(group[0] for group in task.layout.groups), add):
         task.visit(task.inputs)
     for name in ranges.lo:
         ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
         both = torch.stack([ranges.lo[name], ranges.hi[name]])
         check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
-    for group in task.family.inputs:
+    for group in task.layout.groups:
         for name in group[1:]:
             ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
     return ranges

@@ -142,7 +142,7 @@ class GramModule(BlockModule):
         super().__init__(task)
         self.automatic_optimization = False
         self.settings, self.work = settings, work
-        groups = tuple(range(len(task.family.inputs)))
+        groups = tuple(range(len(task.layout.groups)))
         self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
         self.grams: dict[int, Tensor] = {}
         self.bad: dict[int, Tensor] = {}
@@ -212,7 +212,7 @@ class GramModule(BlockModule):
         return self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
 
     def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
-        names = {self.task.family.inputs[k][0]: k for k in groups}
+        names = {self.task.layout.groups[k][0]: k for k in groups}
         waiting = set(names)
 
         inputs, weights = gather_samples(self.task.inputs, indices, self.task.device), None
@@ -236,7 +236,7 @@ class GramModule(BlockModule):
         self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
         reduce = self.trainer.strategy.reduce
         self.grams[k] = reduce(self.grams[k], reduce_op="sum")
-        name, width = self.task.family.inputs[k][0], len(self.grams[k])
+        name, width = self.task.layout.groups[k][0], len(self.grams[k])
         check_finite(self.task, name, self.grams[k], reduce(self.bad.pop(k), reduce_op="sum"))
         if self._tokens < width and collectives.rank() == 0:
             log.warning(
@@ -246,7 +246,7 @@ class GramModule(BlockModule):
 
     def _stack(self, k: int) -> StackedLinears:
         if k not in self.stacks:
-            self.stacks[k] = StackedLinears.of(self.task, self.task.family.inputs[k])
+            self.stacks[k] = StackedLinears.of(self.task, self.task.layout.groups[k])
         return self.stacks[k]
 
     def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:

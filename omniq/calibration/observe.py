@@ -82,7 +82,7 @@ def _means(
         UserError: see ``check_finite``.
     """
     sums: dict[str, Tensor] = {}
-    seen = dict.fromkeys((group[0] for group in task.family.inputs), 0)
+    seen = dict.fromkeys((group[0] for group in task.layout.groups), 0)
     bad: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -102,7 +102,7 @@ def _means(
     means = {name: collectives.all_reduce_sum(total) / tokens for name, total in sums.items()}
     for name, mean in means.items():
         check_finite(task, name, mean, collectives.all_reduce_sum(bad[name]))
-    return {name: means[group[0]] for group in task.family.inputs for name in group}
+    return {name: means[group[0]] for group in task.layout.groups for name in group}
 
 
 def second_moments_for(

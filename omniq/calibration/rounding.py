@@ -34,7 +34,7 @@ class RTNModule(BlockModule):
     def finish(self) -> BlockResult:
         second_moment = second_moments_for(self.clipping, self.task)
         linears = {}
-        for name in self.task.family.linears:
+        for name in self.task.layout.linears:
             weight = self.task.linear(name).weight
             linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, second_moment.get(name))
         return BlockResult(linears, self.task.plain_tensors())

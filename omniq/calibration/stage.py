@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from omniq.calibration.module import BlockModule
 from omniq.calibration.task import BlockTask
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 
 
 class Stage(ABC):
@@ -48,7 +48,7 @@ class Stage(ABC):
     def module(self, task: BlockTask) -> BlockModule:
         """The LightningModule that works on this block."""
 
-    def check_family(self, family: Family) -> None:  # noqa: B027 (most stages accept any family)
+    def check_layout(self, layout: Layout) -> None:  # noqa: B027 (most stages accept any family)
         """Refuse a family that lacks what this stage needs.
 
         Raises:

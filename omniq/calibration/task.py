@@ -14,7 +14,7 @@ from omniq.blocks.forward import Precision, forward_stream, propagate
 from omniq.blocks.placement import empty_like_stream
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.storage.block_result import BlockResult
 
 
@@ -24,7 +24,7 @@ class BlockTask:
 
     Args:
         index: position of the block in the model.
-        family: where its linears are and which share an input.
+        layout: its linears, which of them share an input, and where scales may move.
         block: the Hugging Face block, frozen, in full precision, on the device of the run. A stage that moves scales
             between layers leaves the equivalent full-precision block here; it never leaves rounded weights.
         grid: the grid asked for.
@@ -40,7 +40,7 @@ class BlockTask:
     """
 
     index: int
-    family: Family
+    layout: Layout
     block: nn.Module
     grid: Grid
     inputs: Tensor
@@ -86,9 +86,9 @@ class BlockTask:
 
     def quantized_activations(self) -> AbstractContextManager[None]:
         """While this is entered, the block computes on quantized activations, as the deployed one will."""
-        return quantized_activations(self.block, self.family, self.activations)
+        return quantized_activations(self.block, self.layout, self.activations)
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Every parameter that is not the weight of a quantized linear, by name: norms and biases."""
-        quantized = {f"{name}.weight" for name in self.family.linears}
+        quantized = {f"{name}.weight" for name in self.layout.linears}
         return {name: value.detach() for name, value in self.block.named_parameters() if name not in quantized}

@@ -34,7 +34,8 @@ from typing_extensions import override
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
-from omniq.evaluate.streaming import BlockSource, Variant, stream_logits
+from omniq.evaluate.streaming import Variant, stream_logits
+from omniq.models.source import SourceModel
 
 CHUNK = 2**24
 """Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""
@@ -172,7 +173,7 @@ def evaluate_model(
 
 
 def evaluate_streamed(
-    source: BlockSource,
+    source: SourceModel,
     windows: Tensor,
     variants: Mapping[str, Variant],
     device: torch.device | str = "cpu",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -22,24 +22,7 @@ from torch import Tensor, nn
 
 from omniq.blocks.forward import propagate
 from omniq.blocks.placement import ActivationPlacement, gather_samples
-
-
-class BlockSource(Protocol):
-    """What ``stream_logits`` needs of ``omniq.models.source.SourceModel``."""
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks."""
-
-    def embed(self, tokens: Tensor, device: Any) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Hidden states that enter block 0, and the keyword arguments of every block."""
-
-    def block(self, index: int, device: Any, dtype: Any) -> nn.Module:
-        """A fresh block."""
-
-    def logits(self, hidden: Tensor, device: Any) -> Tensor:
-        """Final norm and head."""
-
+from omniq.models.source import SourceModel
 
 Variant = Callable[[int, nn.Module], nn.Module]
 """From the index of a block and a fresh full-precision copy of it to the block to run; it may change the copy."""
@@ -47,7 +30,7 @@ Variant = Callable[[int, nn.Module], nn.Module]
 
 @torch.no_grad()
 def stream_logits(
-    source: BlockSource,
+    source: SourceModel,
     windows: Tensor,
     variants: Mapping[str, Variant],
     device: torch.device | str = "cpu",

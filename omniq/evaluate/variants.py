@@ -11,7 +11,7 @@ from omniq.blocks.weights import load_quantized_weights
 from omniq.evaluate.streaming import Variant
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.grid.scheme import Activations, Scheme
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
 
@@ -33,30 +33,32 @@ def full_precision_variant(index: int, block: nn.Module) -> nn.Module:
     return block
 
 
-def rounded_variant(family: Family, grid: Grid, activations: Activations) -> Variant:
+def rounded_variant(layout: Callable[[int], Layout], grid: Grid, activations: Activations) -> Variant:
     """Every block rounded to nearest on the min-max grid given, its activations quantized as given.
 
     Where the scheme fixes the ranges of inputs, which only calibration can, each window has its own.
     """
 
     def variant(index: int, block: nn.Module) -> nn.Module:
-        for name in family.linears:
+        for name in layout(index).linears:
             linear: Any = block.get_submodule(name)
             weight = linear.weight.detach().float()
             linear.weight.data.copy_(rounded_to_nearest(weight, grid))
-        attach(block, family, activations)
+        attach(block, layout(index), activations)
         return block
 
     return variant
 
 
-def quantized_variant(read: Callable[[int], BlockResult], family: Family, activations: Activations) -> Variant:
+def quantized_variant(
+    read: Callable[[int], BlockResult], layout: Callable[[int], Layout], activations: Activations
+) -> Variant:
     """Every block as the run left it, its activations quantized as the scheme says."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         result = read(index)
         load_quantized_weights(block, result)
-        attach(block, family, activations, result.linears)
+        attach(block, layout(index), activations, result.linears)
         return block
 
     return variant

@@ -1,67 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What omniq must know of a model family: where its blocks are, and which linears share an input.
 
-Everything else is read from the model's own code, which runs untouched. A new family is one short file beside this
-one, and its name in ``omniq.models.families``.
+Everything else is read from the model's own code, which runs untouched. A new family is one short file in
+``omniq.models.families``, and one line there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True)
-class NormToLinears:
-    """A norm whose output only these linears read: its scale can be divided there and multiplied here.
-
-    Args:
-        norm: an RMSNorm or LayerNorm with a weight.
-        linears: all that read it.
-    """
-
-    norm: str
-    linears: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ValueToOutput:
-    """Rows of the value projection against columns of the output projection (softmax rows sum to one)."""
-
-    value: str
-    output: str
-
-
-@dataclass(frozen=True)
-class QueryKey:
-    """Rows of the query projection against rows of the key projection, within one head.
-
-    Args:
-        rotary: how rotary embedding pairs the channels of a head: ``half`` (i with i + d/2), ``interleaved``
-            (2i with 2i + 1), or None where there is none. Paired channels must share one scale.
-        query_norm, key_norm: norms between projection and rotary embedding, if the family has them; they take the
-            scale in place of the projections' rows.
-    """
-
-    query: str
-    key: str
-    rotary: str | None = "half"
-    query_norm: str | None = None
-    key_norm: str | None = None
-
-
-@dataclass(frozen=True)
-class UpToDown:
-    """Rows of the up projection against columns of the down projection of a gated MLP, ``down(act(gate) * up)``.
-
-    Exact because nothing but a product lies between them. Not so where an activation does (``fc1``, ``fc2``).
-    """
-
-    up: str
-    down: str
-
-
-Equivalence = NormToLinears | ValueToOutput | QueryKey | UpToDown
+from omniq.models.layout import Layout
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.heads import Heads
 
 BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}
 """Keys of configs that give linears a bias in stock code, each with the part of a block that it governs."""
@@ -78,7 +31,7 @@ class Family:
     Args:
         model_types: values of ``config.model_type`` in transformers.
         blocks: dotted name of the module list of blocks, such as ``model.layers``.
-        inputs: names of the quantized linears inside a block, grouped by the input tensor they share, in the order
+        groups: names of the quantized linears inside a block, grouped by the input tensor they share, in the order
             in which the block runs them.
         equivalences: where the block allows a scale (and shift) to move without changing what it computes.
         attention: the module inside a block that calls transformers' attention interface; None if none does.
@@ -89,14 +42,41 @@ class Family:
 
     model_types: tuple[str, ...]
     blocks: str
-    inputs: tuple[tuple[str, ...], ...]
+    groups: tuple[tuple[str, ...], ...]
     equivalences: tuple[Equivalence, ...] = ()
     attention: str | None = None
     flat: tuple[str, ...] = ()
     new_biases: bool = True
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Every quantized linear of a block, in order."""
-        return tuple(name for group in self.inputs for name in group)
+    def layout(self, block: nn.Module, index: int) -> Layout:
+        """The layout of one block of a model of this family; families whose blocks differ override this.
+
+        Args:
+            block: a block of the model, possibly without weights (on the meta device).
+            index: its position.
+        """
+        config = config_of(block)
+        return Layout(
+            model_type=config.model_type,
+            groups=self.groups,
+            equivalences=self.equivalences,
+            attention=self.attention,
+            flat=self.flat,
+            heads=Heads.of(config),
+            can_bias=self._can_bias(config),
+        )
+
+    def _can_bias(self, config: PretrainedConfig) -> frozenset[str]:
+        """Linears without a bias to which every runtime would give one, if the config said so."""
+        if not self.new_biases:
+            return frozenset()
+        parts = tuple(part for switch, part in BIAS_SWITCHES.items() if hasattr(config, switch))
+        return frozenset(name for group in self.groups for name in group if parts and name.startswith(parts))
+
+
+def config_of(block: nn.Module) -> PretrainedConfig:
+    """The config that the modules of a transformers block carry."""
+    modules: Iterator[Any] = block.modules()
+    config: PretrainedConfig = next(module.config for module in modules if hasattr(module, "config"))
+    return config

@@ -35,6 +35,7 @@ from omniq.models.embedding_and_head import EmbeddingAndHead
 from omniq.models.families import family_of
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
+from omniq.models.layout import Layout
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
 from omniq.models.transformers_io import open_config, open_tokenizer
@@ -160,6 +161,10 @@ class SourceModel:
     def block_name(self, index: int) -> str:
         """Dotted name of a block, such as ``model.layers.7``: the prefix of its parameters."""
         return f"{self.family.blocks}.{index}"
+
+    def layout(self, index: int) -> Layout:
+        """The layout of a block: its linears, which of them share an input, and where scales may move."""
+        return self.family.layout(self._blocks[index], index)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from omniq.blocks.activation_hooks import check_family
+from omniq.blocks.activation_hooks import check_attention
 from omniq.config.run import Run
 from omniq.data.text import one_line
 from omniq.distributed import collectives
@@ -22,11 +22,13 @@ def check_model(run: Run, source: SourceModel) -> None:
     Raises:
         UserError: names what does not fit, and a remedy.
     """
-    check_family(source.family, run.scheme.activations)
-    for stage in run.stages:
-        stage.check_family(source.family)
+    layouts = [source.layout(index) for index in range(source.num_blocks)]
+    for layout in layouts:
+        check_attention(layout, run.scheme.activations)
+        for stage in run.stages:
+            stage.check_layout(layout)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, source.family)
+        find_format(run.export.format).check(run.scheme, layouts)
     widths = linear_widths(source)
     for name, width in widths.items():
         run.scheme.grid.check_width(width, name, widths.values())
@@ -102,5 +104,5 @@ def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
 
 def linear_widths(source: SourceModel) -> dict[str, int]:
     """Input width of every quantized linear of the model, by full name."""
-    names = [f"{source.block_name(i)}.{name}" for i in range(source.num_blocks) for name in source.family.linears]
+    names = [f"{source.block_name(i)}.{name}" for i in range(source.num_blocks) for name in source.layout(i).linears]
     return {name: source.shape(f"{name}.weight")[1] for name in names}

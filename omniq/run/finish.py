@@ -54,10 +54,10 @@ def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console
 def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> dict[str, PerplexityResult]:
     """All three in one pass over the blocks, or in two if the quantized ones compute in another dtype."""
     full: dict[str, Variant] = {FULL: full_precision_variant}
-    family, scheme = plan.source.family, plan.run.scheme
+    layout, scheme = plan.source.layout, plan.run.scheme
     ours = {
-        RTN: rounded_variant(family, scheme.grid, scheme.activations),
-        OURS: quantized_variant(block_reader(folder), family, scheme.activations),
+        RTN: rounded_variant(layout, scheme.grid, scheme.activations),
+        OURS: quantized_variant(block_reader(folder), layout, scheme.activations),
     }
     deployed = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]

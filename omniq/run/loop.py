@@ -95,7 +95,7 @@ def pass_block(
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     load_quantized_weights(block, result)
-    with quantized_activations(block, plan.source.family, plan.run.scheme.activations, result.linears):
+    with quantized_activations(block, plan.source.layout(index), plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
     folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
@@ -136,7 +136,7 @@ def run_stages(
     index, samples = streams.index, len(streams.quantized) - plan.held_out
     task = BlockTask(
         index=index,
-        family=plan.source.family,
+        layout=plan.source.layout(index),
         block=block,
         grid=plan.run.scheme.grid,
         inputs=streams.quantized[:samples],

@@ -51,7 +51,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)
-        layout.check(run.scheme, source.family)
+        layout.check(run.scheme, [source.layout(index) for index in range(source.num_blocks)])
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
 

@@ -164,13 +164,14 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
     """Let blocks with quantized linears compute on quantized activations; returns what takes that off again."""
     from omniq.blocks.activation_hooks import Finished, attach_all
     from omniq.models.families import family_of
+    from omniq.models.layout import Layout
 
     family, modules = family_of(model.config), dict(model.named_modules())
     blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
-    finished: list[tuple[nn.Module, Finished | None]] = []
-    for block in blocks.children():
-        finished.append((block, None if _packed(block) else {}))
-    return attach_all(finished, family, Activations(**given))
+    described: list[tuple[nn.Module, Layout, Finished | None]] = []
+    for index, block in enumerate(blocks.children()):
+        described.append((block, family.layout(block, index), None if _packed(block) else {}))
+    return attach_all(described, Activations(**given))
 
 
 def _find(model: Any, name: str) -> tuple[str, nn.Linear]:

@@ -42,7 +42,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from omniq.calibration.fuse import fuse
+from omniq.calibration.fuse import block_transform, check_equivalences, fuse, kinds_of
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.observe import bad_samples, check_finite, gram_of, observed, power_of
 from omniq.calibration.rounding import RTNModule
@@ -51,12 +51,12 @@ from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
-from omniq.models.family import Equivalence, Family, ValueToOutput
+from omniq.models.layout import Layout
 from omniq.quantizers.clipping import RangeEstimator, Searched
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import LIMIT, modules_of
+from omniq.transforms.equivalence import LIMIT, Equivalence, ValueToOutput, modules_of
 from omniq.transforms.initial import FLOOR
-from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds, kinds_of
+from omniq.transforms.let import MEASURED_KINDS, Kind, check_kinds
 
 
 class AWQ(Stage):
@@ -88,12 +88,12 @@ class AWQ(Stage):
     def moves(self) -> bool:
         return True
 
-    def check_family(self, family: Family) -> None:
-        check_equivalences(family, self.kinds(family) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")
+    def check_layout(self, layout: Layout) -> None:
+        check_equivalences(layout, self.kinds(layout) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")
 
-    def kinds(self, family: Family) -> list[str]:
+    def kinds(self, layout: Layout) -> list[str]:
         """The kinds of equivalences to use in this family."""
-        there = [kind for kind in kinds_of(family) if kind in MEASURED_KINDS]
+        there = [kind for kind in kinds_of(layout) if kind in MEASURED_KINDS]
         return there if self.equivalences is None else list(self.equivalences)
 
     def module(self, task: BlockTask) -> "AWQModule":
@@ -131,7 +131,7 @@ class AWQModule(RTNModule):
     def __init__(self, task: BlockTask, settings: AWQ) -> None:
         super().__init__(task, settings.clipping)
         self.settings = settings
-        self.transform = block_transform(task.block, task.family, settings.kinds(task.family), shift=False)
+        self.transform = block_transform(task, settings.kinds(task.layout), shift=False)
         for name, shape in self.transform.shapes.items():
             self.register_buffer(name, torch.zeros(shape))
         number = len(self.transform.moves)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.observe import second_moments_for
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
 from omniq.calibration.stage import Stage
@@ -33,12 +33,12 @@ from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.clipping import LWC, Clipping, FakeQuantWeight, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from omniq.transforms.equivalence import Transform
 from omniq.transforms.initial import initial_values
-from omniq.transforms.let import LET, block_transform, check_equivalences, worth_learning
+from omniq.transforms.let import LET, worth_learning
 
 
 class OmniQuant(Reconstruction):
@@ -89,9 +89,9 @@ class OmniQuant(Reconstruction):
     def module(self, task: BlockTask) -> "OmniQuantModule":
         return OmniQuantModule(task, self)
 
-    def check_family(self, family: Family) -> None:
+    def check_layout(self, layout: Layout) -> None:
         if self.transform is not None:
-            check_equivalences(family, self.transform.equivalences)
+            check_equivalences(layout, self.transform.equivalences)
 
 
 class OmniQuantModule(ReconstructionModule):
@@ -113,7 +113,7 @@ class OmniQuantModule(ReconstructionModule):
                 "stay at 16 bits; add norm to transform.equivalences, or give a clipping that learns, such as LWC"
             )
         second_moment = second_moments_for(settings.clipping, task, settings.token_weights)
-        weights = {name: task.linear(name).weight.detach() for name in task.family.linears}
+        weights = {name: task.linear(name).weight.detach() for name in task.layout.linears}
         self.clips = nn.ModuleDict(
             {
                 module_key(name): settings.clipping.build(weight, task.grid, second_moment.get(name))
@@ -130,7 +130,7 @@ class OmniQuantModule(ReconstructionModule):
         kinds = worth_learning(let.equivalences, task.activations.attention) if let is not None else ()
         if let is None or not kinds:
             return None, None
-        transform = block_transform(task.block, task.family, kinds, let.shift)
+        transform = block_transform(task, kinds, let.shift)
         values = initial_values(transform, dict(task.block.named_parameters()), input_ranges(task), let.alpha)
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return transform, transform.parameters()
@@ -141,7 +141,7 @@ class OmniQuantModule(ReconstructionModule):
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         tensors = self._moved()
-        for name in self.task.family.linears:
+        for name in self.task.layout.linears:
             out = dtype or self.task.linear(name).weight.dtype
             tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out)
         return {name: materialize(value) for name, value in tensors.items()}
@@ -149,7 +149,7 @@ class OmniQuantModule(ReconstructionModule):
     def _moved(self) -> dict[str, Tensor | ScaledWeight]:
         """The same, weights that the transform moves still with their factors; without one, weights alone."""
         if self.transform is None or self.moves is None:
-            return {f"{name}.weight": self.task.linear(name).weight for name in self.task.family.linears}
+            return {f"{name}.weight": self.task.linear(name).weight for name in self.task.layout.linears}
         return self.transform.move(dict(self.task.block.named_parameters()), self.moves)
 
     def clip(self, name: str) -> FakeQuantWeight:
@@ -170,7 +170,7 @@ class OmniQuantModule(ReconstructionModule):
         task, grid = self.task, self.task.grid
         tensors = self.tensors()
         linears: dict[str, QuantizedLinear] = {}
-        for name in task.family.linears:
+        for name in task.layout.linears:
             weight = tensors[f"{name}.weight"].float()
             scale, zero_point = self.clip(name).grid_of(weight)
             linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
@@ -185,7 +185,7 @@ class OmniQuantModule(ReconstructionModule):
 
     @torch.no_grad()
     def abandon(self) -> str:
-        for name in self.task.family.linears:
+        for name in self.task.layout.linears:
             self.clip(name).reset()
         for value in self.moves.parameters() if self.moves is not None else ():
             value.zero_()

@@ -21,7 +21,7 @@ equivalence.
 import torch
 from torch import Tensor
 
-from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.observe import observed
 from omniq.calibration.rounding import RTNModule
 from omniq.calibration.stage import Stage
@@ -29,13 +29,12 @@ from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import rounded_to_nearest
-from omniq.models.family import Equivalence, Family, ValueToOutput
+from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_samples, quantize_tokens
 from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import Transform, modules_of
+from omniq.transforms.equivalence import Equivalence, Transform, ValueToOutput, modules_of
 from omniq.transforms.initial import ChannelRanges, initial_values
-from omniq.transforms.let import block_transform, check_equivalences
 
 _KINDS = ("norm", "value_output")
 
@@ -62,8 +61,8 @@ class OutlierSuppression(Stage):
     def moves(self) -> bool:
         return True
 
-    def check_family(self, family: Family) -> None:
-        check_equivalences(family, _KINDS, "stages: OutlierSuppression")
+    def check_layout(self, layout: Layout) -> None:
+        check_equivalences(layout, _KINDS, "stages: OutlierSuppression")
 
     def module(self, task: BlockTask) -> "OutlierSuppressionModule":
         return OutlierSuppressionModule(task, self)
@@ -79,7 +78,7 @@ class OutlierSuppressionModule(RTNModule):
     @torch.no_grad()
     def finish(self) -> BlockResult:
         task = self.task
-        transform = block_transform(task.block, task.family, _KINDS, shift=True)
+        transform = block_transform(task, _KINDS, shift=True)
         ranges = input_ranges(task)
         values = initial_values(transform, dict(task.block.named_parameters()), ranges, alpha=None)
         inputs = self._inputs()
@@ -91,13 +90,13 @@ class OutlierSuppressionModule(RTNModule):
 
     def _inputs(self) -> dict[str, Tensor]:
         """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
-        task, first = self.task, [group[0] for group in self.task.family.inputs]
+        task, first = self.task, [group[0] for group in self.task.layout.groups]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
         seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
         with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
             task.visit(task.inputs[:share])
         whole = {name: torch.cat(parts).unflatten(0, (-1, task.inputs.shape[1])) for name, parts in seen.items()}
-        return {name: whole[group[0]] for group in task.family.inputs for name in group}
+        return {name: whole[group[0]] for group in task.layout.groups for name in group}
 
     def _scale(
         self,

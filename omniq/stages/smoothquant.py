@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-from omniq.calibration.fuse import fuse, input_ranges
+from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.rounding import RTNModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.initial import check_alpha, initial_values
-from omniq.transforms.let import MEASURED_KINDS, Kind, block_transform, check_equivalences, check_kinds
+from omniq.transforms.let import MEASURED_KINDS, Kind, check_kinds
 
 
 class SmoothQuant(Stage):
@@ -45,8 +45,8 @@ class SmoothQuant(Stage):
     def moves(self) -> bool:
         return True
 
-    def check_family(self, family: Family) -> None:
-        check_equivalences(family, self.equivalences, "stages: SmoothQuant.equivalences")
+    def check_layout(self, layout: Layout) -> None:
+        check_equivalences(layout, self.equivalences, "stages: SmoothQuant.equivalences")
 
     def module(self, task: BlockTask) -> "SmoothQuantModule":
         return SmoothQuantModule(task, self)
@@ -62,7 +62,7 @@ class SmoothQuantModule(RTNModule):
     @torch.no_grad()
     def finish(self) -> BlockResult:
         task = self.task
-        transform = block_transform(task.block, task.family, self.settings.equivalences, shift=False)
+        transform = block_transform(task, self.settings.equivalences, shift=False)
         tensors = dict(task.block.named_parameters())
         values = initial_values(transform, tensors, input_ranges(task), self.settings.alpha, shift=False)
         fuse(task.block, transform, transform.parameters(values).to(task.device))

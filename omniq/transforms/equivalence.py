@@ -35,15 +35,68 @@ Shapes: ``o`` output features, ``i`` input features, ``H`` query heads, ``K`` KV
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
-from omniq.models.family import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
 
 LIMIT = 10.0  # of |theta|: e^10 = 22026, of the order of the largest half-precision number
+
+
+@dataclass(frozen=True)
+class NormToLinears:
+    """A norm whose output only these linears read: its scale can be divided there and multiplied here.
+
+    Args:
+        norm: an RMSNorm or LayerNorm with a weight.
+        linears: all that read it.
+    """
+
+    norm: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ValueToOutput:
+    """Rows of the value projection against columns of the output projection (softmax rows sum to one)."""
+
+    value: str
+    output: str
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Rows of the query projection against rows of the key projection, within one head.
+
+    Args:
+        rotary: how rotary embedding pairs the channels of a head: ``half`` (i with i + d/2), ``interleaved``
+            (2i with 2i + 1), or None where there is none. Paired channels must share one scale.
+        query_norm, key_norm: norms between projection and rotary embedding, if the family has them; they take the
+            scale in place of the projections' rows.
+    """
+
+    query: str
+    key: str
+    rotary: str | None = "half"
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class UpToDown:
+    """Rows of the up projection against columns of the down projection of a gated MLP, ``down(act(gate) * up)``.
+
+    Exact because nothing but a product lies between them. Not so where an activation does (``fc1``, ``fc2``).
+    """
+
+    up: str
+    down: str
+
+
+Equivalence = NormToLinears | ValueToOutput | QueryKey | UpToDown
 
 
 class Transform:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.models.family import QueryKey, ValueToOutput
-from omniq.transforms.equivalence import LIMIT, Transform, modules_of
+from omniq.transforms.equivalence import LIMIT, QueryKey, Transform, ValueToOutput, modules_of
 
 FLOOR = 1e-5  # of activation and weight sizes, so that a dead channel gets a finite scale (OmniQuant's code)
 

@@ -13,14 +13,10 @@ that switch, which a family knows.
 import functools
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
-
-from torch import nn
+from typing import Literal
 
 from omniq.errors import UserError
-from omniq.models.family import BIAS_SWITCHES, Equivalence, Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
-from omniq.transforms.equivalence import Transform
-from omniq.transforms.heads import Heads
+from omniq.transforms.equivalence import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.initial import check_alpha
 
 log = logging.getLogger("omniq")
@@ -84,29 +80,6 @@ def check_kinds(
         raise UserError(f"{field}: {twice[0]!r} is there more than once: give each once")
 
 
-def kinds_of(family: Family) -> list[str]:
-    """Which kinds of equivalences a family has."""
-    return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in family.equivalences)]
-
-
-def check_equivalences(family: Family, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
-    """Refuse equivalences that a family does not have.
-
-    Args:
-        field: where they were given.
-
-    Raises:
-        UserError: names the family and those it has.
-    """
-    there = kinds_of(family)
-    for kind in kinds:
-        if kind not in there:
-            raise UserError(
-                f"{field}: {', '.join(family.model_types)} has no {kind!r}; "
-                + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
-            )
-
-
 def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str, ...]:
     """These kinds, but ``query_key`` only where queries or keys are quantized; says once in a process why it is off.
 
@@ -115,35 +88,10 @@ def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str
     """
     if quantized_attention or "query_key" not in kinds:
         return tuple(kinds)
-    _tell_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
+    warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
     return tuple(kind for kind in kinds if kind != "query_key")
 
 
-def block_transform(block: nn.Module, family: Family, kinds: Sequence[str], shift: bool) -> Transform:
-    """The transform of one block; says once in a process why a shift is off."""
-    forms = tuple(KINDS[kind] for kind in kinds)
-    chosen = [each for each in family.equivalences if isinstance(each, forms)]
-    config = _config(block)
-    tensors = dict(block.named_parameters())
-    transform = Transform(chosen, Heads.of(config), tensors, _can_bias(config, family), shift)
-    for reason in transform.unshifted.values():
-        _tell_once(reason)
-    return transform
-
-
-def _config(block: nn.Module) -> Any:
-    """The config that the parts of a block of transformers carry."""
-    return next(module.config for module in block.modules() if hasattr(module, "config"))
-
-
-def _can_bias(config: Any, family: Family) -> set[str]:
-    """Linears without a bias that every runtime would give one, if the config said so."""
-    if not family.new_biases:
-        return set()
-    parts = tuple(part for switch, part in BIAS_SWITCHES.items() if hasattr(config, switch))
-    return {name for name in family.linears if name.startswith(parts)} if parts else set()
-
-
 @functools.cache
-def _tell_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
     log.warning("%s", reason)

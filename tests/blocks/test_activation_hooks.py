@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from omniq.blocks import activation_hooks
-from omniq.blocks.activation_hooks import SampleLength, SharedInput, attach_all, check_family, quantized_activations
+from omniq.blocks.activation_hooks import SampleLength, SharedInput, attach_all, check_attention, quantized_activations
 from omniq.blocks.forward import call_block
 from omniq.cli.main import main
 from omniq.data import Evaluation, LocalText
@@ -21,12 +21,12 @@ from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations, Scheme
-from omniq.models.families import family_of_type
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_tokens
+from omniq.transforms.heads import Heads
 from tests.helpers.opening import SMOL, needs_smol
 from tests.helpers.runs import configuration, omniquant, write_config, write_run, write_text
-from tests.helpers.tiny import tiny_block, tiny_model
+from tests.helpers.tiny import tiny_block, tiny_layout, tiny_model
 
 FAMILIES = ["llama", "qwen3", "opt"]
 
@@ -76,7 +76,7 @@ def test_against_a_block_written_out(given: Activations, implementation: str) ->
         kwargs = {**kwargs, "attention_mask": torch.full((1, 1, 16, 16), -torch.inf).triu(1)}
     x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
     plain = call_block(block, x, kwargs)
-    with quantized_activations(block, family_of_type("llama"), given):
+    with quantized_activations(block, tiny_layout("llama"), given):
         found = call_block(block, x, kwargs)
     # a value on a tie may go the other way where sums differ in their last bit
     assert (found - own_attention(block, x, kwargs, given)).norm() / found.norm() < 2e-3  # measured up to 4e-4
@@ -97,18 +97,18 @@ def test_each_shared_input_is_quantized_once(family: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(activation_hooks, "quantize_tokens", counting)
     block, kwargs = tiny_block(family)
     x = torch.randn(1, 16, 64)
-    with quantized_activations(block, family_of_type(family), Activations(4)):
+    with quantized_activations(block, tiny_layout(family), Activations(4)):
         call_block(block, x, kwargs)
-        assert len(seen) == len(family_of_type(family).inputs)
+        assert len(seen) == len(tiny_layout(family).groups)
         call_block(block, x, kwargs)  # the same tensor again is quantized again: nothing is held in between
-        assert len(seen) == 2 * len(family_of_type(family).inputs)
+        assert len(seen) == 2 * len(tiny_layout(family).groups)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_token_by_token_with_a_cache_equals_the_full_forward(family: str) -> None:
     model = tiny_model(family)
-    attach_all(((block, None) for block in model.get_decoder().layers), family_of_type(family), Activations(4, 4, 4))
+    attach_all(((block, tiny_layout(family), None) for block in model.get_decoder().layers), Activations(4, 4, 4))
     tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(4))
     whole = model(tokens, use_cache=False).logits
     cache, parts = None, []
@@ -131,7 +131,7 @@ def test_another_implementation_may_be_chosen_later(family: str, first: str, the
         model = tiny_model(family)
         model.set_attn_implementation(start)
         layers = model.get_decoder().layers
-        detach = attach_all(((block, None) for block in layers), family_of_type(family), Activations(8, 8, 8))
+        detach = attach_all(((block, tiny_layout(family), None) for block in layers), Activations(8, 8, 8))
         model.set_attn_implementation(then)
         logits.append(model(tokens, use_cache=False).logits)
     assert (logits[0] - logits[1]).norm() / logits[1].norm() < 1e-6  # measured 0.0
@@ -153,7 +153,7 @@ def test_an_implementation_sees_its_own_name(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "known", known)
     block, kwargs = tiny_block("llama")
     block.self_attn.config._attn_implementation = "known"
-    with quantized_activations(block, family_of_type("llama"), Activations(8, 8, 8)):
+    with quantized_activations(block, tiny_layout("llama"), Activations(8, 8, 8)):
         call_block(block, torch.randn(1, 16, 64), kwargs)
     assert seen == ["known"]
 
@@ -163,7 +163,7 @@ def test_autocast_quantizes_in_the_dtype_of_the_product() -> None:
     """A LayerNorm under autocast hands over float32; a deployed bfloat16 model would not."""
     block, kwargs = tiny_block("opt")
     seen: list[torch.dtype] = []
-    with quantized_activations(block, family_of_type("opt"), Activations(8)), torch.autocast("cpu", torch.bfloat16):
+    with quantized_activations(block, tiny_layout("opt"), Activations(8)), torch.autocast("cpu", torch.bfloat16):
         block.fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
         call_block(block, torch.randn(1, 16, 64), kwargs)
     assert seen == [torch.bfloat16]
@@ -202,11 +202,11 @@ def test_bad_schemes(settings: dict[str, Any], words: str) -> None:
 
 
 def test_family_whose_attention_cannot_be_reached() -> None:
-    bloom = Family(("bloom",), "transformer.h", (("mlp.dense",),))
-    check_family(bloom, Activations(8))
+    bloom = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
+    check_attention(bloom, Activations(8))
     words = "attention of bloom does not call transformers' attention interface.*use a scheme without KV bits"
     with pytest.raises(UserError, match=words):
-        check_family(bloom, Activations(8, 16, 8))
+        check_attention(bloom, Activations(8, 16, 8))
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_codes_become_weights_on_the_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(QuantizedLinear, "dequantize", watched)
     for number, stage in enumerate((GPTQ(), QuantEase(sweeps=2, start="previous"))):
         fitted(stage, task, tmp_path / str(number), accelerator="gpu", devices=1)
-    assert devices == ["cuda"] * (3 * len(task.family.linears))
+    assert devices == ["cuda"] * (3 * len(task.layout.linears))
     assert task.result is not None
     assert {tensor.device.type for tensor in task.result.tensors.values()} == {"cpu"}
 

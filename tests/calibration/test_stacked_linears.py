@@ -47,7 +47,7 @@ def test_a_start_from_codes_of_another_grid_is_their_weights(tmp_path: Path) -> 
     previous = fitted(RTN(clipping=MinMax()), task, tmp_path / "rtn").task.result
     assert previous is not None
     module = QuantEase(sweeps=1, start="previous", grid="clipping", clipping=Searched()).module(task)
-    for names in task.family.inputs:
+    for names in task.layout.groups:
         part = StackedLinears.of(task, names)
         part.grid = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
         start = module._start(part, torch.empty(0), None, slice(0, len(part.weight)))
@@ -71,7 +71,7 @@ def solved(stage):
     task = tiny_task(Grid(3, 16), samples=4)
     module = stage.module(task)
     module.trainer, found, errors = alone, {}, []
-    for k, names in enumerate(task.family.inputs):
+    for k, names in enumerate(task.layout.groups):
         generator = torch.Generator().manual_seed(k)
         width = task.linear(names[0]).in_features
         x = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)

@@ -21,27 +21,27 @@ from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations, Scheme
 from omniq.models.families import family_of_type
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.models.source import SourceModel
 from omniq.quantizers.activations import StaticGrid, quantize_tokens
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from tests.helpers.exported import CARD, WINDOWS, rounded
 from tests.helpers.runs import omniquant, outcome, write_run
-from tests.helpers.tiny import tiny_block
+from tests.helpers.tiny import tiny_block, tiny_layout
 
 FAMILIES = ["llama", "qwen3", "opt"]
 X = torch.randn(6, 16, 64, generator=torch.Generator().manual_seed(0))
 
 
 def inputs_before_and_after(
-    block: nn.Module, family: Family, kwargs: dict[str, Any], given: Activations, finished: Finished | None
+    block: nn.Module, layout: Layout, kwargs: dict[str, Any], given: Activations, finished: Finished | None
 ) -> list[tuple[Tensor, Tensor]]:
     """What comes to every linear of a block, and what the quantizers make of it."""
     before: list[Tensor] = []
     after: list[Tensor] = []
-    linears = [block.get_submodule(name) for name in family.linears]
+    linears = [block.get_submodule(name) for name in layout.linears]
     handles = [each.register_forward_pre_hook(lambda module, args: before.append(args[0])) for each in linears]
-    with torch.no_grad(), quantized_activations(block, family, given, finished):
+    with torch.no_grad(), quantized_activations(block, layout, given, finished):
         handles += [each.register_forward_pre_hook(lambda module, args: after.append(args[0])) for each in linears]
         call_block(block, X, kwargs)
     for handle in handles:
@@ -49,9 +49,9 @@ def inputs_before_and_after(
     return list(zip(before, after, strict=True))
 
 
-def finished_with(family: Family, fixed: StaticGrid) -> Finished:
+def finished_with(layout: Layout, fixed: StaticGrid) -> Finished:
     nothing = torch.zeros(1, 1)
-    return dict.fromkeys(family.linears, QuantizedLinear(Grid(4), nothing, nothing, nothing, input=fixed))
+    return dict.fromkeys(layout.linears, QuantizedLinear(Grid(4), nothing, nothing, nothing, input=fixed))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -62,7 +62,7 @@ def test_all_tokens_share_a_range(family: str, symmetric: bool) -> None:
     Also where OPT hands over all tokens of a batch in one row.
     """
     block, kwargs = tiny_block(family)
-    form, given = family_of_type(family), Activations(6, symmetric=symmetric, static=True)
+    form, given = tiny_layout(family), Activations(6, symmetric=symmetric, static=True)
     fixed = StaticGrid.fit(torch.tensor(-0.9), torch.tensor(1.7), 6, symmetric, torch.float16)
 
     def check(finished: Finished | None, quantize: Any) -> None:
@@ -79,7 +79,7 @@ def test_all_tokens_share_a_range(family: str, symmetric: bool) -> None:
 def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
     """Against hooks of our own on a block with the rounded weights."""
     block, kwargs = tiny_block(family)
-    form, given, grid = family_of_type(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
+    form, given, grid = tiny_layout(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
     task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
     result = calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
@@ -95,7 +95,7 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
 def test_a_range_without_an_end_is_refused() -> None:
     """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
     block, kwargs = tiny_block("llama")
-    form, given, grid = family_of_type("llama"), Activations(8, static=True), Grid(8)
+    form, given, grid = tiny_layout("llama"), Activations(8, static=True), Grid(8)
     task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
     block.get_submodule("mlp.down_proj").register_forward_pre_hook(
         lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True

@@ -56,7 +56,7 @@ def test_importance_and_grams_weigh_tokens_alike() -> None:
     normed = x / (x.square().mean(-1, keepdim=True) + task.block.input_layernorm.variance_epsilon).sqrt()
     rows = (normed * task.block.input_layernorm.weight.double()).flatten(0, 1)
     gram = (rows * weights.unsqueeze(1)).t() @ rows / len(rows)
-    name = task.family.inputs[0][0]
+    name = task.layout.groups[0][0]
     ours = input_grams(task, "relative")[name]
     assert (ours - gram).norm() < 1e-5 * gram.norm()
     diagonal = input_second_moments(task, "relative")[name]
@@ -95,7 +95,7 @@ def test_the_gram_matrix_of_a_layer_wise_stage_is_weighted(tmp_path: Path) -> No
     module = fitted(Looking(sweeps=1, token_weights="relative"), task, tmp_path)
     assert isinstance(module, GramModule)
     tokens = task.inputs.shape[0] * task.inputs.shape[1]
-    expected = input_grams(task, "relative")[task.family.inputs[0][0]] * tokens
+    expected = input_grams(task, "relative")[task.layout.groups[0][0]] * tokens
     assert (found[0] - expected).norm() < 1e-5 * expected.norm()
 
 

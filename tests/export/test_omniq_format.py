@@ -47,11 +47,11 @@ def test_plain_from_pretrained_computes_the_optimised_model(
     out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD, max_shard_bytes=30_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * len(source.family.linears)
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * len(source.layout(0).linears)
     found = logits(model)
     assert torch.equal(found, expected_logits(source, results, grid.scale_dtype))  # measured: 0.0
     report = verify_checkpoint(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
-    assert report.linears == 2 * len(source.family.linears)
+    assert report.linears == 2 * len(source.layout(0).linears)
     plain = model.dequantize()
     assert not any(isinstance(module, PackedLinear) for module in plain.modules())
     assert torch.equal(logits(plain), found)

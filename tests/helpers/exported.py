@@ -21,7 +21,7 @@ def rounded(source: SourceModel, grid: Grid) -> list[BlockResult]:
     for index in range(source.num_blocks):
         block = source.block(index, dtype=torch.float32)
         linears = {}
-        for name in source.family.linears:
+        for name in source.layout(0).linears:
             weight = block.get_parameter(f"{name}.weight").data.clone()
             weight[0], weight[1] = weight[0].abs(), -weight[1].abs()
             scale, zero_point = grid.fit(*grid.range(weight))

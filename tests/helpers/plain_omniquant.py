@@ -26,7 +26,7 @@ class Plain:
         rotary = {"position_embeddings": tuple(part.double() for part in task.kwargs["position_embeddings"])}
         self.kwargs = {**task.kwargs, **rotary}
         self.groups, self.logits = {}, {}
-        for name in task.family.linears:
+        for name in task.layout.linears:
             weight = self.block.get_submodule(name).weight
             width = weight.shape[1] if task.grid.group_size == -1 else task.grid.group_size
             self.groups[name] = weight.detach().reshape(-1, width)  # [o G, g]

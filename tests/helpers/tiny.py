@@ -15,6 +15,9 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from omniq.models.families import family_of_type
+from omniq.models.layout import Layout
+
 VOCAB_SIZE = 272  # 256 bytes, <s>, </s>, and a few never used
 
 _SIZES: dict[str, Any] = {
@@ -96,3 +99,8 @@ def tiny_block(family: str = "llama", seed: int = 0, length: int = 16, **overrid
     model(torch.arange(length)[None], use_cache=False)
     handle.remove()
     return blocks[0], seen
+
+
+def tiny_layout(family: str = "llama") -> Layout:
+    """The layout of the first block of a tiny model."""
+    return family_of_type(family).layout(tiny_block(family)[0], 0)

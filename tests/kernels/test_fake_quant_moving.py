@@ -11,8 +11,7 @@ from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.families.llama import LLAMA
-from omniq.models.family import UpToDown
-from omniq.transforms.equivalence import Transform
+from omniq.transforms.equivalence import Transform, UpToDown
 from omniq.transforms.heads import Heads
 from tests.helpers.tiny import tiny_block
 from tests.kernels.test_fake_quant import gradients, misses, paper, problem, relative

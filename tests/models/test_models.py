@@ -15,9 +15,9 @@ from omniq.errors import UserError
 from omniq.models import checkpoint
 from omniq.models.checkpoint import INDEX
 from omniq.models.families import FAMILIES, family_of
-from omniq.models.family import NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
+from omniq.transforms.equivalence import NormToLinears, QueryKey, UpToDown, ValueToOutput
 from tests.helpers.opening import edit_json, stream, tokens
 from tests.helpers.tiny import save_tiny, tiny_model
 
@@ -240,14 +240,15 @@ def test_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 def test_families_name_what_their_blocks_have(family: str) -> None:
     model = tiny_model(family)
-    known = family_of(model.config)
-    block = model.get_submodule(known.blocks)[0]
+    described = family_of(model.config)
+    block = model.get_submodule(described.blocks)[0]
+    known = described.layout(block, 0)
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     assert set(known.linears) == linears
     for equivalence in known.equivalences:
         names: list[str | None] = []
         if isinstance(equivalence, NormToLinears):
-            assert equivalence.linears in known.inputs
+            assert equivalence.linears in known.groups
             assert not isinstance(block.get_submodule(equivalence.norm), nn.Linear)
         elif isinstance(equivalence, ValueToOutput):
             names = [equivalence.value, equivalence.output]

@@ -129,7 +129,7 @@ def test_guard_gives_up_after_three_passes(tmp_path: Path) -> None:
     module = fit(Broken(task, OmniQuant(epochs=9), {4, 7, 12}), tmp_path)
     assert len(losses(tmp_path)) == 12
     assert task.notes["guard"] == "non-finite loss in 3 passes: kept the initial grid"
-    assert all((clip.upper == 4).all() and (clip.lower == 4).all() for clip in map(module.clip, task.family.linears))
+    assert all((clip.upper == 4).all() and (clip.lower == 4).all() for clip in map(module.clip, task.layout.linears))
     for name, linear in task.result.linears.items():
         assert torch.equal(linear.codes, start.linears[name].codes)
         assert torch.equal(linear.scale, start.linears[name].scale)

@@ -18,15 +18,16 @@ from omniq.cli.main import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
-from omniq.models.families import family_of_type
-from omniq.models.family import Family, QueryKey, ValueToOutput
+from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, Searched
 from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
 from omniq.stages.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import modules_of
+from omniq.transforms.equivalence import QueryKey, ValueToOutput, modules_of
+from omniq.transforms.heads import Heads
 from tests.helpers.runs import SMALL, write_run
 from tests.helpers.stages import Stop, fit, fitted, tiny_task
+from tests.helpers.tiny import tiny_layout
 from tests.stages.test_smoothing_stages import deployed_error
 from tests.transforms.test_let import relative, task_of
 from tests.transforms.test_transforms import BLOCKS, Case
@@ -91,13 +92,13 @@ def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], 
     task.grid = Grid(3, group, scale_dtype=torch.float32)
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-    moves = [each for each in task.family.equivalences if not isinstance(each, QueryKey)]
+    moves = [each for each in task.layout.equivalences if not isinstance(each, QueryKey)]
     expected = [plain_search(task, modules_of(move)[1:], share * isinstance(move, ValueToOutput)) for move in moves]
     before = {name: value.double() for name, value in task.block.state_dict().items()}
     module = fitted(AWQ(), task, tmp_path)
     after = task.block.state_dict()
     found = module.state_dict()
-    scales = {name: torch.ones(before[f"{name}.weight"].shape[1]) for name in task.family.linears}
+    scales = {name: torch.ones(before[f"{name}.weight"].shape[1]) for name in task.layout.linears}
     for place, (move, (alpha, scale, error)) in enumerate(zip(moves, expected, strict=True)):
         assert float(found["alphas"][place]) == pytest.approx(alpha, rel=1e-6)
         assert float(found["least"][place]) == pytest.approx(error, rel=1e-5)  # measured 2e-7
@@ -115,12 +116,12 @@ def test_folded_block_is_the_same_block(label: str, tmp_path: Path) -> None:
     case = Case(kind, **overrides)
     inputs = case.hidden()
     inputs[..., 3] *= 30
-    task = BlockTask(0, family, case.block, Grid(4), inputs, inputs, case.kwargs)
+    task = BlockTask(0, family.layout(case.block, 0), case.block, Grid(4), inputs, inputs, case.kwargs)
     before, weights = task.run(inputs), {name: value.clone() for name, value in case.tensors.items()}
     module = fit(AWQ().module(task).double(), tmp_path)  # or scales and their reciprocals are rounded to float32
     assert relative(task.run(inputs), before) < 1e-9  # measured 2e-16
     moved = {name for name, value in task.block.named_parameters() if not torch.equal(value, weights[name])}
-    assert len(moved) >= len(family.linears)
+    assert len(moved) >= len(task.layout.linears)
     assert (module.state_dict()["alphas"] > 0).any()
 
 
@@ -237,10 +238,10 @@ def test_a_run_tells_what_the_search_found(tmp_path: Path) -> None:
 
 
 def test_equivalences_are_those_of_the_family_or_those_given(tmp_path: Path) -> None:
-    assert AWQ().kinds(family_of_type("llama")) == ["norm", "value_output", "up_down"]
-    assert AWQ().kinds(family_of_type("opt")) == ["norm", "value_output"]
+    assert AWQ().kinds(tiny_layout("llama")) == ["norm", "value_output", "up_down"]
+    assert AWQ().kinds(tiny_layout("opt")) == ["norm", "value_output"]
     task = task_of("llama", 4, A16)
-    weights = {name: task.linear(name).weight.clone() for name in task.family.linears}
+    weights = {name: task.linear(name).weight.clone() for name in task.layout.linears}
     fitted(AWQ(equivalences=["up_down"]), task, tmp_path)
     moved = [name for name, weight in weights.items() if not torch.equal(weight, task.linear(name).weight)]
     assert moved == ["mlp.up_proj", "mlp.down_proj"]
@@ -271,7 +272,7 @@ def test_bad_settings(options: dict[str, Any], words: str) -> None:
 
 def test_families_without_the_equivalence_are_refused() -> None:
     with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no 'norm'; it has none"):
-        AWQ().check_family(Family(("falcon",), "transformer.h", (("mlp.dense",),)))
+        AWQ().check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))
     with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
-        AWQ(equivalences=["up_down"]).check_family(family_of_type("opt"))
-    AWQ().check_family(family_of_type("opt"))
+        AWQ(equivalences=["up_down"]).check_layout(tiny_layout("opt"))
+    AWQ().check_layout(tiny_layout("opt"))

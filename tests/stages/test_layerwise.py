@@ -67,7 +67,7 @@ def test_quantease_equals_the_sequential_definition(tmp_path: Path) -> None:
     result = fitted(settings, task, tmp_path).task.result
     assert result is not None
     x = first_inputs(task)
-    for name in task.family.inputs[0]:
+    for name in task.layout.groups[0]:
         linear = result.linears[name]
         codes = naive_descent(task.linear(name).weight.double(), x.t() @ x, linear, 5)
         # measured 0.006: S is summed in float32, and a tie that falls the other way moves what comes after it
@@ -81,7 +81,7 @@ def test_descent_beats_gptq_beats_rounding(tmp_path: Path) -> None:
         result = fitted(method, task, tmp_path / name).task.result
         assert result is not None
         x = first_inputs(task)
-        errors[name] = sum(error(task, result.linears[each], each, x) for each in task.family.inputs[0])
+        errors[name] = sum(error(task, result.linears[each], each, x) for each in task.layout.groups[0])
     assert errors["gptq"] < 0.9 * errors["rtn"]  # measured 0.86
     assert errors["qe"] < 0.97 * errors["gptq"]  # measured 0.93
 
@@ -108,11 +108,11 @@ def test_options_do_something_and_do_not_raise_the_error(tmp_path: Path, options
     for number, (task, method) in enumerate(zip(tasks, stages, strict=True)):
         fitted(method, task, tmp_path / str(number))
     nearest, plain, changed = (task.result.linears for task in tasks if task.result is not None)
-    for name in tasks[0].family.inputs[0]:
+    for name in tasks[0].layout.groups[0]:
         assert error(tasks[2], changed[name], name, x) < error(tasks[0], nearest[name], name, x)
         assert torch.equal(changed[name].scale.half().float(), changed[name].scale.float())
         assert torch.equal(changed[name].scale, plain[name].scale) != ("refit_scales" in options)
-    assert any(not torch.equal(changed[name].codes, plain[name].codes) for name in tasks[0].family.inputs[0])
+    assert any(not torch.equal(changed[name].codes, plain[name].codes) for name in tasks[0].layout.groups[0])
 
 
 def test_descent_refines_the_grid_that_was_learned(tmp_path: Path) -> None:
@@ -122,10 +122,10 @@ def test_descent_refines_the_grid_that_was_learned(tmp_path: Path) -> None:
     assert learned is not None
     assert refined is not None
     x = first_inputs(task)
-    for name in task.family.linears:
+    for name in task.layout.linears:
         assert torch.equal(learned.linears[name].scale, refined.linears[name].scale)
         assert torch.equal(learned.linears[name].zero_point, refined.linears[name].zero_point)
-    for name in task.family.inputs[0]:
+    for name in task.layout.groups[0]:
         assert error(task, refined.linears[name], name, x) < error(task, learned.linears[name], name, x)
 
 
@@ -143,7 +143,7 @@ def test_outliers_are_few_and_help(tmp_path: Path, columns: bool, method: Any, s
     plain, sparse = results
     assert plain is not None
     assert sparse is not None
-    for name in task.family.inputs[0]:
+    for name in task.layout.groups[0]:
         outliers = sparse.linears[name].outliers
         assert outliers is not None
         assert outliers.value.dtype == torch.float16
@@ -153,9 +153,9 @@ def test_outliers_are_few_and_help(tmp_path: Path, columns: bool, method: Any, s
         if columns:
             assert kept.any(0).sum() <= 4
         assert bool((sparse.linears[name].codes <= 3).all())
-    stacked = torch.cat([sparse.linears[name].outliers.dense(32) != 0 for name in task.family.inputs[0]])
+    stacked = torch.cat([sparse.linears[name].outliers.dense(32) != 0 for name in task.layout.groups[0]])
     assert stacked.float().mean() <= 0.105
-    total = [sum(error(task, r.linears[n], n, x) for n in task.family.inputs[0]) for r in (plain, sparse)]
+    total = [sum(error(task, r.linears[n], n, x) for n in task.layout.groups[0]) for r in (plain, sparse)]
     assert total[1] < total[0]
 
 

@@ -89,7 +89,7 @@ def test_searched_start(grid: Grid, tmp_path: Path) -> None:
     """The logits begin where the search ended, no wider than the published start, and then follow the same path."""
     task = tiny_task(grid)
     second_moment, start = input_second_moments(task), {}
-    for name in task.family.linears:
+    for name in task.layout.linears:
         weight = task.linear(name).weight
         pairs = zip(search_range(weight, grid, second_moment[name]), grid.range(weight), strict=True)
         shares = [torch.where(widest == 0, 1, found / widest).double().clamp(1e-3, 1 - 1e-6) for found, widest in pairs]
@@ -116,7 +116,7 @@ def test_final_codes(grid: Grid, dtype: torch.dtype, tmp_path: Path) -> None:
     result = task.result
     assert result is not None
     assert set(result.tensors) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
-    for name in task.family.linears:
+    for name in task.layout.linears:
         clip, linear = module.clip(name), result.linears[name]
         weight = grid.split(task.linear(name).weight.detach().double())  # [o, G, g]
         high = torch.sigmoid(clip.upper.detach().double()) * weight.amax(-1).clamp(min=0)

@@ -15,11 +15,12 @@ from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.grid.scheme import Activations
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_tokens
 from omniq.quantizers.clipping import Searched
 from omniq.stages import GPTQ, RTN, OmniQuant, OutlierSuppression, SmoothQuant
 from omniq.storage.block_result import QuantizedLinear
+from omniq.transforms.heads import Heads
 from omniq.transforms.let import LET
 from tests.helpers.stages import fitted
 from tests.transforms.test_let import relative, task_of
@@ -66,7 +67,7 @@ def test_a_search_makes_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(QuantizedLinear, "of", lambda *args: made.append(args) or of(*args))
     task = task_of("llama", 4, A4)
     fitted(OutlierSuppression(candidates=3), task, tmp_path)
-    assert len(made) == len(task.family.linears)
+    assert len(made) == len(task.layout.linears)
 
 
 def test_codes_are_those_of_the_smoothed_block(tmp_path: Path) -> None:
@@ -181,4 +182,4 @@ def test_inputs_that_are_not_finite_are_refused(value: float, stage: Stage, tmp_
 def test_families_without_norms_to_move_are_refused(stage: Stage) -> None:
     field = "SmoothQuant.equivalences" if isinstance(stage, SmoothQuant) else "OutlierSuppression"
     with pytest.raises(UserError, match=f"stages: {field}: falcon has no 'norm'; it has none"):
-        stage.check_family(Family(("falcon",), "transformer.h", (("mlp.dense",),)))
+        stage.check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))

@@ -19,16 +19,17 @@ from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
 from omniq.models.families import family_of_type
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.absolute import LSQ, PACT
 from omniq.quantizers.clipping import MinMax, Searched
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.transforms import let
+from omniq.transforms.heads import Heads
 from omniq.transforms.initial import smooth_scale
 from omniq.transforms.let import LET
 from tests.helpers.runs import omniquant, outcome, write_run
 from tests.helpers.stages import Stop, fit, fitted, losses
-from tests.helpers.tiny import tiny_block
+from tests.helpers.tiny import tiny_block, tiny_layout
 
 FAMILIES = [("llama", {}), ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}), ("qwen3", {}), ("opt", {})]
 W4A4 = Activations(4, 4, 4)
@@ -47,7 +48,9 @@ def task_of(family: str = "llama", bits: int = 4, activations: Activations = W4A
     with torch.no_grad():
         targets = call_block(block, inputs, kwargs)
     grid = Grid(bits, scale_dtype=torch.float32)
-    return BlockTask(0, family_of_type(family), block, grid, inputs, targets, kwargs, activations=activations)
+    return BlockTask(
+        0, family_of_type(family).layout(block, 0), block, grid, inputs, targets, kwargs, activations=activations
+    )
 
 
 def perturbed(task: BlockTask, **settings: Any) -> OmniQuantModule:
@@ -136,7 +139,7 @@ def test_every_clipping_learns(clipping: Any, transform: LET | None, tmp_path: P
     steps = losses(tmp_path)
     assert sum(steps[-15:]) < sum(steps[:15])
     assert task.result is not None
-    assert set(task.result.linears) == set(task.family.linears)
+    assert set(task.result.linears) == set(task.layout.linears)
 
 
 def test_initial_values_are_smoothquant_on_every_reader() -> None:
@@ -155,7 +158,7 @@ def test_initial_values_are_smoothquant_on_every_reader() -> None:
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_shift_that_cannot_be_stored_is_off_and_said(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """Qwen3's config has a switch for biases, but vLLM builds its output projection without one and drops it."""
-    let._tell_once.cache_clear()
+    let.warn_once.cache_clear()
     task = task_of(family, head_dim=16)
     module = OmniQuant(transform=LET()).module(task)
     assert module.moves is not None
@@ -176,7 +179,7 @@ def test_selection_of_equivalences() -> None:
 @pytest.mark.parametrize("given", [Activations(), Activations(4)])
 def test_a_scale_that_changes_nothing_is_off_and_said(given: Activations, caplog: pytest.LogCaptureFixture) -> None:
     """Between queries and keys that nothing quantizes; where that leaves nothing to learn, it is refused."""
-    let._tell_once.cache_clear()
+    let.warn_once.cache_clear()
     module = OmniQuant(transform=LET()).module(task_of(activations=given))
     assert module.moves is not None
     assert module.moves
@@ -213,11 +216,11 @@ def test_bad_settings(settings: dict[str, Any], words: str) -> None:
 
 
 def test_family_without_an_equivalence_is_refused() -> None:
-    bare = Family(("bloom",), "transformer.h", (("mlp.dense",),))
+    bare = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
     with pytest.raises(UserError, match="bloom has no 'norm'; it has none: use a method without a transform"):
-        OmniQuant(transform=LET()).check_family(bare)
-    OmniQuant().check_family(bare)
-    OmniQuant(transform=LET()).check_family(family_of_type("llama"))
+        OmniQuant(transform=LET()).check_layout(bare)
+    OmniQuant().check_layout(bare)
+    OmniQuant(transform=LET()).check_layout(tiny_layout("llama"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

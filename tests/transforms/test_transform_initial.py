@@ -7,8 +7,7 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.models.families.opt import OPT
-from omniq.models.family import NormToLinears, ValueToOutput
-from omniq.transforms.equivalence import Transform
+from omniq.transforms.equivalence import NormToLinears, Transform, ValueToOutput
 from omniq.transforms.heads import Heads
 from omniq.transforms.initial import ChannelRanges, initial_values
 from tests.helpers.tiny import tiny_block

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from omniq.models.families.llama import LLAMA
 from omniq.models.families.opt import OPT
 from omniq.models.families.qwen3 import QWEN3
-from omniq.models.family import Equivalence, Family, QueryKey, UpToDown
-from omniq.transforms.equivalence import Transform
+from omniq.models.family import Family
+from omniq.transforms.equivalence import Equivalence, QueryKey, Transform, UpToDown
 from omniq.transforms.heads import Heads
 from tests.helpers.tiny import tiny_block
 

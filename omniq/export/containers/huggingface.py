@@ -11,11 +11,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 
 from omniq.errors import UserError
 from omniq.export.containers.card import model_card
@@ -25,32 +25,14 @@ from omniq.export.containers.target_model import TargetModel, target_model
 from omniq.export.formats.format import Format, Written, scheme_of
 from omniq.export.formats.registry import find_format
 from omniq.grid.scheme import Scheme
-from omniq.models.family import Family
+from omniq.models.source import SourceModel
 from omniq.storage.atomic import flush
 from omniq.storage.block_result import BlockResult
 
 Results = Callable[[int], BlockResult] | Iterable[BlockResult]
 
 
-class Source(Protocol):
-    """What an export asks of the source model; ``omniq.models.source.SourceModel`` is one."""
-
-    config: PretrainedConfig
-    family: Family
-    folder: Path
-    num_blocks: int
-
-    def block_name(self, index: int) -> str:
-        """``model.layers.7``."""
-
-    def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored parameter that is not in a block, by full name."""
-
-    def tokenizer(self) -> Any:
-        """The tokenizer, with ``save_pretrained``."""
-
-
-def each_result(source: Source, results: Results) -> Iterator[tuple[str, BlockResult]]:
+def each_result(source: SourceModel, results: Results) -> Iterator[tuple[str, BlockResult]]:
     """Finished blocks in order, each with its full name; holds one at a time.
 
     Raises:
@@ -66,7 +48,7 @@ def each_result(source: Source, results: Results) -> Iterator[tuple[str, BlockRe
 
 
 def export_checkpoint(
-    source: Source,
+    source: SourceModel,
     results: Results,
     out: str | os.PathLike[str],
     *,
@@ -95,7 +77,7 @@ def export_checkpoint(
     """
     layout, out = find_format(format), Path(out).resolve()
     if scheme is not None:
-        layout.check(scheme, source.family)
+        layout.check(scheme, [source.layout(index) for index in range(source.num_blocks)])
     check_output(out)
     tokenizer = source.tokenizer()
     partial = partial_of(out)
@@ -111,7 +93,9 @@ def export_checkpoint(
     return out
 
 
-def mend_companions(source: Source, out: str | os.PathLike[str], *, format: str, card: Mapping[str, Any]) -> list[str]:
+def mend_companions(
+    source: SourceModel, out: str | os.PathLike[str], *, format: str, card: Mapping[str, Any]
+) -> list[str]:
     """Hold what lies beside the weights of an export against what would be written now, and write anew what differs.
 
     Generation config, tokenizer, recipe and card are compared byte by byte: a damaged one is as unusable as a missing
@@ -162,7 +146,7 @@ def _same_bytes(left: Path, right: Path) -> bool:
 
 
 def _write_weights(
-    source: Source, results: Results, folder: Path, layout: Format, scheme: Scheme | None, max_shard_bytes: int
+    source: SourceModel, results: Results, folder: Path, layout: Format, scheme: Scheme | None, max_shard_bytes: int
 ) -> dict[str, Any]:
     """Write all tensors and ``config.json``; return what the card says of them."""
     writer = ShardWriter(folder, max_shard_bytes)
@@ -172,7 +156,7 @@ def _write_weights(
     for block, result in each_result(source, results):
         if scheme is None:
             scheme = scheme_of(result)
-            layout.check(scheme, source.family)
+            layout.check(scheme, [source.layout(index) for index in range(source.num_blocks)])
         for name, linear in result.linears.items():
             linears[f"{block}.{name}"] = Written.of(linear)
             for key, tensor in layout.tensors(f"{block}.{name}", linear, scheme).items():
@@ -244,7 +228,7 @@ def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": scaling} if scaled else {})
 
 
-def _write_companions(source: Source, tokenizer: Any, facts: Mapping[str, Any], folder: Path) -> None:
+def _write_companions(source: SourceModel, tokenizer: Any, facts: Mapping[str, Any], folder: Path) -> None:
     """Generation config, tokenizer, recipe and model card."""
     given = source.folder / "generation_config.json"
     with writing(folder):

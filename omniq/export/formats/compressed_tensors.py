@@ -43,7 +43,7 @@ from omniq.export.formats.format import Written, check_scheme
 from omniq.export.formats.packing import pack, unpack
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import QuantizedLinear
 
@@ -119,13 +119,13 @@ class CompressedTensors:
         """The layout that the scheme asks for."""
         return PackQuantized() if scheme.activation_bits == 16 else IntQuantized(scheme.activation_symmetric)
 
-    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
+    def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
         """Refuse outliers, quantized queries, keys and values, flat inputs with integer activations, and odd dtypes.
 
         Raises:
             UserError: names the scheme and what would fit.
         """
-        problem = ""
+        problem, flat = "", next((layout for layout in layouts if layout.flat), None)
         if outliers:
             problem = (
                 "has no place for the sparse outliers or second-level scales of this method: use format omniq, or a "
@@ -133,9 +133,9 @@ class CompressedTensors:
             )
         elif scheme.kv_bits != 16:
             problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16, or format omniq"
-        elif scheme.activation_bits != 16 and not scheme.activations.static and family is not None and family.flat:
+        elif scheme.activation_bits != 16 and not scheme.activations.static and flat is not None:
             problem = (
-                f"would give all tokens one range in {', '.join(family.flat)} of {', '.join(family.model_types)} when "
+                f"would give all tokens one range in {', '.join(flat.flat)} of {flat.model_type} when "
                 "transformers runs it, so the checkpoint would not be the optimised model: set "
                 "scheme.activation_range to tensor, use format omniq, or use A16"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what transformers runs models in
@@ -79,11 +79,11 @@ class Format(Protocol):
     requires: tuple[str, ...]  # requirements of a reader beside transformers
     stays_packed: bool  # whether transformers keeps the weights as they are stored
 
-    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
+    def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
         """Refuse what the format, or what reads it, cannot do; called before any long work.
 
         Args:
-            family: of the model, if it is known already.
+            layouts: of the blocks, if the model is known already.
             outliers: whether linears have a sparse part beside the codes.
 
         Raises:

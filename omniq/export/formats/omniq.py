@@ -51,7 +51,7 @@ from omniq.export.formats.packing import pack, unpack, words
 from omniq.grid.affine import Grid
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.grid.scheme import Scheme
-from omniq.models.family import Family
+from omniq.models.layout import Layout
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 _SPARSE = "outlier_"  # before the fields of Outliers
@@ -155,7 +155,7 @@ class OmniqFormat:
     requires: tuple[str, ...] = ("omniq",)
     stays_packed = True
 
-    def check(self, scheme: Scheme, family: Family | None = None, outliers: bool = False) -> None:
+    def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
         """Refuse fixed ranges of activations, and odd dtypes.
 
         Raises:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import attach
 from omniq.evaluate.streaming import stream_logits
-from omniq.export.containers.huggingface import Results, Source
+from omniq.export.containers.huggingface import Results
 from omniq.export.containers.shards import ShardReader
 from omniq.export.containers.target_model import TargetModel, target_model
 from omniq.export.formats.format import Format
@@ -70,7 +70,7 @@ class BlockwiseExport:
         attention: implementation of transformers.
     """
 
-    def __init__(self, source: Source, results: Results, scheme: Scheme, attention: str) -> None:
+    def __init__(self, source: SourceModel, results: Results, scheme: Scheme, attention: str) -> None:
         self._source, self._scheme, self._attention = source, scheme, attention
         self._result = lru_cache(maxsize=1)(lambda index: _at(results, index))
 
@@ -111,7 +111,7 @@ class BlockwiseExport:
             return torch.zeros(model.parameters[name], dtype=dtype) if value is None else value.to(dtype)
 
         def quantized(index: int, block: nn.Module) -> nn.Module:
-            attach(block, self._source.family, self._scheme.activations, self._result(index).linears)
+            attach(block, self._source.layout(index), self._scheme.activations, self._result(index).linears)
             return block
 
         stock = meta_model(model.config, dtype, self._attention)

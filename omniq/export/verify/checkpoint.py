@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.evaluate.perplexity import CHUNK, Perplexity
-from omniq.export.containers.huggingface import Results, Source, cast_for_export, each_result
+from omniq.export.containers.huggingface import Results, cast_for_export, each_result
 from omniq.export.containers.shards import ShardReader, same_bits
 from omniq.export.formats.format import Format, scheme_of
 from omniq.export.formats.registry import find_format
@@ -32,6 +32,7 @@ from omniq.export.verify.blockwise import BlockwiseExport, read_linear, stored_o
 from omniq.export.verify.reopened import ReopenedCheckpoint
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
+from omniq.models.source import SourceModel
 from omniq.storage.block_result import QuantizedLinear
 
 
@@ -66,7 +67,7 @@ class Report:
 
 def verify_checkpoint(
     path: str | os.PathLike[str],
-    source: Source,
+    source: SourceModel,
     results: Results,
     *,
     format: str = "compressed-tensors",
@@ -116,7 +117,7 @@ def verify_checkpoint(
 
 
 def _compare_tensors(
-    path: Path, source: Source, results: Results, layout: Format, scheme: Scheme | None
+    path: Path, source: SourceModel, results: Results, layout: Format, scheme: Scheme | None
 ) -> tuple[Report, Scheme, set[str]]:
     """The first step; also the scheme, and the names that a plain model has for what was compared."""
     linears = codes = others = 0

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaMA and the families that share its block: grouped-query attention, rotary embedding, gated MLP, RMSNorm."""
 
-from omniq.models.family import Family, NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.models.family import Family
+from omniq.transforms.equivalence import NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2"),
     blocks="model.layers",
-    inputs=(
+    groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),

@@ -7,7 +7,8 @@ norm feeds the next residual as well as the linears, so nothing may move between
 
 from transformers import PretrainedConfig
 
-from omniq.models.family import Family, NormToLinears, QueryKey, ValueToOutput
+from omniq.models.family import Family
+from omniq.transforms.equivalence import NormToLinears, QueryKey, ValueToOutput
 
 
 def _refuse(config: PretrainedConfig) -> str | None:
@@ -19,7 +20,7 @@ def _refuse(config: PretrainedConfig) -> str | None:
 OPT = Family(
     model_types=("opt",),
     blocks="model.decoder.layers",
-    inputs=(
+    groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.out_proj",),
         ("fc1",),

@@ -9,7 +9,7 @@ values that is taken back there would be left standing, in a checkpoint that tra
 from dataclasses import replace
 
 from omniq.models.families.llama import LLAMA
-from omniq.models.family import QueryKey
+from omniq.transforms.equivalence import QueryKey
 
 QWEN3 = replace(
     LLAMA,

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of one block: which linears are quantized, which of them share an input, where scales may move.
+
+A layout belongs to one block of one model. Blocks of the same model may differ (dense layers before experts, layers
+with other attention), and a run may leave linears of some blocks in floating point. Stages, hooks, exports and
+evaluations ask the layout; none of them asks the family.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.heads import Heads
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What omniq does with one block.
+
+    Args:
+        model_type: of the model, for messages.
+        groups: names of the quantized linears inside the block, grouped by the input tensor they share, in the order
+            in which the block runs them.
+        heads: the attention heads of the block.
+        equivalences: where scales (and shifts) may move without changing the output of the block.
+        attention: the module inside the block that calls transformers' attention interface; None if none does.
+        flat: linears whose input has no sample dimension, ``[tokens, i]``.
+        can_bias: linears without a bias that may get one, because the config of the model has a switch for it.
+        kept: linears that stay in floating point, each with the reason.
+    """
+
+    model_type: str
+    groups: tuple[tuple[str, ...], ...]
+    heads: Heads
+    equivalences: tuple[Equivalence, ...] = ()
+    attention: str | None = None
+    flat: tuple[str, ...] = ()
+    can_bias: frozenset[str] = frozenset()
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every quantized linear of the block, in the order in which the block runs them."""
+        return tuple(name for group in self.groups for name in group)
+
+    def keep(self, names: Collection[str], reason: str) -> "Layout":
+        """The same layout with further linears left in floating point."""
+        groups = (tuple(name for name in group if name not in names) for group in self.groups)
+        kept = {name: reason for name in self.linears if name in names}
+        return replace(self, groups=tuple(group for group in groups if group), kept={**self.kept, **kept})
