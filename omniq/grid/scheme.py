@@ -130,6 +130,10 @@ class Scheme:
         bits, _, _, group_size = parse_scheme(self.name)
         return Grid(bits, group_size, self.symmetric, self.export_dtype)
 
+    def grid_of(self, name: str) -> Grid | None:
+        """The grid of one linear by its full name, such as ``model.layers.0.mlp.up_proj``; None leaves it as it is."""
+        return self.grid
+
     @property
     def activation_bits(self) -> int:
         """Bits of the linears' inputs; 16 for none."""

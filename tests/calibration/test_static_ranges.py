@@ -20,7 +20,6 @@ from omniq.errors import UserError
 from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations, Scheme
-from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
 from omniq.models.source import SourceModel
 from omniq.quantizers.activations import StaticGrid, quantize_tokens
@@ -153,7 +152,7 @@ def test_a_run_finds_keeps_and_exports_them(tmp_path: Path) -> None:
     run = tmp_path / "run"
     whole, first = outcome(run), BlockResult.load(run / "blocks" / "000.safetensors")
     stored = load_file(run / "model" / "model.safetensors")
-    for group in family_of_type("opt").inputs:
+    for group in tiny_layout("opt").groups:
         grids = {name: first.linears[name].input for name in group}
         assert len({float(grid.scale) for grid in grids.values() if grid is not None}) == 1
         for name, grid in grids.items():
