@@ -10,7 +10,6 @@ from omniq.evaluate.perplexity import PerplexityResult
 from omniq.report.table import perplexity_table
 from omniq.run.saved import open_run
 from omniq.storage.atomic import expanded
-from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 from omniq.storage.sealed import load_record
 
@@ -30,7 +29,7 @@ def show_run(path: Path) -> None:
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")
     table.title = str(path)
     for index in folder.finished():
-        summary = BlockResult.load(folder.block_path(index)).summary
+        summary = folder.read_block(index).summary
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
         table.add_row(str(index), *values, str(summary.get("guard", "")))
     console.print(table)

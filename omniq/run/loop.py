@@ -69,13 +69,13 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
     finished = collectives.broadcast_from_rank0(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
         for index in blocks:
-            _show(display, index, BlockResult.load(folder.block_path(index)))
+            _show(display, index, folder.read_block(index))
         return
     folder.clear_current(but=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
     for index, block in blocks_ahead(plan.source, streams.index, plan.device):
-        result = BlockResult.load(folder.block_path(index)) if finished[index] else None
+        result = folder.read_block(index) if finished[index] else None
         _show(display, index, pass_block(plan, folder, display, block, streams, result))
         del block, result  # NOTE: or a third one is alive while the next but one is read
         _keep_streams(plan, folder, streams)

@@ -16,6 +16,7 @@ from omniq.run.checkpoint import write_checkpoint
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
 from omniq.storage.atomic import expanded
+from omniq.storage.claim import read_fingerprint
 from omniq.storage.run_dir import RunDir
 
 _ANEW = "run its quantize command again, which writes it anew"
@@ -75,7 +76,7 @@ def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
 
     Settings that only one of both versions of omniq knows are passed over.
     """
-    then = folder.fingerprint()
+    then = read_fingerprint(folder.path)
     changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
     if changed == ["model digest"]:
         raise UserError(
