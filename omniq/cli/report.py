@@ -3,10 +3,10 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from omniq.evaluate.perplexity import PerplexityResult
+from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
 from omniq.run.saved import open_run
 from omniq.storage.atomic import expanded
@@ -23,7 +23,7 @@ def show_run(path: Path) -> None:
     """
     path = expanded(path)
     open_run(path)
-    folder, console = RunDir(path), Console()
+    folder, console = RunDir(path), plain_console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
     # Headers of several words are broken between them where a terminal is narrow.
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from omniq.config.parse import parse_run
 from omniq.config.run import Export, Run
 from omniq.errors import UserError
 from omniq.export import check_output, find_format
+from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
@@ -54,7 +53,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
         source = open_model(run)
         layout.check(run.scheme, [source.layout(index) for index in range(source.num_blocks)])
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
-        write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
+        write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
 
 
 def _facts(path: Path) -> dict[str, Any]:
