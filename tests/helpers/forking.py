@@ -90,7 +90,7 @@ def become(args: list[str], output: Path, prepare: Callable[[], None]) -> NoRetu
         from omniq.cli import main
 
         prepare()
-        status = main.main(args)
+        status = main(args)
     except BaseException:  # the traceback is part of the output
         import traceback
 
