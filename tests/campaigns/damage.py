@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage files of tiny runs at random and start the run again: every damage is repaired, refused in a line, or harmless.
+"""Damage files of tiny runs at random and start the run again: each damage is repaired, refused in a line, or harmless.
 
     python -m tests.campaigns.damage --files 5000 --processes 2
 
