@@ -15,13 +15,12 @@ import torch
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Model
 from omniq.data import Evaluation
-from omniq.data.text import one_line
-from omniq.errors import NotByBlocks, UserError
+from omniq.errors import NotByBlocks, UserError, one_line
 from omniq.evaluate.perplexity import PerplexityResult, evaluate_model, evaluate_streamed
-from omniq.models.checkpoint import read_json, weights_in
 from omniq.models.locate import locate
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
+from omniq.models.weight_files import read_json, weight_file
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table, write_results
 from omniq.storage.atomic import expanded
@@ -88,7 +87,7 @@ def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: i
     try:
         source = SourceModel.open(place, None, _dtype(model, device), model.attention, model.trust_remote_code)
     except NotByBlocks:
-        return _whole(folder, file or weights_in(folder), model, evaluation, device, batch)
+        return _whole(folder, weight_file(folder, file), model, evaluation, device, batch)
     windows = evaluation.windows(source.tokenizer())
 
     def home(size: int) -> ActivationPlacement:
@@ -99,10 +98,10 @@ def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: i
 
 
 def _whole(
-    folder: Path, file: str | None, model: Model, evaluation: Evaluation, device: torch.device, batch: int
+    folder: Path, file: str, model: Model, evaluation: Evaluation, device: torch.device, batch: int
 ) -> PerplexityResult:
     """By transformers; what is quantized keeps the dtype of its checkpoint on a CPU too."""
-    gguf = file if file is not None and file.endswith(".gguf") else None
+    gguf = file if file.endswith(".gguf") else None
     windows = evaluation.windows(open_tokenizer(folder, gguf, model.trust_remote_code))
     quantized = gguf is None and bool(read_json(folder / "config.json").get("quantization_config"))
     with _opening(folder, model):

@@ -14,6 +14,7 @@ from omniq.calibration.stage import Stage
 from omniq.config.trainer import TrainerFactory
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
+from omniq.grid.dtypes import ModelDtype
 from omniq.grid.scheme import Scheme
 from omniq.storage.atomic import expanded
 
@@ -36,7 +37,7 @@ class Model:
 
     path: str
     gguf_file: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Literal["auto", ModelDtype] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import platform
-import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.storage.atomic import expanded
 
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -217,11 +216,6 @@ def at_least(name: str, value: int | None, least: int) -> None:
     """
     if value is not None and value < least:
         raise UserError(f"{name}: {value} is too few; give {least} or more")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, or its kind where it has none, on one line of reasonable length."""
-    return textwrap.shorten(str(error), width=240, placeholder=" …") or type(error).__name__
 
 
 def _distinct_topics() -> dict[str, str]:

@@ -33,12 +33,10 @@ class Windows(NamedTuple):
     Args:
         calibration: int64 ``[samples, length]``.
         held_out: int64 ``[held_out, length]``; no token of it is in ``calibration``.
-        available: how many tokens the text has.
     """
 
     calibration: Tensor
     held_out: Tensor
-    available: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ class Calibration:
         return Windows(
             calibration=tokens[offsets + torch.arange(self.length)],  # [samples, length]
             held_out=tokens[tail:].view(self.held_out, self.length).clone(),
-            available=len(tokens),
         )
 
     def describe(self) -> str:

@@ -23,6 +23,7 @@ import torch
 
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, parse_scheme
+from omniq.grid.dtypes import ModelDtype, dtype_name, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Scheme:
 
     name: str = "W4A16"
     symmetric: bool = False
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: ModelDtype = "float16"
     activation_symmetric: bool = False
     activation_range: Literal["token", "tensor"] = "token"
     queries: bool = False
@@ -114,7 +115,7 @@ class Scheme:
         cache = "" if kv_bits == 16 else f"KV{kv_bits}"
         group = "" if grid.group_size == -1 else f"g{grid.group_size}"
         name = f"W{grid.bits}A{activation_bits}{cache}{group}"
-        dtype = str(grid.scale_dtype).removeprefix("torch.")
+        dtype = dtype_name(grid.scale_dtype)
         return cls(
             name,
             grid.symmetric,
@@ -154,5 +155,4 @@ class Scheme:
     @property
     def export_dtype(self) -> torch.dtype:
         """Dtype of scales, norms, biases and embeddings in the checkpoint."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return torch_dtype(self.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 from omniq.models.no_progress_bars import without_bars
 
 _PURE = ("GGUFReader", "get_tensor_name_map")
@@ -41,7 +41,7 @@ def reading_gguf(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{file} cannot be read as a GGUF model ({first_line(error)}): get the file again, or take the "
+            f"{file} cannot be read as a GGUF model ({one_line(error)}): get the file again, or take the "
             "model's safetensors"
         ) from error
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 from omniq.storage.atomic import expanded
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -115,6 +115,6 @@ def _download(name: str, gguf_file: str | None, remote_code: bool) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path {name!r} is no folder here, and the Hub refuses it ({first_line(error)}): check the "
+            f"model.path {name!r} is no folder here, and the Hub refuses it ({one_line(error)}): check the "
             "name, or log in with `hf auth login`, or give the path of a local folder"
         ) from error

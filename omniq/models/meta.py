@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 
 
 def meta_model(
@@ -30,7 +30,7 @@ def meta_model(
             )
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"transformers cannot build this model with model.attention {attention!r} ({first_line(error)}): "
+            f"transformers cannot build this model with model.attention {attention!r} ({one_line(error)}): "
             "use sdpa or eager"
         ) from error
     return model.eval().requires_grad_(False)

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from omniq.config.run import Export
-from omniq.data.text import one_line
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.variants import in_export_dtype, quantized_variant
 from omniq.export import (

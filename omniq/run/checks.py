@@ -9,9 +9,8 @@ import torch
 
 from omniq.blocks.activation_hooks import check_attention
 from omniq.config.run import Run
-from omniq.data.text import one_line
 from omniq.distributed import collectives
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.export import cast_for_export, find_format
 from omniq.models.source import SourceModel
 

@@ -14,11 +14,11 @@ from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
-from omniq.data.text import one_line
 from omniq.distributed import collectives
 from omniq.distributed.launch import join, launch_arguments, started
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
+from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
 from omniq.run.checks import check_compiler, check_model, check_shares
 from omniq.run.environment import environment
@@ -72,7 +72,7 @@ def open_model(run: Run) -> SourceModel:
     Raises:
         UserError: the model cannot be opened, or another dtype was asked for than the precision computes in.
     """
-    model, dtype = run.model, str(compute_dtype(run.trainer)).removeprefix("torch.")
+    model, dtype = run.model, dtype_name(compute_dtype(run.trainer))
     if model.dtype not in ("auto", dtype):
         raise UserError(
             f"model.dtype {model.dtype!r} does not go with trainer.precision, which computes in {dtype}: "

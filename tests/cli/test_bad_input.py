@@ -234,9 +234,9 @@ def retyped(model_type: str) -> Callable[[Path], None]:
     ("change", "parts"),
     [
         (truncate, ["model.safetensors is truncated or corrupt", "get the file again"]),
-        (lambda path: (path / "model.safetensors").unlink(), ["holds no weights: model.safetensors"]),
+        (lambda path: (path / "model.safetensors").unlink(), ["holds no weights: it needs model.safetensors"]),
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
-        (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json is not valid JSON", "get the file again"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
         (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),

@@ -192,9 +192,9 @@ PICKLES = [(only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.b
     [
         *((change, [f"{name} is a pickle file", "convert the model to safetensors first"]) for change, name in PICKLES),
         (truncate, ["broken/model.safetensors is truncated or corrupt", "get the file again"]),
-        (lambda path: (path / "model.safetensors").unlink(), ["broken holds no weights: model.safetensors"]),
-        (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
-        (lambda path: (path / "config.json").write_text("[]"), ["config.json holds no JSON object"]),
+        (lambda path: (path / "model.safetensors").unlink(), ["broken holds no weights: it needs model.safetensors"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json is not valid JSON", "get the file again"]),
+        (lambda path: (path / "config.json").write_text("[]"), ["config.json does not hold a JSON object"]),
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (

@@ -40,7 +40,7 @@ def test_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("error", "text"),
     [
         (LocalEntryNotFoundError("no network"), "the Hub cannot be reached: give the path of a local folder"),
-        (OSError("404: no such\nrepository"), r"the Hub refuses it \(404: no such\): check the name, or log in"),
+        (OSError("404: no such\nrepository"), r"the Hub refuses it \(404: no such repository\): check the name, or log in"),
     ],
 )
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, text: str) -> None:
@@ -84,7 +84,7 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
     refused(tmp_path / "notes.md", "notes.md' is no safetensors or GGUF file")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty holds no weights: model.safetensors, model.safetensors.index.json")
+    refused(tmp_path / "empty", "empty holds no weights: it needs model.safetensors, model.safetensors.index.json")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "x.gguf", "model.gguf_file 'y.gguf' is set, but model.path .* is a file", gguf_file="y.gguf")
     refused(tmp_path, "model.gguf_file 'y.gguf' is not in .*: it holds x.gguf", gguf_file="y.gguf")

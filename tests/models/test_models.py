@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from omniq.errors import UserError
 from omniq.models import checkpoint
-from omniq.models.checkpoint import INDEX
 from omniq.models.families import FAMILIES, family_of
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
+from omniq.models.weight_files import INDEX
 from omniq.transforms.equivalence import NormToLinears, QueryKey, UpToDown, ValueToOutput
 from tests.helpers.opening import edit_json, stream, tokens
 from tests.helpers.tiny import save_tiny, tiny_model
