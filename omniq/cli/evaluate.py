@@ -88,7 +88,7 @@ def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: i
         source = SourceModel.open(place, None, _dtype(model, device), model.attention, model.trust_remote_code)
     except NotByBlocks:
         return _whole(folder, weight_file(folder, file), model, evaluation, device, batch)
-    windows = evaluation.windows(source.tokenizer())
+    windows = evaluation.sequences(source.tokenizer())
 
     def home(size: int) -> ActivationPlacement:
         return ActivationPlacement.choose("auto", device, Path(gettempdir()), size, count=1)
@@ -102,7 +102,7 @@ def _whole(
 ) -> PerplexityResult:
     """By transformers; what is quantized keeps the dtype of its checkpoint on a CPU too."""
     gguf = file if file.endswith(".gguf") else None
-    windows = evaluation.windows(open_tokenizer(folder, gguf, model.trust_remote_code))
+    windows = evaluation.sequences(open_tokenizer(folder, gguf, model.trust_remote_code))
     quantized = gguf is None and bool(read_json(folder / "config.json").get("quantization_config"))
     with _opening(folder, model):
         loaded = open_checkpoint(

@@ -86,7 +86,7 @@ class SourceModel:
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
         check_checkpoint(self.folder, model, checkpoint, self._alias, self._tied)
-        self._outer = EmbeddingAndHead(model, self.family.blocks, self._read)
+        self._embedding_and_head = EmbeddingAndHead(model, self.family.blocks, self._read)
 
     @classmethod
     def open(
@@ -197,18 +197,18 @@ class SourceModel:
         Raises:
             UserError: a token is outside the vocabulary, or a sample is longer than the model has positions.
         """
-        return self._outer.embed(tokens, torch.device(device))
+        return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
         """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """
-        return self._outer.logits(hidden, torch.device(device))
+        return self._embedding_and_head.logits(hidden, torch.device(device))
 
     def release(self) -> None:
         """Free the embedding table and the head, which ``embed`` and ``logits`` keep; a later call reads them again."""
-        self._outer.release()
+        self._embedding_and_head.release()
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored parameter outside the blocks, by full name, one at a time on the CPU, without a tied head."""

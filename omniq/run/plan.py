@@ -117,7 +117,7 @@ def prepare(run: Run, settings: str) -> Plan:
         source=source,
         tokens=share,
         held_out=len(windows.held_out) // collectives.world_size(),
-        evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
         device=device,
         home=ActivationPlacement.choose(
             run.streams,

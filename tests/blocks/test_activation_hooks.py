@@ -236,7 +236,7 @@ def test_reloaded_model_has_the_perplexity_that_was_measured(
     folder = tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     text = Evaluation(LocalText(str(tmp_path / "text.txt")), length=24, max_windows=100)
-    theirs = evaluate_model(model, text.windows(AutoTokenizer.from_pretrained(folder))).perplexity
+    theirs = evaluate_model(model, text.sequences(AutoTokenizer.from_pretrained(folder))).perplexity
     assert theirs == pytest.approx(ours, rel=1e-6)  # measured 0.0: both compute in the dtype of the checkpoint
     assert model.config.attention_bias  # the shift from values to output is stored there
 

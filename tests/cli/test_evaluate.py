@@ -75,7 +75,7 @@ def windows(place: Path) -> torch.Tensor:
     """What the text of the command is cut into."""
     evaluation = parse_run([], configuration(place))[0].evaluation
     assert evaluation is not None
-    return evaluation.windows(tiny_tokenizer())
+    return evaluation.sequences(tiny_tokenizer())
 
 
 def reference(path: Path, tokens: torch.Tensor) -> float:

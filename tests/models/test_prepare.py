@@ -19,7 +19,7 @@ from omniq.models.weight_files import SINGLE
 from tests.helpers.opening import stream, tokens
 from tests.helpers.tiny import save_tiny, tiny_model
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative; measured: 2e-15 and 2e-6
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative; measured block by block: 6e-16 and 4e-7
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ROTARY = {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
 READERS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {  # blocks, final norm, readers of each norm
@@ -117,9 +117,7 @@ def test_folded_norms_round_once_to_the_stored_dtype(tmp_path: Path) -> None:
     assert torch.equal(FoldedNorms(checkpoint, folds("llama")).read([name])[name], exact.bfloat16())
 
 
-def test_folded_norms_of_a_tied_head_need_a_head_of_its_own(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_folded_norms_of_a_tied_head_need_a_head_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = SourceModel.open(save_tiny(tmp_path, tie_word_embeddings=True), dtype="float32")
     checkpoint = SafetensorsCheckpoint(tmp_path, SINGLE)
     with pytest.raises(UserError, match=r"lm_head.weight is not stored, so model.norm cannot be folded into lm_head"):
