@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     import torch
 
-ModelDtype = Literal["float32", "float16", "bfloat16"]
+ModelDtype = Literal["float16", "bfloat16", "float32"]
 """What transformers runs models in: the dtypes of parameters, of scales, and of exported models."""
 
 MODEL_DTYPES: tuple[str, ...] = get_args(ModelDtype)

@@ -199,7 +199,7 @@ PICKLES = [(only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.b
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (
             lambda path: (path / "model.safetensors").rename(path / "q4.safetensors"),
-            ["broken/q4.safetensors: transformers opens model.safetensors and no other name: rename the file"],
+            ["broken/q4.safetensors: transformers looks for model.safetensors only: rename the file"],
         ),
         _need("optimum", quant_method="gptq", bits=4),
         _need("bitsandbytes", quant_method="bitsandbytes", load_in_4bit=True),

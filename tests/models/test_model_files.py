@@ -81,7 +81,7 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, caplog: pytest.LogCa
 
 def test_settings_that_do_not_exist(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
-    refused(folder, "model.dtype 'int8' is unknown: choose auto, float32, float16, bfloat16", dtype="int8")
+    refused(folder, "model.dtype 'int8' is unknown: choose auto, float16, bfloat16, float32", dtype="int8")
     refused(folder, r"model.attention 'fast' \(.*\): use sdpa or eager", attention="fast")
 
 

@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from omniq.errors import UserError
+from omniq.export import export_checkpoint
+from omniq.grid.affine import Grid
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_weights
 from omniq.models.weight_files import INDEX, SINGLE, weight_file
+from tests.helpers.exported import CARD, rounded
 from tests.helpers.opening import edit_json, refused, stream, tokens
 from tests.helpers.tiny import save_tiny
 
@@ -191,3 +194,13 @@ def test_the_index_may_hold_more_than_names_of_files(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     (folder / INDEX).write_text("[" * 100_000)
     refused(folder, rf"{INDEX} is not valid JSON")
+
+
+def test_an_export_does_not_inherit_the_name_of_the_weight_file(tmp_path: Path) -> None:
+    folder, grid = save_tiny(tmp_path / "source", dtype=torch.float16), Grid(4, 32)
+    (folder / SINGLE).rename(folder / "other.safetensors")
+    edit_json(folder / "config.json", transformers_weights="other.safetensors")
+    source = SourceModel.open(folder)
+    out = export_checkpoint(source, rounded(source, grid), tmp_path / "out", card=CARD)
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(out)
