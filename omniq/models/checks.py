@@ -70,7 +70,7 @@ def stored_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtyp
             )
         return config.dtype
     codes = [stored.dtype for stored in checkpoint.tensors.values()]
-    most = max(codes, key=codes.count)
+    most = max(codes, key=codes.count, default="F32")
     return torch_dtype(next((name for name in MODEL_DTYPES if CODES[name] == most), "float32"))
 
 
