@@ -35,7 +35,7 @@ from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import bad_samples, check_finite, exact, gram_of, observed, relative
 from omniq.calibration.stacked_linears import StackedLinears
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights, relative_weights
 from omniq.distributed import collectives
@@ -82,8 +82,8 @@ class GramStage(Stage):
         self.damping = damping
 
     @property
-    def chooses_codes(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"grid", "codes"})
 
 
 class PlanLoader(PassLoader):

@@ -46,7 +46,7 @@ from omniq.calibration.fuse import block_transform, check_equivalences, fuse, ki
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.observe import bad_samples, check_finite, gram_of, observed, power_of
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
@@ -85,8 +85,8 @@ class AWQ(Stage):
         self.clipping = clipping or Searched("gram")
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, self.kinds(layout) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")

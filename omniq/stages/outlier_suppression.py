@@ -24,7 +24,7 @@ from torch import Tensor
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.observe import observed
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
@@ -58,8 +58,8 @@ class OutlierSuppression(Stage):
         self.candidates, self.samples, self.clipping = candidates, samples, clipping or MinMax()
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, _KINDS, "stages: OutlierSuppression")

@@ -85,3 +85,65 @@ def test_check_stages_pair_agrees_with_1b67ee7(earlier: str) -> None:
     before = [] if ALONE[list(STAGES).index(earlier)] == "." else [RTN()]
     row = (accepted(*before, STAGES[earlier](), later()) for later in STAGES.values())
     assert "".join(".x"[not each] for each in row) == PAIRS[earlier]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            QuantEase(start="previous"),
+            "QuantEase with start 'previous' refines the codes .* there is none: .* change start",
+        ),
+        (
+            QuantEase(grid="previous"),
+            "QuantEase with grid 'previous' refines the codes .* there is none: .* change grid",
+        ),
+        (
+            LearnedRounding(),
+            "LearnedRounding starts from the codes of the stage before it, and there is none: put RTN, ",
+        ),
+    ],
+    ids=["start", "grid", "LearnedRounding"],
+)
+def test_check_stages_missing_predecessor_is_refused(stage: Stage, message: str) -> None:
+    with pytest.raises(UserError, match=f"^stages: {message}"):
+        check_stages([stage])
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([GPTQ(), RTN()], "RTN would lose the grid and codes of GPTQ before it: leave one of the two stages out"),
+        (
+            [GPTQ(), QuantEase()],
+            "QuantEase would lose the codes of GPTQ before it: use QuantEase with start 'previous', or leave one of",
+        ),
+        (
+            [RTN(), QuantEase(grid="clipping")],
+            "QuantEase would lose the grid of RTN before it: use QuantEase with start 'previous', or leave one of",
+        ),
+        (
+            [RTN(), LearnedRounding(norm_lr=1e-3), QuantEase(start="previous")],
+            "QuantEase would lose the norms of LearnedRounding before it: use LearnedRounding with norm_lr 0, or leave",
+        ),
+        (
+            [QuantEase(outliers=1.0), LearnedRounding()],
+            "LearnedRounding would lose the outliers of QuantEase before it: use QuantEase with outliers 0, or leave",
+        ),
+        (
+            [SpQR(), LearnedRounding()],
+            "LearnedRounding would lose the outliers and scale codes of SpQR before it: use SpQR with threshold 0 and "
+            "SpQR with scale_bits 0 and zero_bits 0, or leave one of the two stages out",
+        ),
+        (
+            [SpQR(threshold=0), QuantEase(grid="clipping")],
+            "QuantEase would lose the grid, codes and scale codes of SpQR before it: use QuantEase with start "
+            "'previous' and SpQR with scale_bits 0 and zero_bits 0, or leave",
+        ),
+        ([SpQR(), GPTQ()], "GPTQ would lose the grid, codes, outliers and scale codes of SpQR before it: leave"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(type(stage).__name__ for stage in value),
+)
+def test_check_stages_lost_part_names_stages_parts_and_settings(stages: list[Stage], message: str) -> None:
+    with pytest.raises(UserError, match=f"^stages: {message}"):
+        check_stages(stages)
