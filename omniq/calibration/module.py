@@ -4,6 +4,7 @@
 import math
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +68,10 @@ class BlockModule(FrozenBlockModule):
     @abstractmethod
     def finish(self) -> BlockResult:
         """Round for the last time, in float32 on storage-rounded scales; leave ``task.block`` in full precision."""
+
+    def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether a saved fit of this stage belongs to this block as it is laid out now."""
+        return True
 
     def restored(self) -> None:
         """Called after a guard has put an earlier state back: forget whatever was derived from the other one."""

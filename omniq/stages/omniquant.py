@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.observe import second_moments_for
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
+from omniq.calibration.second_moments import second_moments_for
 from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights

@@ -26,7 +26,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.observe import power_of, relative
+from omniq.calibration.input_statistics import power_of, relative
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
