@@ -169,7 +169,7 @@ class Observation:
         totals = [statistic.reduce(total) for statistic, total in zip(self.statistics, totals, strict=True)]
         whose = f"{bad_samples} of {samples} samples" if by_sample else f"{bad_tokens} of {tokens} tokens"
         for statistic, total in zip(self.statistics, totals, strict=True):
-            if bad_tokens or not all_finite(total):
+            if bad_tokens or (total.numel() and not all_finite(total)):  # of inputs a process may have none
                 why = f"{whose} have inputs that are not" if bad_tokens else "its inputs are too large to square"
                 raise collectives.error_on_rank0(
                     f"{self.task.name} {name}: the {statistic.name} is not finite, {why}; use trainer.precision "
