@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.weights import set_tensors
-from omniq.calibration.observe import bad_samples, check_finite, observed
+from omniq.calibration.input_statistics import InputRange
+from omniq.calibration.observe import observe
 from omniq.calibration.task import BlockTask
-from omniq.distributed.collectives import all_reduce_max, all_reduce_sum
 from omniq.errors import UserError
 from omniq.models.layout import Layout
 from omniq.transforms.equivalence import Transform
@@ -59,24 +59,18 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
 
     Activations are not quantized for it: what is asked for are the outliers.
 
+    Returns:
+        the ranges; without the linears that no token reaches.
+
     Raises:
-        UserError: see ``omniq.calibration.observe.check_finite``.
+        UserError: see ``Observation.results``.
     """
-    ranges, bad = ChannelRanges(), dict[str, Tensor]()
-
-    def add(name: str, x: Tensor) -> None:
-        ranges.update(name, x)
-        bad[name] = bad_samples(x, task) + bad.get(name, 0)
-
-    with observed(task.block, tuple(group[0] for group in task.layout.groups), add):
-        task.visit(task.inputs)
-    for name in ranges.lo:
-        ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
-        both = torch.stack([ranges.lo[name], ranges.hi[name]])
-        check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
+    seen, ranges = observe(task, [InputRange()], quantized=False), ChannelRanges()
     for group in task.layout.groups:
-        for name in group[1:]:
-            ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
+        if seen[group[0]].tokens:
+            lo, hi = seen[group[0]].totals[0]
+            ranges.lo |= dict.fromkeys(group, lo)
+            ranges.hi |= dict.fromkeys(group, hi)
     return ranges
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
-from omniq.calibration.observe import second_moments_for
+from omniq.calibration.second_moments import second_moments_for
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
 from omniq.quantizers.clipping import MinMax, RangeEstimator

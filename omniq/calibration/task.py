@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
-from omniq.blocks.forward import Precision, forward_stream, propagate
+from omniq.blocks.forward import Precision, propagate
 from omniq.blocks.placement import empty_like_stream
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
@@ -79,10 +79,6 @@ class BlockTask:
         outputs = empty_like_stream(inputs).copy_(inputs)
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
-
-    def visit(self, inputs: Tensor) -> None:
-        """Run the block over a whole stream for the hooks that look on; the outputs are not kept."""
-        forward_stream(self.block, inputs, self.kwargs, self.precision)
 
     def quantized_activations(self) -> AbstractContextManager[None]:
         """While this is entered, the block computes on quantized activations, as the deployed one will."""

@@ -10,7 +10,7 @@ from typing import Literal
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage, check_stages
 from omniq.config.trainer import TrainerFactory
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
@@ -113,6 +113,11 @@ class Run:
     def __post_init__(self) -> None:
         self.out = expanded(self.out)  # a shell leaves ~ alone in --out=~/run, and YAML does always
 
+    @property
+    def stored_beside_codes(self) -> frozenset[Part]:
+        """What the last stage leaves that not every export format can store: outliers and scale codes."""
+        return self.stages[-1].leaves & {"outliers", "scale codes"}
+
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
 
@@ -121,20 +126,7 @@ class Run:
         """
         if not self.stages:
             raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
-        for position, stage in enumerate(self.stages):
-            before = self.stages[:position]
-            name, lost = type(stage).__name__, type(before[-1]).__name__ if before else ""
-            if before and stage.refines and before[-1].sparse:
-                raise UserError(
-                    f"stages: {name} would refine the codes of {lost} without the outliers or scales that belong to "
-                    f"them: give {lost} neither, or leave one of the two out"
-                )
-            stage.check(before)
-            if before and not (stage.refines or before[-1].moves):
-                raise UserError(
-                    f"stages: {name} starts from the weights and would lose what {lost} before it has found: leave one "
-                    "of the two out"
-                )
+        check_stages(self.stages)
         for name, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
             if seed is not None and not 0 <= seed < _SEEDS:
                 raise UserError(f"{name} {seed} is out of range: give a number from 0 to {_SEEDS - 1}")

@@ -97,8 +97,7 @@ def prepare(run: Run, settings: str) -> Plan:
     check_trainer(run.trainer)
     check_writable(run.out)
     if run.export.format != "none":
-        sparse = any(stage.sparse for stage in run.stages)
-        find_format(run.export.format).check(run.scheme, outliers=sparse)
+        find_format(run.export.format).check(run.scheme, outliers=bool(run.stored_beside_codes))
         check_free(run.out / "model")
     source = open_model(run)
     check_model(run, source)

@@ -47,7 +47,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     run, settings = open_run(path)
     facts = _facts(path)
     layout = find_format(export.format)
-    layout.check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
+    layout.check(run.scheme, outliers=bool(run.stored_beside_codes))
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)

@@ -43,12 +43,12 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, kinds_of
+from omniq.calibration.input_statistics import InputGram, InputMagnitudes, power_of
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.observe import bad_samples, check_finite, gram_of, observed, power_of
+from omniq.calibration.observe import observe
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
-from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.models.layout import Layout
@@ -85,8 +85,8 @@ class AWQ(Stage):
         self.clipping = clipping or Searched("gram")
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, self.kinds(layout) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")
@@ -168,10 +168,16 @@ class AWQModule(RTNModule):
     def inputs(self) -> dict[str, Input]:
         """What the search needs of each input, by key of its equivalence: one pass over the quantized stream."""
         task, by_key = self.task, self.transform.heads.by_key
-        found = _gather(task, tuple(modules_of(move)[1] for move in self.transform.moves.values()))
+        names = [modules_of(move)[1] for move in self.transform.moves.values()]
+        seen = observe(task, [InputMagnitudes(), InputGram()], names, quantized=False)
         inputs = {}
         for key, move in self.transform.moves.items():
-            size, gram = found[modules_of(move)[1]]
+            name = modules_of(move)[1]
+            if seen[name].tokens:
+                size, gram = (total.div_(seen[name].tokens).float() for total in seen[name].totals)
+            else:  # all scales have the same error, 0, and the first is kept: none
+                width = task.linear(name).in_features
+                size, gram = (torch.zeros(shape, device=task.device) for shape in (width, (width, width)))
             size = by_key(size).mean(1) if isinstance(move, ValueToOutput) else size
             power = torch.stack(
                 [power_of(task.linear(name).weight.float(), gram) for name in modules_of(move)[1:]]
@@ -206,27 +212,3 @@ def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Ten
     """
     scaled = weight.float() * scale
     return power_of((scaled - rounded_to_nearest(scaled, grid)) / scale, gram)
-
-
-def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean ``|x|`` ``[i]`` and mean ``x x^T`` ``[i, i]`` of what these linears read, both float32, over all processes.
-
-    Raises:
-        UserError: see ``check_finite``.
-    """
-    sums: dict[str, list[Tensor]] = {}
-
-    def add(name: str, x: Tensor) -> None:
-        samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
-        new = [samples.float().abs().sum(1).double().sum(0), gram_of(x), bad_samples(x, task)]
-        sums[name] = [a.add_(b) for a, b in zip(sums[name], new, strict=True)] if name in sums else new
-
-    with observed(task.block, names, add):
-        task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.world_size()
-    found = {}
-    for name, parts in sums.items():
-        size, gram, bad = (collectives.all_reduce_sum(part) for part in parts)
-        check_finite(task, name, gram, bad)
-        found[name] = size.div_(tokens).float(), gram.div_(tokens)
-    return found

@@ -9,7 +9,7 @@ the searched range unless another clipping is given. The error of each linear is
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.observe import powers_of
+from omniq.calibration.input_statistics import powers_of
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights

@@ -19,16 +19,15 @@ each token are offered; the transform is exact (``omniq.transforms.equivalence``
 shifts for every family.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.observe import second_moments_for
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
-from omniq.calibration.stage import Stage
+from omniq.calibration.second_moments import second_moments_for
+from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
@@ -55,6 +54,9 @@ class OmniQuant(Reconstruction):
         schedule: ``constant`` (published) or ``cosine``, which decays the rate to zero over the block.
         shuffle: draw a new order of samples each epoch; off as published.
         token_weights: how much each token counts in the loss (and in a search for its start); ``uniform`` as published.
+
+    Raises:
+        UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
     """
 
     def __init__(
@@ -72,19 +74,17 @@ class OmniQuant(Reconstruction):
         super().__init__(epochs, batch_size, augmented_loss, schedule, shuffle, token_weights)
         self.clipping = clipping or LWC()
         self.clipping_lr, self.transform = clipping_lr, transform
-
-    def check(self, before: Sequence[Stage]) -> None:
-        if not 0 < self.clipping_lr < 1:
-            raise UserError(f"stages: OmniQuant.clipping_lr {self.clipping_lr} is no usable rate: the paper's is 0.01")
-        if isinstance(self.clipping, RangeEstimator) and self.transform is None:
+        if not 0 < clipping_lr < 1:
+            raise UserError(f"stages: OmniQuant.clipping_lr {clipping_lr} is not between 0 and 1: the paper's is 0.01")
+        if isinstance(clipping, RangeEstimator) and transform is None:
             raise UserError(
-                f"stages: OmniQuant has nothing to learn with clipping {type(self.clipping).__name__}: give it one "
-                "that learns, such as LWC, or a transform"
+                f"stages: OmniQuant has nothing to learn with clipping {type(clipping).__name__}: give it one that "
+                "learns, such as LWC, or a transform"
             )
 
     @property
-    def moves(self) -> bool:
-        return self.transform is not None
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"grid"} if self.transform is None else {"block"})
 
     def module(self, task: BlockTask) -> "OmniQuantModule":
         return OmniQuantModule(task, self)

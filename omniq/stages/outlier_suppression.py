@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.observe import observed
+from omniq.calibration.input_statistics import InputRows
+from omniq.calibration.observe import observe
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
@@ -58,8 +59,8 @@ class OutlierSuppression(Stage):
         self.candidates, self.samples, self.clipping = candidates, samples, clipping or MinMax()
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, _KINDS, "stages: OutlierSuppression")
@@ -83,20 +84,29 @@ class OutlierSuppressionModule(RTNModule):
         values = initial_values(transform, dict(task.block.named_parameters()), ranges, alpha=None)
         inputs = self._inputs()
         for key, move in transform.moves.items():
+            if modules_of(move)[1] not in inputs:  # no token reaches it: its scales stay at one
+                continue
             shift = values.get(f"{key}/shift")
             values[f"{key}/log_scale"] = self._scale(transform, move, ranges, shift, inputs).log()
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return super().finish()
 
     def _inputs(self) -> dict[str, Tensor]:
-        """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
-        task, first = self.task, [group[0] for group in self.task.layout.groups]
+        """The inputs of the linears in the first samples of the run that this process has, ``[n, t, i]`` each.
+
+        ``n`` may be 0. For a linear that sees some tokens only it is 1; one that no token reaches is left out.
+        """
+        task, length = self.task, self.task.inputs.shape[1]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
-        seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
-        with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
-            task.visit(task.inputs[:share])
-        whole = {name: torch.cat(parts).unflatten(0, (-1, task.inputs.shape[1])) for name, parts in seen.items()}
-        return {name: whole[group[0]] for group in task.layout.groups for name in group}
+        seen = observe(task, [InputRows()], quantized=False, samples=share)
+        inputs: dict[str, Tensor] = {}
+        for group in task.layout.groups:
+            if seen[group[0]].tokens:
+                (rows,) = seen[group[0]].totals
+                by_sample = len(rows) == min(share, len(task.inputs)) * length
+                samples = rows.unflatten(0, (-1, length)) if by_sample else rows.unsqueeze(0)
+                inputs |= dict.fromkeys(group, samples)
+        return inputs
 
     def _scale(
         self,

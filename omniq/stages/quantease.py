@@ -21,15 +21,15 @@ published ``--static-groups``), because no runtime reads scattered groups any mo
 the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from omniq.calibration.gram import GramModule, GramStage
 from omniq.calibration.stacked_linears import StackedLinears
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
@@ -71,6 +71,9 @@ class QuantEase(GramStage):
         UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
     """
 
+    settings_that_take: ClassVar[Mapping[Part, str]] = {"grid": "start 'previous'", "codes": "start 'previous'"}
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {"outliers": "outliers 0"}
+
     def __init__(
         self,
         sweeps: int = 30,
@@ -103,34 +106,24 @@ class QuantEase(GramStage):
         self.outliers, self.outlier_columns = outliers, outlier_columns
         self.outlier_support, self.outlier_method = outlier_support, outlier_method
 
-    def check(self, before: Sequence[Stage]) -> None:
+    def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before and (self.start == "previous" or self.grid == "previous"):
             what = "start" if self.start == "previous" else "grid"
             raise UserError(
                 f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
                 f"none: put another stage first, or change {what}"
             )
-        if not before or not self.refines:
-            return
-        name = type(before[-1]).__name__
-        if before[-1].tunes_norms:
-            raise UserError(
-                f"stages: QuantEase would refine the codes of {name} without the norms tuned with them: set norm_lr of "
-                f"{name} to 0, or put QuantEase before it"
-            )
-        if before[-1].chooses_codes and self.start != "previous":
-            raise UserError(
-                f"stages: QuantEase with start {self.start!r} would keep the grid of {name} and lose the codes that "
-                f"{name} has chosen on it: set start to 'previous', or leave one of the two out"
-            )
 
     @property
-    def refines(self) -> bool:
-        return self.grid != "clipping" or self.start == "previous"
+    def takes(self) -> frozenset[Part]:
+        """A start from previous codes takes their grid as well: they are values on it, whatever grid comes next."""
+        if self.start == "previous":
+            return frozenset({"block", "grid", "codes"})
+        return frozenset({"block"} if self.grid == "clipping" else {"block", "grid"})
 
     @property
-    def sparse(self) -> bool:
-        return self.outliers > 0
+    def leaves(self) -> frozenset[Part]:
+        return super().leaves | ({"outliers"} if self.outliers else set())
 
     def module(self, task: BlockTask) -> "QuantEaseModule":
         return QuantEaseModule(task, self)

@@ -13,7 +13,7 @@ import torch
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, RangeEstimator
@@ -42,8 +42,8 @@ class SmoothQuant(Stage):
         self.alpha, self.equivalences, self.clipping = alpha, tuple(equivalences), clipping or MinMax()
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, self.equivalences, "stages: SmoothQuant.equivalences")

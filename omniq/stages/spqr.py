@@ -19,13 +19,16 @@ Linears that share an input share one inverse, but thresholds and runs of rows a
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.observe import power_of, relative
+from omniq.calibration.input_statistics import power_of, relative
 from omniq.calibration.stacked_linears import StackedLinears
+from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
@@ -58,6 +61,11 @@ class SpQR(GramStage):
         UserError: a threshold, second level or clipping that cannot work; see ``GramStage``.
     """
 
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {
+        "outliers": "threshold 0",
+        "scale codes": "scale_bits 0 and zero_bits 0",
+    }
+
     def __init__(
         self,
         threshold: float = 0.2,
@@ -82,9 +90,10 @@ class SpQR(GramStage):
         self.threshold, self.act_order = threshold, act_order
 
     @property
-    def sparse(self) -> bool:
-        """Whether results have outliers or scales that are codes: not every format can hold either."""
-        return self.threshold > 0 or self.second.scale_bits > 0 or self.second.zero_bits > 0
+    def leaves(self) -> frozenset[Part]:
+        outliers: set[Part] = {"outliers"} if self.threshold else set()
+        scale_codes: set[Part] = {"scale codes"} if self.second.scale_bits or self.second.zero_bits else set()
+        return super().leaves | outliers | scale_codes
 
     def grid(self, grid: Grid) -> Grid:
         """The grid that was asked for, with as much of a second level as saves anything on it."""

@@ -33,7 +33,7 @@ FLOOR = 1e-5  # of activation and weight sizes, so that a dead channel gets a fi
 
 @dataclass
 class ChannelRanges:
-    """Smallest and largest value of every channel of some inputs, gathered without host synchronisation.
+    """Smallest and largest value of every channel of some inputs.
 
     Args:
         lo, hi: float32 ``[i]`` by the name of the linear that reads the input.
@@ -41,12 +41,6 @@ class ChannelRanges:
 
     lo: dict[str, Tensor] = field(default_factory=dict)
     hi: dict[str, Tensor] = field(default_factory=dict)
-
-    def update(self, name: str, x: Tensor) -> None:
-        """Widen the range of one input to cover ``[..., i]``."""
-        lo, hi = (bound.float() for bound in x.detach().flatten(0, -2).aminmax(dim=0))
-        self.lo[name] = self.lo[name].minimum(lo) if name in self.lo else lo
-        self.hi[name] = self.hi[name].maximum(hi) if name in self.hi else hi
 
 
 def initial_values(
@@ -61,7 +55,8 @@ def initial_values(
     Args:
         transform: of the block.
         tensors: the block's parameters by name.
-        ranges: of the inputs of the block's linears: for each equivalence, of one linear that reads there.
+        ranges: of the inputs of the block's linears: for each equivalence, of one linear that reads there, if any
+            token does.
         alpha: how much of the size of activations moves into the weights: 0 none, 1 all. None: scales start at one.
         shift: start shifts at the middle of the range, where the transform has them; else at zero.
 
@@ -74,7 +69,9 @@ def initial_values(
         if isinstance(move, QueryKey):
             continue
         readers = modules_of(move)[1:]
-        seen = next(name for name in readers if name in ranges.lo)
+        seen = next((name for name in readers if name in ranges.lo), None)
+        if seen is None:  # no token reaches its readers: it starts at the identity
+            continue
         lo, hi = ranges.lo[seen], ranges.hi[seen]
         weight = torch.stack([tensors[f"{name}.weight"].abs().amax(0) for name in readers]).amax(0).float()  # [i]
         if isinstance(move, ValueToOutput):

@@ -61,21 +61,19 @@ from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.stages import GPTQ, QuantEase
-from omniq.calibration.observe import check_finite
+from omniq.calibration.input_statistics import InputGram
+from omniq.calibration.observe import observe
 from tests.helpers.stages import tiny_task
-
-class Alone:
-    world_size = 1
 
 def solved(stage):
     task = tiny_task(Grid(3, 16), samples=4)
     module = stage.module(task)
-    module.trainer, found, errors = alone, {}, []
+    found, errors = {}, []
     for k, names in enumerate(task.layout.groups):
         generator = torch.Generator().manual_seed(k)
         width = task.linear(names[0]).in_features
         x = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)
-        module.grams[k] = x.t() @ x
+        module.grams[k], module.tokens[k] = x.t() @ x, len(x)
         for step in range(module.work):
             done = module.solve(k, module._stack(k), module.grams[k], step)
             errors += [value for _, value in module.tracked]
@@ -83,7 +81,6 @@ def solved(stage):
         found |= done
     return found, errors
 
-alone = Alone()
 exact = {"sweeps": 7, "precision": "float64"}
 stages = (  # and the share of codes that may differ
     (0.002, lambda: GPTQ(act_order=True)),
@@ -105,13 +102,15 @@ for (most, make), (theirs, expected) in zip(stages, by_one, strict=True):
         if linear.outliers is not None:
             torch.testing.assert_close(linear.outliers.dense(64), other.outliers.dense(64), rtol=2e-3, atol=1e-6)
 try:
-    check_finite(tiny_task(Grid(3, 16), samples=4), "linear", torch.ones(2), torch.tensor(5))
+    task = tiny_task(Grid(3, 16), samples=4)
+    task.inputs[: 2 if collectives.rank() else 1] = torch.nan
+    observe(task, [InputGram()])
 except UserError as error:
-    assert isinstance(error, collectives.ToldElsewhere) == (collectives.rank() > 0)
-    assert "block/000 linear: the Gram matrix is not finite, 5 of 12 samples" in str(error)
+    assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
+    assert "block/000 self_attn.q_proj: the Gram matrix is not finite, 5 of 12 samples" in str(error)
 else:
     raise AssertionError("not refused")
-collectives.part()
+collectives.finish_on_rank0()
 """
 
 

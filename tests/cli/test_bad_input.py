@@ -56,7 +56,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--stages []", ["stages is empty: name at least one"]),
         ("--stages.init_args.epochs 0", ["OmniQuant.epochs 0 is too small"]),
         ("--stages.init_args.batch_size 0", ["OmniQuant.batch_size 0 is too small"]),
-        ("--stages.init_args.clipping_lr=-1", ["OmniQuant.clipping_lr -1.0 is no usable rate"]),
+        ("--stages.init_args.clipping_lr=-1", ["OmniQuant.clipping_lr -1.0 is not between 0 and 1"]),
         ("--scheme.name W1A16", ["weight bits 1 are outside 2..8: choose"]),
         ("--scheme.name W9A16", ["weight bits 9 are outside 2..8: choose"]),
         ("--scheme.name 4bit", ["scheme '4bit' is not understood: write W<bits>A<bits>"]),

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from omniq.blocks.forward import call_block
-from omniq.calibration.observe import gram_of, power_of
+from omniq.calibration.input_statistics import gram_of, power_of
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid

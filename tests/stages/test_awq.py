@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniq.calibration.observe import input_grams
 from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import input_grams
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.cli.command import main

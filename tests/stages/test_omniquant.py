@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.observe import input_second_moments
 from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import input_second_moments
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import weighted_error
 from omniq.grid.affine import Grid

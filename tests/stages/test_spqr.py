@@ -406,7 +406,7 @@ def test_a_format_that_cannot_hold_it_is_refused_before_the_run(
     assert main(write_run(tmp_path, stages=[stage])) == 2
     assert "second-level scales of this method: use format omniq" in capsys.readouterr().err
     assert not (tmp_path / "run" / "blocks" / "000.safetensors").exists()
-    assert not SpQR(threshold=0, scale_bits=0, zero_bits=0).sparse
+    assert SpQR(threshold=0, scale_bits=0, zero_bits=0).leaves == {"grid", "codes"}
 
 
 def test_a_config_that_lacks_a_part_of_the_second_level_is_refused() -> None:
