@@ -55,7 +55,7 @@ def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Trans
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
-    """Smallest and largest value of every input channel of the linears, in one pass over the quantized stream.
+    """Smallest and largest value of every input channel of all linears, kept ones too, in one pass over the stream.
 
     Activations are not quantized for it: what is asked for are the outliers.
 
@@ -68,13 +68,13 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
         ranges.update(name, x)
         bad[name] = bad_samples(x, task) + bad.get(name, 0)
 
-    with observed(task.block, tuple(group[0] for group in task.layout.groups), add):
+    with observed(task.block, tuple(group[0] for group in task.layout.inputs), add):
         task.visit(task.inputs)
     for name in ranges.lo:
         ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
         both = torch.stack([ranges.lo[name], ranges.hi[name]])
         check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
-    for group in task.layout.groups:
+    for group in task.layout.inputs:
         for name in group[1:]:
             ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
     return ranges

@@ -5,8 +5,9 @@ GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
 
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
-and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
-solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are
+and need nothing of the calibration data but S. Linears that share an input share one S. Those of them that are on one
+grid are stacked by rows and solved together, which is exact because rows are independent
+(``omniq.calibration.stacked_linears``). The inputs are
 those of the quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of
 its own block already quantized.
 
@@ -34,7 +35,7 @@ from omniq.blocks.placement import gather_samples
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import bad_samples, check_finite, exact, gram_of, observed, relative
-from omniq.calibration.stacked_linears import StackedLinears
+from omniq.calibration.stacked_linears import StackedLinears, split_by_grid
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights, relative_weights
@@ -131,7 +132,7 @@ class GramModule(BlockModule):
     """A block whose linears are solved group by group.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
         work: solver steps for each group.
     """
@@ -144,10 +145,11 @@ class GramModule(BlockModule):
         self.settings, self.work = settings, work
         groups = tuple(range(len(task.layout.groups)))
         self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
-        self.grams: dict[int, Tensor] = {}
+        self.plan = [(k, names) for k in groups for names in split_by_grid(task.layout.groups[k], task.grids)]
+        self.grams: dict[int, Tensor] = {}  # by group
         self.bad: dict[int, Tensor] = {}
         self.found: dict[str, QuantizedLinear] = {}
-        self.stacks: dict[int, StackedLinears] = {}
+        self.stacks: dict[int, StackedLinears] = {}  # by position in ``plan``
         self._deployed: dict[str, Tensor] = {}
 
     def loader(self) -> PlanLoader:
@@ -157,11 +159,11 @@ class GramModule(BlockModule):
         """None for Lightning: a solver exists only once its Gram matrix does."""
 
     @abstractmethod
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
-        """One step of the solver on one group.
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        """One step of the solver on one stack.
 
         Args:
-            k: position of the group in the family.
+            number: position of the stack in ``plan``, which lists each stack after its group.
             stack: its linears.
             gram: ``[i, i]``, float32, on the device of the block.
             step: from 0.
@@ -182,17 +184,20 @@ class GramModule(BlockModule):
             return
         work = step - (self.batches.steps_per_pass - self.work)
         for k in groups:
-            with exact(self.grams[k]), matmul_precision("float32", self.task.device):
-                done = self.solve(k, self._stack(k), self.grams[k], work)
-            if done is not None:
-                self._keep(k, done)
+            for number in self.stacks_in(k):
+                with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                    done = self.solve(number, self._stack(number), self.grams[k], work)
+                if done is not None:
+                    self._keep(number, done)
+            if self.found.keys() >= set(self.task.layout.groups[k]):
+                del self.grams[k]
 
     def finish(self) -> BlockResult:
-        return BlockResult(self.found, self.task.plain_tensors())
+        return BlockResult({name: self.found[name] for name in self.task.layout.linears}, self.task.plain_tensors())
 
-    def second_moment(self, k: int) -> Tensor:
-        """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
-        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self._tokens
+    def second_moment(self, gram: Tensor) -> Tensor:
+        """The statistics of an input that the clipping needs: mean squares ``[i]`` or mean products ``[i, i]``."""
+        return (gram if self.settings.clipping.needs_gram else gram.diagonal()) / self._tokens
 
     def track_errors(self, stack: StackedLinears, rows: slice, errors: Tensor, powers: Tensor) -> None:
         """Track the relative reconstruction error of each linear, without waiting for the device.
@@ -233,7 +238,8 @@ class GramModule(BlockModule):
 
     def _gathered(self, k: int) -> None:
         """Sum over processes, and refuse what no solver can use."""
-        self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
+        for number in self.stacks_in(k):
+            self._stack(number)  # weights that are not finite make the inputs behind them so: they are named first
         reduce = self.trainer.strategy.reduce
         self.grams[k] = reduce(self.grams[k], reduce_op="sum")
         name, width = self.task.layout.groups[k][0], len(self.grams[k])
@@ -244,15 +250,19 @@ class GramModule(BlockModule):
                 self.task.name, name, self._tokens, width,
             )  # fmt: skip
 
-    def _stack(self, k: int) -> StackedLinears:
-        if k not in self.stacks:
-            self.stacks[k] = StackedLinears.of(self.task, self.task.layout.groups[k])
-        return self.stacks[k]
+    def _stack(self, number: int) -> StackedLinears:
+        if number not in self.stacks:
+            self.stacks[number] = StackedLinears.of(self.task, self.plan[number][1])
+        return self.stacks[number]
 
-    def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:
+    def stacks_in(self, k: int) -> list[int]:
+        """Positions of the stacks of a group, which share its Gram matrix."""
+        return [number for number, (group, _) in enumerate(self.plan) if group == k]
+
+    def _keep(self, number: int, done: dict[str, QuantizedLinear]) -> None:
         self.found |= done
         self._deploy(done)
-        del self.grams[k], self.stacks[k]
+        del self.stacks[number]
 
     def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():
@@ -261,8 +271,9 @@ class GramModule(BlockModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         solvers = self.solver_state()
+        solved = {self.plan[number][0] for number in solvers}
         checkpoint["gram stage"] = {
-            "grams": {k: gram for k, gram in self.grams.items() if k not in solvers},
+            "grams": {k: gram for k, gram in self.grams.items() if k not in solved},
             "bad": self.bad,
             "found": {name: linear.to_state() for name, linear in self.found.items()},
             "solvers": solvers,
@@ -278,7 +289,7 @@ class GramModule(BlockModule):
         self.load_solver_state(state["solvers"])
 
     def solver_state(self) -> dict[int, Any]:
-        """State of the solvers in mid-solution, Gram matrix included, by position of their group."""
+        """State of the solvers in mid-solution, Gram matrix included, by position of their stack."""
         return {}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:

@@ -37,7 +37,7 @@ class BlockModule(L.LightningModule):
 
     @property
     def task(self) -> BlockTask:
-        """The block, its streams and its grid."""
+        """The block, its streams and its grids."""
         return self._outside[0]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:

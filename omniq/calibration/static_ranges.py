@@ -20,7 +20,7 @@ from omniq.storage.block_result import BlockResult
 def calibrate_static_ranges(task: BlockTask, result: BlockResult) -> BlockResult:
     """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``."""
     load_quantized_weights(task.block, result)
-    ranges, given, dtype = input_ranges(task), task.activations, task.grid.scale_dtype
+    ranges, given, dtype = input_ranges(task), task.activations, task.export_dtype
     return result.with_inputs(
         {
             name: StaticGrid.fit(ranges.lo[name].min(), ranges.hi[name].max(), given.inputs, given.symmetric, dtype)

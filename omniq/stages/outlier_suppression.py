@@ -90,13 +90,13 @@ class OutlierSuppressionModule(RTNModule):
 
     def _inputs(self) -> dict[str, Tensor]:
         """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
-        task, first = self.task, [group[0] for group in self.task.layout.groups]
+        task, first = self.task, [group[0] for group in self.task.layout.inputs]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
         seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
         with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
             task.visit(task.inputs[:share])
         whole = {name: torch.cat(parts).unflatten(0, (-1, task.inputs.shape[1])) for name, parts in seen.items()}
-        return {name: whole[group[0]] for group in task.layout.groups for name in group}
+        return {name: whole[group[0]] for group in task.layout.inputs for name in group}
 
     def _scale(
         self,
@@ -125,7 +125,7 @@ class OutlierSuppressionModule(RTNModule):
         return best
 
     def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the outputs, summed over the readers and all processes; over samples in float64."""
+        """Squared error of the outputs of quantized readers, summed over all processes; over samples in float64."""
         given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
         if not len(x):
             return collectives.all_reduce_sum(total)
@@ -133,8 +133,8 @@ class OutlierSuppressionModule(RTNModule):
         if given.inputs != 16:
             quantize = quantize_samples if given.static else quantize_tokens
             moved = quantize(moved, given.inputs, given.symmetric)
-        for name in readers:
+        for name in (name for name in readers if name in self.task.grids):
             weight = self.task.linear(name).weight.float()
-            rounded = rounded_to_nearest(weight * scale, self.task.grid)
+            rounded = rounded_to_nearest(weight * scale, self.task.grids[name])
             total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
         return collectives.all_reduce_sum(total)
