@@ -242,8 +242,7 @@ class QuantEaseModule(GramModule):
 
         Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
         """
-        settings = self.settings
-        together = settings.outlier_method == "algorithm3"
+        settings, together = self.settings, self.settings.outlier_method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
             choose_support(
@@ -291,9 +290,8 @@ class QuantEaseModule(GramModule):
         saved = self._saved.pop(number)
         state = {name: value.to(gram.device) for name, value in saved["state"][0].items()}
         self.orders[number] = order = None if saved["order"] is None else saved["order"].to(gram.device)
-        mask = state["mask"].t() if "mask" in state else None
-        if "sparse" in state:
-            mask = (state["sparse"] != 0).t()
+        support = state["sparse"] != 0 if "sparse" in state else state.get("mask")
+        mask = None if support is None else support.t()
         weight = stack.weight if order is None else stack.weight[:, order]
         fitted = state["scale"].t(), state["zero_point"].t()
         # No damping: the saved Gram matrix has had it.

@@ -107,11 +107,11 @@ for (most, make), (theirs, expected) in zip(stages, by_one, strict=True):
 try:
     check_finite(tiny_task(Grid(3, 16), samples=4), "linear", torch.ones(2), torch.tensor(5))
 except UserError as error:
-    assert isinstance(error, collectives.ToldElsewhere) == (collectives.rank() > 0)
+    assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
     assert "block/000 linear: the Gram matrix is not finite, 5 of 12 samples" in str(error)
 else:
     raise AssertionError("not refused")
-collectives.part()
+collectives.finish_on_rank0()
 """
 
 
