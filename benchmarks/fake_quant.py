@@ -32,7 +32,8 @@ from measuring.llama import SHAPES
 from measuring.machine import Rates, Work, name_of, peak_bytes, seconds_of, write_json
 from torch import Tensor
 
-from omniq.grid.affine import Grid, parse_scheme
+from omniq.grid.affine import Grid
+from omniq.grid.name import parse_scheme
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight

@@ -55,7 +55,7 @@ def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Trans
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
-    """Smallest and largest value of every input channel of the linears, in one pass over the quantized stream.
+    """Smallest and largest value of every input channel of all linears, kept ones too, in one pass over the stream.
 
     Activations are not quantized for it: what is asked for are the outliers.
 
@@ -65,8 +65,11 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
     Raises:
         UserError: see ``Observation.results``.
     """
-    seen, ranges = observe(task, [InputRange()], quantized=False), ChannelRanges()
-    for group in task.layout.groups:
+    seen, ranges = (
+        observe(task, [InputRange()], [group[0] for group in task.layout.inputs], quantized=False),
+        ChannelRanges(),
+    )
+    for group in task.layout.inputs:
         if seen[group[0]].tokens:
             lo, hi = seen[group[0]].totals[0]
             ranges.lo |= dict.fromkeys(group, lo)

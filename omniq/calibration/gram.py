@@ -5,8 +5,9 @@ GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
 
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
-and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
-solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are
+and need nothing of the calibration data but S. Linears that share an input share one S. Those of them that are on one
+grid are stacked by rows and solved together, which is exact because rows are independent
+(``omniq.calibration.stacked_linears``). The inputs are
 those of the quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of
 its own block already quantized.
 
@@ -37,7 +38,7 @@ from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import Observation
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.second_moments import note_unreached, unknown_moment
-from omniq.calibration.stacked_linears import StackedLinears
+from omniq.calibration.stacked_linears import StackedLinears, split_by_grid
 from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
@@ -134,7 +135,7 @@ class GramModule(BlockModule):
     """A block whose linears are solved group by group.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
         work: solver steps for each group.
     """
@@ -147,11 +148,12 @@ class GramModule(BlockModule):
         self.settings, self.work = settings, work
         groups = tuple(range(len(task.layout.groups)))
         self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
+        self.plan = [(k, names) for k in groups for names in split_by_grid(task.layout.groups[k], task.grids)]
         self.observation: Observation | None = None  # of the round that gathers
-        self.grams: dict[int, Tensor] = {}
-        self.tokens: dict[int, int] = {}  # that S is a sum over, of all processes
+        self.grams: dict[int, Tensor] = {}  # by group
+        self.tokens: dict[int, int] = {}  # that S is a sum over, of all processes; by group
         self.found: dict[str, QuantizedLinear] = {}
-        self.stacks: dict[int, StackedLinears] = {}
+        self.stacks: dict[int, StackedLinears] = {}  # by position in ``plan``
         self._deployed: dict[str, Tensor] = {}
 
     def loader(self) -> PlanLoader:
@@ -161,11 +163,11 @@ class GramModule(BlockModule):
         """None for Lightning: a solver exists only once its Gram matrix does."""
 
     @abstractmethod
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
-        """One step of the solver on one group.
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        """One step of the solver on one stack.
 
         Args:
-            k: position of the group in the family.
+            number: position of the stack in ``plan``, which lists each stack after its group.
             stack: its linears.
             gram: ``[i, i]``, float32, on the device of the block.
             step: from 0.
@@ -185,18 +187,22 @@ class GramModule(BlockModule):
             return
         work = step - (self.batches.steps_per_pass - self.work)
         for k in (k for k in groups if self.tokens[k]):
-            with exact(self.grams[k]), matmul_precision("float32", self.task.device):
-                done = self.solve(k, self._stack(k), self.grams[k], work)
-            if done is not None:
-                self._keep(k, done)
+            for number in self.stacks_in(k):
+                with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                    done = self.solve(number, self._stack(number), self.grams[k], work)
+                if done is not None:
+                    self._keep(number, done)
+            if self.found.keys() >= set(self.task.layout.groups[k]):
+                del self.grams[k]
 
     def finish(self) -> BlockResult:
         groups = self.task.layout.groups
         note_unreached(self.task, [name for k, tokens in self.tokens.items() if not tokens for name in groups[k]])
-        return BlockResult(self.found, self.task.plain_tensors())
+        return BlockResult({name: self.found[name] for name in self.task.layout.linears}, self.task.plain_tensors())
 
-    def second_moment(self, k: int) -> Tensor:
-        """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
+    def second_moment(self, number: int) -> Tensor:
+        """What the clipping needs to know of a stack's input: mean squares ``[i]`` or mean products ``[i, i]``."""
+        k = self.plan[number][0]
         return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self.tokens[k]
 
     def track_errors(self, stack: StackedLinears, rows: slice, errors: Tensor, powers: Tensor) -> None:
@@ -220,14 +226,16 @@ class GramModule(BlockModule):
     def _gathered(self, groups: tuple[int, ...]) -> None:
         """Sum over processes, refuse what no solver can use, and finish what no token reaches."""
         assert self.observation is not None
-        for k in groups:
-            self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
+        for number in (number for k in groups for number in self.stacks_in(k)):
+            self._stack(number)  # weights that are not finite are to blame for the inputs behind them: named first
         seen, self.observation = self.observation.results(), None
         for k in groups:
-            name, width = self.task.layout.groups[k][0], self.stacks[k].weight.shape[1]
+            name = self.task.layout.groups[k][0]
+            width = self.task.linear(name).in_features
             self.tokens[k] = seen[name].tokens
             if not self.tokens[k]:
-                self._keep(k, self._unreached(k))
+                self.found |= (done := self._unreached(k))
+                self._deploy(done)
                 continue
             (self.grams[k],) = seen[name].totals
             if self.tokens[k] < width and collectives.rank() == 0:
@@ -243,18 +251,21 @@ class GramModule(BlockModule):
             return {name: task.result.linears[name] for name in names}
         weights = {name: task.linear(name).weight for name in names}
         moment = unknown_moment(task.linear(names[0]), clipping.needs_gram)
-        return {name: round_to_nearest(weight, task.grid, clipping, moment) for name, weight in weights.items()}
+        return {name: round_to_nearest(weight, task.grids[name], clipping, moment) for name, weight in weights.items()}
 
-    def _stack(self, k: int) -> StackedLinears:
-        if k not in self.stacks:
-            self.stacks[k] = StackedLinears.of(self.task, self.task.layout.groups[k])
-        return self.stacks[k]
+    def _stack(self, number: int) -> StackedLinears:
+        if number not in self.stacks:
+            self.stacks[number] = StackedLinears.of(self.task, self.plan[number][1])
+        return self.stacks[number]
 
-    def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:
+    def stacks_in(self, k: int) -> list[int]:
+        """Positions of the stacks of a group, which share its Gram matrix."""
+        return [number for number, (group, _) in enumerate(self.plan) if group == k]
+
+    def _keep(self, number: int, done: dict[str, QuantizedLinear]) -> None:
         self.found |= done
         self._deploy(done)
-        self.grams.pop(k, None)
-        del self.stacks[k]
+        self.stacks.pop(number, None)
 
     def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():
@@ -263,9 +274,10 @@ class GramModule(BlockModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         solvers = self.solver_state()
+        solved = {self.plan[number][0] for number in solvers}
         checkpoint["gram stage"] = {
             "groups": [list(group) for group in self.task.layout.groups],
-            "grams": {k: gram for k, gram in self.grams.items() if k not in solvers},
+            "grams": {k: gram for k, gram in self.grams.items() if k not in solved},
             "tokens": self.tokens,
             "found": {name: linear.to_state() for name, linear in self.found.items()},
             "solvers": solvers,
@@ -288,7 +300,7 @@ class GramModule(BlockModule):
         return groups is None or groups == [list(group) for group in self.task.layout.groups]
 
     def solver_state(self) -> dict[int, Any]:
-        """State of the solvers in mid-solution, Gram matrix included, by position of their group."""
+        """State of the solvers in mid-solution, Gram matrix included, by position of their stack."""
         return {}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:

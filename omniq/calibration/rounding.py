@@ -36,7 +36,7 @@ class RTNModule(BlockModule):
         linears = {}
         for name in self.task.layout.linears:
             weight = self.task.linear(name).weight
-            linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, second_moment.get(name))
+            linears[name] = round_to_nearest(weight, self.task.grids[name], self.clipping, second_moment.get(name))
         return BlockResult(linears, self.task.plain_tensors())
 
 

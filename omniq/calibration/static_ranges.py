@@ -25,7 +25,7 @@ def calibrate_static_ranges(task: BlockTask, result: BlockResult) -> BlockResult
         UserError: no token reaches a linear; see ``Observation.results``.
     """
     load_quantized_weights(task.block, result)
-    ranges, given, dtype = input_ranges(task), task.activations, task.grid.scale_dtype
+    ranges, given, dtype = input_ranges(task), task.activations, task.export_dtype
     if unreached := [name for name in result.linears if name not in ranges.lo]:
         raise error_on_rank0(
             f"{task.name} {unreached[0]}: no calibration token reaches this linear, so its input has no range: set "

@@ -131,7 +131,7 @@ def same_perplexity(
     Raises:
         VerificationError: they differ by more than 0.5 %.
     """
-    variants = {OURS: quantized_variant(read, source.layout, scheme.activations)}
+    variants = {OURS: quantized_variant(read, source, scheme)}
     ours = evaluate_streamed(in_export_dtype(source, scheme), windows, variants)[OURS].perplexity
     theirs, tokens = report.perplexity, windows.numel()
     both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
 from omniq.blocks.forward import propagate
+from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.blocks.streams import Streams
 from omniq.blocks.weights import load_quantized_weights
@@ -91,13 +92,14 @@ def pass_block(
     finished, losses = result is not None, None
     numbers = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
     check_numbers(numbers, plan.source.block_name(index))
-    if result is None and (plan.run.blocks is None or index < plan.run.blocks):
+    layout = scheme_layout(plan.source, plan.run.scheme, index)
+    if result is None and layout.linears and (plan.run.blocks is None or index < plan.run.blocks):
         result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     load_quantized_weights(block, result)
-    layout, name = plan.source.layout(index), plan.source.block_name(index)
     if not finished:
+        name = plan.source.block_name(index)
         check_export_dtype(name, block, layout, result, plan.run.scheme, streams.quantized, kwargs)
     with quantized_activations(block, layout, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
@@ -140,9 +142,9 @@ def run_stages(
     index, samples = streams.index, len(streams.quantized) - plan.held_out
     task = BlockTask(
         index=index,
-        layout=plan.source.layout(index),
+        layout=scheme_layout(plan.source, plan.run.scheme, index),
         block=block,
-        grid=plan.run.scheme.grid,
+        grids=scheme_grids(plan.source, plan.run.scheme, index),
         inputs=streams.quantized[:samples],
         targets=streams.full_precision[:samples],
         kwargs=plan.block_arguments[index],

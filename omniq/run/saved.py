@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omniq.blocks.grids import scheme_layout
 from omniq.config.parse import parse_run
 from omniq.config.run import Export, Run
 from omniq.errors import UserError
@@ -51,7 +52,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)
-        layout.check(run.scheme, [source.layout(index) for index in range(source.num_blocks)])
+        layout.check(run.scheme, [scheme_layout(source, run.scheme, index) for index in range(source.num_blocks)])
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
 

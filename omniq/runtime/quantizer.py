@@ -170,7 +170,9 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
     blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
     described: list[tuple[nn.Module, Layout, Finished | None]] = []
     for index, block in enumerate(blocks.children()):
-        described.append((block, family.layout(block, index), None if _packed(block) else {}))
+        packed, layout = _packed(block), family.layout(block, index)
+        layout = layout.keep(set(layout.linears) - packed.keys(), "not in quantization_config.linears")
+        described.append((block, layout, None if packed else {}))
     return attach_all(described, Activations(**given))
 
 

@@ -186,10 +186,14 @@ class AWQModule(RTNModule):
         return inputs
 
     def _error(self, inputs: Input, scale: Tensor) -> Tensor:
-        """Mean squared error of the outputs at this scale ``[c]``, summed over the readers."""
+        """Mean squared error of the outputs at this scale ``[c]``, summed over the readers that are quantized."""
         wide = self.transform.heads.to_query(scale) if isinstance(inputs.move, ValueToOutput) else scale  # [i]
-        weights = [self.task.linear(name).weight for name in modules_of(inputs.move)[1:]]
-        return torch.stack([output_error(weight, inputs.gram, wide, self.task.grid) for weight in weights]).sum()
+        errors = [
+            output_error(self.task.linear(name).weight, inputs.gram, wide, self.task.grids[name])
+            for name in modules_of(inputs.move)[1:]
+            if name in self.task.grids
+        ]
+        return torch.stack(errors).sum() if errors else torch.zeros_like(inputs.power)
 
 
 def log_scale_of(size: Tensor, alpha: float) -> Tensor:

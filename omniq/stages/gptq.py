@@ -47,14 +47,14 @@ class GPTQ(GramStage):
 
 
 class GPTQModule(GramModule):
-    """A block in the hands of GPTQ: one solver step for each group."""
+    """A block in the hands of GPTQ: one solver step for each stack of linears."""
 
     settings: GPTQ
 
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        grid, settings, rows = self.task.grid, self.settings, stack.my_rows
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+        grid, settings, rows = stack.grid, self.settings, stack.my_rows
         part = stack.part(rows)
-        part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(k)))
+        part.fitted = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(number)))
         rounded = gptq(
             part.weight,
             gram,
@@ -66,5 +66,5 @@ class GPTQModule(GramModule):
         )
         errors = powers_of(part.weight - rounded.values, gram)
         self.track_errors(stack, rows, errors, powers_of(part.weight, gram))
-        stack.grid = stack.gather(part.scale), stack.gather(part.zero_point)
-        return stack.linears(grid, stack.gather(rounded.codes))
+        stack.fitted = stack.gather(part.scale), stack.gather(part.zero_point)
+        return stack.linears(stack.gather(rounded.codes))

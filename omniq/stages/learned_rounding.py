@@ -114,7 +114,8 @@ class LearnedRoundingModule(ReconstructionModule):
             self.weights[module_key(name)] = LearnedCodes(task.linear(name).weight.detach().float(), linear)
         # On the device once and for all: a CUDA graph cannot fetch what a resumed run has read from disk.
         self._plain = {name: value.to(task.device, torch.float32) for name, value in self.start.tensors.items()}
-        norms = {name: value for name, value in self._plain.items() if name.endswith(".weight")}
+        kept = {f"{name}.weight" for name in task.layout.kept}
+        norms = {name: value for name, value in self._plain.items() if name.endswith(".weight") and name not in kept}
         self.norms = nn.ParameterDict({module_key(name): torch.zeros_like(value) for name, value in norms.items()})
         for rate, parts in self._parts().items():
             for part in parts:  # before DDP looks for parameters that get gradients

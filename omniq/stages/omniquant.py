@@ -98,7 +98,7 @@ class OmniQuantModule(ReconstructionModule):
     """A block whose clipping and transform are being learned.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
     """
 
@@ -116,7 +116,7 @@ class OmniQuantModule(ReconstructionModule):
         weights = {name: task.linear(name).weight.detach() for name in task.layout.linears}
         self.clips = nn.ModuleDict(
             {
-                module_key(name): settings.clipping.build(weight, task.grid, second_moment.get(name))
+                module_key(name): settings.clipping.build(weight, task.grids[name], second_moment.get(name))
                 for name, weight in weights.items()
             }
         )
@@ -167,19 +167,16 @@ class OmniQuantModule(ReconstructionModule):
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
-        task, grid = self.task, self.task.grid
-        tensors = self.tensors()
+        task, dtype, tensors = self.task, self.task.export_dtype, self.tensors()
         linears: dict[str, QuantizedLinear] = {}
         for name in task.layout.linears:
-            weight = tensors[f"{name}.weight"].float()
+            weight, grid = tensors[f"{name}.weight"].float(), task.grids[name]
             scale, zero_point = self.clip(name).grid_of(weight)
             linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
         if self.transform is None or self.moves is None:
             return BlockResult(linears, task.plain_tensors())
-        result = BlockResult(linears, {name: tensors[name].to(grid.scale_dtype) for name in task.plain_tensors()})
-        if (
-            result.first_unstorable(grid.scale_dtype) is None
-        ):  # else the block stays as it was, for what ``abandon`` leaves
+        result = BlockResult(linears, {name: tensors[name].to(dtype) for name in task.plain_tensors()})
+        if result.first_unstorable(dtype) is None:  # else the block stays as it was, for what ``abandon`` leaves
             fuse(task.block, self.transform, self.moves)
         return result
 

@@ -98,9 +98,10 @@ class OutlierSuppressionModule(RTNModule):
         """
         task, length = self.task, self.task.inputs.shape[1]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
-        seen = observe(task, [InputRows()], quantized=False, samples=share)
+        names = [group[0] for group in task.layout.inputs]
+        seen = observe(task, [InputRows()], names, quantized=False, samples=share)
         inputs: dict[str, Tensor] = {}
-        for group in task.layout.groups:
+        for group in task.layout.inputs:
             if seen[group[0]].tokens:
                 (rows,) = seen[group[0]].totals
                 by_sample = len(rows) == min(share, len(task.inputs)) * length
@@ -135,7 +136,7 @@ class OutlierSuppressionModule(RTNModule):
         return best
 
     def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the outputs, summed over the readers and all processes; over samples in float64."""
+        """Squared error of the outputs of quantized readers, summed over all processes; over samples in float64."""
         given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
         if not len(x):
             return collectives.all_reduce_sum(total)
@@ -143,8 +144,8 @@ class OutlierSuppressionModule(RTNModule):
         if given.inputs != 16:
             quantize = quantize_samples if given.static else quantize_tokens
             moved = quantize(moved, given.inputs, given.symmetric)
-        for name in readers:
+        for name in (name for name in readers if name in self.task.grids):
             weight = self.task.linear(name).weight.float()
-            rounded = rounded_to_nearest(weight * scale, self.task.grid)
+            rounded = rounded_to_nearest(weight * scale, self.task.grids[name])
             total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
         return collectives.all_reduce_sum(total)

@@ -106,12 +106,12 @@ class SpQR(GramStage):
 
 
 class SpQRModule(GramModule):
-    """A block in the hands of SpQR: one solver step for each group of linears."""
+    """A block in the hands of SpQR: one solver step for each stack of linears."""
 
     settings: SpQR
 
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        settings, grid = self.settings, self.settings.grid(self.task.grid)
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+        settings, grid = self.settings, self.settings.grid(stack.grid)
         feedback = Feedback.of(gram, grid.groups(len(gram)), damping=settings.damping, act_order=settings.act_order)
         found = {}
         for name, weight in stack.split(stack.weight):

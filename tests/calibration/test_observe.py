@@ -175,9 +175,7 @@ def test_input_ranges_leave_unreached_linears_out() -> None:
 def test_static_range_of_an_unreached_linear_is_refused() -> None:
     task = routed_task(NONE)
     linears = {name: round_to_nearest(task.linear(name).weight, task.grid) for name in task.layout.linears}
-    with pytest.raises(
-        UserError, match="expert.up: no calibration token reaches .* set scheme.activation_range to"
-    ):
+    with pytest.raises(UserError, match="expert.up: no calibration token reaches .* set scheme.activation_range to"):
         calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
 
 

@@ -23,7 +23,7 @@ def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
     total = sum(rows)
     weight = torch.arange(2.0 * total).view(total, 2)
     stack = StackedLinears(
-        tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, (weight[:, :1], weight[:, 1:])
+        tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, Grid(3), (weight[:, :1], weight[:, 1:])
     )
     ends = [total * number // processes for number in range(processes + 1)]
     parts = [stack.part(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
@@ -36,7 +36,7 @@ def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
 
 
 def test_one_process_has_all_rows() -> None:
-    stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2))
+    stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2), Grid(3))
     assert stack.my_rows == slice(0, 5)
     assert stack.gather(stack.weight) is stack.weight
 
@@ -49,7 +49,7 @@ def test_a_start_from_codes_of_another_grid_is_their_weights(tmp_path: Path) -> 
     module = QuantEase(sweeps=1, start="previous", grid="clipping", clipping=Searched()).module(task)
     for names in task.layout.groups:
         part = StackedLinears.of(task, names)
-        part.grid = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
+        part.fitted = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
         start = module._start(part, torch.empty(0), None, slice(0, len(part.weight)))
         assert torch.equal(start, torch.cat([previous.linears[name].dequantize() for name in names]))
 

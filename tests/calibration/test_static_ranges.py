@@ -79,7 +79,7 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
     """Against hooks of our own on a block with the rounded weights."""
     block, kwargs = tiny_block(family)
     form, given, grid = tiny_layout(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
-    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
     result = calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
     seen = inputs_before_and_after(block, form, kwargs, Activations(), None)  # with the deployed weights by now
@@ -95,7 +95,7 @@ def test_a_range_without_an_end_is_refused() -> None:
     """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
     block, kwargs = tiny_block("llama")
     form, given, grid = tiny_layout("llama"), Activations(8, static=True), Grid(8)
-    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
     block.get_submodule("mlp.down_proj").register_forward_pre_hook(
         lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
     )

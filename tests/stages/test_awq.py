@@ -77,7 +77,7 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
         error = power = 0.0
         for name in readers:
             weight = task.linear(name).weight.double()
-            rounded = nearest(weight * scale, task.grid.bits, task.grid.group_size)
+            rounded = nearest(weight * scale, task.grids[name].bits, task.grids[name].group_size)
             error += float(((x / scale) @ rounded.T - x @ weight.T).square().sum())
             power += float((x @ weight.T).square().sum())
         if error / power < best[2]:
@@ -89,7 +89,7 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
 @pytest.mark.parametrize(("family", "model"), MODELS)
 def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], group: int, tmp_path: Path) -> None:
     task = task_of(family, 3, A16, **model)
-    task.grid = Grid(3, group, scale_dtype=torch.float32)
+    task.grids = dict.fromkeys(task.grids, Grid(3, group, scale_dtype=torch.float32))
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
     moves = [each for each in task.layout.equivalences if not isinstance(each, QueryKey)]
@@ -116,7 +116,8 @@ def test_folded_block_is_the_same_block(label: str, tmp_path: Path) -> None:
     case = Case(kind, **overrides)
     inputs = case.hidden()
     inputs[..., 3] *= 30
-    task = BlockTask(0, family.layout(case.block, 0), case.block, Grid(4), inputs, inputs, case.kwargs)
+    layout = family.layout(case.block, 0)
+    task = BlockTask(0, layout, case.block, dict.fromkeys(layout.linears, Grid(4)), inputs, inputs, case.kwargs)
     before, weights = task.run(inputs), {name: value.clone() for name, value in case.tensors.items()}
     module = fit(AWQ().module(task).double(), tmp_path)  # or scales and their reciprocals are rounded to float32
     assert relative(task.run(inputs), before) < 1e-9  # measured 2e-16
@@ -149,7 +150,7 @@ def test_codes_are_those_of_the_scaled_block(tmp_path: Path) -> None:
     assert result is not None
     grams = input_grams(task)
     for name, linear in result.linears.items():
-        expected = round_to_nearest(task.linear(name).weight, task.grid, Searched("gram"), grams[name])
+        expected = round_to_nearest(task.linear(name).weight, task.grids[name], Searched("gram"), grams[name])
         assert torch.equal(linear.codes, expected.codes)
         assert torch.equal(linear.scale, expected.scale)
     for name, tensor in result.tensors.items():

@@ -253,6 +253,6 @@ def test_untrained_is_not_round_to_nearest() -> None:
     task = tiny_task(Grid(3))
     start = OmniQuant().module(task).finish()
     for name, linear in start.linears.items():
-        nearest = round_to_nearest(task.linear(name).weight, task.grid)
+        nearest = round_to_nearest(task.linear(name).weight, task.grids[name])
         ratio = linear.scale.double() / nearest.scale.double()
         assert ratio.mean() == pytest.approx(torch.sigmoid(torch.tensor(4.0)).item(), abs=1e-4)

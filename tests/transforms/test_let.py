@@ -47,10 +47,9 @@ def task_of(family: str = "llama", bits: int = 4, activations: Activations = W4A
     inputs[..., 3] *= 20
     with torch.no_grad():
         targets = call_block(block, inputs, kwargs)
-    grid = Grid(bits, scale_dtype=torch.float32)
-    return BlockTask(
-        0, family_of_type(family).layout(block, 0), block, grid, inputs, targets, kwargs, activations=activations
-    )
+    layout = family_of_type(family).layout(block, 0)
+    grids = dict.fromkeys(layout.linears, Grid(bits, scale_dtype=torch.float32))
+    return BlockTask(0, layout, block, grids, inputs, targets, kwargs, activations=activations)
 
 
 def perturbed(task: BlockTask, **settings: Any) -> OmniQuantModule:

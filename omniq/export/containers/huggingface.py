@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from omniq.blocks.grids import scheme_layout
 from omniq.errors import UserError
 from omniq.export.containers.card import model_card
 from omniq.export.containers.output_folder import check_output, partial_of, replace
@@ -77,7 +78,7 @@ def export_checkpoint(
     """
     layout, out = find_format(format), Path(out).resolve()
     if scheme is not None:
-        layout.check(scheme, [source.layout(index) for index in range(source.num_blocks)])
+        layout.check(scheme, [scheme_layout(source, scheme, index) for index in range(source.num_blocks)])
     check_output(out)
     tokenizer = source.tokenizer()
     partial = partial_of(out)
@@ -156,7 +157,7 @@ def _write_weights(
     for block, result in each_result(source, results):
         if scheme is None:
             scheme = scheme_of(result)
-            layout.check(scheme, [source.layout(index) for index in range(source.num_blocks)])
+            layout.check(scheme, [scheme_layout(source, scheme, index) for index in range(source.num_blocks)])
         for name, linear in result.linears.items():
             linears[f"{block}.{name}"] = Written.of(linear)
             for key, tensor in layout.tensors(f"{block}.{name}", linear, scheme).items():
@@ -181,7 +182,7 @@ def _write_weights(
     _write_config(model, layout.quantization_config(scheme, unquantized, linears), scheme, folder)
     weights = sum(linear.weights for linear in linears.values())
     mean_bits = sum(linear.bits_per_weight * linear.weights for linear in linears.values()) / weights
-    return {"scheme": scheme.name, "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
+    return {"scheme": str(scheme), "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
 
 
 def cast_for_export(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:

@@ -120,7 +120,7 @@ class CompressedTensors:
         return PackQuantized() if scheme.activation_bits == 16 else IntQuantized(scheme.activation_symmetric)
 
     def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
-        """Refuse outliers, quantized queries, keys and values, flat inputs with integer activations, and odd dtypes.
+        """Refuse outliers, several grids, quantized queries, keys and values, flat inputs with A8, and odd dtypes.
 
         Raises:
             UserError: names the scheme and what would fit.
@@ -139,13 +139,18 @@ class CompressedTensors:
                 "transformers runs it, so the checkpoint would not be the optimised model: set "
                 "scheme.activation_range to tensor, use format omniq, or use A16"
             )
+        elif len(scheme.grids) > 1:
+            problem = (
+                "holds one grid for the whole model and scheme.rules give several: use format omniq, or only rules "
+                "with the name none"
+            )
         elif scheme.queries:
             problem = "cannot hold quantized queries: set scheme.queries to false, or use format omniq"
         check_scheme(scheme, self.name, problem)
 
-    def code_bits(self, scheme: Scheme) -> int:
-        """Bits that a code takes on disk: a byte, whatever its bits, where activations are integers too."""
-        return scheme.grid.bits if scheme.activation_bits == 16 else 8
+    def code_bits(self, grid: Grid, scheme: Scheme) -> int:
+        """Bits that a code on this grid takes on disk: a byte where activations are integers too."""
+        return grid.bits if scheme.activation_bits == 16 else 8
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.

@@ -90,8 +90,8 @@ class Format(Protocol):
             UserError: names the scheme and what would fit.
         """
 
-    def code_bits(self, scheme: Scheme) -> int:
-        """Bits that a code takes on disk."""
+    def code_bits(self, grid: Grid, scheme: Scheme) -> int:
+        """Bits that a code on this grid takes on disk."""
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.

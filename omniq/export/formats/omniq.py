@@ -166,9 +166,9 @@ class OmniqFormat:
             problem = "has no place for fixed ranges: set scheme.activation_range to token, or use compressed-tensors"
         check_scheme(scheme, self.name, problem)
 
-    def code_bits(self, scheme: Scheme) -> int:
-        """Bits that a code takes on disk."""
-        return scheme.grid.bits
+    def code_bits(self, grid: Grid, scheme: Scheme) -> int:
+        """Bits that a code on this grid takes on disk."""
+        return grid.bits
 
     def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
         """What is stored for one linear, by full name.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import attach
+from omniq.blocks.grids import scheme_layout
 from omniq.evaluate.streaming import stream_logits
 from omniq.export.containers.huggingface import Results
 from omniq.export.containers.shards import ShardReader
@@ -111,7 +112,8 @@ class BlockwiseExport:
             return torch.zeros(model.parameters[name], dtype=dtype) if value is None else value.to(dtype)
 
         def quantized(index: int, block: nn.Module) -> nn.Module:
-            attach(block, self._source.layout(index), self._scheme.activations, self._result(index).linears)
+            layout = scheme_layout(self._source, self._scheme, index)
+            attach(block, layout, self._scheme.activations, self._result(index).linears)
             return block
 
         stock = meta_model(model.config, dtype, self._attention)
