@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks before the first block: a run that cannot work is refused here."""
 
+import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from math import prod
 
 import torch
@@ -13,7 +14,10 @@ from omniq.data.text import one_line
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.export import cast_for_export, find_format
+from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+
+log = logging.getLogger("omniq")
 
 
 def check_model(run: Run, source: SourceModel) -> None:
@@ -28,12 +32,31 @@ def check_model(run: Run, source: SourceModel) -> None:
         for stage in run.stages:
             stage.check_layout(layout)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, layouts)
+        check_format(run.export.format, run.scheme, source)
     widths = linear_widths(source)
     for name, width in widths.items():
         run.scheme.grid.check_width(width, name, widths.values())
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
     check_room(run, source, widths)
+
+
+def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
+    """Refuse a format that cannot hold the layouts and grids of a model.
+
+    Raises:
+        UserError: names what does not fit, and a remedy.
+    """
+    layouts = [source.layout(index) for index in range(source.num_blocks)]
+    grids = {scheme.grid_of(name) for name in linear_widths(source)}
+    find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+
+
+def check_reader(format: str, scheme: Scheme) -> None:
+    """Say before a run what this machine lacks to open its checkpoint; omniq can verify it without."""
+    chosen = find_format(format)
+    lacking = chosen.container.lacks(chosen.codec(scheme))
+    if lacking is not None and collectives.rank() == 0:
+        log.warning("export.format %s: %s; omniq verifies it with a reader of its own", format, lacking)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -75,7 +98,7 @@ def check_lengths(run: Run, positions: int | None) -> None:
             raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
 
 
-def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
+def check_room(run: Run, source: SourceModel, linears: Collection[str]) -> None:
     """Refuse a checkpoint that cannot be written: values beyond its dtype, or a disk without room for it.
 
     Room is what is left to write at least: a byte for each code that is in no finished block yet, and the checkpoint
@@ -91,7 +114,12 @@ def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
     needed = max(0, codes - written)
     if run.export.format != "none":
-        checkpoint = codes * find_format(run.export.format).code_bits(run.scheme) // 8
+        codec = find_format(run.export.format).codec(run.scheme)
+        checkpoint = 0
+        for name in linears:
+            grid = run.scheme.grid_of(name)
+            bits = codec.bits(grid) if grid is not None else 8 * run.scheme.export_dtype.itemsize
+            checkpoint += prod(source.shape(f"{name}.weight")) * bits // 8
         checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
         needed += 0 if (run.out / "model").exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free

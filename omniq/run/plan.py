@@ -20,7 +20,7 @@ from omniq.distributed.launch import join, launch_arguments, started
 from omniq.errors import UserError
 from omniq.export import check_free, find_format
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_compiler, check_model, check_shares
+from omniq.run.checks import check_compiler, check_model, check_reader, check_shares
 from omniq.run.environment import environment
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
@@ -98,7 +98,7 @@ def prepare(run: Run, settings: str) -> Plan:
     check_writable(run.out)
     if run.export.format != "none":
         sparse = any(stage.sparse for stage in run.stages)
-        find_format(run.export.format).check(run.scheme, outliers=sparse)
+        find_format(run.export.format).codec(run.scheme).check(outliers=sparse)
         check_free(run.out / "model")
     source = open_model(run)
     check_model(run, source)
@@ -107,6 +107,8 @@ def prepare(run: Run, settings: str) -> Plan:
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
     check_shares(len(windows.calibration), len(windows.held_out))
+    if run.export.format != "none":
+        check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face folder read by omniq itself: its config, its grids, its tensors, and the memory it takes to open.
+
+What transformers needs, measured with a model of 257 MiB in float16: in the formats of compressed-tensors every weight
+in the dtype of deployment and what is stored besides (4 bits, 68 MiB stored: 344; 8 bits, 129 stored: 393); in omniq's
+format what is stored, and 20 bytes for each weight of the linear that runs.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from typing_extensions import Self
+
+from omniq.distributed.memory import free_host_memory
+from omniq.errors import CorruptFile, UserError, first_line
+from omniq.export.containers.shards import ShardReader
+from omniq.export.containers.target_model import TargetModel
+from omniq.grid.affine import Grid
+from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
+from omniq.storage.block_result import QuantizedLinear
+
+_UNPACKING = 20  # bytes a weight
+_SPARE = 1.1  # for activations, logits, and what other programs take meanwhile
+
+Load = Callable[[str, Mapping[str, Tensor], Grid], QuantizedLinear]
+GridOf = Callable[[str, Mapping[str, Any], torch.dtype], Grid]
+
+
+class FolderReader:
+    """Implements ``omniq.export.containers.container.Reader``.
+
+    Args:
+        path: the folder.
+        load, grid_of: of the codec.
+
+    Raises:
+        CorruptFile: config or weights are missing or damaged.
+    """
+
+    def __init__(self, path: Path, load: Load, grid_of: GridOf) -> None:
+        self._path, self._load, self._grid_of = path, load, grid_of
+        self._content = read_config(path)
+        self._shards = ShardReader(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shards.__exit__()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._shards[name]
+
+    @property
+    def names(self) -> set[str]:
+        """All stored tensors."""
+        return self._shards.names
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return self._shards.size
+
+    @cached_property
+    def model(self) -> TargetModel:
+        """The stock model of ``config.json``."""
+        return stock_model(self._path)
+
+    def names_of(self, name: str) -> set[str]:
+        """The stored tensors of a quantized linear; its bias is a parameter beside them."""
+        return {key for key in self._shards.names if key.startswith(f"{name}.")} - {f"{name}.bias"}
+
+    def read(self, name: str) -> QuantizedLinear:
+        """A quantized linear on the grid that ``config.json`` records."""
+        dtype = self._content["dtype"]
+        try:
+            grid = self._grid_of(name, self._content["quantization_config"], torch_dtype(dtype))
+        except (KeyError, TypeError, AttributeError, UserError) as error:
+            raise CorruptFile(f"{self._path / 'config.json'} does not describe the grid of {name}: {error}") from error
+        return self._load(name, {key: self._shards[key] for key in self.names_of(name)}, grid)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of ``config.json`` of a quantized model.
+
+    Raises:
+        CorruptFile: it is missing or damaged, or describes no quantized model.
+    """
+    file = path / "config.json"
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{file}: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
+        raise CorruptFile(f"{file} has no quantization_config")
+    if content.get("dtype") not in MODEL_DTYPES:
+        raise CorruptFile(f"{file} has dtype {content.get('dtype')!r}, which is none of {', '.join(MODEL_DTYPES)}")
+    return content
+
+
+def stock_model(path: Path) -> TargetModel:
+    """The model of ``config.json`` without its description of the quantization.
+
+    Raises:
+        CorruptFile: transformers cannot build it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        del config.quantization_config
+        return TargetModel.of(config)
+    except Exception as error:  # validation of configs raises many kinds
+        raise CorruptFile(f"{path / 'config.json'}: {first_line(error)}") from error
+
+
+def missing_memory(path: Path, stays_packed: bool) -> str | None:
+    """The host memory that transformers lacks to open a folder; None if there is enough."""
+    needed, free = int(_SPARE * needed_memory(path, stays_packed)), free_host_memory()
+    if needed <= free:
+        return None
+    return f"transformers needs {needed / 1e9:,.1f} GB of host memory to open it and {free / 1e9:,.1f} are free"
+
+
+def needed_memory(path: Path, stays_packed: bool) -> int:
+    """Bytes of host memory that the open model takes.
+
+    Args:
+        stays_packed: whether transformers keeps the weights as they are stored.
+    """
+    model = stock_model(path)
+    dtype = model.config.dtype
+    stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if stays_packed:
+        linears = model.parameters.keys() & {f"{name}.weight" for name in model.linears}  # without a tied head
+        return stored + _UNPACKING * max(prod(model.parameters[name]) for name in linears)
+    width = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    return stored + width * sum(map(prod, model.parameters.values()))
