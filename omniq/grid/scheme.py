@@ -100,30 +100,6 @@ class Scheme:
             )
         self.grid  # noqa: B018 (refuses bad bits and group sizes)
 
-    @classmethod
-    def of(
-        cls,
-        grid: Grid,
-        activation_bits: int = 16,
-        activation_symmetric: bool = False,
-        kv_bits: int = 16,
-        queries: bool = False,
-        activation_range: Literal["token", "tensor"] = "token",
-    ) -> "Scheme":
-        """The scheme of weights on this grid."""
-        cache = "" if kv_bits == 16 else f"KV{kv_bits}"
-        group = "" if grid.group_size == -1 else f"g{grid.group_size}"
-        name = f"W{grid.bits}A{activation_bits}{cache}{group}"
-        dtype = str(grid.scale_dtype).removeprefix("torch.")
-        return cls(
-            name,
-            grid.symmetric,
-            dtype,  # type: ignore[arg-type]
-            activation_symmetric=activation_symmetric,
-            activation_range=activation_range,
-            queries=queries,
-        )
-
     @property
     def grid(self) -> Grid:
         """The grid of the weights."""

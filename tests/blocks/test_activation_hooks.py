@@ -175,10 +175,6 @@ def test_schemes_by_name() -> None:
     assert Scheme("W8A8", activation_range="tensor").activations == Activations(8, static=True)
     assert not Scheme("W3A16g128").activations.quantized
     assert Scheme("W4A16KV4").activations == Activations(16, 16, 4)
-    bfloat = Scheme("W2A16g64", dtype="bfloat16")
-    for scheme in (Scheme("W4A4KV8", queries=True), Scheme("W8A8", symmetric=True), bfloat):
-        made = Scheme.of(scheme.grid, scheme.activation_bits, False, scheme.kv_bits, scheme.queries)
-        assert made == scheme
 
 
 @pytest.mark.parametrize(

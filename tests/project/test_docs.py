@@ -63,4 +63,5 @@ def test_commands_are_understood(path: Path) -> None:
             run, _ = run_of(parsers[name], config)
             run.check()
             if run.export.format != "none":
-                find_format(run.export.format).check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
+                codec = find_format(run.export.format).codec(run.scheme)
+                codec.check(outliers=any(stage.sparse for stage in run.stages))
