@@ -23,6 +23,7 @@ from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations, Scheme
 from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_tokens
+from omniq.storage.block_result import QuantizedLinear
 from omniq.transforms.heads import Heads
 from tests.helpers.opening import SMOL, needs_smol
 from tests.helpers.runs import configuration, omniquant, write_config, write_run, write_text
@@ -102,6 +103,22 @@ def test_each_shared_input_is_quantized_once(family: str, monkeypatch: pytest.Mo
         assert len(seen) == len(tiny_layout(family).groups)
         call_block(block, x, kwargs)  # the same tensor again is quantized again: nothing is held in between
         assert len(seen) == 2 * len(tiny_layout(family).groups)
+
+
+@torch.no_grad()
+def test_finished_block_leaves_inputs_of_kept_linears_as_they_are() -> None:
+    block, kwargs = tiny_block("llama")
+    layout = tiny_layout("llama")
+    linear = QuantizedLinear.of(Grid(4), torch.zeros(2, 2), torch.ones(2, 1), torch.zeros(2, 1))
+    finished = {name: linear for name in layout.linears if name not in ("self_attn.v_proj", "mlp.down_proj")}
+    seen: dict[str, Tensor] = {}
+    with quantized_activations(block, layout, Activations(4), finished):
+        for name in layout.linears:
+            hook = lambda module, args, name=name: seen.update({name: args[0]})  # noqa: E731
+            block.get_submodule(name).register_forward_pre_hook(hook)
+        call_block(block, torch.randn(1, 16, 64), kwargs)
+    distinct = {name: len(tensor[0, 0].unique()) for name, tensor in seen.items()}
+    assert {name for name, values in distinct.items() if values > 16} == {"self_attn.v_proj", "mlp.down_proj"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -134,6 +134,8 @@ def test_config_that_does_not_describe_the_weights_is_named(
         r"mlp\.\w+\.weight has shape \[\d+, \d+\] in the model and \[\d+, \d+\] by the config of the file",
         lambda content: content.update(intermediate_size=96),
     )
+    refused(CorruptFile, "does not describe the weights", lambda content: group(content).update(format="dense"))
+    refused(CorruptFile, "does not describe the weights", lambda c: c["quantization_config"].pop("dequantize"))
     refused(CorruptFile, r"config\.json: ", lambda content: content.update(model_type="no such model"))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from omniq.blocks import placement
 from omniq.cli.command import main
 from omniq.export.containers import folder_reader, huggingface
-from omniq.run import checkpoint, finish
+from omniq.run import checkpoint
 from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run
 
 RTN = [{"class_path": "omniq.stages.RTN"}]
@@ -59,7 +59,7 @@ def test_the_checkpoint_is_opened_once(
 
 def test_a_sentence_without_an_evaluation(openings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN, evaluation=None)) == 0
-    assert f"perplexity of {len(finish.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
+    assert f"perplexity of {len(checkpoint.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])

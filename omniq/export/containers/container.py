@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from omniq.errors import UserError
 from omniq.export.containers.target_model import TargetModel
-from omniq.export.formats.codec import Codec
+from omniq.export.formats.codec import Codec, WrittenLinear
 from omniq.grid.dtypes import dtype_name
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
@@ -64,6 +64,16 @@ class Reader(Protocol):
             CorruptFile: the record of grids is damaged.
             KeyError: a tensor is missing.
             ValueError: a tensor has an impossible shape, dtype or padding.
+        """
+
+    def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
+        """Make sure that the description, which tells a runtime how to read the tensors, is that of these linears.
+
+        Args:
+            linears: all quantized linears by full name.
+
+        Raises:
+            CorruptFile: the description is another one.
         """
 
     def names_of(self, name: str) -> set[str]:

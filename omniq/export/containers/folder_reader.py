@@ -7,11 +7,11 @@ format what is stored, and 20 bytes for each weight of the linear that runs.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from omniq.distributed.memory import free_host_memory
 from omniq.errors import CorruptFile, UserError, first_line
 from omniq.export.containers.shards import ShardReader
 from omniq.export.containers.target_model import TargetModel
+from omniq.export.formats.codec import Codec, WrittenLinear
 from omniq.grid.affine import Grid
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.storage.block_result import QuantizedLinear
@@ -29,8 +30,34 @@ from omniq.storage.block_result import QuantizedLinear
 _UNPACKING = 20  # bytes a weight
 _SPARE = 1.1  # for activations, logits, and what other programs take meanwhile
 
-Load = Callable[[str, Mapping[str, Tensor], Grid], QuantizedLinear]
-GridOf = Callable[[str, Mapping[str, Any], torch.dtype], Grid]
+
+class FolderCodec(Codec, Protocol):
+    """A codec whose grids ``config.json`` describes.
+
+    Attributes:
+        stays_packed: whether transformers keeps the weights as they are stored.
+    """
+
+    @property
+    def stays_packed(self) -> bool: ...
+
+    def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
+        """The entry of ``config.json`` that tells a runtime how to read the tensors.
+
+        Args:
+            linears: those that are quantized, by full name.
+            ignore: full names of all others.
+        """
+
+    def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
+        """Invert ``quantization_config`` for one linear.
+
+        Args:
+            dtype: of the model.
+
+        Raises:
+            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+        """
 
 
 class FolderReader:
@@ -38,14 +65,14 @@ class FolderReader:
 
     Args:
         path: the folder.
-        load, grid_of: of the codec.
+        codec: the one that it was written with.
 
     Raises:
         CorruptFile: config or weights are missing or damaged.
     """
 
-    def __init__(self, path: Path, load: Load, grid_of: GridOf) -> None:
-        self._path, self._load, self._grid_of = path, load, grid_of
+    def __init__(self, path: Path, codec: FolderCodec) -> None:
+        self._path, self._codec = path, codec
         self._content = read_config(path)
         self._shards = ShardReader(path)
 
@@ -81,10 +108,16 @@ class FolderReader:
         """A quantized linear on the grid that ``config.json`` records."""
         dtype = self._content["dtype"]
         try:
-            grid = self._grid_of(name, self._content["quantization_config"], torch_dtype(dtype))
+            grid = self._codec.grid_of(name, self._content["quantization_config"], torch_dtype(dtype))
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise CorruptFile(f"{self._path / 'config.json'} does not describe the grid of {name}: {error}") from error
-        return self._load(name, {key: self._shards[key] for key in self.names_of(name)}, grid)
+        return self._codec.load(name, {key: self._shards[key] for key in self.names_of(name)}, grid)
+
+    def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
+        """Refuse a ``quantization_config`` that is not the one of these linears."""
+        ignore = [name for name in self.model.linears if name not in linears]
+        if self._content["quantization_config"] != self._codec.quantization_config(linears, ignore):
+            raise CorruptFile(f"{self._path / 'config.json'}: its quantization_config does not describe the weights")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ What tells a folder of omniq is not the names of its files, which other tools us
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -28,47 +28,17 @@ from transformers import GenerationConfig, PreTrainedModel
 from omniq.errors import UserError
 from omniq.export.containers.card import is_card, model_card
 from omniq.export.containers.container import Results, cast_for_export
-from omniq.export.containers.folder_reader import FolderReader, missing_memory, read_config
+from omniq.export.containers.folder_reader import FolderCodec, FolderReader, missing_memory, read_config
 from omniq.export.containers.requirements import missing_packages
 from omniq.export.containers.shards import ShardWriter, writing
 from omniq.export.containers.target_model import TargetModel, target_model
-from omniq.export.formats.codec import Codec, WrittenLinear
-from omniq.grid.affine import Grid
+from omniq.export.formats.codec import WrittenLinear
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
 
 _FORMAT = "omniq_format"
 _SECTIONS = {"model", "data", "stages", "scheme"}  # every recipe of omniq has them
-
-
-class FolderCodec(Codec, Protocol):
-    """A codec whose grids ``config.json`` describes.
-
-    Attributes:
-        stays_packed: whether transformers keeps the weights as they are stored.
-    """
-
-    @property
-    def stays_packed(self) -> bool: ...
-
-    def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
-        """The entry of ``config.json`` that tells a runtime how to read the tensors.
-
-        Args:
-            linears: those that are quantized, by full name.
-            ignore: full names of all others.
-        """
-
-    def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
-        """Invert ``quantization_config`` for one linear.
-
-        Args:
-            dtype: of the model.
-
-        Raises:
-            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
-        """
 
 
 class HuggingFaceFolder:
@@ -116,7 +86,7 @@ class HuggingFaceFolder:
 
     def read(self, path: Path, codec: FolderCodec) -> FolderReader:
         """Open the folder without transformers' quantizers."""
-        return FolderReader(path, codec.load, codec.grid_of)
+        return FolderReader(path, codec)
 
     def is_ours(self, path: Path) -> bool:
         """Whether the folder holds a config, and a card or a recipe of omniq."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from omniq.evaluate.perplexity import CHUNK, Perplexity
 from omniq.export.containers.container import Reader, Results, cast_for_export
 from omniq.export.containers.shards import same_bits
+from omniq.export.formats.codec import WrittenLinear
 from omniq.export.registry import find_format
 from omniq.export.verify.blockwise import BlockwiseExport
 from omniq.export.verify.reopened import ReopenedCheckpoint
@@ -118,8 +119,9 @@ def verify_checkpoint(
 
 def _compare_tensors(reader: Reader, source: SourceModel, results: Results, scheme: Scheme) -> tuple[Report, set[str]]:
     """The first step; also the names that a plain model has for what was compared."""
-    linears = codes = others = 0
+    linears: dict[str, WrittenLinear] = {}
     shapes: dict[str, torch.Size] = {}
+    others = 0
     unseen = reader.names
     for index in range(source.num_blocks):
         block, result = source.block_name(index), results(index)
@@ -127,8 +129,7 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
             shapes[f"{block}.{name}.weight"] = linear.codes.shape
             _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), linear)
             unseen -= reader.names_of(f"{block}.{name}")
-            linears += 1
-            codes += linear.codes.numel()
+            linears[f"{block}.{name}"] = WrittenLinear.of(linear)
         for name, tensor in result.tensors.items():
             shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme)
             others += 1
@@ -140,7 +141,8 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
         if not name.endswith(".bias") or reader[name].any():
             raise VerificationError(f"{name} is in the file but not in the model")
     _compare_config(reader, shapes | {name: reader[name].shape for name in unseen})
-    return Report(linears, codes, others + len(unseen)), set(shapes)
+    reader.check_description(linears)
+    return Report(len(linears), sum(linear.weights for linear in linears.values()), others + len(unseen)), set(shapes)
 
 
 def _compare_config(reader: Reader, shapes: Mapping[str, torch.Size]) -> None:
@@ -158,7 +160,7 @@ def _read(reader: Reader, name: str) -> QuantizedLinear:
         return reader.read(name)
     except KeyError as error:
         raise VerificationError(f"{name}.{error.args[0]} is missing in the file") from error
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # shapes that do not fit each other
         raise VerificationError(f"{name} cannot be read back: {error}") from error
 
 
