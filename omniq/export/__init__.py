@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export: finished blocks to a checkpoint on disk, and the proof that it holds them.
 
-formats/       codecs: the layout of one linear
-containers/    the layout of a model on disk
-registry.py    the names that users type, each a codec and a container
-write.py       writes a checkpoint in its place at once
-verify/        reads it back and compares codes and logits
+    formats/       codecs: the layout of one linear
+    containers/    the layout of a model on disk
+    registry.py    the names that users type, each a codec and a container
+    write.py       writes a checkpoint beside its place, then renames it
+    verify/        reads it back and compares codes and logits
+
+A new format is a codec (``formats/codec.py``) and an entry in ``registry.py``. A runtime that does not read the folder
+of Hugging Face needs a container too (``containers/container.py``).
 """
 
 from omniq.export.containers.container import cast_for_export

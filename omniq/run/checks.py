@@ -16,6 +16,7 @@ from omniq.errors import UserError
 from omniq.export import cast_for_export, find_format
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
 
 log = logging.getLogger("omniq")
 
@@ -49,6 +50,22 @@ def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
     layouts = [source.layout(index) for index in range(source.num_blocks)]
     grids = {scheme.grid_of(name) for name in linear_widths(source)}
     find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+
+
+def check_storable(run: Run, block: str, result: BlockResult) -> None:
+    """Refuse a finished block whose values the format of the export cannot store, before further blocks are computed.
+
+    Args:
+        block: its full name.
+
+    Raises:
+        UserError: names the linear.
+    """
+    if run.export.format == "none":
+        return
+    codec = find_format(run.export.format).codec(run.scheme)
+    for name, linear in result.linears.items():
+        codec.check_linear(f"{block}.{name}", linear)
 
 
 def check_reader(format: str, scheme: Scheme) -> None:

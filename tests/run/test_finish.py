@@ -13,8 +13,11 @@ from torch import Tensor
 
 from omniq.blocks import placement
 from omniq.cli.command import main
+from omniq.errors import UserError
 from omniq.export.containers import folder_reader, huggingface
+from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.run import checkpoint
+from omniq.storage.block_result import QuantizedLinear
 from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run
 
 RTN = [{"class_path": "omniq.stages.RTN"}]
@@ -101,6 +104,19 @@ def test_run_without_the_readers_package_says_so_before_and_resumes_without_writ
         assert f"the checkpoint says nothing: {lacking}" in output
         assert ("writing" in output) == (start == "first")
     assert openings == []
+
+
+def test_values_that_the_format_cannot_store_end_the_run_at_their_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(codec: CompressedTensors, name: str, linear: QuantizedLinear) -> None:
+        if linear.zero_point.max() > 1:
+            raise UserError(f"{name} has a zero point above 1: use format omniq")
+
+    monkeypatch.setattr(CompressedTensors, "check_linear", refuse)
+    assert main(write_run(tmp_path, scheme={"name": "W2A16g16"}, stages=RTN)) == 2
+    assert "model.layers.0.self_attn.q_proj has a zero point above 1: use format omniq" in capsys.readouterr().err
+    assert not list((tmp_path / "run/blocks").iterdir())
 
 
 def test_resume_replaces_damaged_exports_only(
