@@ -32,8 +32,8 @@ CODES = {
 }
 """The dtypes that omniq writes to files, each with its code. Files of others may hold further codes (``F8_E4M3``)."""
 
-STORED_WEIGHTS = frozenset(("F64", "F32", "F16", "BF16"))
-"""Codes in which the weights of a model that is not quantized may be stored."""
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""In what the weights of a model that is not quantized may be stored."""
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
@@ -47,3 +47,8 @@ def torch_dtype(name: str) -> "torch.dtype":
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def holds_weights(label: str) -> bool:
+    """Whether a dtype, given as a name or as a code, may hold the weights of a model that is not quantized."""
+    return label in WEIGHT_DTYPES or label in [CODES[name] for name in WEIGHT_DTYPES]
