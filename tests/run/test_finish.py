@@ -4,6 +4,7 @@
 import json
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.export.containers import folder_reader, huggingface
 from omniq.export.formats.compressed_tensors import CompressedTensors
-from omniq.run import checkpoint
+from omniq.run import checkpoint, environment
 from omniq.storage.block_result import QuantizedLinear
 from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run
 
@@ -40,6 +41,12 @@ def openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(huggingface, "open_checkpoint", spy)
     return paths
+
+
+def no_compressed_tensors(name: str) -> str:
+    if name == "compressed-tensors":
+        raise PackageNotFoundError(name)
+    return version(name)
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -88,6 +95,7 @@ def test_run_without_the_readers_package_says_so_before_and_resumes_without_writ
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    monkeypatch.setattr(environment, "version", no_compressed_tensors)
     lacking = (
         "transformers needs compressed-tensors>=0.18 to open it, which this environment lacks "
         "(pip install 'compressed-tensors>=0.18')"
