@@ -107,7 +107,7 @@ def pass_block(
     if not finished:
         result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
         collectives.broadcast_from_rank0(lambda: check_deployable(index, result, plan.run.scheme.export_dtype))
-        collectives.broadcast_from_rank0(lambda: check_storable(plan.run, plan.source.block_name(index), result))
+        collectives.broadcast_from_rank0(lambda: check_storable(plan.run, name, result))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
             losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
