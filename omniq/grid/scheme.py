@@ -113,30 +113,6 @@ class Scheme:
         for rule in self.rules:
             rule.check_activations(self.name, inputs, keys_values)
 
-    @classmethod
-    def of(
-        cls,
-        grid: "Grid",
-        activation_bits: int = 16,
-        activation_symmetric: bool = False,
-        kv_bits: int = 16,
-        queries: bool = False,
-        activation_range: Literal["token", "tensor"] = "token",
-    ) -> "Scheme":
-        """The scheme of weights on this grid."""
-        cache = "" if kv_bits == 16 else f"KV{kv_bits}"
-        group = "" if grid.group_size == -1 else f"g{grid.group_size}"
-        name = f"W{grid.bits}A{activation_bits}{cache}{group}"
-        dtype = str(grid.scale_dtype).removeprefix("torch.")
-        return cls(
-            name,
-            grid.symmetric,
-            dtype,  # type: ignore[arg-type]
-            activation_symmetric=activation_symmetric,
-            activation_range=activation_range,
-            queries=queries,
-        )
-
     def rule_of(self, name: str) -> Rule | None:
         """The rule that decides about a linear, by its full name: the last that matches it; None if none matches."""
         return next((rule for rule in reversed(self.rules) if rule.matches(name)), None)

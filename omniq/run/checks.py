@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks before the first block: a run that cannot work is refused here."""
 
+import logging
 import shutil
 from collections.abc import Mapping
 from math import prod
@@ -14,7 +15,11 @@ from omniq.distributed import collectives
 from omniq.errors import UserError, one_line
 from omniq.export import cast_for_export, find_format
 from omniq.grid.affine import Grid
+from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
+
+log = logging.getLogger("omniq")
 
 
 def check_model(run: Run, source: SourceModel) -> None:
@@ -30,7 +35,7 @@ def check_model(run: Run, source: SourceModel) -> None:
         for stage in run.stages:
             stage.check_layout(layout)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, layouts)
+        check_format(run.export.format, run.scheme, source)
     grids = {name: run.scheme.grid_of(name) for name in linear_names(source)}
     check_widths(source, grids)
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
@@ -53,6 +58,41 @@ def check_widths(source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
     for grid, same in widths.items():
         for name, width in same.items():
             grid.check_width(width, name, same.values())
+
+
+def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
+    """Refuse a format that cannot hold the layouts and grids of a model.
+
+    Raises:
+        UserError: names what does not fit, and a remedy.
+    """
+    layouts = [scheme_layout(source, scheme, index) for index in range(source.num_blocks)]
+    grids = {scheme.grid_of(name) for name in linear_names(source)}
+    find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+
+
+def check_storable(run: Run, block: str, result: BlockResult) -> None:
+    """Refuse a finished block whose values the format of the export cannot store, before further blocks are computed.
+
+    Args:
+        block: its full name.
+
+    Raises:
+        UserError: names the linear.
+    """
+    if run.export.format == "none":
+        return
+    codec = find_format(run.export.format).codec(run.scheme)
+    for name, linear in result.linears.items():
+        codec.check_linear(f"{block}.{name}", linear)
+
+
+def check_reader(format: str, scheme: Scheme) -> None:
+    """Say before a run what this machine lacks to open its checkpoint; omniq can verify it without."""
+    chosen = find_format(format)
+    lacking = chosen.container.lacks(chosen.codec(scheme))
+    if lacking is not None and collectives.rank() == 0:
+        log.warning("export.format %s: %s; omniq verifies it with a reader of its own", format, lacking)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -111,9 +151,8 @@ def check_room(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) 
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
     needed = max(0, sum(sizes) - written)
     if run.export.format != "none":
-        layout = find_format(run.export.format)
-        plain = 8 * run.scheme.export_dtype.itemsize
-        bits = {name: layout.code_bits(grid, run.scheme) if grid else plain for name, grid in grids.items()}
+        codec, plain = find_format(run.export.format).codec(run.scheme), 8 * run.scheme.export_dtype.itemsize
+        bits = {name: codec.bits(grid) if grid else plain for name, grid in grids.items()}
         checkpoint = sum(numbers[name] * bits[name] for name in grids) // 8
         checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
         needed += 0 if (run.out / "model").exists() else checkpoint

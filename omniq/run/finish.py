@@ -14,7 +14,7 @@ from omniq.evaluate.streaming import Variant
 from omniq.evaluate.variants import full_precision_variant, in_export_dtype, quantized_variant, rounded_variant
 from omniq.models.locate import public_name
 from omniq.report.table import perplexity_table
-from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, layout_of, write_checkpoint
+from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, settings_of, write_checkpoint
 from omniq.run.plan import Plan
 from omniq.storage.run_dir import RunDir
 
@@ -33,7 +33,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none":
         if not (folder.path / "model").exists():
-            folder.save_record("export.json", layout_of(plan.run.export))
+            folder.save_record("export.json", settings_of(plan.run.export))
         out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
         write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
     folder.forget_streams()

@@ -29,6 +29,7 @@ from omniq.kernels.matmul_precision import matmul_precision
 from omniq.report.console import plain_console
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
+from omniq.run.checks import check_storable
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import Fitting, check_deployable, fit_stage
@@ -108,6 +109,7 @@ def pass_block(
     if not finished:
         result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
         collectives.broadcast_from_rank0(lambda: check_deployable(index, result, plan.run.scheme.export_dtype))
+        collectives.broadcast_from_rank0(lambda: check_storable(plan.run, name, result))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
             losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})

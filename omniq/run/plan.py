@@ -20,7 +20,7 @@ from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_compiler, check_model, check_shares
+from omniq.run.checks import check_compiler, check_model, check_reader, check_shares
 from omniq.run.environment import environment
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
@@ -97,7 +97,7 @@ def prepare(run: Run, settings: str) -> Plan:
     check_trainer(run.trainer)
     check_writable(run.out)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, outliers=bool(run.stored_beside_codes))
+        find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
         check_free(run.out / "model")
     source = open_model(run)
     check_model(run, source)
@@ -106,6 +106,8 @@ def prepare(run: Run, settings: str) -> Plan:
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
     check_shares(len(windows.calibration), len(windows.held_out))
+    if run.export.format != "none":
+        check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniq.blocks.grids import scheme_layout
 from omniq.config.parse import parse_run
 from omniq.config.run import Export, Run
 from omniq.errors import UserError
 from omniq.export import check_output, find_format
 from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
+from omniq.run.checks import check_format, check_reader
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
 from omniq.storage.atomic import expanded
@@ -47,12 +47,12 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     path, out = expanded(path), expanded(out)
     run, settings = open_run(path)
     facts = _facts(path)
-    layout = find_format(export.format)
-    layout.check(run.scheme, outliers=bool(run.stored_beside_codes))
+    find_format(export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)
-        layout.check(run.scheme, [scheme_layout(source, run.scheme, index) for index in range(source.num_blocks)])
+        check_format(export.format, run.scheme, source)
+        check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
 

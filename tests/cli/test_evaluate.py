@@ -20,11 +20,10 @@ from omniq.cli.command import main
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
-from omniq.export import export_checkpoint
 from omniq.grid.affine import Grid
 from omniq.models import locate
 from omniq.models.transformers_io import open_checkpoint
-from tests.helpers.exported import CARD, opened, rounded
+from tests.helpers.exported import export, opened, rounded
 from tests.helpers.opening import edit_json, only_pickle, truncate
 from tests.helpers.runs import configuration, write_text
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
@@ -35,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, ``source``, the same with codes of four bits, ``quantized``, and a text."""
     place = tmp_path_factory.mktemp("evaluate")
     source = opened(place / "source", Grid(4, 32))
-    export_checkpoint(source, rounded(source, Grid(4, 32)), place / "quantized", card=CARD)
+    export(source, rounded(source, Grid(4, 32)), place / "quantized")
     write_text(place / "text.txt")
     (place / "text.yaml").write_text(yaml.safe_dump({"evaluation": configuration(place)["evaluation"]}))
     return place

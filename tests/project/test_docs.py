@@ -63,4 +63,4 @@ def test_commands_are_understood(path: Path) -> None:
             run, _ = run_of(parsers[name], config)
             run.check()
             if run.export.format != "none":
-                find_format(run.export.format).check(run.scheme, outliers=bool(run.stored_beside_codes))
+                find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
