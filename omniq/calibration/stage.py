@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from omniq.calibration.module import BlockModule
 from omniq.calibration.task import BlockTask
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 
 
@@ -54,6 +55,10 @@ class Stage(ABC):
         Raises:
             UserError: names the family and what it has.
         """
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        """The kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
+        return ()
 
     def check(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages accept any place)
         """Refuse a place in the list of stages where this one cannot work.

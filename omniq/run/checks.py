@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from math import prod
 
 import torch
+from torch import Tensor
 
 from omniq.blocks.activation_hooks import check_attention
+from omniq.calibration.fuse import concerns
+from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.data.text import one_line
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.export import cast_for_export, find_format
 from omniq.models.source import SourceModel
+
+_VERIFIED_TOKENS = 32  # on which equivalences are tried
 
 
 def check_model(run: Run, source: SourceModel) -> None:
@@ -34,6 +39,41 @@ def check_model(run: Run, source: SourceModel) -> None:
         run.scheme.grid.check_width(width, name, widths.values())
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
     check_room(run, source, widths)
+
+
+def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: torch.device) -> None:
+    """Try every equivalence that the stages use on the real first block of each kind.
+
+    Args:
+        tokens: int64 ``[n, t]``; a few of the first sample are embedded.
+        device: where the blocks compute.
+
+    Raises:
+        UserError: an equivalence changes the output of a block.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    embedded, verified = None, set()
+    for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
+        layout = source.layout(index)
+        kinds = {kind for stage in run.stages for kind in stage.equivalence_kinds(layout, run.scheme.activations)}
+        used = tuple(each for each in layout.equivalences if each.kind in kinds and concerns(layout, each))
+        key = (used, layout.heads, layout.can_bias, source.structure(index))
+        if not used or key in verified:
+            continue
+        verified.add(key)
+        embedded = embedded or source.embed(tokens[:1, :_VERIFIED_TOKENS], device)
+        hidden, arguments = embedded
+        block = VerifiedBlock(source.block(index, device, dtype), layout, hidden, arguments[index], dtype)
+        for equivalence in used:
+            if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
+                raise UserError(
+                    f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
+                    f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: leave "
+                    f"{equivalence.kind!r} out of the equivalences of the stage, or correct how the family of "
+                    f"{layout.model_type} declares it"
+                )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is free decides where the streams live
 
 
 def check_compiler(device: torch.device) -> None:

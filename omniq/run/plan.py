@@ -20,7 +20,7 @@ from omniq.distributed.launch import join, launch_arguments, started
 from omniq.errors import UserError
 from omniq.export import check_free, find_format
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_compiler, check_model, check_shares
+from omniq.run.checks import check_compiler, check_model, check_shares, verify_equivalences
 from omniq.run.environment import environment
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
@@ -110,6 +110,7 @@ def prepare(run: Run, settings: str) -> Plan:
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
     return Plan(
