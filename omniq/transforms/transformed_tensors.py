@@ -38,12 +38,8 @@ class TransformedTensors:
 
     def features(self, linear: LinearRef) -> int:
         """Number of output features."""
-        if linear.rows is not None:
-            return linear.rows[1] - linear.rows[0]
-        weight = (
-            self.weights[linear.name].weight if linear.name in self.weights else self.plain[f"{linear.name}.weight"]
-        )
-        return weight.shape[0]
+        factored = {f"{name}.weight": weight.weight for name, weight in self.weights.items()}
+        return linear.features(self.plain | factored)
 
     def divide_norm(self, name: str, scale: Tensor, shift: Tensor | None = None, offset: float = 0.0) -> None:
         """Subtract ``shift`` from the output of a norm, then divide it by ``scale``.
