@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from omniq.models.family import Family
+from omniq.models.family import Family, config_of
 from omniq.models.layout import Layout
 from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.linear_ref import LinearRef
@@ -15,16 +15,15 @@ QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
 class _Phi3(Family):
     def layout(self, block: nn.Module, index: int) -> Layout:
-        layout = super().layout(block, index)
-        qkv, mlp = (block.get_parameter(f"{name}.weight").shape[0] for name in (QKV, GATE_UP))
-        k = qkv // (layout.heads.query + 2 * layout.heads.key) * layout.heads.key
-        q = qkv - 2 * k
+        layout, config = super().layout(block, index), config_of(block)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        q, k, mlp = layout.heads.query * size, layout.heads.key * size, config.intermediate_size
         equivalences = (
             NormToLinears("input_layernorm", (QKV,)),
             NormToLinears("post_attention_layernorm", (GATE_UP,)),
             ValueToOutput(LinearRef(QKV, (q + k, q + 2 * k)), "self_attn.o_proj"),
             QueryKey(LinearRef(QKV, (0, q)), LinearRef(QKV, (q, q + k)), rotary="half"),
-            UpToDown(LinearRef(GATE_UP, (mlp // 2, mlp)), "mlp.down_proj"),
+            UpToDown(LinearRef(GATE_UP, (mlp, 2 * mlp)), "mlp.down_proj"),
         )
         return replace(layout, equivalences=equivalences)
 
