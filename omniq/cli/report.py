@@ -3,14 +3,13 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from omniq.evaluate.perplexity import PerplexityResult
+from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
 from omniq.run.saved import open_run
 from omniq.storage.atomic import expanded
-from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 from omniq.storage.sealed import load_record
 
@@ -24,13 +23,13 @@ def show_run(path: Path) -> None:
     """
     path = expanded(path)
     open_run(path)
-    folder, console = RunDir(path), Console()
+    folder, console = RunDir(path), plain_console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
     # Headers of several words are broken between them where a terminal is narrow.
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")
     table.title = str(path)
     for index in folder.finished():
-        summary = BlockResult.load(folder.block_path(index)).summary
+        summary = folder.read_block(index).summary
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
         table.add_row(str(index), *values, str(summary.get("guard", "")))
     console.print(table)

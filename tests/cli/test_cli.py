@@ -13,7 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from omniq.cli.main import build_parser, main
+from omniq.cli.command import build_parser, main
 from omniq.cli.quiet import quiet
 from omniq.config.parse import parse_run
 from omniq.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from omniq.cli.command import build_parser
 from omniq.cli.lightning_run import COMMANDS
-from omniq.cli.main import build_parser
 from omniq.config.parse import run_of
 from omniq.export import find_format
 
