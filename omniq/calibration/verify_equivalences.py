@@ -16,7 +16,7 @@ float64, those casts go to float64 instead.
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class VerifiedBlock:
         self, block: nn.Module, layout: Layout, hidden: Tensor, kwargs: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
         self.block, self.layout, self.dtype = block.to(dtype), layout, dtype
-        cast: Callable[[Tensor], Tensor] = lambda value: value.to(dtype) if value.is_floating_point() else value  # noqa: E731
-        self.hidden, self.kwargs = hidden.to(dtype), tree_map_only(Tensor, cast, dict(kwargs))
+        self.hidden = hidden.to(dtype)
+        self.kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, dict(kwargs))
         config = config_of(block)
         if config._attn_implementation not in ("eager", "sdpa"):  # the others have no float64, and masks of their own
             config._attn_implementation = "sdpa"

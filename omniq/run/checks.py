@@ -2,8 +2,9 @@
 """Checks before the first block: a run that cannot work is refused here."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.export import cast_for_export, find_format
 from omniq.models.source import SourceModel
+from omniq.transforms.equivalence import Equivalence
 
 _VERIFIED_TOKENS = 32  # on which equivalences are tried
 
@@ -51,7 +53,6 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
     Raises:
         UserError: an equivalence changes the output of a block.
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     embedded, verified = None, set()
     for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
         layout = source.layout(index)
@@ -62,18 +63,26 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
             continue
         verified.add(key)
         embedded = embedded or source.embed(tokens[:1, :_VERIFIED_TOKENS], device)
-        hidden, arguments = embedded
-        block = VerifiedBlock(source.block(index, device, dtype), layout, hidden, arguments[index], dtype)
-        for equivalence in used:
-            if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
-                raise UserError(
-                    f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
-                    f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: leave "
-                    f"{equivalence.kind!r} out of the equivalences of the stage, or correct how the family of "
-                    f"{layout.model_type} declares it"
-                )
+        _verify_block(source, index, used, embedded[0], embedded[1][index])
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what is free decides where the streams live
+        torch.cuda.empty_cache()  # the free memory decides where the streams live
+
+
+def _verify_block(
+    source: SourceModel, index: int, used: Iterable[Equivalence], hidden: Tensor, arguments: Mapping[str, Any]
+) -> None:
+    """Try these equivalences on one block, which is released on return."""
+    dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    layout = source.layout(index)
+    block = VerifiedBlock(source.block(index, hidden.device, dtype), layout, hidden, arguments, dtype)
+    for equivalence in used:
+        if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
+            raise UserError(
+                f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
+                f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: leave "
+                f"{equivalence.kind!r} out of the equivalences of the stage, or correct how the family of "
+                f"{layout.model_type} declares it"
+            )
 
 
 def check_compiler(device: torch.device) -> None:
