@@ -16,14 +16,16 @@ from omniq.calibration.observe import observe
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.models.layout import Layout
-from omniq.transforms.equivalence import Transform
+from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.initial import ChannelRanges
 from omniq.transforms.let import KINDS, warn_once
+from omniq.transforms.transform import Transform
 
 
 def kinds_of(layout: Layout) -> list[str]:
     """The kinds of equivalences that a block has."""
-    return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in layout.equivalences)]
+    declared = {equivalence.kind for equivalence in layout.equivalences}
+    return [kind for kind in KINDS if kind in declared]
 
 
 def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
@@ -44,10 +46,15 @@ def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "trans
             )
 
 
+def concerns(layout: Layout, equivalence: Equivalence) -> bool:
+    """Whether an equivalence changes what is quantized: the input of a quantized linear, or queries and keys."""
+    return not equivalence.readers or any(name in layout.linears for name in equivalence.readers)
+
+
 def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Transform:
     """The transform of one block; warns once in a process about each equivalence that cannot have a shift."""
-    layout, forms = task.layout, tuple(KINDS[kind] for kind in kinds)
-    chosen = [each for each in layout.equivalences if isinstance(each, forms)]
+    layout = task.layout
+    chosen = [each for each in layout.equivalences if each.kind in kinds and concerns(layout, each)]
     transform = Transform(chosen, layout.heads, dict(task.block.named_parameters()), layout.can_bias, shift)
     for reason in transform.unshifted.values():
         warn_once(reason)
@@ -66,10 +73,10 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
         UserError: see ``Observation.results``.
     """
     seen, ranges = (
-        observe(task, [InputRange()], [group[0] for group in task.layout.inputs], quantized=False),
+        observe(task, [InputRange()], [group[0] for group in task.layout.groups], quantized=False),
         ChannelRanges(),
     )
-    for group in task.layout.inputs:
+    for group in task.layout.groups:
         if seen[group[0]].tokens:
             lo, hi = seen[group[0]].totals[0]
             ranges.lo |= dict.fromkeys(group, lo)

@@ -27,6 +27,7 @@ from typing import ClassVar, Literal
 from omniq.calibration.module import BlockModule
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 
 Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes"]
@@ -64,6 +65,10 @@ class Stage(ABC):
         Raises:
             UserError: names the family and what it has.
         """
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        """The kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
+        return ()
 
     def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
         """Refuse a list of stages in which this stage lacks a stage before it.

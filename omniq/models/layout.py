@@ -43,11 +43,6 @@ class Layout:
         """Every quantized linear of the block, in the order in which the block runs them."""
         return tuple(name for group in self.groups for name in group)
 
-    @property
-    def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """The groups, then each kept linear by itself: what reads an input that a transform may change."""
-        return (*self.groups, *((name,) for name in self.kept))
-
     def keep(self, names: Collection[str], reason: str) -> "Layout":
         """The same layout with further linears left in floating point."""
         groups = (tuple(name for name in group if name not in names) for group in self.groups)

@@ -165,6 +165,15 @@ class SourceModel:
         """The layout of a block: its linears, which of them share an input, and where scales may move."""
         return self.family.layout(self._blocks[index], index)
 
+    def structure(self, index: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
+        """Name, owner and shape of every parameter of a block; equal for blocks of the same kind."""
+        parts = self._blocks[index].named_modules()
+        return tuple(
+            (f"{prefix}.{name}", type(module), tuple(value.shape))
+            for prefix, module in parts
+            for name, value in module.named_parameters(recurse=False)
+        )
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""
         return self._parameters[name]

@@ -22,6 +22,7 @@ from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
 from omniq.run.checks import check_compiler, check_model, check_reader, check_shares
 from omniq.run.environment import environment
+from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
 
@@ -111,6 +112,7 @@ def prepare(run: Run, settings: str) -> Plan:
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
     return Plan(

@@ -15,10 +15,11 @@ the W4A4 of the first LLaMA.
 
 Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
 storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate and errors relative to
-each token are offered; the transform is exact (``omniq.transforms.equivalence``), learned as ``exp(theta)`` and with
+each token are offered; the transform is exact (``omniq.transforms.transform``), learned as ``exp(theta)`` and with
 shifts for every family.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
+from omniq.grid.scheme import Activations
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import LWC, Clipping, FakeQuantWeight, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
-from omniq.transforms.equivalence import Transform
-from omniq.transforms.initial import initial_values
 from omniq.transforms.let import LET, worth_learning
+from omniq.transforms.transform import Transform
 
 
 class OmniQuant(Reconstruction):
@@ -86,6 +87,9 @@ class OmniQuant(Reconstruction):
     def leaves(self) -> frozenset[Part]:
         return frozenset({"grid"} if self.transform is None else {"block"})
 
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        return () if self.transform is None else worth_learning(self.transform.equivalences, activations.attention)
+
     def module(self, task: BlockTask) -> "OmniQuantModule":
         return OmniQuantModule(task, self)
 
@@ -106,7 +110,7 @@ class OmniQuantModule(ReconstructionModule):
 
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task, settings)
-        self.transform, self.moves = self._start_transform()
+        self.transform, self.moves = self._start_transform()  # NOTE: checkpoints hold the name ``moves``
         if self.transform is None and isinstance(settings.clipping, RangeEstimator):
             raise UserError(
                 "stages: OmniQuant has nothing to learn: a scale between queries and keys changes nothing while both "
@@ -127,30 +131,30 @@ class OmniQuantModule(ReconstructionModule):
     def _start_transform(self) -> tuple[Transform | None, nn.ParameterDict | None]:
         """Fuse the initial values into the block; what is learned from there starts at the identity."""
         task, let = self.task, self.settings.transform
-        kinds = worth_learning(let.equivalences, task.activations.attention) if let is not None else ()
+        kinds = self.settings.equivalence_kinds(task.layout, task.activations)
         if let is None or not kinds:
             return None, None
         transform = block_transform(task, kinds, let.shift)
-        values = initial_values(transform, dict(task.block.named_parameters()), input_ranges(task), let.alpha)
+        values = transform.initial(dict(task.block.named_parameters()), input_ranges(task), let.alpha)
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return transform, transform.parameters()
 
     def tensors(self) -> dict[str, Tensor]:
         """Full-precision tensors of the block as the transform makes them, differentiable in it."""
-        return {name: materialize(value) for name, value in self._moved().items()}
+        return {name: materialize(value) for name, value in self._transformed().items()}
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors = self._moved()
+        tensors = self._transformed()
         for name in self.task.layout.linears:
             out = dtype or self.task.linear(name).weight.dtype
             tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out)
         return {name: materialize(value) for name, value in tensors.items()}
 
-    def _moved(self) -> dict[str, Tensor | ScaledWeight]:
-        """The same, weights that the transform moves still with their factors; without one, weights alone."""
+    def _transformed(self) -> dict[str, Tensor | ScaledWeight]:
+        """The same, weights that the transform changes with their factors beside them; without one, weights alone."""
         if self.transform is None or self.moves is None:
             return {f"{name}.weight": self.task.linear(name).weight for name in self.task.layout.linears}
-        return self.transform.move(dict(self.task.block.named_parameters()), self.moves)
+        return self.transform.apply_factored(dict(self.task.block.named_parameters()), self.moves)
 
     def clip(self, name: str) -> FakeQuantWeight:
         """The clipping of one linear."""

@@ -13,22 +13,16 @@ that switch, which a family knows.
 import functools
 import logging
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 from omniq.errors import UserError
-from omniq.transforms.equivalence import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.transforms.equivalences import EQUIVALENCES
 from omniq.transforms.initial import check_alpha
 
 log = logging.getLogger("omniq")
 
-Kind = Literal["norm", "value_output", "query_key", "up_down"]
-KINDS: dict[str, type[Equivalence]] = {
-    "norm": NormToLinears,
-    "value_output": ValueToOutput,
-    "query_key": QueryKey,
-    "up_down": UpToDown,
-}
-MEASURED_KINDS = ("norm", "value_output", "up_down")  # whose scales follow from sizes; those of query_key do not
+KINDS = tuple(each.kind for each in EQUIVALENCES)
+MEASURED_KINDS = tuple(each.kind for each in EQUIVALENCES if each.measured)
+"""Kinds whose scales follow from sizes of activations and weights."""
 
 
 class LET:
@@ -51,7 +45,7 @@ class LET:
         alpha: float | None = 0.5,
         lr: float = 5e-3,
         shift: bool = True,
-        equivalences: Sequence[Kind] = ("norm", "value_output", "query_key"),
+        equivalences: Sequence[str] = ("norm", "value_output", "query_key"),
     ) -> None:
         check_alpha(alpha)
         if not 0 < lr < 1:
@@ -60,9 +54,7 @@ class LET:
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
 
 
-def check_kinds(
-    kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = tuple(KINDS)
-) -> None:
+def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = KINDS) -> None:
     """Refuse an empty selection of equivalences, unknown ones and repetitions.
 
     Args:

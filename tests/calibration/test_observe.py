@@ -174,7 +174,7 @@ def test_input_ranges_leave_unreached_linears_out() -> None:
 
 def test_static_range_of_an_unreached_linear_is_refused() -> None:
     task = routed_task(NONE)
-    linears = {name: round_to_nearest(task.linear(name).weight, task.grid) for name in task.layout.linears}
+    linears = {name: round_to_nearest(task.linear(name).weight, task.grids[name]) for name in task.layout.linears}
     with pytest.raises(UserError, match="expert.up: no calibration token reaches .* set scheme.activation_range to"):
         calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
 
@@ -193,7 +193,7 @@ def test_gram_stage_unreached_linear_is_rounded_to_nearest_and_noted(
     assert result.linears.keys() == set(task.layout.linears)
     clipping = MinMax() if isinstance(stage, SpQR) else Searched()
     for name in GROUPS[1]:
-        nearest = round_to_nearest(task.linear(name).weight, task.grid, clipping, torch.ones(SIZE))
+        nearest = round_to_nearest(task.linear(name).weight, task.grids[name], clipping, torch.ones(SIZE))
         assert torch.equal(result.linears[name].codes, nearest.codes) == (threshold == NONE)
     assert ("unreached" in task.notes) == (threshold == NONE)
     if threshold == NONE:
@@ -216,7 +216,7 @@ def test_rtn_unreached_linear_is_searched_with_equal_weights(make: Callable[[], 
     task = routed_task(NONE)
     result = fitted(make(), task, tmp_path).task.result
     assert result is not None
-    nearest = round_to_nearest(task.linear(EXPERT).weight, task.grid, Searched(), torch.ones(SIZE))
+    nearest = round_to_nearest(task.linear(EXPERT).weight, task.grids[EXPERT], Searched(), torch.ones(SIZE))
     assert torch.equal(result.linears[EXPERT].codes, nearest.codes)
     assert "expert.up, expert.gate" in task.notes["unreached"]
 

@@ -48,4 +48,5 @@ def routed_task(threshold: float, skips: bool = True, samples: int = 6, length: 
     block = RoutedBlock(threshold, skips)
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = (torch.randn(samples, length, SIZE, generator=generator) for _ in range(2))
-    return BlockTask(0, Layout("routed", GROUPS, Heads(1, 1)), block, Grid(3, SIZE), inputs, targets, {})
+    layout = Layout("routed", GROUPS, Heads(1, 1))
+    return BlockTask(0, layout, block, dict.fromkeys(layout.linears, Grid(3, SIZE)), inputs, targets, {})

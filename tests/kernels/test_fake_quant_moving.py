@@ -11,9 +11,10 @@ from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.families.llama import LLAMA
-from omniq.transforms.equivalence import Transform, UpToDown
+from omniq.transforms.equivalences import UpToDown
 from omniq.transforms.heads import Heads
-from tests.helpers.tiny import tiny_block
+from omniq.transforms.transform import Transform
+from tests.helpers.tiny import tiny_block, tiny_layout
 from tests.kernels.test_fake_quant import gradients, misses, paper, problem, relative
 
 FACTORS = [(True, True), (True, False), (False, True), (False, False)]
@@ -142,13 +143,13 @@ def test_factors_multiply_and_products_need_no_matrix() -> None:
 def test_a_transform_gives_factors_and_leaves_matrices_alone() -> None:
     block, _ = tiny_block("llama")
     tensors = dict(block.named_parameters())
-    moves = [each for each in LLAMA.equivalences if not isinstance(each, UpToDown)]
-    transform = Transform(moves, Heads.of(block.self_attn.config), tensors)
+    equivalences = [each for each in LLAMA.equivalences if not isinstance(each, UpToDown)]
+    transform = Transform(equivalences, Heads.of(block.self_attn.config), tensors)
     draw = torch.Generator().manual_seed(0)
     parameters = {name: torch.randn(shape, generator=draw) for name, shape in transform.shapes.items()}
-    found = transform.move(tensors, parameters)
+    found = transform.apply_factored(tensors, parameters)
     factored = {name: value for name, value in found.items() if isinstance(value, ScaledWeight)}
-    assert set(factored) == {f"{name}.weight" for name in LLAMA.linears} - {"mlp.down_proj.weight"}
+    assert set(factored) == {f"{name}.weight" for name in tiny_layout("llama").linears} - {"mlp.down_proj.weight"}
     assert all(value.weight is tensors[name] for name, value in factored.items())
     assert found["mlp.down_proj.weight"] is tensors["mlp.down_proj.weight"]
     for name, value in transform.apply(tensors, parameters).items():

@@ -32,6 +32,7 @@ from tests.helpers.stages import Stop, fit, fitted, losses
 from tests.helpers.tiny import tiny_block, tiny_layout
 
 FAMILIES = [("llama", {}), ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}), ("qwen3", {}), ("opt", {})]
+FAMILIES += [("phi3", {}), ("gemma", {}), ("gemma3_text", {})]
 W4A4 = Activations(4, 4, 4)
 
 
@@ -106,7 +107,7 @@ def test_gradients_reach_everything_that_is_learned(family: str, model: dict[str
     assert module.moves is not None
     names = set(module.moves)
     kinds = {name.rpartition("/")[2] for name in names}
-    assert kinds == ({"log_scale", "shift"} if family != "qwen3" else {"log_scale"})
+    assert kinds == ({"log_scale", "shift"} if family in ("llama", "opt") else {"log_scale"})
     for name, value in module.named_parameters():
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
