@@ -10,10 +10,12 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from omniq.calibration.module import BlockModule
-from omniq.calibration.task import BlockTask
-from omniq.models.layout import Layout
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
+    from omniq.models.layout import Layout
 
 
 class Stage(ABC):
@@ -45,10 +47,10 @@ class Stage(ABC):
         return False
 
     @abstractmethod
-    def module(self, task: BlockTask) -> BlockModule:
+    def module(self, task: "BlockTask") -> "BlockModule":
         """The LightningModule that works on this block."""
 
-    def check_layout(self, layout: Layout) -> None:  # noqa: B027 (most stages accept any family)
+    def check_layout(self, layout: "Layout") -> None:  # noqa: B027 (most stages accept any family)
         """Refuse a family that lacks what this stage needs.
 
         Raises:

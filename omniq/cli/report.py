@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``omniq report``: the losses and perplexities of a run, finished or not."""
+"""``omniq report``: the losses and perplexities of a run, finished or not.
+
+Reads JSON and the headers of safetensors files, and needs no torch. The configuration of the run is not instantiated, so
+a report on a directory from somebody else executes no class that its ``config.yaml`` names.
+"""
 
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from omniq.evaluate.perplexity import PerplexityResult
+from omniq.config.saved import check_run_directory
+from omniq.evaluate.result import PerplexityResult
 from omniq.report.table import perplexity_table
-from omniq.run.saved import open_run
 from omniq.storage.atomic import expanded
-from omniq.storage.block_result import BlockResult
-from omniq.storage.run_dir import RunDir
-from omniq.storage.sealed import load_record
+from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
 
 
 def show_run(path: Path) -> None:
     """Print the losses of every finished block, and the perplexities if they were measured.
 
     Raises:
-        UserError: no run lives there.
-        CorruptFile: a file of it is damaged; it stays where it is.
+        UserError: the path is not a run directory.
+        CorruptFile: a file of the run is damaged; it stays where it is.
     """
     path = expanded(path)
-    open_run(path)
-    folder, console = RunDir(path), Console()
+    check_run_directory(path)
+    console = Console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
     # Headers of several words are broken between them where a terminal is narrow.
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")
     table.title = str(path)
-    for index in folder.finished():
-        summary = BlockResult.load(folder.block_path(index)).summary
+    for index in finished_blocks(path):
+        summary = load_summary(block_path(path, index))
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
         table.add_row(str(index), *values, str(summary.get("guard", "")))
     console.print(table)

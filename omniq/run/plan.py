@@ -20,7 +20,7 @@ from omniq.distributed.launch import join, launch_arguments, started
 from omniq.errors import UserError
 from omniq.export import check_free, find_format
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_compiler, check_model, check_shares
+from omniq.run.checks import check_callbacks, check_compiler, check_model, check_shares
 from omniq.run.environment import environment
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
@@ -70,14 +70,9 @@ def open_model(run: Run) -> SourceModel:
     """The model of a run, in the dtype of its computations.
 
     Raises:
-        UserError: the model cannot be opened, or another dtype was asked for than the precision computes in.
+        UserError: the model cannot be opened.
     """
     model, dtype = run.model, str(compute_dtype(run.trainer)).removeprefix("torch.")
-    if model.dtype not in ("auto", dtype):
-        raise UserError(
-            f"model.dtype {model.dtype!r} does not go with trainer.precision, which computes in {dtype}: "
-            "leave model.dtype at auto, or change trainer.precision"
-        )
     return SourceModel.open(
         model.path,
         gguf_file=model.gguf_file,
@@ -95,6 +90,7 @@ def prepare(run: Run, settings: str) -> Plan:
     """
     run.check()
     check_trainer(run.trainer)
+    check_callbacks(run)
     check_writable(run.out)
     if run.export.format != "none":
         sparse = any(stage.sparse for stage in run.stages)

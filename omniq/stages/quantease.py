@@ -21,7 +21,9 @@ published ``--static-groups``), because no runtime reads scattered groups any mo
 the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
 """
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,76 @@ from omniq.solvers.outliers import choose_support
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
+Support = Literal["magnitude", "loss"]
+Method = Literal["masked", "algorithm3"]
+
+log = logging.getLogger("omniq")
+
+
+@dataclass(frozen=True)
+class OutlierSettings:
+    """Weights that are kept in float16 beside the codes (section 4 of the paper).
+
+    Args:
+        fraction: of the weights of each linear, above 0 and up to 0.5; 0.01 keeps 1 %. At least one weight is kept.
+        columns: keep whole columns instead of single weights; at least one column.
+        support: the largest weights (``magnitude``), or those that cost most on the grid (``loss``).
+        method: the masked sweep, or Algorithm 3.
+
+    Raises:
+        UserError: a fraction that is not in this range.
+    """
+
+    fraction: float
+    columns: bool = False
+    support: Support = "magnitude"
+    method: Method = "masked"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 0.5:
+            raise UserError(
+                f"outliers.fraction {self.fraction} of QuantEase is outside 0 to 0.5: it is a fraction, not per cent; "
+                "0.01 keeps 1 % of the weights"
+            )
+
+    @classmethod
+    def of_earlier_release(
+        cls, outliers: "OutlierSettings | float | None", given: dict[str, Any]
+    ) -> "OutlierSettings | None":
+        """Accept the settings of the release before this one: per cent as a plain number, the others beside it.
+
+        Args:
+            outliers: the setting as it was given.
+            given: the other settings in their earlier place, by their names of today; None where they are left out.
+
+        Raises:
+            UserError: both spellings at once, or a number that may be per cent or a fraction.
+        """
+        beside = {name: value for name, value in given.items() if value is not None}
+        if isinstance(outliers, OutlierSettings) and beside:
+            name = next(iter(beside))
+            raise UserError(f"outlier_{name} of QuantEase is given beside outliers: write outliers.{name} instead")
+        if outliers is None or isinstance(outliers, OutlierSettings):
+            return outliers
+        if 0 < outliers <= 0.5:
+            raise UserError(
+                f"outliers {outliers} of QuantEase is ambiguous: write outliers.fraction {outliers / 100:g} to keep "
+                f"{outliers} % of the weights, or outliers.fraction {outliers} to keep {outliers:.0%}"
+            )
+        if not 0 <= outliers <= 50:
+            raise UserError(
+                f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: write outliers.fraction 0.01 to keep 1 %"
+            )
+        if not outliers:
+            return None
+        settings = cls(outliers / 100, **beside)
+        others = "".join(f", outlier_{name} is outliers.{name}" for name in beside)
+        log.warning(
+            "outliers %g of QuantEase counts in per cent: the setting is now outliers.fraction %g%s; the earlier "
+            "spelling works in this release only",
+            outliers, settings.fraction, others,
+        )  # fmt: skip
+        return settings
 
 
 class QuantEase(GramStage):
@@ -58,14 +130,15 @@ class QuantEase(GramStage):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: visit columns by descending mean square of their input (slightly worse, measured).
         refit_scales: refit scales by least squares between sweeps, kept where the error falls.
-        outliers: per cent of the weights, 0 to 50, that are kept in float16 beside the codes; one at least, if not 0.
-        outlier_columns: whole columns instead of single weights; again one at least.
-        outlier_support: the largest weights, or those that cost most on the grid.
-        outlier_method: the masked sweep, or Algorithm 3.
+        outliers: weights that are kept in float16 beside the codes; none if not given. A plain number is the per cent
+            of the release before this one.
         precision: of the products on a GPU.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
         token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
+        outlier_columns: earlier spelling of ``outliers.columns``.
+        outlier_support: earlier spelling of ``outliers.support``.
+        outlier_method: earlier spelling of ``outliers.method``.
 
     Raises:
         UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
@@ -80,28 +153,26 @@ class QuantEase(GramStage):
         damping: float = 0.01,
         act_order: bool = False,
         refit_scales: bool = False,
-        outliers: float = 0.0,
-        outlier_columns: bool = False,
-        outlier_support: Literal["magnitude", "loss"] = "magnitude",
-        outlier_method: Literal["masked", "algorithm3"] = "masked",
+        outliers: OutlierSettings | float | None = None,
         precision: Literal["float32", "tf32", "float64"] = "float32",
         true_sequential: bool = True,
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
+        outlier_columns: bool | None = None,
+        outlier_support: Support | None = None,
+        outlier_method: Method | None = None,
     ) -> None:
         super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
         if sweeps < 1:
             raise UserError(
                 f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"
             )
-        if not 0 <= outliers <= 50:
-            raise UserError(f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: 1 is a good start")
-        if outliers and start != "weights" and outlier_method == "algorithm3":
-            raise UserError(f"start {start!r} of QuantEase does not go with outlier_method 'algorithm3': use 'weights'")
+        earlier = {"columns": outlier_columns, "support": outlier_support, "method": outlier_method}
+        self.outliers = OutlierSettings.of_earlier_release(outliers, earlier)
+        if self.algorithm3 and start != "weights":
+            raise UserError(f"start {start!r} of QuantEase cannot be used with Algorithm 3: set start to 'weights'")
         self.sweeps, self.start, self.grid = sweeps, start, grid
         self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
-        self.outliers, self.outlier_columns = outliers, outlier_columns
-        self.outlier_support, self.outlier_method = outlier_support, outlier_method
 
     def check(self, before: Sequence[Stage]) -> None:
         if not before and (self.start == "previous" or self.grid == "previous"):
@@ -130,7 +201,12 @@ class QuantEase(GramStage):
 
     @property
     def sparse(self) -> bool:
-        return self.outliers > 0
+        return self.outliers is not None
+
+    @property
+    def algorithm3(self) -> bool:
+        """Whether the support of the outliers moves from sweep to sweep."""
+        return self.outliers is not None and self.outliers.method == "algorithm3"
 
     def module(self, task: BlockTask) -> "QuantEaseModule":
         return QuantEaseModule(task, self)
@@ -178,7 +254,7 @@ class QuantEaseModule(GramModule):
     @property
     def _shared(self) -> bool:
         """Whether each process solves its share of the rows. Algorithm 3 moves weights from row to row: all do all."""
-        return not (self.settings.outliers and self.settings.outlier_method == "algorithm3")
+        return not self.settings.algorithm3
 
     def _rows(self, stack: StackedLinears) -> slice:
         """The rows that this process solves."""
@@ -188,7 +264,7 @@ class QuantEaseModule(GramModule):
         """Choose support, grid, start and order of one group, and set up its optimizer."""
         settings, grid, previous = self.settings, self.task.grid, self.task.result
         rows = self._rows(stack)
-        mask = self._support(k, stack)[rows] if settings.outliers else None
+        mask = None if settings.outliers is None else self._support(k, stack, settings.outliers)[rows]
         if settings.grid != "clipping" and previous is not None:
             stack.grid_from(previous)
         part = stack.part(rows)
@@ -226,28 +302,27 @@ class QuantEaseModule(GramModule):
         }
         parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
         grid = self.task.grid
-        if mask is not None and settings.outlier_method == "algorithm3":
-            columns = settings.outlier_columns
+        outliers = settings.outliers
+        if mask is not None and outliers is not None and outliers.method == "algorithm3":
             return AlternatingDescent(
-                [parameter], gram, grid, scale, zero_point, support=mask, structured=columns, **common
+                [parameter], gram, grid, scale, zero_point, support=mask, structured=outliers.columns, **common
             )
         target = None if start is None else weight
         return CoordinateDescent([parameter], gram, grid, scale, zero_point, target=target, mask=mask, **common)
 
-    def _support(self, k: int, stack: StackedLinears) -> Tensor:
+    def _support(self, k: int, stack: StackedLinears, outliers: OutlierSettings) -> Tensor:
         """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
 
         Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
         """
-        settings, diagonal = self.settings, self.grams[k].diagonal()
-        together = settings.outlier_method == "algorithm3"
+        diagonal, together = self.grams[k].diagonal(), outliers.method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
             choose_support(
                 part,
-                settings.outliers / 100,
-                by=settings.outlier_support,
-                structured=settings.outlier_columns,
+                outliers.fraction,
+                by=outliers.support,
+                structured=outliers.columns,
                 second_moment=diagonal,
                 grid=self.task.grid,
             )
