@@ -28,7 +28,9 @@ from omniq.report.table import perplexity_table, write_results
 from omniq.storage.atomic import expanded
 
 
-def evaluate_checkpoint(model: EvaluatedModel, evaluation: Evaluation, device: str, batch: int, out: Path | None) -> None:
+def evaluate_checkpoint(
+    model: EvaluatedModel, evaluation: Evaluation, device: str, batch: int, out: Path | None
+) -> None:
     """Measure, print, and write the result if asked to.
 
     Raises:

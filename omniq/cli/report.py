@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``omniq report``: the losses and perplexities of a run, finished or not.
 
-Reads JSON and the headers of safetensors files, and needs no torch. The configuration of the run is not instantiated, so
-a report on a directory from somebody else executes no class that its ``config.yaml`` names.
+Reads JSON and the headers of safetensors files, and needs no torch. The configuration of the run is not parsed, so a
+report on a directory from somebody else imports no class that its ``config.yaml`` names.
 """
 
 from pathlib import Path

@@ -37,7 +37,7 @@ def allowed_imports(packages: Sequence[str] = ()) -> Iterator[None]:
     named = [*packages, *filter(None, os.environ.get(VARIABLE, "").replace(",", " ").split())]
     for name in named:
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
-            raise UserError(f"allow_import {name!r} cannot be allowed: give the name of your package, such as my_package")
+            raise UserError(f"allow_import {name!r} is not possible: give the name of your package, such as my_package")
     before = dict(parsing_settings)  # jsonargparse has no other way to end a policy, and this process may have parsers
     try:
         set_parsing_settings(

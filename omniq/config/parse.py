@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """YAML files and options to a ``Run``, in two passes.
 
-The first pass knows everything but three sections: the types of ``stages``, ``trainer`` and ``callbacks`` take seconds
-to import. It prints help and finds most mistakes. Only what it accepts goes to the second pass, which parses all sections.
+The first pass parses all sections but ``stages``, ``trainer`` and ``callbacks``, whose types take seconds to import. It
+prints help and finds most mistakes. The second pass parses all sections; it runs if the first one finds no mistake.
 """
 
 import re
@@ -107,7 +107,10 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
     content, options = without_earlier_settings(content, options)
     if not any(re.match(r"--(print_config|[\w.]+\.help)\b", option) for option in options):
         _check_light_sections(content, options)
-    parser, config = parse(content, options, _run_class(_heavy_types()), *_RUN)
+    trainer = content.get("trainer")
+    # jsonargparse would give another class the defaults of Lightning's Trainer
+    no_default = ["trainer"] if isinstance(trainer, str) or "class_path" in (trainer or {}) else []
+    parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *_RUN)
     from lightning import Trainer
     from lightning.pytorch.callbacks import Callback
 
@@ -134,23 +137,19 @@ def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) ->
         elif not skipping or option.startswith("--"):
             remaining.append(option)
         skipping = section is not None and "=" not in option
-    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any)), *_RUN)
+    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *_RUN)
     objects = vars(instantiate(parser, config))
     Run(**{each.name: objects[each.name] for each in fields(Run)}).check_values()
 
 
-def _run_class(types: Mapping[str, Any]) -> type:
-    """``Run`` with these types of the heavy sections; a default of a light one is not needed and not made."""
+def _run_class(types: Mapping[str, Any], no_default: Sequence[str]) -> type:
+    """``Run`` with these types of the heavy sections, and None in place of the defaults of some."""
     made = []
     for each in fields(Run):
-        if each.name not in types:
-            default = field(default=each.default, default_factory=each.default_factory)  # type: ignore[call-overload]
-            made.append((each.name, each.type, default))
-        elif each.default_factory is MISSING:
-            made.append((each.name, types[each.name], field()))
-        else:
-            heavy = types[each.name] is not Any
-            made.append((each.name, types[each.name], field(default=each.default_factory() if heavy else None)))
+        default = field(default=each.default, default_factory=each.default_factory)
+        if each.name in no_default and each.default_factory is not MISSING:
+            default = field(default=None)
+        made.append((each.name, types.get(each.name, each.type), default))
     return make_dataclass("Run", made, namespace={"__doc__": Run.__doc__})
 
 

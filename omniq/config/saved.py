@@ -6,6 +6,7 @@ other sections are left out before anything is parsed, so that no class that the
 """
 
 from pathlib import Path
+from typing import Any
 
 from omniq.config.compose import read
 from omniq.config.parse import parse_run
@@ -38,7 +39,7 @@ def open_run(path: Path) -> tuple[Run, str]:
         content = read(config)
         trainer = content.get("trainer") or {}
         arguments = trainer.get("init_args", trainer)
-        kept = {key: content[key] for key in ("model", "scheme", "stages") if key in content}
+        kept: dict[str, Any] = {key: content[key] for key in ("model", "scheme", "stages") if key in content}
         precision = {"precision": arguments["precision"]} if arguments.get("precision") is not None else {}
         run, _ = parse_run([], {**kept, "data": {"source": "omniq.data.Stdlib"}, "trainer": precision})
         return run, config.read_text(encoding="utf-8")

@@ -21,7 +21,6 @@ measures several variants of it side by side (full precision, rounded to nearest
 Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -66,4 +66,5 @@ def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
             "its new place to the quantize command, which records it"
         )
     if changed:
-        raise UserError(f"{folder.path / 'config.yaml'} is not that of the run ({', '.join(changed)} differ): {RUN_AGAIN}")
+        config = folder.path / "config.yaml"
+        raise UserError(f"{config} is not that of the run ({', '.join(changed)} differ): {RUN_AGAIN}")

@@ -21,15 +21,14 @@ published ``--static-groups``), because no runtime reads scattered groups any mo
 the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
 """
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from omniq.calibration.gram import GramModule, GramStage
+from omniq.calibration.outlier_settings import Method, OutlierSettings, Support
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
@@ -45,76 +44,6 @@ from omniq.solvers.outliers import choose_support
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
-Support = Literal["magnitude", "loss"]
-Method = Literal["masked", "algorithm3"]
-
-log = logging.getLogger("omniq")
-
-
-@dataclass(frozen=True)
-class OutlierSettings:
-    """Weights that are kept in float16 beside the codes (section 4 of the paper).
-
-    Args:
-        fraction: of the weights of each linear, above 0 and up to 0.5; 0.01 keeps 1 %. At least one weight is kept.
-        columns: keep whole columns instead of single weights; at least one column.
-        support: the largest weights (``magnitude``), or those that cost most on the grid (``loss``).
-        method: the masked sweep, or Algorithm 3.
-
-    Raises:
-        UserError: a fraction that is not in this range.
-    """
-
-    fraction: float
-    columns: bool = False
-    support: Support = "magnitude"
-    method: Method = "masked"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 0.5:
-            raise UserError(
-                f"outliers.fraction {self.fraction} of QuantEase is outside 0 to 0.5: it is a fraction, not per cent; "
-                "0.01 keeps 1 % of the weights"
-            )
-
-    @classmethod
-    def of_earlier_release(
-        cls, outliers: "OutlierSettings | float | None", given: dict[str, Any]
-    ) -> "OutlierSettings | None":
-        """Accept the settings of the release before this one: per cent as a plain number, the others beside it.
-
-        Args:
-            outliers: the setting as it was given.
-            given: the other settings in their earlier place, by their names of today; None where they are left out.
-
-        Raises:
-            UserError: both spellings at once, or a number that may be per cent or a fraction.
-        """
-        beside = {name: value for name, value in given.items() if value is not None}
-        if isinstance(outliers, OutlierSettings) and beside:
-            name = next(iter(beside))
-            raise UserError(f"outlier_{name} of QuantEase is given beside outliers: write outliers.{name} instead")
-        if outliers is None or isinstance(outliers, OutlierSettings):
-            return outliers
-        if 0 < outliers <= 0.5:
-            raise UserError(
-                f"outliers {outliers} of QuantEase is ambiguous: write outliers.fraction {outliers / 100:g} to keep "
-                f"{outliers} % of the weights, or outliers.fraction {outliers} to keep {outliers:.0%}"
-            )
-        if not 0 <= outliers <= 50:
-            raise UserError(
-                f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: write outliers.fraction 0.01 to keep 1 %"
-            )
-        if not outliers:
-            return None
-        settings = cls(outliers / 100, **beside)
-        others = "".join(f", outlier_{name} is outliers.{name}" for name in beside)
-        log.warning(
-            "outliers %g of QuantEase counts in per cent: the setting is now outliers.fraction %g%s; the earlier "
-            "spelling works in this release only",
-            outliers, settings.fraction, others,
-        )  # fmt: skip
-        return settings
 
 
 class QuantEase(GramStage):
@@ -130,8 +59,7 @@ class QuantEase(GramStage):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: visit columns by descending mean square of their input (slightly worse, measured).
         refit_scales: refit scales by least squares between sweeps, kept where the error falls.
-        outliers: weights that are kept in float16 beside the codes; none if not given. A plain number is the per cent
-            of the release before this one.
+        outliers: weights that are kept in float16 beside the codes; a plain number is per cent (earlier spelling).
         precision: of the products on a GPU.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.

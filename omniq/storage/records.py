@@ -71,7 +71,7 @@ def load_summary(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             present = path.stat().st_size - 8
-            header = json.loads(file.read(size)) if size <= present else None
+            header: Any = json.loads(file.read(size)) if size <= present else None
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         summary = json.loads(header["__metadata__"]["summary"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
