@@ -3,7 +3,7 @@
 
 A configuration may come from somebody else, and a class path makes Python import a module and call what it holds. So a
 path outside the allowed packages is refused before it is imported, and a path inside them must name a subclass of the
-type that its setting expects, or a function that is annotated to return one. Packages are allowed by the option
+type that its setting expects. Packages are allowed by the option
 ``--allow_import PACKAGE``, by the environment variable ``OMNIQ_ALLOW_IMPORT`` (names with commas between), or in Python
 by ``allow_import=["package"]``; never by a configuration file.
 """
@@ -12,10 +12,10 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, get_type_hints
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse._common import parsing_settings
 
 from omniq.errors import UserError
@@ -51,32 +51,28 @@ def allowed_imports(packages: Sequence[str] = ()) -> Iterator[None]:
 
 
 def check_factory(setting: str, value: Any, expected: type) -> None:
-    """Refuse a factory that is neither a subclass of a type nor a function annotated to return one.
+    """Refuse a factory that is neither a subclass of a type nor the name of a function annotated to return one.
 
-    jsonargparse accepts any function in the place of a factory.
+    jsonargparse accepts any function in the place of a factory, and calls a function that has ``init_args`` at once.
 
     Args:
         setting: where it stands, for the message.
         value: what was parsed: a class path with arguments, or a function.
+        expected: the type.
 
     Raises:
         UserError: names the setting, the class path and the type.
     """
-    path = value.get("class_path") if hasattr(value, "get") else None
-    target = value if path is None else imported(path)
-    if inspect.isclass(target):
-        fits = issubclass(target, expected)
-    else:
-        try:
-            made = get_type_hints(target).get("return")
-        except (TypeError, NameError):
-            made = None
-        fits = inspect.isclass(made) and issubclass(made, expected)
-    if not fits:
-        name = path or getattr(target, "__qualname__", repr(target))
+    path = value.get("class_path") if isinstance(value, Namespace) else None
+    made = value if path is None else imported(path)
+    if path is None and not inspect.isclass(made):
+        with suppress(TypeError, NameError):  # a builtin has no annotations
+            made = get_type_hints(made).get("return")
+    if not inspect.isclass(made) or not issubclass(made, expected):
+        name = path or getattr(value, "__qualname__", repr(value))
         raise UserError(
-            f"{setting}: {name} is not a subclass of {expected.__name__}, nor a function annotated to return one: give "
-            f"the class path of a {expected.__name__}"
+            f"{setting}: {name} is not a subclass of {expected.__name__}, nor the name of a function annotated to "
+            f"return one: give the class path of a {expected.__name__}"
         )
 
 
