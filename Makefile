@@ -7,6 +7,7 @@
 #   make lint               style, and which room may import which (import-linter)
 #   make check              lint, typecheck and test: what CI runs
 #   make bench              the benchmarks' CPU part; their figures also as JSON in build/bench/
+#   make campaign           long: kills and damaged files by the thousand, which the tests hold a part of
 #   make clean              remove what make and the tools have made; checkpoints/ stays
 #
 #   make PYTHON=python3.12  which Python makes the environment
@@ -21,7 +22,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench clean
+.PHONY: help install demo test lint typecheck check bench campaign clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -68,6 +69,10 @@ check: lint typecheck test
 bench: $(VENV)/.model
 	@for script in benchmarks/*.py; do echo "== $$script"; \
 		$(BIN)/python "$$script" --device cpu --json "build/bench/$$(basename "$$script" .py).json" || exit 1; done
+
+campaign: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.kills $(ARGS)
+	$(BIN)/python -m tests.campaigns.damage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

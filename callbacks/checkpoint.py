@@ -13,7 +13,7 @@ from typing_extensions import override
 from omniq.calibration.module import BlockModule
 from omniq.distributed import collectives
 from omniq.report.stopwatch import Stopwatch
-from omniq.storage.sealed import load_state, save_state
+from omniq.storage.sealed import NOBODY, Owner, load_state, save_state
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -21,15 +21,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writer moves files from a temporary folder, which is a copy, not a rename, when that folder is on
     another filesystem.
+
+    Args:
+        owner: what the seal covers besides the checkpoint (``omniq.storage.sealed.Owner``).
     """
+
+    def __init__(self, owner: Owner = NOBODY) -> None:
+        super().__init__()
+        self._owner = owner
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        save_state(Path(path), checkpoint)
+        save_state(Path(path), checkpoint, self._owner)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        state: dict[str, Any] = load_state(Path(path), map_location or "cpu")
+        state: dict[str, Any] = load_state(Path(path), map_location or "cpu", self._owner)
         return state
 
 

@@ -3,7 +3,7 @@
 
 import sys
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

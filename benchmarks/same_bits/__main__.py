@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether two trees of omniq make the same bits: the net under a change that must change nothing.
 
-    python benchmarks/same_bits record --tree DIR --out old.json --keep old_runs     # before: dozens of tiny runs
-    python benchmarks/same_bits record --tree DIR --out new.json                     # after
+    python benchmarks/same_bits record --tree DIR --out old.json --keep old_runs    # before: dozens of tiny runs
+    python benchmarks/same_bits record --tree DIR --out new.json                    # after
     python benchmarks/same_bits compare old.json new.json
-    python benchmarks/same_bits continue --tree DIR --from old_runs                  # the old runs go on in the new tree
+    python benchmarks/same_bits continue --tree DIR --from old_runs                 # the old runs go on in the new tree
 
 ``record`` makes the runs of ``cases.py``: every stage list of ``configs/``, the other stages, both formats, LET, fixed
 ranges, KV quantization, OPT, Qwen3, ``--blocks``, two processes; some a second time, killed and resumed. It digests
@@ -33,6 +33,8 @@ from ground import Ground, RunFailed
 
 Record = dict[str, Digests]
 
+_SHOWN = 12  # differing items of a run; one wrong bit in the first block is in all that follows
+
 
 def record(tree: Path, out: Path, keep: Path | None, only: str, jobs: int) -> int:
     """Make the runs, and write their digests.
@@ -49,16 +51,15 @@ def record(tree: Path, out: Path, keep: Path | None, only: str, jobs: int) -> in
         return 2
     with _folder(keep) as folder:
         write_inputs(folder)
-        ground = Ground(tree, folder)
-        work = {case: _whole(ground, case) for case in CASES if fnmatch(case, only)}
-        work |= {_label(*kill): _killed(ground, *kill) for kill in KILLS if fnmatch(_label(*kill), only)}
-        found, failed = _all(work, jobs)
+        with Ground(tree, folder, jobs) as ground:
+            work = {case: _whole(ground, case) for case in CASES if fnmatch(case, only)}
+            work |= {_label(*kill): _killed(ground, *kill) for kill in KILLS if fnmatch(_label(*kill), only)}
+            found, failed = _all(work, jobs)
         for label, digests in found.items():  # a resumed run is the run that was never interrupted
             failed += _differences(label, found.get(_case(label), digests), digests)
         text = json.dumps(found, indent=1) + "\n"
         (folder / "record.json").write_text(text)
-        for scratch in ("resumed", ".compiled"):
-            shutil.rmtree(folder / scratch, ignore_errors=True)
+        shutil.rmtree(folder / "resumed", ignore_errors=True)
     out.write_text(text)
     return _verdict(f"{len(found)} runs recorded in {out}", failed)
 
@@ -84,10 +85,10 @@ def go_on(tree: Path, kept: Path, only: str, jobs: int) -> int:
     expected: Record = json.loads((kept / "record.json").read_bytes())
     with _folder(None) as folder:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
-        ground = Ground(tree, folder)
-        runs = [path for kind in ("finished", "interrupted") for path in sorted((folder / kind).iterdir())]
+        runs = [path for kind in ("finished", "interrupted") for path in sorted((folder / kind).glob("*"))]
         names = {path.name: f"{path.parent.name}/{path.name}" for path in runs if fnmatch(path.name, only)}
-        found, failed = _all({name: _continued(ground, name, out) for name, out in names.items()}, jobs)
+        with Ground(tree, folder, jobs) as ground:
+            found, failed = _all({name: _continued(ground, name, out) for name, out in names.items()}, jobs)
     for name, digests in found.items():
         failed += _differences(name, expected[_case(name)], digests)
     return _verdict(f"{len(names)} runs continued", failed)
@@ -140,14 +141,19 @@ def _all(work: dict[str, Callable[[], Digests]], jobs: int) -> tuple[Record, lis
 
 
 def _differences(run: str, ours: Digests, theirs: Digests) -> list[str]:
-    items = [item for item in ours.keys() | theirs.keys() if ours.get(item) != theirs.get(item)]
-    return [f"{run}: {item}" for item in sorted(items)]
+    """At most one entry: the items that are not equal, in the order in which a run makes them."""
+    order = list(ours | theirs)
+    items = [item for item in order if ours.get(item) != theirs.get(item)]
+    if not items:
+        return []
+    more = [f"… and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return ["\n    ".join([f"{run}: {len(items)} of {len(order)} items", *items[:_SHOWN], *more])]
 
 
 def _verdict(what: str, failed: list[str]) -> int:
-    for line in failed:
-        print(f"DIFFERS  {line}")
-    print(f"{what}; {len(failed)} differences" if failed else f"{what}; all is equal")
+    for entry in failed:
+        print(f"DIFFERS  {entry}")
+    print(f"{what}; {len(failed)} of them differ or failed" if failed else f"{what}; all is equal")
     return 1 if failed else 0
 
 
@@ -182,9 +188,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.command == "compare":
         return compare(*given.records)
-    if given.command == "record":
-        return record(given.tree, given.out, given.keep, given.only, given.jobs)
-    return go_on(given.tree, given.kept, given.only, given.jobs)
+    try:
+        if given.command == "record":
+            return record(given.tree, given.out, given.keep, given.only, given.jobs)
+        return go_on(given.tree, given.kept, given.only, given.jobs)
+    except RunFailed as error:
+        print(f"same_bits: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder in which one tree of omniq makes its runs, each by the command line in a process of its own.
 
-sources/ text.txt configs/    what the runs read
-finished/w4a4/                a run that went through
-interrupted/w4a4@FILE/        one that was killed when it had written FILE (``-`` for ``/``)
-resumed/w4a4@FILE/            the same after it was continued
-record.json                   the digests
+The folder holds:
+
+* ``sources/``, ``text.txt``, ``configs/``: what the runs read;
+* ``finished/w4a4/``: a run that went through;
+* ``interrupted/w4a4@FILE/``: one that was killed when it had written FILE (``-`` for ``/``);
+* ``resumed/w4a4@FILE/``: a copy of that, which was continued;
+* ``record.json``: the digests.
 """
 
+import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import digests
 from cases import CASES
 
-_KILLED = Path(__file__).resolve().with_name("killed.py")
-_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-_PATIENCE = 600  # seconds for one run
+_WORKER = Path(__file__).resolve().with_name("worker.py")
 _DISCARDED = "; removed, "  # what a run says of a file that it cannot go on from
 
 
@@ -28,29 +32,48 @@ class RunFailed(Exception):
 
 
 class Ground:
-    """The folder, and the tree whose runs are made there.
+    """The folder, and workers that make runs of a tree there; a context manager.
 
     Args:
         tree: a checkout of omniq; its package is imported from there, whatever is installed.
         folder: exists, and holds what ``cases.write_inputs`` writes.
+        jobs: how many runs there can be at once.
 
     Raises:
         RunFailed: another omniq than that of the tree would be imported.
     """
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self.environment = os.environ | {
-            "PYTHONPATH": str(tree.resolve()),
+    def __init__(self, tree: Path, folder: Path, jobs: int) -> None:
+        self.tree, self.folder, self.jobs = tree.resolve(), folder.resolve(), jobs
+        self._workers: queue.Queue[subprocess.Popen[str]] = queue.Queue()
+        (self.folder / ".scratch").mkdir()
+
+    def __enter__(self) -> "Ground":
+        environment = os.environ | {
+            "PYTHONPATH": str(self.tree),
             "OMP_NUM_THREADS": "1",  # sums inside a product depend on the number of threads
             "MKL_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / ".compiled"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / ".scratch" / "compiled"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
-        where = self._python("-c", "import omniq; print(omniq.__file__)").stdout.strip()
-        if not Path(where).is_relative_to(tree.resolve()):
-            raise RunFailed(f"omniq would come from {where}, not from {tree}")
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        for _ in range(self.jobs):
+            worker = subprocess.Popen([sys.executable, str(_WORKER)], cwd=self.folder, env=environment, **pipes)
+            self._workers.put(worker)
+            where = self._answer(worker).get("omniq", "nowhere")
+            if not Path(where).is_relative_to(self.tree):
+                self.__exit__(None, None, None)
+                raise RunFailed(f"omniq would come from {where}, not from {self.tree}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while not self._workers.empty():
+            self._workers.get().communicate()
+        shutil.rmtree(self.folder / ".scratch")
 
     def finish(self, case: str, out: str) -> digests.Digests:
         """Run a case to its end, from its start or from wherever it was interrupted, and digest what it leaves.
@@ -59,39 +82,47 @@ class Ground:
             RunFailed: it does not end well, finds a file damaged, or writes a finished block anew.
         """
         before = digests.of_files(self.folder / out / "blocks", "*.safetensors")
-        done = self._python(*self._launcher(case), "-m", "omniq", *self._arguments(case, out))
-        said = done.stdout + done.stderr
-        if done.returncode != 0 or _DISCARDED in said:
-            raise RunFailed(f"{out}: exit status {done.returncode}\n{said[-4000:]}")
+        statuses, said = self._run(case, out, None)
+        if any(statuses) or _DISCARDED in said:
+            raise RunFailed(f"{out}: exit status {statuses}\n{said}")
         after = digests.of_files(self.folder / out / "blocks", "*.safetensors")
         if not before.items() <= after.items():
-            raise RunFailed(f"{out}: a finished block was made again\n{said[-4000:]}")
+            raise RunFailed(f"{out}: a finished block was made again\n{said}")
         return digests.of_run(self.folder / out)
 
     def interrupt(self, case: str, file: str, out: str) -> None:
-        """Start a case, and kill it when it has written a file of its run directory.
+        """Start a case, and let it be killed when it has written a file of its run directory.
 
         Raises:
             RunFailed: it has ended without.
         """
-        aim = f"{out}/{file}"
-        done = self._python(*self._launcher(case), str(_KILLED), aim, *self._arguments(case, out))
-        if done.returncode == 0 or not (self.folder / aim).exists():
-            raise RunFailed(f"{aim}: exit status {done.returncode}, not killed\n{(done.stdout + done.stderr)[-4000:]}")
+        statuses, said = self._run(case, out, f"{out}/{file}")
+        if -9 not in statuses or 0 in statuses:
+            raise RunFailed(f"{out}: exit status {statuses}, not killed at {file}\n{said}")
 
     def copy(self, run: str, to: str) -> None:
         """Copy a run directory."""
         shutil.copytree(self.folder / run, self.folder / to)
 
-    def _launcher(self, case: str) -> tuple[str, ...]:
-        processes = CASES[case].processes
-        return (*_TORCHRUN, str(processes)) if processes > 1 else ()
+    def _run(self, case: str, out: str, aim: str | None) -> tuple[list[int], str]:
+        """Exit statuses of all processes of a run, and the end of what they print."""
+        output = self.folder / ".scratch" / out.replace("/", ".")
+        arguments = ["quantize", "--config", f"configs/{case}.yaml", "--out", out]
+        order = {"arguments": arguments, "processes": CASES[case].processes, "output": str(output), "aim": aim}
+        worker = self._workers.get()
+        try:
+            assert worker.stdin is not None
+            print(json.dumps(order), file=worker.stdin, flush=True)
+            statuses: list[int] = self._answer(worker)["statuses"]
+        finally:
+            self._workers.put(worker)
+        said = "\n".join(path.read_text() for path in sorted(output.parent.glob(f"{output.name}.[0-9]")))
+        return statuses, said[-4000:]
 
-    def _arguments(self, case: str, out: str) -> tuple[str, ...]:
-        return "quantize", "--config", f"configs/{case}.yaml", "--out", out
-
-    def _python(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=_PATIENCE
-        )
+    def _answer(self, worker: "subprocess.Popen[str]") -> dict[str, Any]:
+        assert worker.stdout is not None
+        line = worker.stdout.readline()
+        if not line:
+            raise RunFailed("the worker has ended: see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from rich.console import Console
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import EvaluatedModel
@@ -24,6 +23,7 @@ from omniq.models.checkpoint import read_json, weights_in
 from omniq.models.locate import locate
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
+from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table, write_results
 from omniq.storage.atomic import expanded
 
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
         out = expanded(out)
         check_file(out)
     result = measure(model, evaluation, find_device(device), batch)
-    Console().print(perplexity_table({model.path: result}, title=evaluation.describe()))
+    plain_console().print(perplexity_table({model.path: result}, title=evaluation.describe()))
     if out is not None:
         write_results(out, {model.path: result}, text=evaluation.describe())
 

@@ -90,7 +90,7 @@ def _omniq(args: list[str]) -> int | None:
     from omniq.cli import main  # late: importing torch takes seconds, and the other ways do not need it
 
     warn_if_contested()
-    return main.main(args)
+    return main(args)
 
 
 def _fabric(args: list[str]) -> int | None:

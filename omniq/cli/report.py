@@ -7,11 +7,11 @@ report on a directory from somebody else imports no class that its ``config.yaml
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from omniq.config.saved import check_run_directory
 from omniq.evaluate.result import PerplexityResult
+from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
 from omniq.storage.atomic import expanded
 from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
@@ -26,7 +26,7 @@ def show_run(path: Path) -> None:
     """
     path = expanded(path)
     check_run_directory(path)
-    console = Console()
+    console = plain_console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
     # Headers of several words are broken between them where a terminal is narrow.
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")

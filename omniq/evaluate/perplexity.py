@@ -135,7 +135,7 @@ def evaluate_model(
         with torch.no_grad():
             for batch in windows.split(batch_size):
                 tokens = batch.to(device)
-                metric.update(model(input_ids=tokens, use_cache=False).logits, tokens)
+                metric.update(model(input_ids=tokens, use_cache=False, return_dict=True).logits, tokens)
     finally:
         model.train(training)
     return _result(metric, windows, started)

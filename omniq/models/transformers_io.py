@@ -81,7 +81,8 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        # transformers' own models fail on return_dict=false: an inner model returns a tuple where they read a field
+        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, return_dict=True)
     except Exception as error:  # validation of configs raises many kinds
         raise UserError(
             f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"

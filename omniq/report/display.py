@@ -28,6 +28,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from omniq.report.console import plain_console
+
 
 class RateColumn(ProgressColumn):
     """How many a second, or how long each takes."""
@@ -49,16 +51,16 @@ class Display:
     """
 
     def __init__(self, blocks: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or plain_console()
         wide = self.console.width >= 100
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20 if wide else 10),
             MofNCompleteColumn(),
             *([TimeElapsedColumn()] if wide else []),
             TimeRemainingColumn(),
             RateColumn(),
-            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, ratio=1)),
+            TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             speed_estimate_period=math.inf,  # rich would forget a block that took longer than this
             expand=True,

@@ -156,6 +156,6 @@ def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
     """Finished blocks by index."""
 
     def read(index: int) -> BlockResult:
-        return BlockResult.load(folder.block_path(index))
+        return folder.read_block(index)
 
     return read

@@ -62,7 +62,7 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | No
     name = type(stage).__name__
     module = stage.module(task)
     losses = BlockLosses(where.folder.block_path(task.index, f"{where.number}.csv"), name)
-    last = where.folder.current(task.index, where.number, "last.ckpt")
+    last = last_checkpoint(where, task)
     given = [make() for make in where.run.callbacks]
     guards = [callback for callback in given if isinstance(callback, NonFiniteGuard)]
     callbacks = [
@@ -127,7 +127,7 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
     arguments: dict[str, Any] = {
         "max_epochs": 1,
         "callbacks": callbacks,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [AtomicCheckpointIO(where.folder.owner(last_checkpoint(where, task)))],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -140,6 +140,11 @@ def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> 
     if trainer.world_size != collectives.world_size():
         raise RuntimeError(f"a fit of {trainer.world_size} processes in a run of {collectives.world_size()}")
     return trainer
+
+
+def last_checkpoint(where: Fitting, task: BlockTask) -> Path:
+    """The checkpoint of the fit in progress."""
+    return where.folder.current(task.index, where.number, "last.ckpt")
 
 
 def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:

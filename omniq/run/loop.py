@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
@@ -26,8 +25,10 @@ from omniq.callbacks import BlockLosses
 from omniq.config.run import Run
 from omniq.distributed import collectives
 from omniq.kernels.matmul_precision import matmul_precision
+from omniq.report.console import plain_console
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
+from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import Fitting, check_deployable, fit_stage
 from omniq.run.plan import Plan, prepare
@@ -55,7 +56,7 @@ def quantize(run: Run, settings: str) -> Path:
     with RunDir(run.out) as folder, matmul_precision(precision, plan.device):
         resumed = folder.claim(plan.fingerprint, settings)
         folder.write_json("environment.json", plan.environment)
-        with Display(plan.source.num_blocks, Console(quiet=not folder.writes)) as display:
+        with Display(plan.source.num_blocks, plain_console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
             calibrate(plan, folder, display)
@@ -69,13 +70,13 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
     finished = collectives.broadcast_from_rank0(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
         for index in blocks:
-            _show(display, index, BlockResult.load(folder.block_path(index)))
+            _show(display, index, folder.read_block(index))
         return
     folder.clear_current(but=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
     for index, block in blocks_ahead(plan.source, streams.index, plan.device):
-        result = BlockResult.load(folder.block_path(index)) if finished[index] else None
+        result = folder.read_block(index) if finished[index] else None
         _show(display, index, pass_block(plan, folder, display, block, streams, result))
         del block, result  # NOTE: or a third one is alive while the next but one is read
         _keep_streams(plan, folder, streams)
@@ -95,7 +96,10 @@ def pass_block(
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     load_quantized_weights(block, result)
-    with quantized_activations(block, plan.source.layout(index), plan.run.scheme.activations, result.linears):
+    layout, name = plan.source.layout(index), plan.source.block_name(index)
+    if not finished:
+        check_export_dtype(name, block, layout, result, plan.run.scheme, streams.quantized, kwargs)
+    with quantized_activations(block, layout, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
     folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
@@ -165,7 +169,7 @@ def summarize(
     for name, part in (("loss", slice(0, samples)), ("held_out_loss", slice(samples, None))):
         if len(streams.quantized[part]):
             error, power = _mean_squares(streams.quantized[part], streams.full_precision[part], device)
-            errors |= {name: error, f"relative_{name}": error / power}
+            errors |= {name: error, f"relative_{name}": error / (power or 1.0)}
     return result.with_summary(**errors, seconds=round(seconds, 3))
 
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from omniq.config.run import Export, Run
 from omniq.config.saved import RUN_AGAIN, open_run
 from omniq.errors import UserError
 from omniq.export import check_output, find_format
+from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
 from omniq.storage.atomic import expanded
+from omniq.storage.claim import read_fingerprint
 from omniq.storage.run_dir import RunDir
 
 
@@ -36,7 +36,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
         source = open_model(run)
         layout.check(run.scheme, [source.layout(index) for index in range(source.num_blocks)])
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
-        write_checkpoint(source, folder, out, export, run.scheme, facts, Console())
+        write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
 
     Settings that only one of both versions of omniq knows are passed over.
     """
-    then = folder.fingerprint()
+    then = read_fingerprint(folder.path)
     changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
     if changed == ["model digest"]:
         raise UserError(

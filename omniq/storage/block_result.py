@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq.errors import CorruptFile
 from omniq.grid.affine import Grid
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.activations import StaticGrid
-from omniq.storage.sealed import load_tensors, save_tensors
+from omniq.storage.sealed import NOBODY, Owner, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class QuantizedLinear:
     zero_point: Tensor
     outliers: Outliers | None = None
     input: StaticGrid | None = None
+
+    def __post_init__(self) -> None:
+        # A stage sees the result of an earlier one in memory or, after a kill, from a file. Both must have one memory
+        # layout: products add up in an order that depends on strides.
+        for name in ("codes", "scale", "zero_point"):
+            object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @classmethod
     def of(
@@ -141,6 +148,10 @@ class BlockResult:
     tensors: Mapping[str, Tensor]
     summary: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # as in QuantizedLinear: the memory layout is that of a file
+        object.__setattr__(self, "tensors", {name: value.contiguous() for name, value in self.tensors.items()})
+
     def with_summary(self, **entries: Any) -> "BlockResult":
         """The same result with more in its summary."""
         return replace(self, summary={**self.summary, **entries})
@@ -171,7 +182,7 @@ class BlockResult:
         values = {**ranges, **self.tensors}
         return next((name for name, value in values.items() if not value.to(dtype).isfinite().all()), None)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, owner: Owner = NOBODY) -> None:
         """Write to ``path`` atomically: beside it, flushed, renamed."""
         tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
         grids = {}
@@ -182,16 +193,21 @@ class BlockResult:
                 if (nested := getattr(linear, part)) is not None:
                     parts |= {f"{part}.{key}": value for key, value in vars(nested).items()}
             tensors |= {f"linears.{name}:{part}": tensor for part, tensor in parts.items()}
-        save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))})
+        save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))}, owner)
 
     @classmethod
-    def load(cls, path: Path) -> "BlockResult":
+    def load(cls, path: Path, owner: Owner | None = None) -> "BlockResult":
         """Read what ``save`` wrote.
 
+        Args:
+            owner: of the file; any if not given.
+
         Raises:
-            CorruptFile: the file is truncated, altered or not a block result.
+            CorruptFile: the file is truncated or altered, is no block result, or belongs to another owner.
         """
-        tensors, head = load_tensors(path)
+        tensors, head = load_tensors(path, owner)
+        if not {"grids", "summary"} <= head.keys():
+            raise CorruptFile(f"{path}: the file is no block result")
         linears: dict[str, QuantizedLinear] = {}
         for name, grid in json.loads(head["grids"]).items():
             prefix = f"linears.{name}:"

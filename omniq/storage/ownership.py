@@ -59,6 +59,37 @@ def check_own(path: Path) -> None:
                 )
 
 
+def check_entries(path: Path) -> None:
+    """Refuse a run directory in which a folder or a link stands where the run keeps a file, or the other way round.
+
+    A link would lead reads and removals out of the run directory.
+
+    Raises:
+        UserError: names the entry.
+    """
+    for name in ("blocks", "current", "tensorboard"):
+        entry = path / name
+        if entry.is_symlink() or (entry.exists() and not entry.is_dir()):
+            raise UserError(f"{entry} is {_kind(entry)}, and the run keeps a folder there: move it away")
+    own = [path / name for name in (*_RECORDS, "lock")]
+    own += [entry for name in ("blocks", "current") if (path / name).is_dir() for entry in (path / name).iterdir()]
+    for entry in own:
+        if entry.is_symlink() or (entry.exists() and not entry.is_file()):
+            raise UserError(f"{entry} is {_kind(entry)}, and the run keeps a file there: move it away")
+
+
+def _kind(entry: Path) -> str:
+    return (
+        "a link"
+        if entry.is_symlink()
+        else "a folder"
+        if entry.is_dir()
+        else "a file"
+        if entry.is_file()
+        else "a device"
+    )
+
+
 def remove_partial_files(path: Path) -> None:
     """Remove what a process that was killed while it wrote has left of a run's own files."""
     for name in _RECORDS:

@@ -22,12 +22,12 @@ from the last good point. A damaged fingerprint is refused. The other records ar
 Whose folder it is, and what in it is a run's, ``omniq.storage.ownership`` says.
 """
 
-import fcntl
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,8 +39,10 @@ from omniq.errors import CorruptFile, UserError
 from omniq.storage import records
 from omniq.storage.atomic import atomic_write
 from omniq.storage.block_result import BlockResult
-from omniq.storage.ownership import FINGERPRINT, check_own, remove_partial_files
-from omniq.storage.sealed import load_state, load_tensors, save_state, save_tensors
+from omniq.storage.claim import claim, identity
+from omniq.storage.lock import lock
+from omniq.storage.ownership import check_entries, check_own, remove_partial_files
+from omniq.storage.sealed import Owner, load_state, load_tensors, save_state, save_tensors
 from omniq.storage.writer import Writer
 
 log = logging.getLogger("omniq")
@@ -70,20 +72,13 @@ class RunDir:
 
     def _open(self) -> None:
         check_own(self.path)
+        check_entries(self.path)
         try:
             for folder in (self.path, self.path / "blocks", self.path / "current"):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+            self._lock = lock(self.path / "lock")
         except OSError as error:
             raise UserError(f"out {self.path} cannot be written: {error.strerror}; choose another folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise UserError(
-                f"out {self.path} is in use by another omniq process: wait for it, or give this run its own folder"
-            ) from error
         remove_partial_files(self.path)
 
     def __exit__(
@@ -121,7 +116,7 @@ class RunDir:
     # -- what the run is ----------------------------------------------------------------------------------------
 
     def claim(self, fingerprint: Mapping[str, Any], config: str) -> bool:
-        """Start a run here, or make sure that the one that started here is the same.
+        """Start a run here, or make sure that the one that started here is the same (``omniq.storage.claim``).
 
         Args:
             fingerprint: flat mapping of everything that determines the result.
@@ -133,41 +128,9 @@ class RunDir:
         Raises:
             UserError: a run with other settings lives here; names each key with both values.
         """
-        return collectives.broadcast_from_rank0(lambda: self._claim(fingerprint, config))
-
-    def _claim(self, fingerprint: Mapping[str, Any], config: str) -> bool:
-        path = self.path / FINGERPRINT
-        wanted, resumed = json.loads(json.dumps(fingerprint)), path.exists()
-        if resumed:
-            self._compare(self.fingerprint(), wanted)
-        else:
-            atomic_write(path, json.dumps(wanted, indent=1).encode())
-        atomic_write(self.path / "config.yaml", config.encode())  # keys that are free to change have their last value
+        resumed = collectives.broadcast_from_rank0(lambda: claim(self.path, fingerprint, config))
+        self.__dict__.pop("_identity", None)
         return resumed
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What determines the result of the run that lives here.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        path = self.path / FINGERPRINT
-        try:
-            return {**json.loads(path.read_bytes())}
-        except (OSError, ValueError, TypeError) as error:  # the last if it holds no mapping
-            raise UserError(f"{path} is damaged ({error}): remove {self.path} to start over") from error
-
-    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        changed = [
-            f"{key} (was {found.get(key)!r}, now {wanted.get(key)!r})"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"out {self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Give this run another out, or remove that folder"
-            )
 
     def write_json(self, name: str, content: Any) -> None:
         """A record for people and tools, such as ``summary.json``; null where a number is not finite."""
@@ -190,6 +153,15 @@ class RunDir:
             self._discard(path, error, "it is made again")
             return None
 
+    def owner(self, path: Path) -> Owner:
+        """What the seal of a file of this run covers besides its content: the run, and the file's place in it."""
+        run, strict = self._identity
+        return Owner(f"{run}/{path.relative_to(self.path)}" if run else "", strict)
+
+    @cached_property
+    def _identity(self) -> tuple[str, bool]:
+        return identity(self.path)
+
     # -- finished blocks ----------------------------------------------------------------------------------------
 
     def block_path(self, index: int, suffix: str = "safetensors") -> Path:
@@ -204,12 +176,21 @@ class RunDir:
         """The finished block, or None; a damaged file is reported and removed."""
         return self.load_result(self.block_path(index))
 
+    def read_block(self, index: int) -> BlockResult:
+        """A finished block.
+
+        Raises:
+            CorruptFile: its file is missing or damaged, or belongs to another block or run.
+        """
+        path = self.block_path(index)
+        return BlockResult.load(path, self.owner(path))
+
     def load_result(self, path: Path) -> BlockResult | None:
         """A block result, or None; a damaged file is reported and removed."""
         if not path.exists():
             return None
         try:
-            return BlockResult.load(path)
+            return BlockResult.load(path, self.owner(path))
         except CorruptFile as error:
             self._discard(path, error, "the block is calibrated again")
             return None
@@ -217,7 +198,7 @@ class RunDir:
     def save_block(self, index: int, result: BlockResult) -> None:
         """Record a block as done and forget how it came about."""
         if self.writes:
-            result.save(self.block_path(index))
+            result.save(self.block_path(index), self.owner(self.block_path(index)))
             for path in (self.path / "current").glob(f"{index:03d}.*"):  # NOTE: the next block's may be there by now
                 path.unlink()
 
@@ -232,7 +213,7 @@ class RunDir:
         if not path.exists():
             return None
         try:
-            return load_state(path)
+            return load_state(path, owner=self.owner(path))
         except CorruptFile as error:
             self.discard_current(path, error)
             return None
@@ -245,13 +226,13 @@ class RunDir:
         """Keep state of the block in progress."""
         if self.writes:
             self.settle()
-            save_state(path, state)
+            save_state(path, state, self.owner(path))
 
     def save_current_result(self, path: Path, result: BlockResult) -> None:
         """Keep the result of an earlier stage of the block in progress."""
         if self.writes:
             self.settle()
-            result.save(path)
+            result.save(path, self.owner(path))
 
     def clear_current(self, but: int) -> None:
         """Remove what is there of other blocks: it belongs to a finished one, or stands on one that was damaged."""
@@ -272,7 +253,7 @@ class RunDir:
         if not path.exists():
             return None
         try:
-            tensors, head = load_tensors(path)
+            tensors, head = load_tensors(path, self.owner(path))
         except CorruptFile as error:
             self._discard(path, error, "the streams are computed again through the finished blocks")
             return None
@@ -281,7 +262,8 @@ class RunDir:
     def save_streams(self, index: int, full_precision: Tensor, quantized: Tensor) -> None:
         """Keep both streams, with the samples of all processes, as they enter block ``index``."""
         tensors = {"full_precision": full_precision, "quantized": quantized}
-        save_tensors(self.path / "streams.safetensors", tensors, {"index": str(index)})
+        path = self.path / "streams.safetensors"
+        save_tensors(path, tensors, {"index": str(index)}, self.owner(path))
 
     def forget_streams(self) -> None:
         """Remove the streams, which a finished run no longer needs: the finished blocks give them again."""

@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,43 @@ _DTYPES = {  # as safetensors calls them
 }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Owner:
+    """The run that a file belongs to, and its place there: the seal of the file covers both.
+
+    Args:
+        name: run and place, such as ``3f2a…/blocks/007.safetensors``; empty for a file of no run.
+        strict: refuse a file without an owner. Runs of omniq 0.1 wrote such files.
+    """
+
+    name: str = ""
+    strict: bool = False
+
+    def accepts(self, found: str) -> bool:
+        """Whether a file of this owner may be read here."""
+        return found == self.name or (not found and not self.strict)
+
+
+NOBODY = Owner()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str], owner: Owner = NOBODY) -> None:
     """Write tensors and a few strings, sealed by a checksum."""
+    head = {**head, "owner": owner.name} if owner.name else head
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each one is aligned
     header = _header(tensors, {**head, "sha256": _digest(tensors, head)})
     atomic_write(path, header, *(_bytes(tensor) for tensor in tensors.values()))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path, owner: Owner | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what ``save_tensors`` wrote.
 
+    Args:
+        owner: of the file; any if not given.
+
     Raises:
-        CorruptFile: truncated, altered, or never such a file.
+        CorruptFile: the file is truncated or altered, was never such a file, or belongs to another owner.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -58,29 +83,39 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CorruptFile(f"{path}: {error}") from error
     if head.pop("sha256", None) != _digest(tensors, head):
         raise CorruptFile(f"{path}: the checksum does not match its content")
+    found = head.pop("owner", "")
+    if owner is not None and not owner.accepts(found):
+        raise CorruptFile(f"{path}: the file belongs to another run or to another place in this run")
     return tensors, head
 
 
-def save_state(path: Path, state: Any) -> None:
+def save_state(path: Path, state: Any, owner: Owner = NOBODY) -> None:
     """Write Python state (tensors, numbers, strings, containers), sealed by a checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    atomic_write(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+    atomic_write(path, _state_digest(buffer.getbuffer(), owner.name), buffer.getbuffer())
 
 
-def load_state(path: Path, map_location: Any = "cpu") -> Any:
+def load_state(path: Path, map_location: Any = "cpu", owner: Owner = NOBODY) -> Any:
     """Read what ``save_state`` wrote; only plain containers and tensors are unpickled.
 
     Raises:
-        CorruptFile: truncated, altered, or written with something else in it.
+        CorruptFile: the file is truncated or altered, belongs to another owner, or holds other objects.
     """
     data = path.read_bytes()
-    if hashlib.sha256(memoryview(data)[32:]).digest() != data[:32]:
-        raise CorruptFile(f"{path}: the checksum does not match its content")
+    names = (name for name in (owner.name, "") if owner.accepts(name))
+    if data[:32] not in [_state_digest(memoryview(data)[32:], name) for name in names]:
+        raise CorruptFile(f"{path}: the checksum does not match its content, its run and its place there")
     try:
         return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
         raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
+
+
+def _state_digest(data: memoryview, owner: str) -> bytes:
+    digest = hashlib.sha256(owner.encode())
+    digest.update(data)
+    return digest.digest()
 
 
 def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from omniq.blocks import activation_hooks
 from omniq.blocks.activation_hooks import SampleLength, SharedInput, attach_all, check_attention, quantized_activations
 from omniq.blocks.forward import call_block
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.data import Evaluation, LocalText
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model

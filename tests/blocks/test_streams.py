@@ -12,7 +12,7 @@ from omniq.blocks.forward import call_block, forward_stream, propagate
 from omniq.blocks.placement import ActivationPlacement, Location, empty_like_stream, gather_samples
 from omniq.blocks.streams import Streams
 from omniq.calibration.module import BlockModule
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from tests.helpers.runs import SMALL, omniquant, outcome, write_run

@@ -15,7 +15,7 @@ from omniq.blocks.forward import call_block
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid

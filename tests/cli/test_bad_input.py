@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.config.trainer import COMPUTE_DTYPES
 from omniq.models.families import FAMILIES
 from tests.helpers.opening import only_pickle, truncate

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.cli.quiet import quiet
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose

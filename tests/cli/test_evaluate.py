@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import omniq
 from omniq.cli import evaluate as evaluate_command
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from jsonargparse._common import get_parsing_setting
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.config.class_paths import VARIABLE
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
@@ -84,12 +84,15 @@ def test_class_path_outside_the_allowed_packages_is_refused_in_one_line(
     ("sections", "reason"),
     [
         (
-            {"trainer": named("omniq.cli.main.main", args=["report"])},
-            "trainer: omniq.cli.main.main is not a subclass of",
+            {"trainer": named("omniq.cli.command.main", args=["report"])},
+            "trainer: omniq.cli.command.main is not a subclass of",
         ),
-        ({"trainer": "omniq.cli.main.main"}, "trainer: main is not a subclass of Trainer"),
+        ({"trainer": "omniq.cli.command.main"}, "trainer: main is not a subclass of Trainer"),
         ({"trainer": named("omniq.data.Stdlib")}, "Trainer"),
-        ({"callbacks": [named("omniq.cli.main.main", args=[])]}, "callbacks.0: omniq.cli.main.main is not a subclass"),
+        (
+            {"callbacks": [named("omniq.cli.command.main", args=[])]},
+            "callbacks.0: omniq.cli.command.main is not a subclass",
+        ),
         ({"callbacks": ["omniq.stages.RTN"]}, "Callback"),
         ({"stages": [named("omniq.data.Stdlib")]}, "does not correspond to a subclass of Stage"),
         ({"data": {"source": named("omniq.stages.RTN")}}, "does not correspond to a subclass of TextSource"),

@@ -2,7 +2,7 @@
 """Command lines in processes of their own, without the seconds that starting Python and importing torch take.
 
 A helper process imports everything once and forks a child for each attempt. A child is an ordinary run of
-``omniq.cli.main.main``; nothing of it survives but its files, its output and its exit status.
+``omniq.cli.main``; nothing of it survives but its files, its output and its exit status.
 
     class Mine(Forking): ...        in the test: ``self.ask(order)``, a dictionary each way
     for order in orders(): ...      in the helper, the same file run as a script: fork, and ``become`` in the child
@@ -90,7 +90,7 @@ def become(args: list[str], output: Path, prepare: Callable[[], None]) -> NoRetu
         from omniq.cli import main
 
         prepare()
-        status = main.main(args)
+        status = main(args)
     except BaseException:  # the traceback is part of the output
         import traceback
 

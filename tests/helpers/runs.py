@@ -93,7 +93,7 @@ def outcome(run: Path) -> dict[str, Any]:
         tensors = {name: vars(linear) for name, linear in result.linears.items()} | dict(result.tensors)
         found[path.name] = {name: _digest(value) for name, value in tensors.items()}
         found[f"{path.name} summary"] = json.dumps({**result.summary, "seconds": 0})
-    for path in sorted((run / "model").iterdir()):
+    for path in sorted((run / "model").iterdir()) if (run / "model").exists() else ():
         if path.name not in ("README.md", "recipe.yaml"):  # the card tells seconds, the recipe says where it ran
             found[f"model/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     if (run / "perplexity.json").exists():

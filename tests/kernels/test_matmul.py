@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.run import loop
 from tests.helpers.runs import QUICK, SMALL, write_run

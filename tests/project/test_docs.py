@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from omniq.cli.command import arguments_of, evaluate, export, report
 from omniq.cli.lightning_run import COMMANDS
-from omniq.cli.main import arguments_of, evaluate, export, report
 from omniq.config.compose import compose
 from omniq.config.parse import Arguments, run_of
 from omniq.export import find_format

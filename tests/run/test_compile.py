@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from omniq.calibration.reconstruction import ReconstructionModule
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.models.source import SourceModel
 from omniq.run.fingerprint import fingerprint
 from tests.helpers.runs import SMALL, configuration, losses, omniquant, outcome, write_run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omniq.blocks import placement
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.export.verify import reopened
 from omniq.run import checkpoint, finish
 from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from omniq.calibration.task import BlockTask
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.run.fit import check_deployable

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import omniq
 from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.module import BlockModule
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
 from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_config, write_run

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omniq.blocks.streams import Streams
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.distributed import collectives
 from omniq.storage.block_result import BlockResult
 from tests.helpers.pair import Pair

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.storage.run_dir import RunDir
 from tests.helpers.killing import Attempt, Attempts
 from tests.helpers.runs import SMALL, omniquant, outcome, write_run

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import omniq
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.run import saved
 from tests.helpers.runs import SMALL, write_run
 

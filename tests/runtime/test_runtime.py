@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import omniq
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import CorruptFile, UserError
 from omniq.export import export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid

@@ -14,7 +14,7 @@ from omniq.calibration.observe import input_grams
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations

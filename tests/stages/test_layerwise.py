@@ -13,7 +13,7 @@ from omniq.api import load
 from omniq.calibration.gram import GramModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.config.run import Model, Run
 from omniq.data import Calibration, LocalText
 from omniq.errors import UserError

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from omniq.api import load
 from omniq.calibration.gram import GramModule
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.export.formats.omniq import pack_linear
 from omniq.grid.affine import Grid

@@ -14,7 +14,7 @@ from torch import nn
 
 from omniq.blocks.placement import Location
 from omniq.blocks.prefetch import blocks_ahead
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.models.source import SourceModel
 from omniq.stages.omniquant import OmniQuantModule

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.storage.ownership import check_own, check_writable
 from omniq.storage.run_dir import RunDir

@@ -14,7 +14,7 @@ from omniq.blocks.forward import call_block
 from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.fuse import input_ranges
 from omniq.calibration.task import BlockTask
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations

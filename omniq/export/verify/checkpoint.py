@@ -203,11 +203,11 @@ def _compare_logits(found: Iterable[Tensor], expected: Iterable[Tensor], windows
             error, right = left.double() - right.double(), right.double()
             largest = max(largest, float(error.abs().max()))  # NaN is seen in the sums
             difference, size = difference + float(error.square().sum()), size + float(right.square().sum())
-    return largest, (difference / size) ** 0.5, metric.compute().item()
+    return largest, (difference / (size or 1.0)) ** 0.5, metric.compute().item()
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
     """Of each window by itself, ``[1, t, v]``."""
     for window in windows:
-        yield model(window[None], use_cache=False).logits
+        yield model(window[None], use_cache=False, return_dict=True).logits

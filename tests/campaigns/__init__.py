@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long campaigns of faults, run by hand: ``make campaign``. The tests hold a small part of each."""
