@@ -98,7 +98,7 @@ class QuantEase(GramStage):
         earlier = {"columns": outlier_columns, "support": outlier_support, "method": outlier_method}
         self.outliers = OutlierSettings.of_earlier_release(outliers, earlier)
         if self.algorithm3 and start != "weights":
-            raise UserError(f"start {start!r} of QuantEase cannot be used with Algorithm 3: set start to 'weights'")
+            raise UserError(f"start {start!r} of QuantEase does not go with Algorithm 3: use 'weights'")
         self.sweeps, self.start, self.grid = sweeps, start, grid
         self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
 
