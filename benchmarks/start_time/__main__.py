@@ -29,7 +29,8 @@ def processor_seconds(tree: Path, arguments: list[str]) -> float:
     """User and system time of one command line in a tree."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "omniq", *arguments]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree.resolve())}, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(tree.resolve())}
+    subprocess.run(command, env=environment, cwd=tree, capture_output=True)  # -m looks into the current folder first
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
