@@ -7,14 +7,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from omniq.cli.quiet import quiet
+from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.models.transformers_io import open_weights
 from omniq.storage.atomic import expanded
 
 
-def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (), **settings: Any) -> Path:
+def quantize(
+    model: str | Path,
+    *,
+    config: str | Path | Sequence[str | Path] = (),
+    allow_import: Sequence[str] = (),
+    **settings: Any,
+) -> Path:
     """Quantize a model and write a checkpoint, as ``omniq quantize`` does; the same call continues a run.
 
         omniq.quantize("meta-llama/Llama-2-7b-hf", config="configs/w3a16g128.yaml", out="checkpoints/llama-w3")
@@ -22,7 +28,8 @@ def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (
 
     Args:
         model: a folder, a GGUF file, a hub name, or ``package:name/file.gguf``.
-        config: YAML files to start from, later ones win.
+        config: YAML files to start from; a later file replaces a list or a class whole.
+        allow_import: packages whose classes the settings may name, beside omniq and Lightning.
         **settings: sections as in YAML, on top of the files.
 
     Returns:
@@ -34,9 +41,10 @@ def quantize(model: str | Path, *, config: str | Path | Sequence[str | Path] = (
     from omniq.run import loop
 
     quiet()
+    quiet_transformers()
     configs = [config] if isinstance(config, (str, Path)) else config
     section = settings.pop("model", {})
-    return loop.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}))
+    return loop.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}, allow_import))
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:

@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class ErrorOnRank0(UserError):
+    """Another process has met a user's mistake and prints it; this process ends as well, without a message."""
+
+
 class NotByBlocks(UserError):
     """omniq cannot take a model apart into blocks; transformers may still run it whole."""
 

@@ -22,13 +22,15 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from omniq.calibration.module import BlockModule
-from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
-from omniq.grid.scheme import Activations
-from omniq.models.layout import Layout
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
+    from omniq.grid.scheme import Activations
+    from omniq.models.layout import Layout
 
 Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes"]
 _PARTS: tuple[Part, ...] = ("block", "grid", "codes", "norms", "outliers", "scale codes")  # the order in messages
@@ -56,10 +58,10 @@ class Stage(ABC):
         return frozenset({"grid"})
 
     @abstractmethod
-    def module(self, task: BlockTask) -> BlockModule:
+    def module(self, task: "BlockTask") -> "BlockModule":
         """The LightningModule that works on this block."""
 
-    def check_layout(self, layout: Layout) -> None:  # noqa: B027 (most stages accept any family)
+    def check_layout(self, layout: "Layout") -> None:  # noqa: B027 (most stages accept any family)
         """Refuse a family that lacks what this stage needs.
 
         Raises:

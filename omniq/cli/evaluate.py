@@ -13,10 +13,11 @@ from tempfile import gettempdir
 import torch
 
 from omniq.blocks.placement import ActivationPlacement
-from omniq.config.run import Model
+from omniq.config.run import EvaluatedModel
 from omniq.data import Evaluation
 from omniq.errors import NotByBlocks, UserError, one_line
-from omniq.evaluate.perplexity import PerplexityResult, evaluate_model, evaluate_streamed
+from omniq.evaluate.perplexity import evaluate_model, evaluate_streamed
+from omniq.evaluate.result import PerplexityResult
 from omniq.models.locate import locate
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
@@ -26,7 +27,9 @@ from omniq.report.table import perplexity_table, write_results
 from omniq.storage.atomic import expanded
 
 
-def evaluate_checkpoint(model: Model, evaluation: Evaluation, device: str, batch: int, out: Path | None) -> None:
+def evaluate_checkpoint(
+    model: EvaluatedModel, evaluation: Evaluation, device: str, batch: int, out: Path | None
+) -> None:
     """Measure, print, and write the result if asked to.
 
     Raises:
@@ -76,7 +79,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: int) -> PerplexityResult:
+def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int) -> PerplexityResult:
     """The perplexity of a model that omniq or transformers can open.
 
     Raises:
@@ -98,7 +101,7 @@ def measure(model: Model, evaluation: Evaluation, device: torch.device, batch: i
 
 
 def _whole(
-    folder: Path, file: str, model: Model, evaluation: Evaluation, device: torch.device, batch: int
+    folder: Path, file: str, model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int
 ) -> PerplexityResult:
     """By transformers; what is quantized keeps the dtype of its checkpoint on a CPU too."""
     gguf = file if file.endswith(".gguf") else None
@@ -115,13 +118,13 @@ def _whole(
     return evaluate_model(loaded, windows, batch, device)
 
 
-def _dtype(model: Model, device: torch.device) -> str:
+def _dtype(model: EvaluatedModel, device: torch.device) -> str:
     """A CPU is slow in half precision."""
     return "float32" if model.dtype == "auto" and device.type == "cpu" else model.dtype
 
 
 @contextmanager
-def _opening(folder: Path, model: Model) -> Iterator[None]:
+def _opening(folder: Path, model: EvaluatedModel) -> Iterator[None]:
     """Turn the many errors of transformers and of the packages it asks for into one line that names the folder."""
     try:
         yield

@@ -5,11 +5,16 @@ import logging
 import os
 import warnings
 
-from transformers.utils import logging as transformers_logging
+
+def quiet_transformers() -> None:
+    """Hide the progress bars of transformers, which takes seconds to import."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def quiet() -> None:
-    """Keep the chatter of a Trainer for every block out of the terminal; omniq's own warnings stay."""
+    """Hide the messages that a Trainer repeats for every block; omniq's own warnings stay."""
     chatter = ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda")
     for name in (*chatter, "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
@@ -19,7 +24,6 @@ def quiet() -> None:
         handler.setFormatter(logging.Formatter("omniq: %(message)s"))
         log.addHandler(handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*AccumulateGrad node's stream does not match.*")  # Lightning's DDP
     warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`.*")  # stages that learn nothing

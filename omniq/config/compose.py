@@ -1,61 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How configuration files compose: a later file replaces a list or a class whole."""
+"""How configuration files compose: a later file replaces a list or a class whole, and everything else key by key.
 
-import os
-from collections.abc import Iterator, Mapping
+    earlier file                                later file                      result
+    scheme: {name: W4A16, symmetric: true}      scheme: {name: W3A16}           {name: W3A16, symmetric: true}
+    stages: [A, B]                              stages: [C]                     [C]
+    stages: [A]                                 stages+: [B]                    [A, B]
+    source: {class_path: A, init_args: ...}     source: {class_path: A}         {class_path: A}
+    source: {class_path: A, init_args: {x: 1}}  source: {init_args: {y: 2}}     {class_path: A, init_args: {x: 1, y: 2}}
+
+A mapping that does not name a class changes settings of the class that is there; it may leave ``init_args`` out.
+Options of the command line come after all files.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
 
+from omniq.config import yaml_text
 from omniq.errors import UserError
 
+_CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
-class ConfigFile(ActionConfigFile):
-    """A configuration file on top of earlier settings: a class or a list that it names starts afresh.
 
-    jsonargparse alone would leave another class, and the entries of a list as long as the earlier one, every earlier
-    argument of a name that they know.
+def compose(configs: Sequence[str | Path], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of these files, each merged over the files before it, with further settings on top.
+
+    Raises:
+        UserError: a file cannot be read, or is not YAML with settings.
     """
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        lists = set(_lists(_content(values)))
-        for key in [key for key in cfg.keys(branches=True) if key.replace(".init_args.", ".") in lists]:
-            cfg[key] = None  # not popped: the order of the settings stays
-        before = cfg.clone()
-        super().__call__(parser, cfg, values, option_string)
-        classes = {key: path for key, path in before.items() if key.endswith(".class_path")}
-        others = [key for key, path in classes.items() if cfg.get(key, path) != path]
-        if others:  # short names are resolved only now, so the file is applied again, without the earlier classes
-            for key in others:
-                if key in before:  # else it was in one of these
-                    before[key.removesuffix(".class_path")] = None
-            vars(cfg).clear()
-            vars(cfg).update(vars(before))
-            super().__call__(parser, cfg, values, option_string)
+    content: dict[str, Any] = {}
+    for layer in [*map(read, configs), dict(settings or {})]:
+        content = merge(content, layer)
+    return content
 
 
-def _content(config: str) -> dict[str, Any]:
-    """What a configuration file says, or a text in place of one; its errors name the file, jsonargparse's do not."""
-    is_file = config == "-" or os.path.exists(config)
+def merge(earlier: Any, later: Any) -> Any:
+    """``later`` over ``earlier``, by the rule of this module."""
+    if isinstance(earlier, str) and isinstance(later, dict):
+        earlier = {"class_path": earlier}  # a class may be given by its name alone
+    if not isinstance(earlier, dict) or not isinstance(later, dict) or "class_path" in later:
+        return later
+    if _CLASS_KEYS & (earlier.keys() | later.keys()):
+        earlier, later = _with_init_args(earlier), _with_init_args(later)
+    merged = dict(earlier)
+    for key, value in later.items():
+        name = key.removesuffix("+") if isinstance(key, str) else key
+        if name != key:
+            merged[name] = [*_entries(merged.get(name)), *_entries(value)]
+        else:
+            merged[key] = merge(merged.get(key), value)
+    return merged
+
+
+def _with_init_args(node: dict[str, Any]) -> dict[str, Any]:
+    return node if _CLASS_KEYS & node.keys() or not node else {"init_args": node}
+
+
+def _entries(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def read(config: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not YAML with settings.
+    """
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8") if is_file else config)
+        text = Path(config).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"config {config} does not exist: give a YAML file") from error
     except OSError as error:
         raise UserError(f"config {config} cannot be read ({error.strerror}): give a YAML file") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # not UTF-8, or a null byte in the path
         raise UserError(f"config {config} is not UTF-8 text ({error}): save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {config} is no valid YAML ({' '.join(str(error).split())}): mend it") from error
-    if is_file and not isinstance(content, dict):
+    try:
+        content = yaml_text.load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"config {config} is not valid YAML ({' '.join(str(error).split())}): correct it") from error
+    if not isinstance(content, dict):
         raise UserError(f"config {config} holds no settings: give a YAML file of lines such as `seed: 2`")
-    return content if isinstance(content, dict) else {}  # a file that is not there: jsonargparse says so
-
-
-def _lists(content: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    """The dotted keys of all lists, less ``init_args``, which may be left out."""
-    for key, value in content.items():
-        if isinstance(value, list):
-            yield f"{section}{key}"
-        elif isinstance(value, dict):
-            yield from _lists(value, section if key == "init_args" else f"{section}{key}.")
+    return content

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run may say: the sections of a YAML file as typed classes, checked before any long work."""
+"""What a run may say: the sections of a YAML file as typed classes, checked before any long work.
+
+Importing this module imports neither torch nor Lightning, so that ``--help`` and a mistake in a configuration take less
+than a second.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Literal
-
-import lightning as L
-from lightning.pytorch.callbacks import Callback
+from typing import TYPE_CHECKING, Literal
 
 from omniq.calibration.stage import Part, Stage, check_stages
-from omniq.config.trainer import TrainerFactory
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
-from omniq.grid.dtypes import ModelDtype
 from omniq.grid.scheme import Scheme
 from omniq.storage.atomic import expanded
 
-CallbackFactory = Callable[[], Callback]
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
+    from omniq.config.trainer import TrainerFactory
 
 _SEEDS = 10**9  # with block and pass multiplied in (``omniq.stages``), a generator's seed stays within 64 bits
 
@@ -30,16 +32,29 @@ class Model:
     Args:
         path: a folder, a GGUF file, a name on the hub, or ``package:name/file.gguf`` inside an installed package.
         gguf_file: the GGUF file to take when ``path`` is a folder or a hub name that has several.
-        dtype: of the weights; ``auto`` takes what the checkpoint says (float32 for GGUF).
         attention: attention implementation of transformers.
         trust_remote_code: run code that comes with the checkpoint.
     """
 
     path: str
     gguf_file: str | None = None
-    dtype: Literal["auto", ModelDtype] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluatedModel(Model):
+    """The model to evaluate.
+
+    Args:
+        path: a folder, a GGUF file, a name on the hub, or ``package:name/file.gguf`` inside an installed package.
+        gguf_file: the GGUF file to take when ``path`` is a folder or a hub name that has several.
+        attention: attention implementation of transformers.
+        trust_remote_code: run code that comes with the checkpoint.
+        dtype: of weights and computations; ``auto`` takes the dtype of the checkpoint (float32 for GGUF, and on a CPU).
+    """
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,12 @@ class Export:
             raise UserError(
                 f"export.max_shard_size {self.max_shard_size} is not usable: give gigabytes above 0, such as 5"
             )
+
+
+def _lightning_trainer() -> "TrainerFactory":
+    import lightning as L
+
+    return L.Trainer
 
 
 @dataclass
@@ -97,8 +118,8 @@ class Run:
     data: Calibration
     stages: list[Stage]
     scheme: Scheme = field(default_factory=Scheme)
-    trainer: TrainerFactory = L.Trainer
-    callbacks: list[CallbackFactory] = field(default_factory=list)
+    trainer: "TrainerFactory" = field(default_factory=_lightning_trainer)
+    callbacks: "list[Callable[[], Callback]]" = field(default_factory=list)
     evaluation: Evaluation | None = None
     export: Export = field(default_factory=Export)
     out: Path = Path("checkpoints/run")
@@ -127,6 +148,14 @@ class Run:
         if not self.stages:
             raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
         check_stages(self.stages)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Refuse numbers that no run can have. Needs neither stages nor Trainer.
+
+        Raises:
+            UserError: names the field, the value and the remedy.
+        """
         for name, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
             if seed is not None and not 0 <= seed < _SEEDS:
                 raise UserError(f"{name} {seed} is out of range: give a number from 0 to {_SEEDS - 1}")

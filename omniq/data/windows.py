@@ -18,13 +18,13 @@ model (the paper used the slow variant, which transformers no longer has).
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omniq.data.text import TextSource, at_least
 from omniq.errors import UserError
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from torch import Tensor
 
 
 class Windows(NamedTuple):
@@ -35,8 +35,8 @@ class Windows(NamedTuple):
         held_out: int64 ``[held_out, length]``; shares no token of the text with ``calibration``.
     """
 
-    calibration: Tensor
-    held_out: Tensor
+    calibration: "Tensor"
+    held_out: "Tensor"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Calibration:
         Raises:
             UserError: the text cannot be read, or is too short for one calibration window beside the held-out ones.
         """
+        import torch
+
         tokens = tokenize(self.source, tokenizer, self.add_special_tokens)
         needed = (1 + self.held_out) * self.length
         if len(tokens) < needed:
@@ -116,7 +118,7 @@ class Evaluation:
         at_least("evaluation.length", self.length, 2)
         at_least("evaluation.max_windows", self.max_windows, 1)
 
-    def sequences(self, tokenizer: Any) -> Tensor:
+    def sequences(self, tokenizer: Any) -> "Tensor":
         """Cut the text into consecutive windows, int64 ``[n, length]``, and drop the tail.
 
         Raises:
@@ -139,8 +141,10 @@ class Evaluation:
         return f"{some} consecutive windows of {self.length} tokens of {self.source.describe()}"
 
 
-def tokenize(source: TextSource, tokenizer: Any, add_special_tokens: bool = True) -> Tensor:
+def tokenize(source: TextSource, tokenizer: Any, add_special_tokens: bool = True) -> "Tensor":
     """The whole text of a source as int64 ``[n]``."""
+    import torch
+
     encoded = tokenizer(
         source.text(),
         add_special_tokens=add_special_tokens,
@@ -151,8 +155,10 @@ def tokenize(source: TextSource, tokenizer: Any, add_special_tokens: bool = True
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def digest(tokens: Tensor) -> str:
+def digest(tokens: "Tensor") -> str:
     """SHA-256 of the shape and the little-endian int64 values of ``tokens``, in hex."""
+    import torch
+
     sha = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     sha.update(tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
     return sha.hexdigest()

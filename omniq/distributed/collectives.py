@@ -21,16 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from omniq.errors import UserError
+from omniq.errors import ErrorOnRank0, UserError
 
 Value = TypeVar("Value")
 
 _DONE = "omniq/done"  # key of the store: what came of the work that the first process did by itself
 _ENDLESS = timedelta(days=30)
-
-
-class ErrorOnRank0(UserError):
-    """Another process has met a user's mistake and says so; this one ends as well, in silence."""
 
 
 @dataclass(frozen=True)

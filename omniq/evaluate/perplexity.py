@@ -21,10 +21,8 @@ measures several variants of it side by side (full precision, rounded to nearest
 Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,41 +32,12 @@ from typing_extensions import override
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
+from omniq.evaluate.result import PerplexityResult
 from omniq.evaluate.streaming import Variant, stream_logits
 from omniq.models.source import SourceModel
 
 CHUNK = 2**24
 """Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """What was measured.
-
-    Args:
-        perplexity: ``exp(nll)``; infinite where that overflows.
-        nll: mean negative log-likelihood of a token, in nats.
-        tokens: number of predicted tokens, ``m (t - 1)``.
-        windows: number of windows, ``m``.
-        seconds: wall time of the pass that measured it; variants of one streamed pass share it.
-    """
-
-    perplexity: float
-    nll: float
-    tokens: int
-    windows: int
-    seconds: float
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """The fields, None where a number is not finite (JSON has no infinity)."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "PerplexityResult":
-        """Read what ``to_json`` gave; a perplexity that was not finite comes back as infinity or as not a number."""
-        if fields["nll"] is None:
-            return cls(**{**fields, "perplexity": math.nan, "nll": math.nan})
-        return cls(**{**fields, "perplexity": math.inf if fields["perplexity"] is None else fields["perplexity"]})
 
 
 class Perplexity(Metric):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from omniq.evaluate.perplexity import PerplexityResult
+from omniq.evaluate.result import PerplexityResult
 from omniq.storage.atomic import atomic_write
 
 

@@ -10,6 +10,7 @@ import torch
 
 from omniq.blocks.activation_hooks import check_attention
 from omniq.blocks.grids import scheme_grids, scheme_layout
+from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
 from omniq.config.run import Run
 from omniq.distributed import collectives
 from omniq.errors import UserError, one_line
@@ -20,6 +21,22 @@ from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
 
 log = logging.getLogger("omniq")
+
+
+def check_callbacks(run: Run) -> None:
+    """Refuse callbacks that every fit has already, and a second guard.
+
+    Raises:
+        UserError: names the class.
+    """
+    internal = (BlockLosses, BlockProgress, Fuse, PassCheckpoint, Settle)
+    kinds = [kind for make in run.callbacks if isinstance(kind := getattr(make, "func", make), type)]
+    for kind in kinds:
+        if issubclass(kind, internal):
+            raise UserError(f"callbacks: {kind.__name__} is an internal part of every fit: leave it out")
+    guards = [kind.__name__ for kind in kinds if issubclass(kind, NonFiniteGuard)]
+    if len(guards) > 1:
+        raise UserError(f"callbacks: {' and '.join(guards)} are two guards of one fit: leave one of them out")
 
 
 def check_model(run: Run, source: SourceModel) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from omniq.config.earlier import as_recorded
+
 # Sections and keys that may change between start and resume: they do not touch the calibration's result, or a digest of
 # what was read stands for the place it was read from.
 FREE_KEYS = (
@@ -21,7 +23,7 @@ LATER_KEYS = {
 
 def fingerprint(settings: str) -> dict[str, Any]:
     """The settings that determine the result, flattened to dotted keys."""
-    flat = _flatten(yaml.safe_load(settings))
+    flat = _flatten(as_recorded(yaml.safe_load(settings)))
     named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}  # as users write
     return {key: value for key, value in named.items() if not _free(key) and (key, value) not in LATER_KEYS.items()}
 

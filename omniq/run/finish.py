@@ -9,7 +9,8 @@ from torch import Tensor
 from omniq.blocks.grids import scheme_layout
 from omniq.blocks.placement import ActivationPlacement
 from omniq.data import digest
-from omniq.evaluate.perplexity import PerplexityResult, evaluate_streamed
+from omniq.evaluate.perplexity import evaluate_streamed
+from omniq.evaluate.result import PerplexityResult
 from omniq.evaluate.streaming import Variant
 from omniq.evaluate.variants import full_precision_variant, in_export_dtype, quantized_variant, rounded_variant
 from omniq.models.locate import public_name

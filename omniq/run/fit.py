@@ -64,11 +64,13 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | No
     module = stage.module(task)
     losses = BlockLosses(where.folder.block_path(task.index, f"{where.number}.csv"), name)
     last = last_checkpoint(where, task)
+    given = [make() for make in where.run.callbacks]
+    guards = [callback for callback in given if isinstance(callback, NonFiniteGuard)]
     callbacks = [
-        NonFiniteGuard(),
+        *(guards or [NonFiniteGuard()]),
         losses,
         BlockProgress(where.display, name, losses),
-        *[make() for make in where.run.callbacks],
+        *[callback for callback in given if callback not in guards],
         Fuse(),
         Settle(where.folder.settle),
         checkpoint := PassCheckpoint(last, where.clock),

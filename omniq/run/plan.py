@@ -20,7 +20,7 @@ from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_compiler, check_model, check_reader, check_shares
+from omniq.run.checks import check_callbacks, check_compiler, check_model, check_reader, check_shares
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -71,14 +71,9 @@ def open_model(run: Run) -> SourceModel:
     """The model of a run, in the dtype of its computations.
 
     Raises:
-        UserError: the model cannot be opened, or another dtype was asked for than the precision computes in.
+        UserError: the model cannot be opened.
     """
     model, dtype = run.model, dtype_name(compute_dtype(run.trainer))
-    if model.dtype not in ("auto", dtype):
-        raise UserError(
-            f"model.dtype {model.dtype!r} does not go with trainer.precision, which computes in {dtype}: "
-            "leave model.dtype at auto, or change trainer.precision"
-        )
     return SourceModel.open(
         model.path,
         gguf_file=model.gguf_file,
@@ -96,6 +91,7 @@ def prepare(run: Run, settings: str) -> Plan:
     """
     run.check()
     check_trainer(run.trainer)
+    check_callbacks(run)
     check_writable(run.out)
     if run.export.format != "none":
         find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be done with a run directory afterwards: another export, and a look at its losses."""
+"""Another export of a finished run."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniq.config.parse import parse_run
 from omniq.config.run import Export, Run
+from omniq.config.saved import RUN_AGAIN, open_run
 from omniq.errors import UserError
 from omniq.export import check_output, find_format
 from omniq.report.console import plain_console
@@ -18,23 +18,6 @@ from omniq.run.plan import open_model
 from omniq.storage.atomic import expanded
 from omniq.storage.claim import read_fingerprint
 from omniq.storage.run_dir import RunDir
-
-_ANEW = "run its quantize command again, which writes it anew"
-
-
-def open_run(path: Path) -> tuple[Run, str]:
-    """The configuration of a run directory, and its settings as YAML.
-
-    Raises:
-        UserError: no run lives there, or its configuration is damaged.
-    """
-    config = path / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"run {path} is not a run directory: it has no config.yaml; give the out of a quantize command")
-    try:
-        return parse_run([config])
-    except (UserError, ValueError) as error:  # not UTF-8, for one
-        raise UserError(f"{config} cannot be read ({error}): {_ANEW}") from error
 
 
 def export_run(path: Path, out: Path, export: Export) -> None:
@@ -67,7 +50,7 @@ def _facts(path: Path) -> dict[str, Any]:
     except ValueError:
         facts = None
     if not isinstance(facts, dict):
-        raise UserError(f"{file} is damaged: {_ANEW}")
+        raise UserError(f"{file} is damaged: {RUN_AGAIN}")
     return facts
 
 
@@ -84,4 +67,5 @@ def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
             "its new place to the quantize command, which records it"
         )
     if changed:
-        raise UserError(f"{folder.path / 'config.yaml'} is not that of the run ({', '.join(changed)} differ): {_ANEW}")
+        config = folder.path / "config.yaml"
+        raise UserError(f"{config} is not that of the run ({', '.join(changed)} differ): {RUN_AGAIN}")

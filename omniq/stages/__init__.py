@@ -1,15 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages: one file a method, named in YAML by ``class_path: omniq.stages.<Name>``."""
+"""Stages: one file a method, named in YAML by ``class_path: omniq.stages.<Name>``.
 
-from omniq.stages.awq import AWQ
-from omniq.stages.gptq import GPTQ
-from omniq.stages.learned_rounding import LearnedRounding
-from omniq.stages.omniquant import OmniQuant
-from omniq.stages.outlier_suppression import OutlierSuppression
-from omniq.stages.quantease import QuantEase
-from omniq.stages.rtn import RTN
-from omniq.stages.smoothquant import SmoothQuant
-from omniq.stages.spqr import SpQR
+Each class is imported on first use: ``import omniq.stages`` alone does not import torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from omniq.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from omniq.stages.awq import AWQ
+    from omniq.stages.gptq import GPTQ
+    from omniq.stages.learned_rounding import LearnedRounding
+    from omniq.stages.omniquant import OmniQuant
+    from omniq.stages.outlier_suppression import OutlierSuppression
+    from omniq.stages.quantease import QuantEase
+    from omniq.stages.rtn import RTN
+    from omniq.stages.smoothquant import SmoothQuant
+    from omniq.stages.spqr import SpQR
+else:  # hidden from type checkers, for which a module-level __getattr__ defines every name
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "AWQ": "omniq.stages.awq",
+            "GPTQ": "omniq.stages.gptq",
+            "RTN": "omniq.stages.rtn",
+            "LearnedRounding": "omniq.stages.learned_rounding",
+            "OmniQuant": "omniq.stages.omniquant",
+            "OutlierSuppression": "omniq.stages.outlier_suppression",
+            "QuantEase": "omniq.stages.quantease",
+            "SmoothQuant": "omniq.stages.smoothquant",
+            "SpQR": "omniq.stages.spqr",
+        },
+    )
 
 __all__ = [
     "AWQ",

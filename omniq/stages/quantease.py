@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.calibration.gram import GramModule, GramStage
+from omniq.calibration.outlier_settings import Method, OutlierSettings, Support
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
@@ -59,14 +60,14 @@ class QuantEase(GramStage):
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
         act_order: visit columns by descending mean square of their input (slightly worse, measured).
         refit_scales: refit scales by least squares between sweeps, kept where the error falls.
-        outliers: per cent of the weights, 0 to 50, that are kept in float16 beside the codes; one at least, if not 0.
-        outlier_columns: whole columns instead of single weights; again one at least.
-        outlier_support: the largest weights, or those that cost most on the grid.
-        outlier_method: the masked sweep, or Algorithm 3.
+        outliers: weights that are kept in float16 beside the codes; a plain number is per cent (earlier spelling).
         precision: of the products on a GPU.
         true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
         batch_size: samples a gathering step.
         token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
+        outlier_columns: earlier spelling of ``outliers.columns``.
+        outlier_support: earlier spelling of ``outliers.support``.
+        outlier_method: earlier spelling of ``outliers.method``.
 
     Raises:
         UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
@@ -84,28 +85,26 @@ class QuantEase(GramStage):
         damping: float = 0.01,
         act_order: bool = False,
         refit_scales: bool = False,
-        outliers: float = 0.0,
-        outlier_columns: bool = False,
-        outlier_support: Literal["magnitude", "loss"] = "magnitude",
-        outlier_method: Literal["masked", "algorithm3"] = "masked",
+        outliers: OutlierSettings | float | None = None,
         precision: Literal["float32", "tf32", "float64"] = "float32",
         true_sequential: bool = True,
         batch_size: int = 4,
         token_weights: TokenWeights = "uniform",
+        outlier_columns: bool | None = None,
+        outlier_support: Support | None = None,
+        outlier_method: Method | None = None,
     ) -> None:
         super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
         if sweeps < 1:
             raise UserError(
                 f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"
             )
-        if not 0 <= outliers <= 50:
-            raise UserError(f"outliers {outliers} of QuantEase is outside 0 to 50 per cent: 1 is a good start")
-        if outliers and start != "weights" and outlier_method == "algorithm3":
-            raise UserError(f"start {start!r} of QuantEase does not go with outlier_method 'algorithm3': use 'weights'")
+        earlier = {"columns": outlier_columns, "support": outlier_support, "method": outlier_method}
+        self.outliers = OutlierSettings.of_earlier_release(outliers, earlier)
+        if self.algorithm3 and start != "weights":
+            raise UserError(f"start {start!r} of QuantEase does not go with Algorithm 3: use 'weights'")
         self.sweeps, self.start, self.grid = sweeps, start, grid
         self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
-        self.outliers, self.outlier_columns = outliers, outlier_columns
-        self.outlier_support, self.outlier_method = outlier_support, outlier_method
 
     def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before and (self.start == "previous" or self.grid == "previous"):
@@ -125,6 +124,11 @@ class QuantEase(GramStage):
     @property
     def leaves(self) -> frozenset[Part]:
         return super().leaves | ({"outliers"} if self.outliers else set())
+
+    @property
+    def algorithm3(self) -> bool:
+        """Whether the support of the outliers moves from sweep to sweep."""
+        return self.outliers is not None and self.outliers.method == "algorithm3"
 
     def module(self, task: BlockTask) -> "QuantEaseModule":
         return QuantEaseModule(task, self)
@@ -175,7 +179,7 @@ class QuantEaseModule(GramModule):
     @property
     def _shared(self) -> bool:
         """Whether each process solves its share of the rows. Algorithm 3 moves weights from row to row: all do all."""
-        return not (self.settings.outliers and self.settings.outlier_method == "algorithm3")
+        return not self.settings.algorithm3
 
     def _rows(self, stack: StackedLinears) -> slice:
         """The rows that this process solves."""
@@ -184,7 +188,7 @@ class QuantEaseModule(GramModule):
     def _open(self, number: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
         """Choose support, scales, start and order of one stack, and set up its optimizer."""
         settings, previous, rows = self.settings, self.task.result, self._rows(stack)
-        mask = self._support(stack, gram)[rows] if settings.outliers else None
+        mask = None if settings.outliers is None else self._support(stack, gram, settings.outliers)[rows]
         if settings.grid != "clipping" and previous is not None:
             stack.fit_from(previous)
         part = stack.part(rows)
@@ -224,25 +228,26 @@ class QuantEaseModule(GramModule):
         }
         dtype = torch.float64 if settings.precision == "float64" else torch.float32
         parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
-        if mask is not None and settings.outlier_method == "algorithm3":
-            common |= {"support": mask, "structured": settings.outlier_columns}
+        outliers = settings.outliers
+        if mask is not None and outliers is not None and outliers.method == "algorithm3":
+            common |= {"support": mask, "structured": outliers.columns}
             return AlternatingDescent([parameter], gram, grid, *fitted, **common)
         target = None if start is None else weight
         return CoordinateDescent([parameter], gram, grid, *fitted, target=target, mask=mask, **common)
 
-    def _support(self, stack: StackedLinears, gram: Tensor) -> Tensor:
+    def _support(self, stack: StackedLinears, gram: Tensor, outliers: OutlierSettings) -> Tensor:
         """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
 
         Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
         """
-        settings, together = self.settings, self.settings.outlier_method == "algorithm3"
+        together = outliers.method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
             choose_support(
                 part,
-                settings.outliers / 100,
-                by=settings.outlier_support,
-                structured=settings.outlier_columns,
+                outliers.fraction,
+                by=outliers.support,
+                structured=outliers.columns,
                 second_moment=gram.diagonal(),
                 grid=stack.grid,
             )

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from omniq.distributed import collectives
 from omniq.errors import CorruptFile, UserError
-from omniq.storage import sealed
+from omniq.storage import records
 from omniq.storage.atomic import atomic_write
 from omniq.storage.block_result import BlockResult
 from omniq.storage.claim import claim, identity
@@ -135,12 +135,12 @@ class RunDir:
     def write_json(self, name: str, content: Any) -> None:
         """A record for people and tools, such as ``summary.json``; null where a number is not finite."""
         if self.writes:
-            atomic_write(self.path / name, json.dumps(sealed.finite(content), indent=1, allow_nan=False).encode())
+            atomic_write(self.path / name, json.dumps(records.finite(content), indent=1, allow_nan=False).encode())
 
     def save_record(self, name: str, content: Mapping[str, Any]) -> None:
         """A record that a later process goes by, sealed by a checksum."""
         if self.writes:
-            sealed.save_record(self.path / name, content)
+            records.save_record(self.path / name, content)
 
     def load_record(self, name: str) -> dict[str, Any] | None:
         """What ``save_record`` wrote, or None; a damaged file is reported and removed."""
@@ -148,7 +148,7 @@ class RunDir:
         if not path.exists():
             return None
         try:
-            return sealed.load_record(path)
+            return records.load_record(path)
         except CorruptFile as error:
             self._discard(path, error, "it is made again")
             return None
@@ -166,12 +166,11 @@ class RunDir:
 
     def block_path(self, index: int, suffix: str = "safetensors") -> Path:
         """``blocks/007.safetensors``."""
-        return self.path / "blocks" / f"{index:03d}.{suffix}"
+        return records.block_path(self.path, index, suffix)
 
     def finished(self) -> list[int]:
         """Indices of the blocks that are done."""
-        names = (path.stem for path in (self.path / "blocks").glob("[0-9]*.safetensors"))
-        return sorted(int(name) for name in names if name.isdecimal())  # a copy beside them is the user's
+        return records.finished_blocks(self.path)
 
     def load_block(self, index: int) -> BlockResult | None:
         """The finished block, or None; a damaged file is reported and removed."""

@@ -3,14 +3,13 @@
 
 Everything is written beside its final name, flushed and renamed, and then the new name is flushed: what is written
 later is never on the disk without it. Tensors go to safetensors files whose metadata holds
-a SHA-256 over all of their content, and so do records in JSON; Python state goes to a digest followed by what
-``torch.save`` writes.
+a SHA-256 over all of their content; Python state goes to a digest followed by what ``torch.save`` writes. Records in
+JSON: ``omniq.storage.records``.
 """
 
 import hashlib
 import io
 import json
-import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,43 +100,10 @@ def load_state(path: Path, map_location: Any = "cpu", owner: Owner = NOBODY) -> 
         raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
 
 
-def finite(content: Any) -> Any:
-    """The same containers with None for every number that is not finite: JSON has no infinity."""
-    if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def save_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what JSON can hold, for people and tools, sealed by a checksum."""
-    atomic_write(path, json.dumps({**content, "sha256": _seal(content)}, indent=1).encode())
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """Read what ``save_record`` wrote.
-
-    Raises:
-        CorruptFile: truncated or altered.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
-    if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
-        return content
-    raise CorruptFile(f"{path}: the checksum does not match its content")
-
-
 def _state_digest(data: memoryview, owner: str) -> bytes:
     digest = hashlib.sha256(owner.encode())
     digest.update(data)
     return digest.digest()
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:

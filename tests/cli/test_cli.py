@@ -13,9 +13,11 @@ import pytest
 import yaml
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from omniq.cli.command import build_parser, main
+from omniq.cli.command import main
 from omniq.cli.quiet import quiet
-from omniq.config.parse import parse_run
+from omniq.config.class_paths import allowed_imports
+from omniq.config.compose import compose
+from omniq.config.parse import parse_run, run_of
 from omniq.errors import UserError
 from omniq.stages import RTN, OmniQuant
 from tests.helpers.runs import QUICK, configuration, write_config
@@ -24,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LEARNED = "stages: [{class_path: omniq.stages.OmniQuant, init_args: {epochs: 13, token_weights: relative}}]"
 HUB = "source: {class_path: omniq.data.HubText, init_args: {path: wiki, split: held-out}}"
 LOGGER = "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: here, name: mine}}}"
-TRAINER = "trainer: {class_path: test_cli.make_trainer, init_args: {precision: 32-true, blocks: 3}}"
+TRAINER = f"trainer: {{class_path: {__name__}.OwnTrainer, init_args: {{precision: 32-true, blocks: 3}}}}"
 
 
-def make_trainer(precision: str = "bf16-mixed", accelerator: str = "cpu", blocks: int = 1) -> L.Trainer:
-    """One of somebody's own, to choose in the place of Lightning's."""
-    return L.Trainer(precision=precision, accelerator=accelerator, logger=blocks > 1)
+class OwnTrainer(L.Trainer):
+    """A Trainer of the user's own package."""
+
+    def __init__(self, precision: str = "bf16-mixed", accelerator: str = "cpu", blocks: int = 1, **others: Any) -> None:
+        super().__init__(precision=precision, accelerator=accelerator, logger=blocks > 1, **others)
 
 
 def resolved(folder: Path, *layers: str, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,12 +42,11 @@ def resolved(folder: Path, *layers: str, options: Sequence[str] = ()) -> dict[st
     for number, layer in enumerate(layers):
         files.append(folder / f"layer{number}.yaml")
         files[-1].write_text(layer)
-    parser, subparsers = build_parser()
-    config = parser.parse_args(["quantize", *(f"--config={file}" for file in files), *options])
-    shown = subparsers["quantize"].dump(config.quantize, skip_validation=True)
+    with allowed_imports([__name__]):
+        _, shown = run_of(compose(files), options)
     if not options:
-        assert parse_run(files)[1] == shown
-        assert parse_run(files[:-1], yaml.safe_load(layers[-1]))[1] == shown
+        assert parse_run(files, allow_import=[__name__])[1] == shown
+        assert parse_run(files[:-1], yaml.safe_load(layers[-1]), allow_import=[__name__])[1] == shown
     return yaml.safe_load(shown)
 
 
@@ -110,22 +113,24 @@ def test_an_entry_of_a_later_list_names_its_class(folder: Path) -> None:
         parse_run([folder / "run.yaml", folder / "unnamed.yaml"])
 
 
-def test_another_class_in_a_later_file_starts_afresh(folder: Path) -> None:
-    """And the same class is composed, key by key."""
+def test_class_in_a_later_file_replaces_the_earlier_one_whole(folder: Path) -> None:
+    """The same class too; settings without a class change the one that is there."""
     text = f"data: {{{HUB}}}\nevaluation: {{{HUB}, length: 9}}"
     stdlib = {"class_path": "omniq.data.Stdlib", "init_args": {"split": "calibration"}}
     for later in ("source: {class_path: omniq.data.Stdlib}", "source: Stdlib"):
         found = resolved(folder, text, f"data: {{{later}}}\nevaluation: {{{later}}}")
         assert (found["data"]["source"], found["evaluation"]["source"]) == (stdlib, stdlib)
         assert found["evaluation"]["length"] == 9
-    for name in ("class_path: omniq.data.HubText, ", "class_path: HubText, ", ""):
+    for name in ("class_path: omniq.data.HubText, ", "class_path: HubText, "):
         later = f"data: {{source: {{{name}init_args: {{path: mine}}}}}}"
+        given = resolved(folder, text, later)["data"]["source"]["init_args"]
+        assert (given["path"], given["split"]) == ("mine", "train")
+    for later in ("data: {source: {init_args: {path: mine}}}", "data: {source: {path: mine}}"):
         given = resolved(folder, text, later)["data"]["source"]["init_args"]
         assert (given["path"], given["split"]) == ("mine", "held-out")
 
 
-def test_a_trainer_and_its_loggers_in_later_files(folder: Path) -> None:
-    """They too are composed within a class; another one, or a list, starts afresh."""
+def test_trainer_and_its_loggers_in_later_files_follow_the_same_rule(folder: Path) -> None:
 
     def trainer(*layers: str) -> dict[str, Any]:
         return resolved(folder, *layers)["trainer"]["init_args"]
@@ -141,14 +146,13 @@ def test_a_trainer_and_its_loggers_in_later_files(folder: Path) -> None:
     ]
     for earlier in (LOGGER, lists[0]):
         assert trainer(earlier, lists[1])["logger"][0]["init_args"]["name"] == "lightning_logs"
-    assert trainer(LOGGER, TRAINER) == {"precision": "32-true", "accelerator": "cpu", "blocks": 3}
-    assert trainer("trainer: {accelerator: gpu}", TRAINER)["accelerator"] == "cpu"  # of make_trainer
+    found = trainer(LOGGER, TRAINER)
+    assert (found["precision"], found["accelerator"], found["blocks"]) == ("32-true", "cpu", 3)
+    assert trainer("trainer: {accelerator: gpu}", TRAINER)["accelerator"] == "cpu"  # of OwnTrainer
     assert trainer(TRAINER, "trainer: {accelerator: auto}")["blocks"] == 3
     found = trainer(TRAINER, "trainer: {class_path: lightning.pytorch.Trainer}")
     assert "precision" not in found  # which is not shown where it is None
     assert found["accelerator"] == "auto"
-    precise = "trainer: {precision: 32-true}"
-    assert trainer(precise, "trainer: {class_path: lightning.pytorch.Trainer}") == trainer(precise)
 
 
 def test_the_demo_on_a_text_of_the_hub() -> None:
@@ -328,7 +332,7 @@ def test_no_line_for_every_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         (b"", "holds no settings: give a YAML file"),
         (b"# nothing yet\n", "holds no settings: give a YAML file"),
         (b"- 1\n", "holds no settings: give a YAML file"),
-        (b"a:\n\t- b", "is no valid YAML (while scanning for the next token"),
+        (b"a:\n\t- b", "is not valid YAML (while scanning for the next token"),
     ],
 )
 @pytest.mark.parametrize("command", ["quantize", "evaluate"])
@@ -345,7 +349,9 @@ def test_a_config_that_cannot_be_read_is_named(
         parse_run([file])
 
 
-@pytest.mark.parametrize("config", ["-", "."])
-def test_a_config_that_is_no_file(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "reason"), [("-", "does not exist: give"), (".", "cannot be read ("), ("a\0b", "is not UTF-8 text (")]
+)
+def test_config_that_is_no_file_is_refused(config: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "--config", config]) == 2
-    assert f"omniq: config {config} cannot be read (" in capsys.readouterr().err
+    assert f"omniq: config {config} {reason}" in capsys.readouterr().err

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from omniq.cli.command import build_parser
+from omniq.cli.command import arguments_of, evaluate, export, report
 from omniq.cli.lightning_run import COMMANDS
-from omniq.config.parse import run_of
+from omniq.config.compose import compose
+from omniq.config.parse import Arguments, run_of
 from omniq.export import find_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,11 +57,12 @@ def test_commands_are_understood(path: Path) -> None:
     given = commands(path)
     if path in RECIPES:
         given += [[*given[0], *options] for options in overrides(path)]
-    _, parsers = build_parser()
     for name, *options in given:
-        config = parsers[name].parse_args([option for option in options if option != "--print_config"])
-        if name == "quantize":
-            run, _ = run_of(parsers[name], config)
+        arguments = Arguments.sort(option for option in options if option != "--print_config")
+        if name != "quantize":
+            arguments_of({"evaluate": evaluate, "export": export, "report": report}[name], arguments)
+        else:
+            run, _ = run_of(compose(arguments.configs), arguments.options)
             run.check()
             if run.export.format != "none":
                 find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from omniq.calibration.task import BlockTask
+from omniq.callbacks import NonFiniteGuard
 from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
@@ -234,3 +235,41 @@ def test_it_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     assert "omniq: block 0: what it computes is not finite" in said
     assert not (tmp_path / "run/blocks/000.safetensors").exists()
     assert main([*args, "--export.format", "none"]) == 0
+
+
+def test_guard_in_the_configuration_replaces_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    start = NonFiniteGuard.on_train_start
+
+    def watched(self: NonFiniteGuard, *args: Any) -> None:
+        seen.append((self.tries, self.factor))
+        start(self, *args)
+
+    monkeypatch.setattr(NonFiniteGuard, "on_train_start", watched)
+    guard = {"class_path": "omniq.callbacks.NonFiniteGuard", "init_args": {"tries": 5, "factor": 0.1}}
+    assert main(write_run(tmp_path, callbacks=[guard], export={"format": "none"}, evaluation=None)) == 0
+    assert seen == [(5, 0.1)] * 2  # one guard a block
+
+
+@pytest.mark.parametrize("name", ["Fuse", "BlockProgress", "BlockLosses", "PassCheckpoint", "Settle"])
+def test_internal_callback_in_the_configuration_is_refused_by_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    required = {
+        "BlockProgress": {"display": None, "stage": "x", "losses": None},
+        "BlockLosses": {"path": "x.csv", "stage": "x"},
+        "PassCheckpoint": {"path": "x.ckpt", "clock": None},
+        "Settle": {"settle": None},
+    }
+    callback = {"class_path": f"omniq.callbacks.{name}", "init_args": required.get(name, {})}
+    assert main(write_run(tmp_path, callbacks=[callback])) == 2
+    errors = capsys.readouterr().err
+    assert name in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_guard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guards = [{"class_path": "omniq.callbacks.NonFiniteGuard"}] * 2
+    assert main(write_run(tmp_path, callbacks=guards)) == 2
+    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: leave" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of a run in JSON, and the summaries of its finished blocks; read without torch.
+
+A record that a later process relies on is sealed: it holds a SHA-256 of its content. The summary of a block is in the
+header of its safetensors file (8 bytes with the length of the header, then the header as JSON), so that a report reads
+a few kilobytes of each block.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omniq.errors import CorruptFile
+from omniq.storage.atomic import atomic_write
+
+
+def finite(content: Any) -> Any:
+    """The same containers with None for every number that is not finite: JSON has no infinity."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def save_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what JSON can hold, for people and tools, sealed by a checksum."""
+    atomic_write(path, json.dumps({**content, "sha256": _seal(content)}, indent=1).encode())
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Read what ``save_record`` wrote.
+
+    Raises:
+        CorruptFile: truncated or altered.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict) and content.pop("sha256", None) == _seal(content):
+        return content
+    raise CorruptFile(f"{path}: the checksum does not match its content")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def finished_blocks(run: Path) -> list[int]:
+    """Indices of the blocks that are done, in ascending order."""
+    names = (path.stem for path in (run / "blocks").glob("[0-9]*.safetensors"))
+    return sorted(int(name) for name in names if name.isdecimal())  # a copy beside them is the user's
+
+
+def block_path(run: Path, index: int, suffix: str = "safetensors") -> Path:
+    """``blocks/007.safetensors``."""
+    return run / "blocks" / f"{index:03d}.{suffix}"
+
+
+def load_summary(path: Path) -> dict[str, Any]:
+    """The summary in the header of a block result. The tensors, and the checksum over them, are not read.
+
+    Raises:
+        CorruptFile: the file is truncated or not a block result.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            present = path.stat().st_size - 8
+            header: Any = json.loads(file.read(size)) if size <= present else None
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        summary = json.loads(header["__metadata__"]["summary"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFile(f"{path}: the header is damaged") from error
+    if not isinstance(summary, dict) or present != size + max(ends, default=0):
+        raise CorruptFile(f"{path}: the file is truncated")
+    return summary

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Help, mistakes and reports come without torch: importing it, transformers and Lightning takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from omniq.cli.command import main
+from tests.helpers.runs import QUICK, configuration, write_config, write_run
+
+CODE = """
+import sys
+from omniq.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as error:
+    status = error.code
+heavy = [name for name in ("torch", "transformers", "lightning", "datasets") if name in sys.modules]
+print("\\n", status, heavy)
+"""
+RECIPE = {
+    "model": {"path": "x"},
+    "data": {"source": {"class_path": "omniq.data.Stdlib"}},
+    "stages": [{"class_path": "omniq.stages.OmniQuant"}],
+    "trainer": {"accelerator": "cpu"},
+}
+
+
+def run(*args: object) -> tuple[str, str]:
+    """Run a command line in a process of its own: its last line with status and heavy modules, and its errors."""
+    found = subprocess.run([sys.executable, "-c", CODE, *map(str, args)], capture_output=True, text=True, check=True)
+    return found.stdout.splitlines()[-1].strip(), found.stderr
+
+
+@pytest.mark.parametrize("command", ["", "quantize", "evaluate", "export", "report"])
+def test_help_imports_no_torch(command: str) -> None:
+    assert run(*filter(None, [command]), "--help") == ("0 []", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({"quantizer": {"bits": 3}}, [], "quantizer"),
+        ({"scheme": {"wbits": 3}}, [], "wbits"),
+        ({"scheme": {"name": "W9A16"}}, [], "weight bits 9 are outside 2..8"),
+        ({"seed": "many"}, [], "seed"),
+        ({"seed": None}, [], "seed: null is not a value of this setting"),
+        ({"stages": None}, [], "stages: null is not a value of this setting"),
+        ({"data": {"source": "Stdlib", "samples": 0}}, [], "data.samples: 0 is too few"),
+        ({"export": {"max_shard_size": -1}}, [], "export.max_shard_size -1.0"),
+        ({}, ["--seed", "-1"], "seed -1 is out of range"),
+        ({}, ["--stages.epochs", "3", "--batch", "0"], "batch 0 is too small"),
+        ({}, ["--trainer.accelerator=cpu", "--matmul", "fp16"], "matmul"),
+        ({}, ["--nothing", "1"], "--nothing"),
+        ({}, ["--config", "missing.yaml"], "config missing.yaml does not exist"),
+        ({}, ["--model.dtype", "float16"], "model.dtype 'float16' is not a setting of omniq quantize any more"),
+    ],
+)
+def test_mistake_in_a_light_section_imports_no_torch(
+    change: dict[str, object], options: list[str], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
+    last, errors = run("quantize", "--config", tmp_path / "run.yaml", *options)
+    assert last == "2 []"
+    assert errors.startswith("omniq: ")
+    assert errors.count("\n") == 1
+    assert reason in errors
+
+
+def test_mistake_of_evaluate_imports_no_torch() -> None:
+    last, errors = run("evaluate", "--model.path", "x", "--evaluation.source", "Stdlib", "--batch", "many")
+    assert last == "2 []"
+    assert "batch" in errors
+
+
+def test_report_imports_no_torch_and_no_class_of_the_configuration(tmp_path: Path) -> None:
+    """It shows what the run has recorded, whatever its configuration names."""
+    args = write_run(tmp_path, **QUICK)
+    assert main(args) == 0
+    config = tmp_path / "run/config.yaml"
+    content = yaml.safe_load(config.read_text())
+    evil = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
+    config.write_text(yaml.safe_dump({**content, "trainer": evil, "callbacks": [evil]}))
+    assert run("report", "--run", tmp_path / "run") == ("0 []", "")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_export_imports_no_class_of_sections_that_it_does_not_need(tmp_path: Path) -> None:
+    assert main(write_run(tmp_path, evaluation=None)) == 0
+    config = tmp_path / "run/config.yaml"
+    content = yaml.safe_load(config.read_text())
+    evil = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
+    config.write_text(yaml.safe_dump({**content, "trainer": evil, "callbacks": [evil], "evaluation": {"source": evil}}))
+    args = ["export", "--run", str(tmp_path / "run"), "--export.verify", "false", "--out"]
+    assert main([*args, str(tmp_path / "out")]) == 2  # precision is no longer that of the run
+    content["callbacks"] = [evil]
+    config.write_text(yaml.safe_dump({**content, "evaluation": {"source": evil}}))
+    assert main([*args, str(tmp_path / "out")]) == 0
+    config.write_text(yaml.safe_dump({**content, "stages": [evil]}))
+    assert main([*args, str(tmp_path / "again")]) == 2
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty", "deep"])
+def test_report_names_a_damaged_block(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(write_run(tmp_path, **QUICK)) == 0
+    block = tmp_path / "run/blocks/001.safetensors"
+    whole = block.read_bytes()
+    deep = b"[" * 100_000
+    content = {
+        "truncated": whole[:-1],
+        "header": whole[:8] + b"x" + whole[9:],
+        "empty": b"",
+        "deep": len(deep).to_bytes(8, "little") + deep,
+    }[damage]
+    block.write_bytes(content)
+    capsys.readouterr()
+    assert main(["report", "--run", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err
+    assert f"omniq: {block}: the " in errors
+    assert errors.count("\n") == 1
+
+
+def test_evaluate_reads_its_sections_of_a_file_for_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``out`` and ``batch`` of the recipe are those of the run."""
+    args = write_run(tmp_path, batch=3, **QUICK)
+    content = configuration(tmp_path)
+    write_config(tmp_path / "run.yaml", {**content, "out": str(tmp_path / "run"), "batch": 3})
+    assert main(["evaluate", *args[1:], "--device", "cpu", "--out", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["results"][content["model"]["path"]]["windows"] == 4
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that are null, and settings of earlier releases."""
+
+import logging
+from typing import Any
+
+import pytest
+import yaml
+
+from omniq.calibration.outlier_settings import OutlierSettings
+from omniq.config.parse import Arguments, parse_run
+from omniq.errors import UserError
+from omniq.run.fingerprint import fingerprint
+
+RUN: dict[str, Any] = {
+    "model": {"path": "x"},
+    "data": {"source": {"class_path": "omniq.data.Stdlib"}},
+    "stages": [{"class_path": "omniq.stages.QuantEase"}],
+    "evaluation": {"source": {"class_path": "omniq.data.Stdlib"}},
+}
+OPTIONAL = {"model.gguf_file", "data.seed", "evaluation", "evaluation.max_windows", "export.prompt", "blocks"}
+OPTIONAL |= {f"stages.0.{name}" for name in ("clipping", "outliers", "outlier_columns")}
+OPTIONAL |= {f"stages.0.outlier_{name}" for name in ("support", "method")}
+KEYS = [
+    *("model", "model.path", "model.gguf_file", "model.attention", "model.trust_remote_code", "data", "data.source"),
+    *("data.samples", "data.length", "data.held_out", "data.seed", "data.add_special_tokens", "scheme", "scheme.name"),
+    *("scheme.symmetric", "scheme.dtype", "scheme.activation_range", "stages", "callbacks", "trainer", "evaluation"),
+    *("evaluation.source", "evaluation.length", "evaluation.max_windows", "evaluation.add_special_tokens", "export"),
+    *("export.format", "export.max_shard_size", "export.verify", "export.prompt", "out", "seed", "streams", "batch"),
+    *("save_streams_every", "blocks", "matmul", "compile"),
+    *(f"stages.0.{name}" for name in ("sweeps", "start", "grid", "clipping", "damping", "act_order", "outliers")),
+    *(f"stages.0.{name}" for name in ("refit_scales", "precision", "true_sequential", "batch_size", "token_weights")),
+]
+
+
+def with_null(key: str) -> dict[str, Any]:
+    content = yaml.safe_load(yaml.safe_dump(RUN))
+    if key.startswith("stages.0."):
+        content["stages"][0]["init_args"] = {key.removeprefix("stages.0."): None}
+        return content
+    section, _, name = key.partition(".")
+    if name:
+        content.setdefault(section, {})[name] = None
+    else:
+        content[section] = None
+    return content
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_null_is_the_default_of_optional_settings_and_refused_by_name_elsewhere(key: str) -> None:
+    if key in OPTIONAL:
+        parse_run([], with_null(key))
+        return
+    with pytest.raises(UserError) as caught:
+        parse_run([], with_null(key))
+    assert str(caught.value) == f"{key}: null is not a value of this setting: give one, or leave the line out"
+
+
+def quantease(**settings: Any) -> dict[str, Any]:
+    return {**RUN, "stages": [{"class_path": "omniq.stages.QuantEase", "init_args": settings}]}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"),
+    [
+        ({}, {}),
+        ({"outliers": 0.0, "outlier_columns": False, "outlier_support": "magnitude", "outlier_method": "masked"}, {}),
+        ({"outliers": 1}, {"outliers": {"fraction": 0.01}}),
+        ({"outliers": 0.7}, {"outliers": {"fraction": 0.007}}),
+        ({"outliers": 3.0, "outlier_columns": True}, {"outliers": {"fraction": 0.03, "columns": True}}),
+        ({"outliers": 50, "outlier_method": "algorithm3"}, {"outliers": {"fraction": 0.5, "method": "algorithm3"}}),
+        ({"outliers": 2.0, "outlier_support": "loss"}, {"outliers": {"fraction": 0.02, "support": "loss"}}),
+    ],
+)
+def test_outliers_in_both_spellings_are_one_run(
+    earlier: dict[str, Any], now: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fingerprint has the keys that runs of the earlier release have recorded."""
+    with caplog.at_level(logging.WARNING, "omniq"):
+        run, settings = parse_run([], quantease(**earlier))
+    assert ("the setting is now outliers.fraction" in caplog.text) == bool(earlier.get("outliers"))
+    again, same = parse_run([], quantease(**now))
+    (stage,), (other,) = run.stages, again.stages
+    assert stage.outliers == other.outliers  # type: ignore[attr-defined]
+    recorded = fingerprint(settings)
+    assert recorded == fingerprint(same)
+    assert recorded["stages.0.init_args.outliers"] == earlier.get("outliers", 0.0)
+    defaults = {"outlier_columns": False, "outlier_support": "magnitude", "outlier_method": "masked"}
+    for name, default in defaults.items():
+        assert recorded[f"stages.0.init_args.{name}"] == earlier.get(name, default)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"outliers": 0.01}, "outliers 0.01 of QuantEase is ambiguous: write outliers.fraction 0.0001 to keep 0.01 %"),
+        ({"outliers": 0.5}, "write outliers.fraction 0.005 to keep 0.5 % of the weights, or outliers.fraction 0.5"),
+        ({"outliers": 51}, "outliers 51.0 of QuantEase is outside 0 to 50 per cent: write outliers.fraction 0.01"),
+        ({"outliers": {"fraction": 1}}, "outliers.fraction 1.0 of QuantEase is outside 0 to 0.5: it is a fraction"),
+        ({"outliers": {"fraction": 0}}, "outliers.fraction 0.0 of QuantEase is outside 0 to 0.5"),
+        ({"outliers": {"fraction": ".nan"}}, "outliers.fraction nan of QuantEase is outside 0 to 0.5"),
+        ({"outliers": {"fraction": 0.1}, "outlier_columns": True}, "outlier_columns of QuantEase is given beside"),
+        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not a value of this setting"),
+    ],
+)
+def test_outliers_that_may_be_misread_are_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_run([], quantease(**settings))
+    assert reason in str(caught.value)
+
+
+def test_outlier_settings_of_earlier_release_without_outliers_are_none() -> None:
+    beside = {"columns": True, "support": None, "method": None}
+    assert OutlierSettings.of_earlier_release(None, beside) is None
+    assert OutlierSettings.of_earlier_release(0.0, beside) is None
+
+
+def test_model_dtype_of_an_earlier_run_is_accepted_where_it_is_auto() -> None:
+    run, settings = parse_run([], {**RUN, "model": {"path": "x", "dtype": "auto"}})
+    assert "dtype" not in vars(run.model)
+    assert fingerprint(settings)["model.dtype"] == "auto"
+    assert fingerprint(settings) == fingerprint(parse_run([], RUN)[1])
+    with pytest.raises(UserError, match=r"model.dtype 'bfloat16' .* set trainer.precision"):
+        parse_run([], {**RUN, "model": {"path": "x", "dtype": "bfloat16"}})
+
+
+def test_arguments_are_sorted_into_files_packages_and_options() -> None:
+    line = ["--config", "a.yaml", "--seed", "3", "--allow_import=mine", "--config=b.yaml", "--allow_import", "yours"]
+    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
+    with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
+        Arguments.sort(["--config"])
