@@ -68,7 +68,7 @@ class Stage(ABC):
             UserError: names the family and what it has.
         """
 
-    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+    def equivalence_kinds(self, layout: "Layout", activations: "Activations") -> Sequence[str]:
         """The kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
         return ()
 
