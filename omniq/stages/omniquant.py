@@ -37,7 +37,7 @@ from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import LWC, Clipping, FakeQuantWeight, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
-from omniq.transforms.let import LET, worth_learning
+from omniq.transforms.let import LET, warn_once, worth_learning
 from omniq.transforms.transform import Transform
 
 
@@ -132,6 +132,8 @@ class OmniQuantModule(ReconstructionModule):
         """Fuse the initial values into the block; what is learned from there starts at the identity."""
         task, let = self.task, self.settings.transform
         kinds = self.settings.equivalence_kinds(task.layout, task.activations)
+        if let is not None and len(kinds) < len(let.equivalences):
+            warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
         if let is None or not kinds:
             return None, None
         transform = block_transform(task, kinds, let.shift)

@@ -73,15 +73,12 @@ def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", cho
 
 
 def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str, ...]:
-    """These kinds, but ``query_key`` only where queries or keys are quantized; says once in a process why it is off.
+    """These kinds, but ``query_key`` only where queries or keys are quantized.
 
     A scale of rows takes their grids with it: all that it changes is what queries and keys look like to a quantizer.
     Without one its gradient is rounding noise, which AdamW would follow at full rate.
     """
-    if quantized_attention or "query_key" not in kinds:
-        return tuple(kinds)
-    warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
-    return tuple(kind for kind in kinds if kind != "query_key")
+    return tuple(kind for kind in kinds if quantized_attention or kind != "query_key")
 
 
 @functools.cache

@@ -50,7 +50,8 @@ def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> Non
     config = folder / "config.json"
     good = config.read_text()
     edit_json(config, model_type="mamba")
-    refused(folder, "model type 'mamba' is not supported: choose a model of type llama, mistral, qwen2, qwen3, opt")
+    known = "llama, mistral, qwen2, qwen3, phi3, gemma, gemma2, gemma3_text, opt"
+    refused(folder, f"model type 'mamba' is not supported: choose a model of type {known}")
     config.write_text("{}")
     refused(folder, "model type None is not supported")
     config.write_text(good)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.models import families
 from omniq.models.families.gemma import GEMMA
 from omniq.models.families.llama import LLAMA
