@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant import fake_quantize
-from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight
 from omniq.quantizers.search import search_range
 
@@ -154,9 +153,8 @@ class LWCWeight(FakeQuantWeight):
         self.upper = nn.Parameter(initial[1].clone())
 
     def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
-        if isinstance(weight, ScaledWeight):
-            return fake_quantize_moving(weight, self.upper, self.lower, self.grid, dtype)
-        return fake_quantize(weight, self.lo, self.hi, self.upper, self.lower, self.grid, dtype)
+        bounds = None if isinstance(weight, ScaledWeight) else (self.lo, self.hi)
+        return fake_quantize(weight, self.upper, self.lower, self.grid, bounds, dtype)
 
     @torch.no_grad()
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
