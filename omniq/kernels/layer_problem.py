@@ -23,11 +23,11 @@ from omniq.kernels.matmul_precision import Precision, matmul_precision
 
 DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
 BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
-_LONGER = 512  # on a GPU up to so many output features, where a product of 256 does not fill it
-_SLENDER = 16384
+_LONG_BLOCK = 512  # on a GPU up to so many output features, where a product of 256 does not fill it
+_LONG_BLOCK_OUTPUTS = 16384
 RUN = 16  # columns that the fused sweep holds in registers: the fewest that a tensor core takes
-_FEW = 32  # columns at a time where there is nothing to gain but memory
-_MANY = 2048  # terms of a float32 sum of squares: its error is a millionth
+SLICE = 32  # columns at a time where there is nothing to gain but memory
+_SUM_TERMS = 2048  # terms of a float32 sum of squares: its error is a millionth
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def prepare(
     diagonal = gram.diagonal()
     dead = dead_columns(gram)
     group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
-    longer = target.is_cuda and len(target) <= _SLENDER
-    block = min(block or (_LONGER if longer else BLOCK), len(gram))
+    longer = target.is_cuda and len(target) <= _LONG_BLOCK_OUTPUTS
+    block = min(block or (_LONG_BLOCK if longer else BLOCK), len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
         gram=gram,
@@ -187,37 +187,19 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
 def codes_of(problem: Problem, residual: Tensor) -> Tensor:
     """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
     codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
-    for columns in problem.blocks(_FEW):
+    for columns in problem.blocks(SLICE):
         codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
     return codes
 
 
-def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, packed: Tensor) -> None:
-    """Overwrite the packed codes of some rows of the layer with those of the iterate.
-
-    Args:
-        residual: ``[i, o]``, after a rounded sweep.
-        rows: which, bool ``[o]``.
-        packed: uint8, as ``no_codes`` makes it.
-    """
-    per_byte = problem.codes_per_byte
-    for columns in problem.blocks(_FEW):
-        codes = nearest(problem, residual, columns).to(torch.uint8)
-        low, high = codes[::per_byte], codes[1:] if per_byte == 1 else codes[1::2]
-        if per_byte == 2:
-            low[: len(high)] |= high << 4
-        here = packed[columns.start // per_byte :][: len(low)]
-        torch.where(rows, low, here, out=here)
-
-
-def no_codes(problem: Problem) -> Tensor:
+def empty_codes(problem: Problem) -> Tensor:
     """Room for codes, zeros: uint8 ``[i, o]``, or ``[ceil(i / 2), o]`` up to 4 bit, the even column in the low half."""
     width, outputs = problem.target.shape
     lines = -(-width // problem.codes_per_byte)
     return torch.zeros(lines, outputs, dtype=torch.uint8, device=problem.target.device)
 
 
-def unpacked(problem: Problem, packed: Tensor) -> Tensor:
+def unpack_codes(problem: Problem, packed: Tensor) -> Tensor:
     """Codes that ``keep_codes_`` kept, uint8 ``[i, o]``."""
     if problem.codes_per_byte == 1:
         return packed
@@ -229,7 +211,7 @@ def unpacked(problem: Problem, packed: Tensor) -> Tensor:
 
 def to_values_(problem: Problem, residual: Tensor, rounded: bool) -> Tensor:
     """Overwrite the residual with ``W^``, ``[i, o]``: exactly on the grid wherever it was rounded."""
-    for columns in problem.blocks(_FEW):
+    for columns in problem.blocks(SLICE):
         group = problem.group_index[columns]
         free = problem.target[columns] - residual[columns]
         grid = (nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
@@ -254,7 +236,7 @@ def squares(matrix: Tensor) -> Tensor:
     NOTE: float64 only between parts, because a reduction to another dtype begins with a copy of the whole in it.
     """
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for part in matrix.split(_MANY):
+    for part in matrix.split(_SUM_TERMS):
         total += torch.linalg.vector_norm(part, dim=0).double().square_()
     return total
 

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused ``omniq.quantizers.activations.quantize_tokens`` in Triton: each token read once, its result written once.
+"""The fused ``omniq.quantizers.activations.quantize_tokens`` in Triton: a token is read once, its result written once.
 
     forward    x -> range, s, z -> (clamp(round(x / s + z)) - z) s
     backward   x, G -> range, s, z, codes again -> g_s -> d x
 
-The torch version rounds to the dtype of ``x`` after every operation, which is what the runtime of compressed-tensors
-does; here every operation is float32 and its result is rounded to that dtype, which is the same: each of them is one
-IEEE operation on numbers that half precision represents. Forward values are equal bit for bit. The gradient is computed
-in float32 from the rounded steps and rounded once, where torch rounds the shares of the extremes before adding them.
+The torch reference rounds to the dtype of ``x`` after every operation, as the runtime of compressed-tensors does. Here
+every operation is float32 and its result is rounded to that dtype. That is the same, because each operation is one IEEE
+operation on numbers that half precision represents. Forward values are therefore equal bit for bit. The gradient is
+computed in float32 from the rounded steps and rounded once, where torch rounds the shares of the extremes before it
+adds them.
 
-A program takes a few in_registers tokens into registers, ``[ROWS, COLUMNS]``, or walks along one of more than 16384 channels,
-whose later walks find it in cache. Nothing but ``x`` is kept for the backward.
+A program loads a few whole tokens into registers, ``[ROWS, COLUMNS]``. A token of more than 16384 channels is read in
+several passes instead; the later passes find it in cache. The backward needs only ``x`` from the forward.
 
-A tensor is taken as it lies in memory, tokens in any order: queries ``[b, heads, t, c]`` that are a transposed view of
-``[b, t, heads c]`` need no copy and come out laid out alike. What is more scattered than that is copied.
+A tensor keeps its memory layout, with tokens in any order: queries ``[b, heads, t, c]`` that are a transposed view of
+``[b, t, heads c]`` need no copy, and the result has the same layout. A tensor with gaps is copied.
 
-``x`` may be of another dtype than the result (a norm in float32 under autocast): it is rounded on the way in, and the
-gradient is of its own dtype.
+``x`` may be of another dtype than the result (a norm in float32 under autocast): it is rounded when it is loaded, and
+the gradient has its dtype.
 
-Import this module only where Triton exists; ``omniq.quantizers.activations`` decides.
+Import this module only where Triton exists; ``omniq.quantizers.activations`` chooses.
 """
 # mypy: allow-untyped-defs
-# Triton reads types out of annotations: kernels have none but constexpr.
+# Triton reads types out of annotations, so kernels annotate constexpr arguments only.
 
 import torch
 import triton
@@ -31,15 +32,15 @@ from torch import Tensor
 from omniq.kernels.fused import layout_of, on_device, packed
 from omniq.kernels.triton_functions import clamp, nearest, split_range_gradient
 
-_TILE = 4096  # values a program holds of narrow tokens
+_TILE = 4096  # values of narrow tokens in a program
 _WIDEST = 16384  # channels of a token held in registers: 32 in each of 512 threads
-_WALK = 8192  # channels at a time beyond that
+_PASS = 8192  # channels at a time of a wider token
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
 def _as(value, DTYPE: tl.constexpr):
-    """What an operation in ``DTYPE`` leaves of a result."""
+    """The result of an operation in ``DTYPE``, rounded to that dtype."""
     return value.to(DTYPE).to(tl.float32)
 
 
@@ -61,7 +62,7 @@ def _grid(lo, hi, MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, EPS: tl.const
 
 @triton.jit
 def _codes(x, scale, zero, MAX_CODE: tl.constexpr, DTYPE: tl.constexpr):
-    """``x / s``, signed codes less the zero point, and where they are not clipped."""
+    """``x / s``, signed codes minus the zero point, and the mask of codes that are not clipped."""
     steps = tl.div_rn(x, scale)
     rounded = nearest(_as(_as(steps, DTYPE) + zero, DTYPE))
     codes = clamp(rounded, -(MAX_CODE + 1) / 2, (MAX_CODE - 1) / 2)
@@ -76,7 +77,7 @@ def _range(x):
 
 @triton.jit
 def _range_in_passes(x_ptr, start, valid, width, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """The same of one token that is walked along, ``[1, 1]``."""
+    """Range of one token that is read in passes, ``[1, 1]``."""
     lo, hi = tl.zeros([1, COLUMNS], tl.float32), tl.zeros([1, COLUMNS], tl.float32)
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
@@ -87,7 +88,7 @@ def _range_in_passes(x_ptr, start, valid, width, COLUMNS: tl.constexpr, DTYPE: t
 
 @triton.jit
 def _gradient_terms(x, g, lo, hi, scale, zero, MAX_CODE: tl.constexpr, DTYPE: tl.constexpr):
-    """Of each value: its part of the gradient of the scale, what goes straight through, and ones at the extremes."""
+    """For each value: its term of the scale's gradient, its straight-through gradient, and ones at the extremes."""
     steps, codes, inside = _codes(x, scale, zero, MAX_CODE, DTYPE)
     residual, kept = g * (codes - tl.where(inside, steps, 0.0)), tl.where(inside, g, 0.0)
     return residual, kept, tl.where(x == lo, 1.0, 0.0), tl.where(x == hi, 1.0, 0.0)
@@ -95,7 +96,7 @@ def _gradient_terms(x, g, lo, hi, scale, zero, MAX_CODE: tl.constexpr, DTYPE: tl
 
 @triton.jit
 def _extreme_gradients(residual, n_lo, n_hi, lo, hi, MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """The gradient of each value at an extreme, on top of its own; none for the zero that was included."""
+    """The gradient that is added to each value at an extreme; zero if the bound is the included zero."""
     d_lo, d_hi = split_range_gradient(tl.div_rn(tl.sum(residual, 1, keep_dims=True), MAX_CODE * 1.0), lo, hi, SYMMETRIC)
     d_lo = tl.where(lo < 0.0, d_lo / tl.maximum(tl.sum(n_lo, 1, keep_dims=True), 1.0), 0.0)
     d_hi = tl.where(hi > 0.0, d_hi / tl.maximum(tl.sum(n_hi, 1, keep_dims=True), 1.0), 0.0)
@@ -195,7 +196,7 @@ def _launch(
 ) -> None:
     width = x.shape[-1]
     in_registers = width <= _WIDEST
-    columns = triton.next_power_of_2(width) if in_registers else _WALK
+    columns = triton.next_power_of_2(width) if in_registers else _PASS
     rows = max(1, _TILE // columns) if in_registers else 1
     tokens = x.numel() // width
     with on_device(x):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import Problem, objective, squares
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.coordinate_descent import CoordinateDescent
 from omniq.solvers.outliers import largest_eigenvalue, threshold_step
+from omniq.solvers.solution import LayerSolution
 
 
 class AlternatingDescent(CoordinateDescent):
@@ -100,7 +101,7 @@ class AlternatingDescent(CoordinateDescent):
         state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
         super()._keep_best()
 
-    def result(self, last: bool = False) -> Solution:
+    def result(self, last: bool = False) -> LayerSolution:
         """The best codes, and H beside them."""
         solution = super().result(last)
         return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())

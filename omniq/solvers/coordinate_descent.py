@@ -26,13 +26,13 @@ and loaded between any two steps, it continues to the same bits. What moves is t
 **Memory** beyond weights and Gram matrix is D, the best codes (half a byte each up to 4 bit), and in a sweep ``B o``
 numbers and 8 MiB, in float32 on a GPU ``B i`` more. To the weights and Gram matrices of a LLaMA-7B block in float32
 its largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % inside a sweep, 0.4 % for all else. The last
-result is unpacked in D's place.
+result is unpack_codes in D's place.
 
 Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +45,9 @@ from omniq.kernels.coordinate_descent import keep_codes_, sweep_
 from omniq.kernels.layer_problem import Problem
 from omniq.kernels.matmul_precision import Precision
 from omniq.solvers.scale_refit import refit_scales_
+from omniq.solvers.solution import LayerSolution
 
 _STILL = 1e-6  # relative change of the error below which a sweep counts as having done nothing
-
-
-class Solution(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, ``scale`` and ``zero_point`` ``[o, G]``, and the ``sparse`` part ``[o, i]`` or None.
-
-    The weight is the dequantized codes plus the sparse part, which is zero outside the support.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    sparse: Tensor | None
 
 
 def is_relaxed(sweep: int, sweeps: int) -> bool:
@@ -148,7 +137,7 @@ class CoordinateDescent(Optimizer):
             "baseline": layer.objective(problem, target) - ridge * layer.squares(target),
             "objective": zeros,
             "best_objective": zeros + torch.inf,
-            "best_codes": layer.no_codes(problem),
+            "best_codes": layer.empty_codes(problem),
             "best_scale": problem.scale.clone(),
             "residual": torch.zeros_like(target),
         }
@@ -257,7 +246,7 @@ class CoordinateDescent(Optimizer):
         return (state["objective"] - state["ridge"] * layer.squares(state["residual"])).clamp_min(0)
 
     @torch.no_grad()
-    def result(self, last: bool = False) -> Solution:
+    def result(self, last: bool = False) -> LayerSolution:
         """The best codes of each row.
 
         Args:
@@ -274,14 +263,14 @@ class CoordinateDescent(Optimizer):
             raise RuntimeError("no rounded sweep was made yet: call step() first")
         if last:
             del state["residual"]
-        codes = layer.unpacked(self.problem, state["best_codes"])
+        codes = layer.unpack_codes(self.problem, state["best_codes"])
         scale, zero_point, sparse = state["best_scale"], state["zero_point"], None
         if "mask" in state:
             column, row = state["mask"].nonzero().unbind(1)
             group = state["group_index"][column]
             free = state["best_free"] - (codes[column, row] - zero_point[group, row]).mul_(scale[group, row])
             sparse = torch.zeros_like(state["target"]).index_put_((column, row), free).t()
-        return Solution(codes.t(), scale.t(), zero_point.t(), sparse)
+        return LayerSolution(codes.t(), scale.t(), zero_point.t(), sparse)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken.

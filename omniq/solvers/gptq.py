@@ -18,24 +18,17 @@ transposed, ``[i, o]``, so that a column is contiguous.
 """
 
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.kernels.layer_problem import check_finite, dead_columns, groups_of
+from omniq.solvers.solution import LayerSolution
 
 log = logging.getLogger("omniq")
 
 _TRIES = 3  # the damping asked for, then ten and a hundred times as much
-
-
-class Rounded(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, and the ``values`` ``[o, i]`` they stand for; unrounded where the mask says so."""
-
-    codes: Tensor
-    values: Tensor
 
 
 def gptq(
@@ -50,7 +43,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     block: int = 128,
-) -> Rounded:
+) -> LayerSolution:
     """Round a layer.
 
     Args:
@@ -62,6 +55,10 @@ def gptq(
         damping: added to the diagonal, as a share of its mean (0.01 in the paper, section 4).
         act_order: visit the columns by descending S_jj; every column keeps the grid of its own group.
         block: columns between two large products (128 in the paper).
+
+    Returns:
+        the solution in the dtype of ``gram``. Where ``mask`` is True, the code stands for zero, and the sparse part
+        holds the weight as changed by the errors of the columns before it.
 
     Raises:
         UserError: the Gram matrix is not finite, or not positive definite with a hundred times the damping.
@@ -85,7 +82,9 @@ def gptq(
     if order is not None:
         back = order.argsort()
         codes, values = codes[back], values[back]
-    return Rounded(codes.t(), values.t())
+        mask = None if mask is None else mask[:, back]
+    sparse = None if mask is None else values.t() * mask
+    return LayerSolution(codes.t(), scale.t(), zero_point.t(), sparse)
 
 
 def _round_block(
@@ -107,6 +106,7 @@ def _round_block(
     for t in range(values.shape[0]):
         w = torch.addmv(values[t], errors[:t].t(), factor[:t, t], alpha=-1) if t else values[t].clone()
         q = (w / scale[t]).round_().add_(zero_point[t]).clamp_(0, max_code)
+        q = q if free is None else torch.where(free[t], zero_point[t], q)
         codes[t] = q.to(torch.uint8)
         q.sub_(zero_point[t]).mul_(scale[t])
         values[t] = q if free is None else torch.where(free[t], w, q)

@@ -34,7 +34,6 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from omniq.grid.quantized_scales import QuantizedScales, level, nearest
 from omniq.kernels.layer_problem import dead_columns
 from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.gptq import inverse_factor
+from omniq.solvers.solution import LayerSolution
 
 _BLOCK = 128  # columns at most between two large products, as in GPTQ
 
@@ -87,19 +87,7 @@ class Feedback:
         return cls(order, factor, sensitivity)
 
 
-class Solution(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, ``scale`` and ``zero_point`` ``[o, G]``, and the ``sparse`` part ``[o, i]``.
-
-    The weight is the dequantized codes plus the sparse part, whose values float16 represents.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    sparse: Tensor
-
-
-def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimator, threshold: float) -> Solution:
+def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimator, threshold: float) -> LayerSolution:
     """Quantize a layer.
 
     Args:
@@ -108,6 +96,9 @@ def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimato
         grid: bits, groups and, if it has one, the second level.
         clipping: the range of a group, for which the importance of an input is its sensitivity.
         threshold: tau, as a multiple of the mean cost of leaving a weight out; 0 for no outliers.
+
+    Returns:
+        the solution; float16 represents the values of its sparse part.
     """
     order, factor, d = feedback.order, feedback.factor, feedback.sensitivity
     inputs, groups = weight.shape[1], grid.groups(weight.shape[1])
@@ -128,7 +119,8 @@ def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimato
             )
             values[here.stop :].addmm_(factor[here, here.stop :].t(), errors, alpha=-1)
     back = order.argsort()
-    return Solution(codes[back].t(), scale.t(), zero_point.t(), sparse[back].t())
+    outliers = None if tau is None else sparse[back].t()
+    return LayerSolution(codes[back].t(), scale.t(), zero_point.t(), outliers)
 
 
 def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: RangeEstimator, tau: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,10 @@ from omniq.errors import UserError
 from omniq.kernels.layer_problem import groups_of
 from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.alternating_descent import AlternatingDescent
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.coordinate_descent import CoordinateDescent
 from omniq.solvers.gptq import gptq
 from omniq.solvers.outliers import choose_support
+from omniq.solvers.solution import LayerSolution
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
@@ -165,7 +166,7 @@ class QuantEaseModule(GramModule):
         solution, order = self.optimizers_of.pop(k).result(last=True), self.orders.pop(k)
         back = slice(None) if order is None else order.argsort()
         if self._shared:
-            solution = Solution._make(None if part is None else stack.gather(part) for part in solution)
+            solution = LayerSolution._make(None if part is None else stack.gather(part) for part in solution)
         stack.grid = solution.scale, solution.zero_point
         found = stack.linears(self.task.grid, solution.codes[:, back])
         if solution.sparse is None:
@@ -265,7 +266,7 @@ class QuantEaseModule(GramModule):
                 part.weight, gram, part.scale, part.zero_point, grid.bits,
                 damping=max(settings.damping, 0.01), act_order=settings.act_order, mask=mask,
             )  # fmt: skip
-            return start.values
+            return start.values()
         previous = self.task.result
         if settings.start == "previous" and previous is not None:
             values = part.values_from(previous)[rows]

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from omniq.grid.affine import Grid
 from omniq.kernels import coordinate_descent as kernel
-from omniq.kernels import layer_problem
+from omniq.kernels import coordinate_descent_torch, layer_problem
 from omniq.kernels.coordinate_descent import keep_codes_, sweep_
-from omniq.kernels.layer_problem import Problem, codes_of, no_codes, objective, prepare
+from omniq.kernels.layer_problem import Problem, codes_of, empty_codes, objective, prepare
 from omniq.solvers.coordinate_descent import CoordinateDescent
 from tests.helpers.synthetic_layer import fit_grid, make_layer
 
@@ -50,9 +50,10 @@ def test_memory_of_a_block(bits: int, most: float, monkeypatch: pytest.MonkeyPat
 
     The fused kernel that rounds needs no memory. It is left out here, because the torch version does.
     """
-    monkeypatch.setattr(kernel, "round_block", lambda *_: None)
-    monkeypatch.setattr(layer_problem, "_FEW", 8)
-    monkeypatch.setattr(kernel, "_ROOM", kernel._ROOM // 16)
+    monkeypatch.setattr(coordinate_descent_torch, "round_block", lambda *_: None)
+    for module in (layer_problem, coordinate_descent_torch):
+        monkeypatch.setattr(module, "SLICE", 8)
+    monkeypatch.setattr(kernel, "_RELAXED_STEPS", kernel._RELAXED_STEPS // 16)
     shapes = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
     given = sum(4 * (o // 4 * (i // 4) + (i // 4) ** 2) for o, i in shapes)
     weight, gram = torch.randn(1024, 5504).t(), torch.eye(1024)
@@ -110,7 +111,7 @@ def _compare(
         start, end = objective(exact, before), objective(exact, fused.double())
         found["gain"] = max(found["gain"], float(((end - start - gain).abs() / torch.maximum(start, end)).max()))
     found["codes"] = int((codes_of(problem, plain) != codes_of(problem, fused)).sum())
-    odd, kept = torch.arange(outputs, device=device) % 2 == 1, [no_codes(problem), no_codes(problem)]
+    odd, kept = torch.arange(outputs, device=device) % 2 == 1, [empty_codes(problem), empty_codes(problem)]
     for backend, packed in zip(("torch", "triton"), kept, strict=True):
         keep_codes_(problem, fused, odd, packed, backend)  # type: ignore[arg-type]
     assert torch.equal(*kept)

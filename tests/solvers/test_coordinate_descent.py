@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.kernels.coordinate_descent import keep_codes_, sweep_
-from omniq.kernels.layer_problem import codes_of, no_codes, objective, prepare, to_residual_, to_values_, unpacked
+from omniq.kernels.layer_problem import (
+    codes_of,
+    empty_codes,
+    objective,
+    prepare,
+    to_residual_,
+    to_values_,
+    unpack_codes,
+)
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.solvers.coordinate_descent import CoordinateDescent, is_relaxed
 from omniq.solvers.gptq import gptq
@@ -202,10 +210,10 @@ def test_codes_are_kept(case: Case, block: int) -> None:
     residual = torch.zeros_like(problem.target)
     sweep_(problem, residual, True)
     rows = torch.arange(residual.shape[1]) % 2 == 1
-    packed = no_codes(problem)
+    packed = empty_codes(problem)
     keep_codes_(problem, residual, rows, packed)
     assert len(packed) == (-(-len(residual) // 2) if case["bits"] <= 4 else len(residual))
-    assert torch.equal(unpacked(problem, packed), torch.where(rows, codes_of(problem, residual), 0))
+    assert torch.equal(unpack_codes(problem, packed), torch.where(rows, codes_of(problem, residual), 0))
 
 
 # The optimizer
@@ -265,7 +273,7 @@ def test_best_rows_are_kept() -> None:
 def test_never_worse_than_the_start() -> None:
     weight, gram = small_layer()
     scale, zero_point, _ = fit_grid(weight, Grid(3))
-    start = gptq(weight, gram, scale, zero_point, 3).values
+    start = gptq(weight, gram, scale, zero_point, 3).values()
     optimizer = descent(weight, gram, Grid(3), start, sweeps=6)
     assert torch.equal(weight_of(optimizer), start)
     before = relative_error(weight, start, gram)
@@ -334,7 +342,7 @@ def test_resumes_to_the_same_bits(stop: int, masked: bool, refit: bool, damping:
     weight, gram = small_layer()
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.05 if masked else None
     scale, zero_point, group_index = fit_grid(weight, Grid(3, 24))
-    start = gptq(weight, gram, scale, zero_point, 3, mask=mask).values if from_gptq else None
+    start = gptq(weight, gram, scale, zero_point, 3, mask=mask).values() if from_gptq else None
     options = {"mask": mask, "refit_scales": refit, "damping": damping, "sweeps": 9}
     whole = descent(weight, gram, Grid(3, 24), start, **options)
     for _ in range(stop):
@@ -465,7 +473,7 @@ def test_layer_errors(outputs: int, inputs: int, bits: int, size: int, published
     assert plain == pytest.approx(published, rel=1e-3, abs=0.0005)  # the table has three decimals
 
     scale, zero_point, group_index = fit_grid(weight, Grid(bits, size), gram.diagonal())
-    start = gptq(weight, gram, scale, zero_point, bits, group_index=group_index).values
+    start = gptq(weight, gram, scale, zero_point, bits, group_index=group_index).values(group_index)
     optimizer = descent(weight, gram, Grid(bits, size), start, scale=scale, zero_point=zero_point)
     for _ in range(30):
         optimizer.step()

@@ -208,7 +208,7 @@ def test_outliers_lower_the_error_of_the_best_recipe() -> None:
             weight, fraction, by="loss", structured=structured, second_moment=second_moment, grid=grid
         )
         scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, second_moment))
-        start = nn.Parameter(gptq(weight, gram, scale, zero_point, 3, mask=mask).values)
+        start = nn.Parameter(gptq(weight, gram, scale, zero_point, 3, mask=mask).values())
         optimizer = CoordinateDescent([start], gram, grid, scale, zero_point, target=weight, mask=mask, sweeps=12)
         for _ in range(12):
             error = optimizer.step()
