@@ -168,7 +168,7 @@ def products_alone(problem: Problem, residual: Tensor) -> float:
         made = products_of(problem, residual, fused=True)
         for columns in problem.blocks():
             made.gradient(columns, room[: columns.stop - columns.start])
-            made.close(columns)
+            made.refresh(columns)
         made.finish()
 
     with matmul_precision(problem.precision, residual.device):

@@ -80,7 +80,7 @@ def sweep_(problem: Problem, residual: Tensor, rounded: bool, backend: Backend =
                 kernels.round_block(problem, residual, gradient, columns, changed, gain)
             else:
                 _relax_block(problem, residual, gradient, number, columns, gain, kernels)
-            products.close(columns)
+            products.refresh(columns)
         products.finish()
     return changed, gain
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import DEAD
-from omniq.kernels.products import power_of_two
+from omniq.kernels.products import next_power_of_two
 from omniq.quantizers.search import search_range
 
 Criterion = Literal["magnitude", "loss"]
@@ -122,7 +122,7 @@ def largest_eigenvalue(gram: Tensor, tolerance: float = 1e-7, steps: int = 1000)
     """
     diagonal, tiny = gram.diagonal(), torch.finfo(gram.dtype).tiny
     vector = diagonal.clamp_min(DEAD * diagonal.mean()).sqrt()
-    unit = power_of_two(diagonal.amax())  # exact, and no square leaves the range of numbers
+    unit = next_power_of_two(diagonal.amax())  # exact, and no square leaves the range of numbers
     estimate = torch.zeros((), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
         vector = gram @ (vector / vector.norm().clamp_min(tiny)) / unit

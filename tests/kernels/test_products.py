@@ -13,7 +13,7 @@ from torch import Tensor
 from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import Precision, Problem, prepare
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.kernels.products import Library, Pairs, power_of_two, products_of, unit_of
+from omniq.kernels.products import LibraryProducts, PairProducts, next_power_of_two, products_of, residual_unit
 from tests.helpers.synthetic_layer import make_layer
 
 
@@ -40,7 +40,7 @@ def worst(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("value", [1e-30, 0.0, 3e-8, 1.0, 1.5, 2.0, 1e10])
 def test_power_of_two(value: float) -> None:
-    found = float(power_of_two(torch.tensor([value])))
+    found = float(next_power_of_two(torch.tensor([value])))
     assert value < found
     assert found <= 2 * max(value, 2.0**-60)
     assert torch.tensor(found).frexp()[0] == 0.5
@@ -53,15 +53,15 @@ def test_what_a_narrow_grid_clips_fits_a_float16(share: float) -> None:
     weight, gram = make_layer(24, 64, tokens=200)
     scale, zero_point = Grid(8).fit(*(share * end for end in Grid(8).range(weight)))
     problem = prepare(weight.float(), gram.float(), scale.float(), zero_point.float(), 8)
-    unit = unit_of(problem)
+    unit = residual_unit(problem)
     assert (2 * problem.target / unit).half().isfinite().all()  # D is what a weight and its code differ by
     if share == 1:
-        assert torch.equal(unit, power_of_two(problem.scale.amax(0)) / 16)
+        assert torch.equal(unit, next_power_of_two(problem.scale.amax(0)) / 16)
 
 
 def test_the_library_multiplies_on_a_cpu() -> None:
     problem, residual = problem_of(40, 128, "cpu")
-    assert isinstance(products_of(problem, residual, fused=True), Library)
+    assert isinstance(products_of(problem, residual, fused=True), LibraryProducts)
 
 
 @pytest.mark.gpu
@@ -72,7 +72,7 @@ def test_pairs_are_nearly_as_exact_as_float32(outputs: int, inputs: int) -> None
     before = residual.clone()
     with matmul_precision("float32", residual.device):
         pairs = products_of(problem, residual, fused=True)
-        assert isinstance(pairs, Pairs)
+        assert isinstance(pairs, PairProducts)
         for columns in problem.blocks():
             wanted = problem.gram[columns].double() @ before.double()
             out = torch.full((columns.stop - columns.start, outputs), torch.nan, device="cuda")
@@ -82,7 +82,7 @@ def test_pairs_are_nearly_as_exact_as_float32(outputs: int, inputs: int) -> None
             assert error < 6 * worst(plain[live], wanted[live]) + 1e-6  # measured: 2 to 4 times
             residual[columns] *= -1  # as a sweep changes them
             before[columns] *= -1
-            pairs.close(columns)
+            pairs.refresh(columns)
         pairs.finish()
     step = problem.scale.amax(0)
     assert float(((residual - before).abs() / step).max()) < 2.0**-23
@@ -91,8 +91,8 @@ def test_pairs_are_nearly_as_exact_as_float32(outputs: int, inputs: int) -> None
 @pytest.mark.gpu
 def test_what_pairs_do_not_fit_is_left_to_the_library() -> None:
     odd, coarse = problem_of(44, 128, "cuda"), problem_of(48, 128, "cuda", "tf32")  # the first has rows of 88 bytes
-    assert isinstance(products_of(*odd, True), Library)
-    assert isinstance(products_of(*coarse, True), Library)
+    assert isinstance(products_of(*odd, True), LibraryProducts)
+    assert isinstance(products_of(*coarse, True), LibraryProducts)
 
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -101,25 +101,25 @@ INTERPRETED = """
 import torch
 from omniq.kernels import products_triton as kernels
 from tests.kernels.test_products import problem_of
-from omniq.kernels.products import power_of_two
+from omniq.kernels.products import next_power_of_two
 
 
 problem, residual = problem_of(44, 70, "cpu")
 before = residual.clone()
-unit, columns = power_of_two(problem.scale.amax(0)) / 16, slice(8, 40)
-kernels.split_(residual, 1 / unit)
+unit, columns = next_power_of_two(problem.scale.amax(0)) / 16, slice(8, 40)
+kernels.split_rows_(residual, 1 / unit)
 high, low = residual.view(torch.float16).view(70, 2, 44).double().unbind(1)
 assert ((high + low) * unit - before).abs().max() < 2**-23 * problem.scale.max()
 norm = problem.gram.diagonal().sqrt()
-row_unit = power_of_two(norm * norm.max()) / 4096
+row_unit = next_power_of_two(norm * norm.max()) / 4096
 upper, lower = torch.full((2, 32, 70), torch.nan, dtype=torch.float16)
-kernels.take_apart(problem.gram[columns], (1 / row_unit)[columns], upper, lower)
+kernels.split_into_halves(problem.gram[columns], (1 / row_unit)[columns], upper, lower)
 assert ((upper.double() + lower.double()) * row_unit[columns, None] - problem.gram[columns]).abs().max() < (
     2**-22 * problem.gram.max()
 )
 product = (upper.double() @ (high + low) + lower.double() @ high).float()
 untouched = residual.clone()
-kernels.join_(residual[columns], unit, product, row_unit[columns])
+kernels.join_rows_(residual[columns], unit, product, row_unit[columns])
 wanted = problem.gram[columns].double() @ before.double()
 assert (product - wanted).norm() < 1e-6 * wanted.norm()
 assert ((residual[columns] - before[columns]).abs() / problem.scale[0]).max() < 2**-23

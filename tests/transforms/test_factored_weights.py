@@ -7,10 +7,10 @@ from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.families.llama import LLAMA
 from omniq.transforms.equivalence import Transform, UpToDown
 from omniq.transforms.heads import Heads
-from tests.helpers.tiny import tiny_block
+from tests.helpers.tiny import tiny_block, tiny_layout
 
 
-def test_a_transform_gives_factors_and_leaves_matrices_alone() -> None:
+def test_transform_move_returns_factors_and_keeps_frozen_matrices() -> None:
     block, _ = tiny_block("llama")
     tensors = dict(block.named_parameters())
     moves = [each for each in LLAMA.equivalences if not isinstance(each, UpToDown)]
@@ -19,7 +19,7 @@ def test_a_transform_gives_factors_and_leaves_matrices_alone() -> None:
     parameters = {name: torch.randn(shape, generator=draw) for name, shape in transform.shapes.items()}
     found = transform.move(tensors, parameters)
     factored = {name: value for name, value in found.items() if isinstance(value, ScaledWeight)}
-    assert set(factored) == {f"{name}.weight" for name in LLAMA.linears} - {"mlp.down_proj.weight"}
+    assert set(factored) == {f"{name}.weight" for name in tiny_layout("llama").linears} - {"mlp.down_proj.weight"}
     assert all(value.weight is tensors[name] for name, value in factored.items())
     assert found["mlp.down_proj.weight"] is tensors["mlp.down_proj.weight"]
     for name, value in transform.apply(tensors, parameters).items():
