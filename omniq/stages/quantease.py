@@ -155,7 +155,7 @@ class QuantEaseModule(GramModule):
             stack.weight, self.grams[k] = stack.weight.new_empty(0), self.optimizers_of[k].problem.gram
         optimizer = self.optimizers_of[k]
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
-        if optimizer.shaken or not collectives.all_ranks(optimizer.converged):
+        if optimizer.must_continue or not collectives.all_ranks(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
         self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)

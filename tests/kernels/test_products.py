@@ -11,26 +11,10 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
-from omniq.kernels.layer_problem import Precision, Problem, prepare
+from omniq.kernels.layer_problem import prepare
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.kernels.products import LibraryProducts, PairProducts, next_power_of_two, products_of, residual_unit
-from tests.helpers.synthetic_layer import make_layer
-
-
-def problem_of(outputs: int, inputs: int, device: str, precision: Precision = "float32") -> tuple[Problem, Tensor]:
-    """A layer whose inputs and rows differ by orders of magnitude, with a dead column."""
-    weight, gram = make_layer(outputs, inputs, tokens=2 * inputs)
-    generator = torch.Generator().manual_seed(1)
-    uneven = torch.exp(2 * torch.randn(inputs, generator=generator, dtype=torch.float64))
-    uneven[5] = 0
-    gram = (gram * uneven * uneven[:, None]).float()
-    weight = (weight * torch.exp(2 * torch.randn(outputs, 1, generator=generator, dtype=torch.float64))).float()
-    scale, zero_point = Grid(3).fit(*Grid(3).range(weight))
-    rounded = Grid(3).dequantize(Grid(3).quantize(weight, scale, zero_point), scale, zero_point)
-    residual = (weight - rounded).to(device).t().contiguous()
-    residual[5] = 0
-    w, g, s, z = (each.to(device).float() for each in (weight, gram, scale, zero_point))
-    return prepare(w, g, s, z, 3, precision=precision, block=64), residual
+from tests.helpers.synthetic_layer import make_layer, uneven_problem
 
 
 def worst(found: Tensor, wanted: Tensor) -> float:
@@ -39,7 +23,7 @@ def worst(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("value", [1e-30, 0.0, 3e-8, 1.0, 1.5, 2.0, 1e10])
-def test_power_of_two(value: float) -> None:
+def test_next_power_of_two_is_smallest_above_value(value: float) -> None:
     found = float(next_power_of_two(torch.tensor([value])))
     assert value < found
     assert found <= 2 * max(value, 2.0**-60)
@@ -48,7 +32,7 @@ def test_power_of_two(value: float) -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
-def test_what_a_narrow_grid_clips_fits_a_float16(share: float) -> None:
+def test_residual_unit_on_narrow_grid_keeps_residual_in_float16(share: float) -> None:
     """A searched range is no wider than what matters: weights of inputs that hardly carry anything may be far out."""
     weight, gram = make_layer(24, 64, tokens=200)
     scale, zero_point = Grid(8).fit(*(share * end for end in Grid(8).range(weight)))
@@ -59,16 +43,16 @@ def test_what_a_narrow_grid_clips_fits_a_float16(share: float) -> None:
         assert torch.equal(unit, next_power_of_two(problem.scale.amax(0)) / 16)
 
 
-def test_the_library_multiplies_on_a_cpu() -> None:
-    problem, residual = problem_of(40, 128, "cpu")
+def test_products_of_on_cpu_uses_library() -> None:
+    problem, residual = uneven_problem(40, 128, "cpu")
     assert isinstance(products_of(problem, residual, fused=True), LibraryProducts)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("outputs", "inputs"), [(48, 128), (1000, 512), (4096, 1024), (22016, 256), (40000, 128)])
-def test_pairs_are_nearly_as_exact_as_float32(outputs: int, inputs: int) -> None:
+def test_pair_products_error_is_near_float32(outputs: int, inputs: int) -> None:
     pytest.importorskip("triton")
-    problem, residual = problem_of(outputs, inputs, "cuda")
+    problem, residual = uneven_problem(outputs, inputs, "cuda")
     before = residual.clone()
     with matmul_precision("float32", residual.device):
         pairs = products_of(problem, residual, fused=True)
@@ -89,8 +73,9 @@ def test_pairs_are_nearly_as_exact_as_float32(outputs: int, inputs: int) -> None
 
 
 @pytest.mark.gpu
-def test_what_pairs_do_not_fit_is_left_to_the_library() -> None:
-    odd, coarse = problem_of(44, 128, "cuda"), problem_of(48, 128, "cuda", "tf32")  # the first has rows of 88 bytes
+def test_products_of_unaligned_or_tf32_layer_uses_library() -> None:
+    odd = uneven_problem(44, 128, "cuda")  # rows of 88 bytes
+    coarse = uneven_problem(48, 128, "cuda", "tf32")
     assert isinstance(products_of(*odd, True), LibraryProducts)
     assert isinstance(products_of(*coarse, True), LibraryProducts)
 
@@ -100,11 +85,11 @@ ROOT = str(Path(__file__).resolve().parents[2])
 INTERPRETED = """
 import torch
 from omniq.kernels import products_triton as kernels
-from tests.kernels.test_products import problem_of
+from tests.helpers.synthetic_layer import uneven_problem
 from omniq.kernels.products import next_power_of_two
 
 
-problem, residual = problem_of(44, 70, "cpu")
+problem, residual = uneven_problem(44, 70, "cpu")
 before = residual.clone()
 unit, columns = next_power_of_two(problem.scale.amax(0)) / 16, slice(8, 40)
 kernels.split_rows_(residual, 1 / unit)
@@ -128,7 +113,7 @@ assert torch.equal(residual[40:].view(torch.int32), untouched[40:].view(torch.in
 """
 
 
-def test_the_kernels_in_the_interpreter() -> None:
+def test_pair_kernels_in_triton_interpreter_split_and_join_exactly() -> None:
     """Without a GPU, where Triton is installed: its interpreter needs a process of its own."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([ROOT, *sys.path])}
