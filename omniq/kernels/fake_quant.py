@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
+from omniq.kernels import fake_quant_torch
 from omniq.kernels.fake_quant_torch import Operands, clip_range, empty_gradients, empty_like, empty_range
 from omniq.kernels.fused import implementation, is_fused
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
@@ -123,8 +124,8 @@ def fake_quantize_reference(
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The result and the computed range; arguments as ``_FORWARD`` declares them."""
-    x, settings = Operands(*arguments[:7]), arguments[7:]
-    return _implementation(x).forward(x, *settings)
+    x = Operands(*arguments[:7])
+    return _implementation(x, own_range=x.lo.numel() == 0).forward(x, *arguments[7:])
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +135,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of the operands; arguments as ``_BACKWARD`` declares them."""
-    x, settings = Operands(*arguments[:7]), arguments[7:]
-    return tuple(_implementation(x, *settings[2:3]).backward(grad, x, *settings))
+    x, (_, _, own_range, _) = Operands(*arguments[:7]), arguments[7:]
+    return tuple(_implementation(x, own_range).backward(grad, x, *arguments[7:]))
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -167,10 +168,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 _fake_quantize.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _implementation(x: Operands, own_range: bool | None = None) -> ModuleType:
+def _implementation(x: Operands, own_range: bool) -> ModuleType:
     """The module whose ``forward`` and ``backward`` run these operands."""
-    own_range = x.lo.numel() == 0 if own_range is None else own_range
-    fused = is_fused(x.weight)
-    if fused and own_range:
-        fused = implementation("fake_quant", fused).fits(x)
-    return implementation("fake_quant", fused)
+    kernels = implementation("fake_quant", is_fused(x.weight))
+    return kernels if kernels.fits(x, own_range) else fake_quant_torch

@@ -42,6 +42,11 @@ class Operands(NamedTuple):
     lower: Tensor
 
 
+def fits(x: Operands, own_range: bool) -> bool:
+    """True: torch runs operands of any shape."""
+    return True
+
+
 def forward(x: Operands, bits: int, symmetric: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Fake-quantize.
 

@@ -219,10 +219,10 @@ def row_backward(
         tl.store(sums_ptr + first.to(tl.int64) * width + offsets, sums, mask=mask)
 
 
-def fits(x: Operands) -> bool:
-    """True if a row fits in registers, as the kernels that compute the range need."""
+def fits(x: Operands, own_range: bool) -> bool:
+    """True unless the kernels must compute the range of a row that is too long for registers."""
     groups, size = _row_tile(x)
-    return groups * size <= _WIDEST
+    return not own_range or groups * size <= _WIDEST
 
 
 def forward(x: Operands, bits: int, symmetric: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
