@@ -60,7 +60,7 @@ GIB = 2**30
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "sdpa", "attention"),
     "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "cublas", "splitK"),
-    "weights": ("fake_quant", "moving_"),
+    "weights": ("group_forward", "group_backward", "row_forward", "row_backward"),
     "activations": ("tokens_",),
     "optimizer": ("multi_tensor", "FusedAdam", "amp_"),
     "others": ("",),

@@ -64,7 +64,7 @@ class GPTQModule(GramModule):
             damping=settings.damping,
             act_order=settings.act_order,
         )
-        errors = powers_of(part.weight - rounded.values, gram)
+        errors = powers_of(part.weight - rounded.values(), gram)
         self.track_errors(stack, rows, errors, powers_of(part.weight, gram))
         stack.fitted = stack.gather(part.scale), stack.gather(part.zero_point)
         return stack.linears(stack.gather(rounded.codes))

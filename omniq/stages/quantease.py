@@ -39,9 +39,10 @@ from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import groups_of
 from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.alternating_descent import AlternatingDescent
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.coordinate_descent import CoordinateDescent
 from omniq.solvers.gptq import gptq
 from omniq.solvers.outliers import choose_support
+from omniq.solvers.solution import LayerSolution
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
@@ -155,7 +156,7 @@ class QuantEaseModule(GramModule):
             stack.weight, self.grams[k] = stack.weight.new_empty(0), optimizer.problem.gram if last else gram
         optimizer = self.optimizers_of[number]
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
-        if optimizer.shaken or not collectives.all_ranks(optimizer.converged):
+        if optimizer.must_continue or not collectives.all_ranks(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
         self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)
@@ -166,7 +167,7 @@ class QuantEaseModule(GramModule):
         solution, order = self.optimizers_of.pop(number).result(last=True), self.orders.pop(number)
         back = slice(None) if order is None else order.argsort()
         if self._shared:
-            solution = Solution._make(None if part is None else stack.gather(part) for part in solution)
+            solution = LayerSolution._make(None if part is None else stack.gather(part) for part in solution)
         stack.fitted = solution.scale, solution.zero_point
         found = stack.linears(solution.codes[:, back])
         if solution.sparse is None:
@@ -265,7 +266,7 @@ class QuantEaseModule(GramModule):
                 part.weight, gram, part.scale, part.zero_point, grid.bits,
                 damping=max(settings.damping, 0.01), act_order=settings.act_order, mask=mask,
             )  # fmt: skip
-            return start.values
+            return start.values()
         previous = self.task.result
         if settings.start == "previous" and previous is not None:
             values = part.values_from(previous)[rows]

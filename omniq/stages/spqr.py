@@ -116,9 +116,10 @@ class SpQRModule(GramModule):
         found = {}
         for name, weight in stack.split(stack.weight):
             codes, scale, zero_point, sparse = spqr(weight, feedback, grid, settings.clipping, settings.threshold)
-            outliers = Outliers.from_dense(sparse) if settings.threshold else None
+            outliers = None if sparse is None else Outliers.from_dense(sparse)
             found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
-            missed = weight - grid.dequantize(codes, scale, zero_point) - sparse
+            missed = weight - grid.dequantize(codes, scale, zero_point)
+            missed = missed if sparse is None else missed - sparse
             error = relative(power_of(missed, gram), power_of(weight, gram))
             self.track(f"{name.rpartition('.')[2]}/recon_error", error)
         return found
