@@ -221,7 +221,7 @@ class GramModule(BlockModule):
         if self.observation is None:
             names = [self.task.layout.groups[k][0] for k in groups]
             self.observation = Observation(self.task, [InputGram()], names, self.settings.token_weights)
-        self.observation.see(indices, self._deployed)
+        self.observation.run_batch(indices, self._deployed)
 
     def _gathered(self, groups: tuple[int, ...]) -> None:
         """Sum over processes, refuse what no solver can use, and finish what no token reaches."""

@@ -7,7 +7,7 @@ accumulates on the device, without host synchronisation (``omniq.calibration.inp
 
 An expert of a mixture sees any number of tokens, zero included. The rows of its input then do not belong to samples:
 they are added up as if they were one sample, and relative token weights, which need the token of each row, are refused.
-A linear that no token of any process reaches has ``Seen.tokens == 0``, in all processes alike.
+A linear that no token of any process reaches has ``Observed.tokens == 0``, in all processes alike.
 
 Shapes: ``i`` input features.
 """
@@ -32,11 +32,11 @@ _BATCH = 4  # samples at once
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """What was observed of one input, over all processes.
 
     Args:
-        tokens: how many there were.
+        tokens: how many tokens were observed.
         totals: the statistics, in the order asked for; empty if there was no token.
     """
 
@@ -51,9 +51,10 @@ class _Counts:
     Args:
         tokens: rows that were added up.
         unweighted: rows that were not, because their weights are unknown.
-        bad: samples and rows that are not finite, int64 ``[2]`` on the device; samples as far as rows belong to them.
+        bad: how many samples and how many rows are not finite, int64 ``[2]`` on the device. Samples are counted only
+            where the rows belong to them.
         totals: the statistics.
-        in_order: whether it came before the groups after it, so that a batch that has reached those is done with it.
+        in_order: whether the linear has been called before every later group, as the layout says.
     """
 
     tokens: int = 0
@@ -91,7 +92,7 @@ class Observation:
         self._samples = 0
 
     @torch.no_grad()
-    def see(self, samples: slice | Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def run_batch(self, samples: slice | Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Run the block on some samples, no further than the wanted inputs need.
 
         The batch ends when every wanted linear was called. A linear that was called before every later group in an
@@ -107,10 +108,10 @@ class Observation:
         if self.token_weights == "relative":
             self._weights = relative_weights(gather_samples(task.targets, samples, task.device))
 
-        def look(name: str, x: Tensor) -> None:
+        def observe_input(name: str, x: Tensor) -> None:
             nonlocal passed
             if name in self.counts:
-                self._add(self.counts[name], x)
+                self._add(name, x)
                 self.counts[name].in_order |= not passed
                 waiting.discard(name)
             else:
@@ -119,18 +120,21 @@ class Observation:
                 raise _Enough
 
         activations = task.quantized_activations() if self.quantized else nullcontext()
-        with activations, observed(task.block, (*self.counts, *self._later), look), suppress(_Enough):
+        with activations, observed(task.block, (*self.counts, *self._later), observe_input), suppress(_Enough):
             functional_call(task.block, dict(tensors or {}), (inputs,), dict(task.kwargs))
 
-    def _add(self, counts: _Counts, x: Tensor) -> None:
-        rows, length = len(x), self.task.inputs.shape[1]
-        by_sample = rows == self._samples * length
+    def _add(self, name: str, x: Tensor) -> None:
+        counts, batch = self.counts[name], (self._samples, self.task.inputs.shape[1])
+        # The layout says which inputs without a sample dimension have the rows of the samples in order.
+        by_sample = x.shape[:-1] == batch or (name in self.task.layout.flat and len(x) == batch[0] * batch[1])
+        x = x.flatten(0, -2)
+        rows = len(x)
         if not rows:
             return
         if self._weights is not None and not by_sample:
             counts.unweighted += rows
             return
-        x = x.unflatten(0, (self._samples, length)) if by_sample else x.unsqueeze(0)
+        x = x.unflatten(0, batch) if by_sample else x.unsqueeze(0)
         rows_bad = (~torch.isfinite(x)).any(-1)
         bad = torch.stack([rows_bad.any(1).sum() * by_sample, rows_bad.sum()])
         new = [statistic.of(x, self._weights) for statistic in self.statistics]
@@ -139,7 +143,7 @@ class Observation:
         counts.bad = bad if counts.bad is None else counts.bad + bad
         counts.tokens += rows
 
-    def results(self) -> dict[str, Seen]:
+    def results(self) -> dict[str, Observed]:
         """What was observed of each linear, over all processes.
 
         Raises:
@@ -151,23 +155,22 @@ class Observation:
         summed = collectives.all_reduce_sum(torch.stack([torch.cat(pair) for pair in zip(mine, bad, strict=True)]))
         return {name: self._result(name, *numbers) for name, numbers in zip(self.counts, summed.tolist(), strict=True)}
 
-    def _result(self, name: str, tokens: int, unweighted: int, bad_samples: int, bad_tokens: int) -> Seen:
+    def _result(self, name: str, tokens: int, unweighted: int, bad_samples: int, bad_tokens: int) -> Observed:
         if unweighted:
             raise collectives.error_on_rank0(
                 f"{self.task.name} {name}: token_weights 'relative' needs every token of each sample, and this linear "
-                "sees only some of them: set token_weights to 'uniform'"
+                "sees some of them, or all in an order that is not known: set token_weights to 'uniform'"
             )
         if not tokens:
-            return Seen(0, ())
+            return Observed(0, ())
         counts, samples = self.counts[name], len(self.task.inputs) * collectives.world_size()
-        by_sample = tokens == samples * self.task.inputs.shape[1]
         width = self.task.linear(name).in_features
         totals = counts.totals or [  # the tokens are those of other processes
             statistic.of(torch.zeros(1, 0, width, device=self.task.device), None) for statistic in self.statistics
         ]
         counts.totals = []
         totals = [statistic.reduce(total) for statistic, total in zip(self.statistics, totals, strict=True)]
-        whose = f"{bad_samples} of {samples} samples" if by_sample else f"{bad_tokens} of {tokens} tokens"
+        whose = f"{bad_samples} of {samples} samples" if bad_samples else f"{bad_tokens} of {tokens} tokens"
         for statistic, total in zip(self.statistics, totals, strict=True):
             if bad_tokens or (total.numel() and not all_finite(total)):  # of inputs a process may have none
                 why = f"{whose} have inputs that are not" if bad_tokens else "its inputs are too large to square"
@@ -175,7 +178,7 @@ class Observation:
                     f"{self.task.name} {name}: the {statistic.name} is not finite, {why}; use trainer.precision "
                     "32-true or bf16-mixed, or other calibration text"
                 )
-        return Seen(tokens, tuple(totals))
+        return Observed(tokens, tuple(totals))
 
 
 def observe(
@@ -185,7 +188,7 @@ def observe(
     token_weights: TokenWeights = "uniform",
     quantized: bool = True,
     samples: int | None = None,
-) -> dict[str, Seen]:
+) -> dict[str, Observed]:
     """Run the block over the quantized stream, and gather statistics of its linears' inputs over all processes.
 
     Args:
@@ -199,7 +202,7 @@ def observe(
     end = len(task.inputs) if samples is None else min(samples, len(task.inputs))
     with task.precision():
         for start in range(0, end, _BATCH):
-            observation.see(slice(start, min(start + _BATCH, end)))
+            observation.run_batch(slice(start, min(start + _BATCH, end)))
     return observation.results()
 
 
@@ -208,11 +211,11 @@ class _Enough(Exception):
 
 
 @contextmanager
-def observed(block: nn.Module, names: Sequence[str], look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While this is entered, ``look(name, x)`` sees the input ``[tokens, i]`` of each named linear."""
+def observed(block: nn.Module, names: Sequence[str], observe_input: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While this is entered, ``observe_input(name, x)`` is called with every input ``[..., i]`` of these linears."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: look(name, args[0].detach().flatten(0, -2))
+        return lambda module, args: observe_input(name, args[0].detach())
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:

@@ -24,7 +24,8 @@ class Layout:
         heads: the attention heads of the block.
         equivalences: where scales (and shifts) may move without changing the output of the block.
         attention: the module inside the block that calls transformers' attention interface; None if none does.
-        flat: quantized linears whose input has no sample dimension, ``[tokens, i]``.
+        flat: quantized linears whose input has no sample dimension, ``[tokens, i]``, but the tokens of all samples in
+            order.
         can_bias: linears without a bias that may get one, because the config of the model has a switch for it.
         kept: linears that stay in floating point, each with the reason.
     """

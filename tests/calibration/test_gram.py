@@ -131,14 +131,14 @@ def test_logged_errors_are_those_of_the_result(stage: Callable[[], Stage], tmp_p
 def test_a_gram_matrix_is_added_up_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 28672 inputs it has 3 GiB: the sum, what is added and no third one."""
     places: dict[str, set[int]] = {}
-    see = Observation.see
+    run_batch = Observation.run_batch
 
     def watched(observation: Observation, *args: Any) -> None:
-        see(observation, *args)
+        run_batch(observation, *args)
         for name, counts in observation.counts.items():
             places.setdefault(name, set()).add(counts.totals[0].data_ptr())
 
-    monkeypatch.setattr(Observation, "see", watched)
+    monkeypatch.setattr(Observation, "run_batch", watched)
     fitted(GPTQ(batch_size=1), tiny_task(GRID, samples=6), tmp_path)
     assert [len(found) for found in places.values()] == [1, 1, 1, 1]
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,20 @@ def test_second_moments_unreached_linear_counts_all_inputs_alike_and_is_noted() 
 
 def test_observe_relative_weights_of_all_tokens_equal_float64() -> None:
     task = routed_task(ALL)
+    task.layout = replace(task.layout, flat=GROUPS[1])
     weights = task.targets.double().square().mean(-1).flatten().reciprocal()
     for name, x in reference_inputs(task).items():
         (total,) = observe(task, [InputGram()], token_weights="relative")[name].totals
         torch.testing.assert_close(total.double(), (x * weights[:, None]).t() @ x, rtol=1e-4, atol=1e-4)
 
 
-def test_observe_relative_weights_of_some_tokens_are_refused() -> None:
+@pytest.mark.parametrize(("threshold", "flat"), [(SOME, ()), (SOME, GROUPS[1]), (ALL, ())])
+def test_observe_relative_weights_of_unknown_rows_are_refused(threshold: float, flat: tuple[str, ...]) -> None:
+    """An expert may see all tokens in another order: their number alone does not tell."""
+    task = routed_task(threshold)
+    task.layout = replace(task.layout, flat=flat)
     with pytest.raises(UserError, match="block/000 expert.up: token_weights 'relative' .* set token_weights to 'unif"):
-        observe(routed_task(SOME), [InputGram()], token_weights="relative")
+        observe(task, [InputGram()], token_weights="relative")
 
 
 def test_observe_not_finite_tokens_of_an_expert_are_counted() -> None:
@@ -132,14 +138,14 @@ def completed(threshold: float, skips: bool, batches: int) -> int:
     task.inputs[1:, :, 0] = -9.0
     observation = Observation(task, [InputGram()], [EXPERT])
     for sample in range(batches):
-        observation.see(slice(sample, sample + 1))
+        observation.run_batch(slice(sample, sample + 1))
     assert isinstance(task.block, RoutedBlock)
     return task.block.completed
 
 
 def test_observation_stops_once_all_inputs_are_seen() -> None:
     task = routed_task(ALL)
-    Observation(task, [InputGram()], ["first", EXPERT]).see(slice(0, 4))
+    Observation(task, [InputGram()], ["first", EXPERT]).run_batch(slice(0, 4))
     observe(task, [InputGram()])  # up to the input of the last linear
     assert isinstance(task.block, RoutedBlock)
     assert task.block.completed == 0
@@ -162,7 +168,7 @@ def test_observation_linear_called_after_a_later_group_is_still_observed() -> No
     """A layout in another order than the block's costs time, and no tokens."""
     task = routed_task(SOME)
     groups = (("last",), *GROUPS[:2])
-    task.layout = type(task.layout)("routed", groups, task.layout.heads)
+    task.layout = replace(task.layout, groups=groups)
     seen = observe(task, [InputGram()], ["last"])
     assert seen["last"].tokens == 30
 
