@@ -239,10 +239,7 @@ class QuantEaseModule(GramModule):
         return CoordinateDescent([parameter], gram, grid, scale, zero_point, target=target, mask=mask, **common)
 
     def _support(self, k: int, stack: StackedLinears, outliers: OutlierSettings) -> Tensor:
-        """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
-
-        Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
-        """
+        """The weights to keep in float16, bool ``[o, i]``: a share of each linear; for Algorithm 3, of the stack."""
         diagonal, together = self.grams[k].diagonal(), outliers.method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
