@@ -21,6 +21,7 @@ from omniq.config.compose import compose
 from omniq.config.earlier import without_earlier_settings
 from omniq.config.nulls import check_nulls, null_error
 from omniq.config.run import Run
+from omniq.config.stage_options import apply_stage_options
 from omniq.errors import UserError
 
 HEAVY = ("stages", "trainer", "callbacks")
@@ -34,8 +35,8 @@ _EPILOG = (
 _RUN = (
     "quantize",
     "Quantize a model and write a checkpoint; the same command continues an interrupted run.",
-    " Options of stages set the last stage. --stages.help CLASS, --callbacks.help CLASS and --trainer.help list the "
-    "settings of a class.",
+    " --stages.KEY sets the last stage, --stages.NAME.KEY the stage of that class. --stages.help CLASS, "
+    "--callbacks.help CLASS and --trainer.help list the settings of a class.",
 )
 
 
@@ -104,7 +105,7 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         ArgumentError: an option or key is not understood.
         UserError: a value cannot be used, or a class path is not allowed.
     """
-    content, options = without_earlier_settings(content, options)
+    content, options = apply_stage_options(*without_earlier_settings(content, options))
     if not any(re.match(r"--(print_config|[\w.]+\.help)\b", option) for option in options):
         _check_light_sections(content, options)
     trainer = content.get("trainer")

@@ -237,10 +237,7 @@ class QuantEaseModule(GramModule):
         return CoordinateDescent([parameter], gram, grid, *fitted, target=target, mask=mask, **common)
 
     def _support(self, stack: StackedLinears, gram: Tensor, outliers: OutlierSettings) -> Tensor:
-        """Which weights are kept in float16, bool ``[o, i]``: the same share of every linear.
-
-        Under Algorithm 3, whose support moves over the whole stack, a share of the stack.
-        """
+        """The weights to keep in float16, bool ``[o, i]``: a share of each linear; for Algorithm 3, of the stack."""
         together = outliers.method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [

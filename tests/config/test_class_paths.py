@@ -22,7 +22,7 @@ RUN: dict[str, Any] = {
 }
 
 
-def named(path: str, **arguments: Any) -> dict[str, Any]:
+def named(path: str, /, **arguments: Any) -> dict[str, Any]:
     return {"class_path": path, "init_args": arguments}
 
 

@@ -2,13 +2,14 @@
 """Settings that are null, and settings of earlier releases."""
 
 import logging
+from argparse import ArgumentError
 from typing import Any
 
 import pytest
 import yaml
 
 from omniq.calibration.outlier_settings import OutlierSettings
-from omniq.config.parse import Arguments, parse_run
+from omniq.config.parse import Arguments, parse_run, run_of
 from omniq.errors import UserError
 from omniq.run.fingerprint import fingerprint
 
@@ -129,3 +130,45 @@ def test_arguments_are_sorted_into_files_packages_and_options() -> None:
     assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
     with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
         Arguments.sort(["--config"])
+
+
+TWO = {**RUN, "stages": ["omniq.stages.OmniQuant", {"class_path": "QuantEase", "init_args": {"sweeps": 7}}]}
+
+
+def test_option_of_a_named_stage_sets_that_stage() -> None:
+    options = [
+        "--stages.OmniQuant.epochs",
+        "3",
+        "--stages.OmniQuant.clipping.initial=omniq.quantizers.clipping.Searched",
+    ]
+    run, _ = run_of(
+        TWO, [*options, "--stages.QuantEase.init_args.outliers.fraction", "0.01", "--stages.damping", "0.5"]
+    )
+    first, last = map(vars, run.stages)
+    assert first["epochs"] == 3
+    assert type(first["clipping"].initial).__name__ == "Searched"
+    assert (last["sweeps"], last["damping"], last["outliers"].fraction) == (7, 0.5, 0.01)
+    assert TWO["stages"][0] == "omniq.stages.OmniQuant"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that is"),
+        (["--stages.OmniQuant.epochs"], "--stages.OmniQuant.epochs has no value: give one"),
+    ],
+)
+def test_option_of_a_stage_that_is_not_there_is_refused(options: list[str], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_of(TWO, options)
+    assert reason in str(caught.value)
+
+
+def test_option_of_a_stage_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that is there once"):
+        run_of({**RUN, "stages": ["omniq.stages.RTN"] * 2}, ["--stages.RTN.clipping", "null"])
+
+
+def test_unknown_option_of_a_named_stage_is_refused_by_the_parser() -> None:
+    with pytest.raises(ArgumentError, match="'epoch' is not accepted"):
+        run_of(TWO, ["--stages.OmniQuant.epoch", "3"])
