@@ -146,7 +146,7 @@ def definition(
                 kept = float(np.float16(missed)) if missed**2 * d[j] > tau else 0.0
                 codes[o, j], sparse[o, j] = code, kept
                 w[o] -= (missed - kept) * inverses[j][0]
-    return LayerSolution(codes.to(torch.uint8), scale, zero, sparse)
+    return LayerSolution(codes.to(torch.uint8), scale, zero, sparse if threshold else None)
 
 
 @st.composite
