@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omniq.blocks.grids import scheme_layout
 from omniq.export.containers.container import Results
 from omniq.export.containers.shards import writing
 from omniq.export.output_folder import check_output, partial_of, replace
@@ -52,7 +53,7 @@ def export_checkpoint(
     """
     chosen, out = find_format(format), Path(out).resolve()
     codec, container = chosen.codec(scheme), chosen.container
-    codec.check([source.layout(index) for index in range(source.num_blocks)])
+    codec.check([scheme_layout(source, scheme, index) for index in range(source.num_blocks)])
     check_output(out)
     source.tokenizer()  # a missing one is found before the weights are written
     with _partial(out) as partial:

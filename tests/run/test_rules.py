@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from omniq.cli.main import main
+from omniq.cli import main
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.block_result import BlockResult
 from tests.helpers.killing import Attempts
@@ -105,6 +105,16 @@ def test_compressed_tensors_lists_kept_linears_as_ignored(tmp_path: Path) -> Non
     assert config["ignore"] == [*(f"model.layers.{index}.mlp.down_proj" for index in (0, 1)), "lm_head"]
 
 
+@pytest.mark.parametrize("scheme", [{"name": "W4A16g16", "symmetric": True}, {"name": "W4A8g16"}])
+def test_compressed_tensors_writes_a_group_for_each_grid_of_the_rules(scheme: dict[str, Any], tmp_path: Path) -> None:
+    rules = [{"layers": DOWN, "name": "W6A8" if scheme["name"] == "W4A8g16" else "W6A16"}]
+    stages = [{"class_path": "omniq.stages.RTN"}]
+    assert main(write_run(tmp_path, model=SMALL, scheme={**scheme, "rules": rules}, stages=stages)) == 0
+    config = json.loads((tmp_path / "run/model/config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    assert [(group["weights"]["num_bits"], len(group["targets"])) for group in groups] == [(4, 12), (6, 2)]
+
+
 def test_rules_belong_to_the_fingerprint_unless_there_are_none(tmp_path: Path) -> None:
     assert fingerprint("scheme: {name: W4A16, rules: []}") == fingerprint("scheme: {name: W4A16}")
     assert fingerprint(yaml.safe_dump({"scheme": SCHEME})) != fingerprint("scheme: {name: W3A16g16}")
@@ -189,7 +199,7 @@ def test_rules_that_keep_all_blocks_to_quantize_are_refused(refused: Callable[..
     assert "leave every linear in floating point" in refused({"name": "W3A16g16", "rules": rules}, blocks=1)
 
 
-def test_compressed_tensors_refuses_several_grids(refused: Callable[..., str]) -> None:
+def test_compressed_tensors_refuses_asymmetric_grids_beside_each_other(refused: Callable[..., str]) -> None:
     said = refused({"name": "W4A16g16", "rules": [{"layers": DOWN, "name": "W8A16g16"}]})
-    assert "export.format compressed-tensors holds one grid for the whole model" in said
+    assert "export.format compressed-tensors cannot hold 2 grids of which one is asymmetric" in said
     assert "use format omniq" in said
