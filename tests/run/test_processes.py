@@ -312,7 +312,7 @@ import time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from omniq import processes
+from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.blocks.streams import Streams
 
