@@ -28,7 +28,7 @@ def channel_sizes(x: Tensor, weights: list[Tensor], alpha: float, shift: bool) -
 
 
 def ranges_of(x: Tensor, *names: str) -> ChannelRanges:
-    """The range of every channel of an input ``[..., i]`` that these linears read."""
+    """The ranges of an input ``[..., i]`` that these linears read."""
     lo, hi = x.flatten(0, -2).aminmax(dim=0)
     return ChannelRanges(dict.fromkeys(names, lo), dict.fromkeys(names, hi))
 
