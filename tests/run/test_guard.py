@@ -265,7 +265,9 @@ def test_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: boo
 def test_internal_callback_in_the_configuration_is_refused_before_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])) == 2
+    command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
+    capsys.readouterr()
+    assert main(command) == 2
     assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
     assert not (tmp_path / "run").exists()
 
