@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from omniq.cli.main import main
+from omniq.cli.command import main
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.block_result import BlockResult
 from tests.helpers.killing import Attempts
