@@ -148,10 +148,10 @@ def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0..1"),
+        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0 to 1"),
         (
             lambda: SmoothQuant(equivalences=["mlp"]),
-            "stages: SmoothQuant.equivalences: 'mlp' is not usable, choose from norm, value_output, up_down",
+            "stages: SmoothQuant.equivalences: 'mlp' is not accepted: choose from norm, value_output, up_down",
         ),
         (
             lambda: SmoothQuant(equivalences=["norm", "query_key"]),
@@ -181,5 +181,5 @@ def test_inputs_that_are_not_finite_are_refused(value: float, stage: Stage, tmp_
 @pytest.mark.parametrize("stage", [SmoothQuant(), OutlierSuppression()])
 def test_families_without_norms_to_move_are_refused(stage: Stage) -> None:
     field = "SmoothQuant.equivalences" if isinstance(stage, SmoothQuant) else "OutlierSuppression"
-    with pytest.raises(UserError, match=f"stages: {field}: falcon has no 'norm'; it has none"):
+    with pytest.raises(UserError, match=f"stages: {field}: falcon has no equivalence 'norm': use a method"):
         stage.check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))
