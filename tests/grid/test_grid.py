@@ -185,9 +185,9 @@ def test_widths() -> None:
         Grid(4, 128).check_width(576, "model.layers.0.self_attn.q_proj")
     assert str(caught.value) == (
         "group size 128 does not divide the 576 inputs of model.layers.0.self_attn.q_proj: "
-        "sizes that do are 16, 32, 48, 64, 96, 144, 192, 288, 576, or -1 for per-channel"
+        "use 16, 32, 48, 64, 96, 144, 192, 288, 576, which divide the inputs, or -1 for per-channel scales"
     )
-    with pytest.raises(UserError, match="none that is a multiple of 16, or -1"):
+    with pytest.raises(UserError, match="use -1 for per-channel scales, because no multiple of 16 divides the inputs"):
         Grid(4, 16).check_width(50, "x")
 
 
@@ -225,7 +225,7 @@ def test_scheme_names(name: str, expected: tuple[int, int, int, int]) -> None:
     "name", ["", "W4", "4A16", "W4A16 g128", "W4A16g", "W4A16g-1", "W-4A16", "W4A16g128x", "W4A16G64KV8"]
 )
 def test_scheme_names_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"scheme {name!r} is not understood: write W<bits>A<bits>"):
+    with pytest.raises(UserError, match=f"scheme {name!r} is not valid: write W<bits>A<bits>"):
         parse_scheme(name)
 
 

@@ -59,7 +59,7 @@ def test_levels_are_equal_steps_between_the_ends() -> None:
     assert steps[-1] == torch.tensor(0.8)
     zeros = level(torch.tensor(3, dtype=torch.uint8), torch.tensor(9, dtype=torch.uint8), torch.arange(8), 3)
     assert set(zeros.tolist()) == set(range(3, 10))  # not more than 2^3 - 1 apart: all of them
-    with pytest.raises(ValueError, match="values are not on 8 levels between the least and the greatest of 3 rows"):
+    with pytest.raises(ValueError, match="values are not on 8 levels between the smallest and the largest of 3 rows"):
         second.encode(values.half(), 3)
 
 
@@ -113,9 +113,9 @@ def test_packing_is_inverted(grid: Grid, dtype: torch.dtype, support: str, tmp_p
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"scale_bits": 1}, "scale_bits 1 is not possible: give 2 to 8"),
+        ({"scale_bits": 1}, "scale_bits 1 is out of range: give 2 to 8"),
         ({"zero_bits": -3}, "zero_bits -3 is not possible"),
-        ({"rows": 0}, "scale_group 0 leaves no run of scales"),
+        ({"rows": 0}, "scale_group 0 is too small for scales"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], told: str) -> None:
@@ -124,7 +124,7 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], told: str)
 
 
 def test_zero_points_that_need_no_codes_are_refused() -> None:
-    with pytest.raises(UserError, match="zero points of 3 bits need no code of 3 bits: set zero_bits to 0"):
+    with pytest.raises(UserError, match="zero_bits 3 saves no space for zero points of 3 bits: set it to 0"):
         Grid(3, second=QuantizedScales(3, 3))
-    with pytest.raises(UserError, match="zero points of a symmetric grid need no code"):
+    with pytest.raises(UserError, match="saves no space for zero points of a symmetric grid"):
         Grid(8, symmetric=True, second=QuantizedScales(3, 3))
