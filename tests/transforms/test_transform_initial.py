@@ -78,7 +78,7 @@ def test_a_dead_channel_gets_a_finite_scale() -> None:
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_alpha_outside_the_unit_interval_is_refused(alpha: float) -> None:
-    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0..1"):
+    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0 to 1"):
         Transform((), Heads(1, 1), {}).initial({}, ChannelRanges(), alpha)
 
 
