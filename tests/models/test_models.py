@@ -289,5 +289,5 @@ def test_on_a_gpu(tmp_path: Path, family: str) -> None:
 
 def test_the_post_norm_opt_is_refused() -> None:
     config = AutoConfig.for_model("opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: take another size of OPT"):
+    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: use another size of OPT"):
         family_of(config)
