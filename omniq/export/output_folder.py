@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint goes, so that a reader finds the old one or the new one, never a mixture.
+"""The output folder of an export: a reader finds the old checkpoint or the new one, never a mixture.
 
-    .<out>.partial/   everything is written here, flushed to the disk
-    <out>             appears by a rename when all of it is there
+    .<out>.partial/   all files are written here and flushed to the disk
+    <out>             appears by a rename when the checkpoint is complete
 
-An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
-after. A process killed at any moment leaves the old export or the new one; what it leaves beside them is put right by
-the next export to the same place. All other files there are the user's and stay. A container tells which folders are
-exports (``is_ours``).
+If ``out`` holds an earlier export, it is moved to ``.<out>.previous`` between the two renames and then removed. A
+process that is killed at any moment leaves the old export or the new one. The next export to the same place repairs any
+leftovers. All other files there belong to the user and stay. A container tells which folders are exports (``is_ours``).
 """
 
 import os
@@ -21,23 +20,23 @@ from omniq.storage.atomic import flush
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
-    """Refuse a place that a checkpoint cannot take; nothing is touched, so any process may ask at any time.
+    """Refuse a place where no checkpoint can be written; changes no file, so any process may call it at any time.
 
     Raises:
-        UserError: a file is in the way, or ``out`` holds something other than an export.
+        UserError: a parent of ``out`` is a file, or ``out`` is not empty and not an export.
     """
     out = Path(out).resolve()
     if in_the_way := next((parent for parent in out.parents if parent.is_file()), None):
-        raise UserError(f"cannot write {out}: {in_the_way} is a file; choose another folder")
+        raise UserError(f"cannot write {out}: {in_the_way} is a file: choose another folder")
     if out.exists() and not _is_export(out):
-        raise UserError(f"export to {out}: it holds something that omniq did not export; choose an empty or new folder")
+        raise UserError(f"cannot export to {out}: it is not an omniq export: choose an empty or new folder")
 
 
 def check_output(out: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint can be written to ``out`` now, and put right what a killed export left beside it.
+    """Make sure that a checkpoint can be written to ``out`` now, and repair the leftovers of a killed export.
 
     Raises:
-        UserError: as ``check_free`` says, or its folder cannot be written.
+        UserError: see ``check_free``, or the parent folder cannot be written.
     """
     out = Path(out).resolve()
     partial, previous = partial_of(out), _previous(out)
@@ -54,7 +53,7 @@ def check_output(out: str | os.PathLike[str]) -> None:
 
 
 def earlier_export(out: str | os.PathLike[str]) -> str | None:
-    """The format of the export that a folder holds, by the name that users type; None if it holds none.
+    """The format name of the export in a folder, as users type it; None if the folder holds no export.
 
     Raises:
         CorruptFile: the file that records it is damaged.
@@ -64,7 +63,7 @@ def earlier_export(out: str | os.PathLike[str]) -> str | None:
 
 
 def partial_of(out: Path) -> Path:
-    """Where an export to ``out`` is written until it is complete; hidden, as no folder of a user's is by chance."""
+    """The hidden folder in which an export to ``out`` is written until it is complete."""
     return out.with_name(f".{out.name}.partial")
 
 
@@ -73,12 +72,12 @@ def _previous(out: Path) -> Path:
 
 
 def _is_export(out: Path) -> bool:
-    """An empty folder, or one that an export of omniq has filled."""
+    """True for an empty folder and for an export of omniq."""
     return out.is_dir() and (not any(out.iterdir()) or container_of(out) is not None)
 
 
 def replace(partial: Path, out: Path) -> None:
-    """Flush everything, then put ``partial`` in the place of ``out``."""
+    """Flush all files, then replace ``out`` by ``partial``."""
     previous = _previous(out)
     with writing(out):
         for path in [*partial.rglob("*"), partial]:

@@ -119,9 +119,9 @@ def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_pa
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), source.folder, **GIVEN)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -144,7 +144,7 @@ def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source
     for name, content in {"config.json": "{}", **files}.items():
         (out / name).write_text(content)
     before = contents(out)
-    with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
+    with pytest.raises(UserError, match="it is not an omniq export: choose an empty or new folder"):
         export_checkpoint(source, killed_at([], 0), out, **GIVEN)
     assert contents(out) == before
 
@@ -159,7 +159,7 @@ def test_an_own_export_is_known_by_its_card_or_its_recipe(
     (out / damaged).unlink() if content is None else (out / damaged).write_bytes(content)
     check_output(out)
     (out / "config.json").unlink()
-    with pytest.raises(UserError, match="it holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         check_output(out)
 
 
