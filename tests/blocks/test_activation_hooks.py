@@ -197,8 +197,8 @@ def test_schemes_by_name() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "W4A12"}, "scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"),
-        ({"name": "W4A4KV1"}, "scheme.name 'W4A4KV1': keys and values of 1 bits are not possible"),
+        ({"name": "W4A12"}, "scheme.name 'W4A12': activations of 12 bits are not valid: use 2 to 8, or 16"),
+        ({"name": "W4A4KV1"}, "scheme.name 'W4A4KV1': keys and values of 1 bits are not valid"),
         ({"name": "W4A16", "activation_symmetric": True}, "activation_symmetric: 'W4A16' quantizes no activations"),
         (
             {"name": "W4A16KV4", "activation_range": "tensor"},
@@ -206,7 +206,7 @@ def test_schemes_by_name() -> None:
         ),
         ({"name": "W4A16", "queries": True}, "scheme.queries: 'W4A16' has no activation bits to give to queries"),
         ({"name": "W9A16"}, "weight bits 9 are outside 2..8"),
-        ({"name": "int4"}, "scheme 'int4' is not understood"),
+        ({"name": "int4"}, "scheme 'int4' is not valid"),
     ],
 )
 def test_bad_schemes(settings: dict[str, Any], words: str) -> None:
@@ -257,9 +257,9 @@ def test_reloaded_model_has_the_perplexity_that_was_measured(
 @pytest.mark.parametrize(
     ("family", "scheme", "words"),
     [
-        ("opt", {"name": "W8A8"}, "give all tokens one range in fc1, fc2 of opt .* scheme.activation_range to tensor"),
-        ("llama", {"name": "W4A4KV4"}, "cannot hold a dynamic KV cache of 4 bits: use KV16, or format omniq"),
-        ("llama", {"name": "W4A4", "queries": True}, "cannot hold quantized queries: set scheme.queries to false"),
+        ("opt", {"name": "W8A8"}, "a range for each token in fc1, fc2 of opt, .* scheme.activation_range to tensor"),
+        ("llama", {"name": "W4A4KV4"}, "does not support a dynamic KV cache of 4 bits: use KV16, or format omniq"),
+        ("llama", {"name": "W4A4", "queries": True}, "does not support quantized queries: set scheme.queries to false"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_the_run(

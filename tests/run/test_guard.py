@@ -209,7 +209,7 @@ def test_learned_rounding_falls_back_too(tmp_path: Path) -> None:
 
 def test_stages_with_no_start_say_so() -> None:
     with pytest.raises(
-        UserError, match="block 0: GPTQ met values that are not finite, and has no start to return to: "
+        UserError, match="block 0: GPTQ produced non-finite values and has no initial state to return to: "
     ):
         GPTQ().module(tiny_task(Grid(3))).abandon()
 

@@ -171,7 +171,7 @@ def test_export_in_a_format_without_a_place_for_outliers(
     monkeypatch.setattr(saved, "open_model", lambda run: pytest.fail("the model was opened"))
     export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main(export) == 2
-    assert "export.format compressed-tensors has no place for the sparse outliers" in capfd.readouterr().err
+    assert "export.format compressed-tensors does not support the sparse outliers" in capfd.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder(
@@ -201,5 +201,5 @@ def test_a_place_for_the_checkpoint_that_is_taken(finished: Finished) -> None:
     (finished.run / "model").mkdir()
     (finished.run / "model/mine").write_text("mine")
     assert main(finished.args) == 2
-    assert f"export to {finished.run / 'model'}: it holds something that omniq did not export" in finished.said()
+    assert f"cannot export to {finished.run / 'model'}: it is not an omniq export" in finished.said()
     assert not (finished.run / "blocks/001.safetensors").exists()
