@@ -81,11 +81,12 @@ class Grid:
         if self.group_size != -1 and width % self.group_size:
             common = gcd(width, *others)
             fitting = [size for size in range(16, common + 1, 16) if common % size == 0]
-            every = " of all layers" if common < width else ""
-            remedy = f"use {', '.join(map(str, fitting))}, which divide the inputs{every}, or -1 for per-channel scales"
-            if not fitting:
-                remedy = f"use -1 for per-channel scales, because no multiple of 16 divides the inputs{every}"
-            raise UserError(f"group size {self.group_size} does not divide the {width} inputs of {name}: {remedy}")
+            every = ", which divide the inputs of all layers," if common < width else ","
+            choices = f"{', '.join(map(str, fitting))}{every} or " if fitting else ""
+            raise UserError(
+                f"group size {self.group_size} does not divide the {width} inputs of {name}: use {choices}-1 for "
+                "per-channel scales"
+            )
 
     def split(self, weight: Tensor) -> Tensor:
         """View ``[o, i]`` as ``[o, G, g]``."""

@@ -116,24 +116,29 @@ def test_check_stages_missing_predecessor_is_refused(stage: Stage, message: str)
         ([GPTQ(), RTN()], "RTN would discard the grid and codes of the preceding GPTQ: remove one of the two stages"),
         (
             [GPTQ(), QuantEase()],
-            "QuantEase would discard the codes of the preceding GPTQ: use QuantEase with start 'previous', or remove one of",
+            "QuantEase would discard the codes of the preceding GPTQ: use QuantEase with start 'previous', or "
+            "remove one of",
         ),
         (
             [RTN(), QuantEase(grid="clipping")],
-            "QuantEase would discard the grid of the preceding RTN: use QuantEase with start 'previous', or remove one of",
+            "QuantEase would discard the grid of the preceding RTN: use QuantEase with start 'previous', or "
+            "remove one of",
         ),
         (
             [RTN(), LearnedRounding(norm_lr=1e-3), QuantEase(start="previous")],
-            "QuantEase would discard the norms of the preceding LearnedRounding: use LearnedRounding with norm_lr 0, or remove",
+            "QuantEase would discard the norms of the preceding LearnedRounding: use LearnedRounding with "
+            "norm_lr 0, or remove",
         ),
         (
             [QuantEase(outliers=1.0), LearnedRounding()],
-            "LearnedRounding would discard the outliers of the preceding QuantEase: use QuantEase with outliers 0, or remove",
+            "LearnedRounding would discard the outliers of the preceding QuantEase: use QuantEase with outliers "
+            "0, or remove",
         ),
         (
             [SpQR(), LearnedRounding()],
-            "LearnedRounding would discard the outliers and scale codes of the preceding SpQR: use SpQR with threshold 0 and "
-            "SpQR with scale_bits 0 and zero_bits 0, or remove one of the two stages out",
+            "LearnedRounding would discard the outliers and scale codes of the preceding SpQR: use SpQR with "
+            "threshold 0 and "
+            "SpQR with scale_bits 0 and zero_bits 0, or remove one of the two stages",
         ),
         (
             [SpQR(threshold=0), QuantEase(grid="clipping")],

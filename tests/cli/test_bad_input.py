@@ -60,7 +60,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--scheme.name W1A16", ["weight bits 1 are outside 2..8: choose"]),
         ("--scheme.name W9A16", ["weight bits 9 are outside 2..8: choose"]),
         ("--scheme.name 4bit", ["scheme '4bit' is not valid: write W<bits>A<bits>"]),
-        ("--scheme.name W4A16g0", ["group size 0 is not usable"]),
+        ("--scheme.name W4A16g0", ["group size 0 is not valid"]),
         (
             "--scheme.name W4A16g48",
             ["group size 48 does not divide the 32 inputs of model.layers.0.self_attn.q_proj", "16, 32, or -1"],

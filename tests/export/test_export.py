@@ -309,7 +309,7 @@ def test_unsupported_schemes_are_refused_by_name(
     with pytest.raises(UserError, match="export format 'gguf' is not known: choose one of compressed-tensors"):
         find_format("gguf")
 
-    with pytest.raises(UserError, match="max_shard_bytes 0 is not usable"):
+    with pytest.raises(UserError, match="max_shard_bytes 0 is too small"):
         export(source, results, tmp_path / "out", max_shard_bytes=0)
     large = BlockResult(results[0].linears, {**results[0].tensors, "input_layernorm.weight": torch.full((64,), 1e6)})
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_packing_is_inverted(grid: Grid, dtype: torch.dtype, support: str, tmp_p
     ("wrong", "told"),
     [
         ({"scale_bits": 1}, "scale_bits 1 is out of range: give 2 to 8"),
-        ({"zero_bits": -3}, "zero_bits -3 is not possible"),
+        ({"zero_bits": -3}, "zero_bits -3 is out of range"),
         ({"rows": 0}, "scale_group 0 is too small for scales"),
     ],
 )

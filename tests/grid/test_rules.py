@@ -93,9 +93,9 @@ def test_rule_may_leave_out_bits_of_keys_and_values() -> None:
             {"layers": "a", "name": "float"},
             "name 'float' for layers 'a': .*not valid: write W<bits>.*; none leaves",
         ),
-        ({"layers": "a", "name": ""}, "name '' for layers 'a': .*not understood"),
+        ({"layers": "a", "name": ""}, "name '' for layers 'a': .*not valid"),
         ({"layers": "a", "name": "W9A16"}, "name 'W9A16' for layers 'a': weight bits 9 are outside 2..8"),
-        ({"layers": "a", "name": "W4A16g0"}, "name 'W4A16g0' for layers 'a': group size 0 is not usable"),
+        ({"layers": "a", "name": "W4A16g0"}, "name 'W4A16g0' for layers 'a': group size 0 is not valid"),
         ({"layers": "a", "name": "none", "symmetric": True}, "symmetric True for layers 'a' has no weights"),
         (
             {"layers": "a", "name": "W4A8"},

@@ -201,5 +201,5 @@ def test_rules_that_keep_all_blocks_to_quantize_are_refused(refused: Callable[..
 
 def test_compressed_tensors_refuses_asymmetric_grids_beside_each_other(refused: Callable[..., str]) -> None:
     said = refused({"name": "W4A16g16", "rules": [{"layers": DOWN, "name": "W8A16g16"}]})
-    assert "export.format compressed-tensors cannot hold 2 grids of which one is asymmetric" in said
+    assert "export.format compressed-tensors does not support 2 grids of which one is asymmetric" in said
     assert "use format omniq" in said

@@ -165,8 +165,11 @@ def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"version": 2}, "quantization_config has version 2; this omniq reads version 1: upgrade omniq"),
-        ({"rotation": "hadamard"}, "quantization_config has version 1, 'rotation'; .* upgrade omniq"),
+        ({"version": 2}, "quantization_config has version 2, this omniq reads version 1: upgrade omniq"),
+        (
+            {"rotation": "hadamard"},
+            "quantization_config has version 1 and unknown entries 'rotation', .* upgrade omniq",
+        ),
         (
             {"activations": {"inputs": 4, "ranges": "tensor"}},
             "activations has 'ranges', which this omniq does not support: upg",

@@ -155,7 +155,7 @@ def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
         ),
         (
             lambda: SmoothQuant(equivalences=["norm", "query_key"]),
-            "SmoothQuant.equivalences: 'query_key' is not usable",
+            "SmoothQuant.equivalences: 'query_key' is not accepted",
         ),
         (lambda: OutlierSuppression(candidates=0), "OutlierSuppression.candidates 0 is too small: give 1 or more"),
         (lambda: OutlierSuppression(samples=0), "OutlierSuppression.samples 0 is too small: give 1 or more"),

@@ -210,7 +210,7 @@ def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
         ({"lr": 0.0}, "transform.lr 0.0 is not between 0 and 1: give a learning rate such as 5e-3"),
         ({"lr": 50.0}, "transform.lr 50.0 is not between 0 and 1: give a learning rate such as 5e-3"),
         ({"equivalences": []}, "transform.equivalences: an empty list is not accepted: choose from norm, value_output"),
-        ({"equivalences": ["down"]}, "transform.equivalences: 'down' is not usable"),
+        ({"equivalences": ["down"]}, "transform.equivalences: 'down' is not accepted"),
         (
             {"equivalences": ["norm", "norm"]},
             "transform.equivalences: 'norm' is given more than once: give each kind once",
