@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -52,8 +53,8 @@ def damage(path: Path, others: list[Path], draw: random.Random) -> str:
     return kind
 
 
-def damage_many(files: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Damage so many files, one at a time."""
+def damage_many(files: int, seed: int, until: float) -> tuple[Counter[str], list[str]]:
+    """Damage so many files, one at a time, or until a point in time (``time.time()``)."""
     tally, faults, draw = Counter[str](), [], random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -63,6 +64,9 @@ def damage_many(files: int, seed: int) -> tuple[Counter[str], list[str]]:
             assert attempts.run(command, folder / "midway", aim=("after", "current/001.1.last.ckpt")).killed
             expected = outcome(folder / "whole")
             for number in range(files):
+                if time.time() > until:
+                    break
+                tally["damaged"] += 1
                 start = draw.choice(["whole", "whole", "midway", "source"])
                 out = folder / "trial"
                 shutil.rmtree(out, ignore_errors=True)
@@ -96,15 +100,17 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="damage no further file after so long")
     options = parser.parse_args()
+    until = time.time() + options.seconds
     share = -(-options.files // options.processes)
     with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(damage_many, share, options.seed + number) for number in range(options.processes)]
+        jobs = [pool.submit(damage_many, share, options.seed + number, until) for number in range(options.processes)]
         found = [job.result() for job in jobs]
     total = sum((tally for tally, _ in found), Counter[str]())
     faults = [fault for _, each in found for fault in each]
     print(*faults, sep="\n")
-    print(f"{share * options.processes} damaged files: {dict(total)}, {len(faults)} faults")
+    print(f"{total.pop('damaged')} damaged files: {dict(total)}, {len(faults)} faults")
     return bool(faults)
 
 
