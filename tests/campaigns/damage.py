@@ -17,13 +17,15 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.killing import Attempts
 from tests.helpers.recipes import stage
 from tests.helpers.runs import SMALL, outcome, write_run
 
 STAGES = [stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)]
-# Text for people: a change in it changes no result, and each start writes it anew or never reads it.
+# Text for people: a change in it changes no result, and each start writes it anew or never reads it. The losses of a
+# finished block (``.csv``) are such text, too.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "README.md", "recipe.yaml", "lock")
 
 
@@ -51,6 +53,16 @@ def damage(path: Path, others: list[Path], draw: random.Random) -> str:
     elif kind == "remove":
         path.unlink()
     return kind
+
+
+def same(out: Path, expected: dict[str, Any], path: Path) -> bool:
+    """Whether a run has the expected outcome, but for the damaged file if that holds losses."""
+    found = outcome(out)
+    return all(
+        found.get(name) == value
+        for name, value in expected.items()
+        if not (path.suffix == ".csv" == Path(name).suffix and name == path.name)
+    )
 
 
 def damage_many(files: int, seed: int, until: float) -> tuple[Counter[str], list[str]]:
@@ -87,7 +99,7 @@ def damage_many(files: int, seed: int, until: float) -> tuple[Counter[str], list
                     faults.append(said)
                 elif ended.status == 2:
                     tally["refused"] += 1
-                elif start == "source" or path.name in RECORDS or outcome(out) == expected:
+                elif start == "source" or path.name in RECORDS or same(out, expected, path):
                     tally["repaired or harmless"] += 1
                 else:
                     faults.append(f"undetected: {said}")
