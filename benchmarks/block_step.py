@@ -48,7 +48,7 @@ from omniq.calibration.captured_step import OptimizerStep
 from omniq.calibration.task import BlockTask
 from omniq.callbacks import BlockLosses
 from omniq.cli.quiet import quiet
-from omniq.grid.affine import parse_scheme
+from omniq.grid.name import parse_scheme
 from omniq.grid.scheme import Activations, Scheme
 from omniq.stages.omniquant import OmniQuant, OmniQuantModule
 from omniq.transforms.let import LET
@@ -60,7 +60,7 @@ GIB = 2**30
 KINDS = {
     "attention": ("flash", "fmha", "cudnn", "sdpa", "attention"),
     "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "cublas", "splitK"),
-    "weights": ("fake_quant", "moving_"),
+    "weights": ("group_forward", "group_backward", "row_forward", "row_backward"),
     "activations": ("tokens_",),
     "optimizer": ("multi_tensor", "FusedAdam", "amp_"),
     "others": ("",),

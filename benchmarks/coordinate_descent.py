@@ -40,7 +40,8 @@ from omniq.kernels.coordinate_descent import sweep_
 from omniq.kernels.layer_problem import Precision, Problem, codes_of, prepare
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.kernels.products import products_of
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution, is_relaxed
+from omniq.solvers.coordinate_descent import CoordinateDescent, is_relaxed
+from omniq.solvers.solution import LayerSolution
 
 LAYERS = {
     "cuda": {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)},
@@ -167,7 +168,7 @@ def products_alone(problem: Problem, residual: Tensor) -> float:
         made = products_of(problem, residual, fused=True)
         for columns in problem.blocks():
             made.gradient(columns, room[: columns.stop - columns.start])
-            made.close(columns)
+            made.refresh(columns)
         made.finish()
 
     with matmul_precision(problem.precision, residual.device):
@@ -178,7 +179,7 @@ def products_alone(problem: Problem, residual: Tensor) -> float:
 def measure_descent(weight: Tensor, gram: Tensor, precision: Precision, block: int, sweeps: int) -> dict[str, float]:
     """The optimizer, from its making to its result; its error as it reports it, and by products."""
     made: list[CoordinateDescent] = []
-    found: list[Solution] = []
+    found: list[LayerSolution] = []
     grid = fit(weight)
 
     def make() -> None:

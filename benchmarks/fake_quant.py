@@ -32,9 +32,9 @@ from measuring.llama import SHAPES
 from measuring.machine import Rates, Work, name_of, peak_bytes, seconds_of, write_json
 from torch import Tensor
 
-from omniq.grid.affine import Grid, parse_scheme
+from omniq.grid.affine import Grid
+from omniq.grid.name import parse_scheme
 from omniq.kernels.fake_quant import fake_quantize, fake_quantize_reference
-from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight
 
 BLOCKS = {"cuda": ("7b", torch.float16), "cpu": ("smollm2", torch.float32)}
@@ -48,26 +48,27 @@ CLIPPING, FACTORS = 5 + 9, 2 * 2 + 2 + 4
 class Linear:
     """One weight with its range, factors, logits and the gradient that comes back."""
 
-    def __init__(self, shape: tuple[int, int], grid: Grid, dtype: torch.dtype, device: str, moving: bool) -> None:
+    def __init__(self, shape: tuple[int, int], grid: Grid, dtype: torch.dtype, device: str, scaled: bool) -> None:
         self.grid = grid
         self.weight = (0.02 * torch.randn(shape, device=device)).to(dtype)
-        self.factors = [torch.ones(size, device=device, requires_grad=True) for size in shape] if moving else []
+        self.factors = [torch.ones(size, device=device, requires_grad=True) for size in shape] if scaled else []
         with torch.no_grad():
             self.range = tuple(bound.float() for bound in grid.range(self.weight))
         self.upper, self.lower = (torch.full_like(self.range[0], 4.0).requires_grad_() for _ in range(2))
         self.grad = torch.randn(shape, device=device).to(dtype)
 
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the operator and of its specification."""
+        bounds = None if self.factors else self.range
+        return ScaledWeight(self.weight, *self.factors), self.upper, self.lower, self.grid, bounds
+
     def fused(self) -> Tensor:
-        """Through the operators."""
-        if self.factors:
-            return fake_quantize_moving(ScaledWeight(self.weight, *self.factors), self.upper, self.lower, self.grid)
-        return fake_quantize(self.weight, *self.range, self.upper, self.lower, self.grid)
+        """Through the operator."""
+        return fake_quantize(*self.arguments())
 
     def eager(self) -> Tensor:
-        """As the specification."""
-        weight = ScaledWeight(self.weight, *self.factors).tensor()
-        lo, hi = (None, None) if self.factors else self.range
-        return fake_quantize_reference(weight, lo, hi, self.upper, self.lower, self.grid, self.weight.dtype)
+        """By the specification."""
+        return fake_quantize_reference(*self.arguments())
 
     def step(self, form: Callable[["Linear"], Tensor]) -> None:
         """Forward and backward."""
@@ -96,33 +97,24 @@ def compiled_form() -> Callable[[Linear], Tensor]:
     """The specification by torch.compile, anew for each shape."""
     torch._dynamo.reset()
 
-    @torch.compile(dynamic=False)
-    def eager(weight: ScaledWeight, *others: Any) -> Tensor:
-        return fake_quantize_reference(weight.tensor(), *others)
-
-    def form(each: Linear) -> Tensor:
-        lo, hi = (None, None) if each.factors else each.range
-        return eager(
-            ScaledWeight(each.weight, *each.factors), lo, hi, each.upper, each.lower, each.grid, each.weight.dtype
-        )
-
-    return form
+    compiled = torch.compile(fake_quantize_reference, dynamic=False)
+    return lambda each: compiled(*each.arguments())
 
 
-def work_of(linears: list[Linear], moving: bool) -> Work:
+def work_of(linears: list[Linear], scaled: bool) -> Work:
     """Of forward and backward."""
     weights = sum(linear.weight.numel() for linear in linears)
     moved = 4 * sum(linear.weight.nbytes for linear in linears)
     groups = 4 * (4 + 4 + 2) * sum(linear.upper.numel() for linear in linears)  # ranges and logits twice, gradients
     factors = 4 * 3 * sum(factor.numel() for linear in linears for factor in linear.factors)  # twice, gradients
-    return Work((CLIPPING + (FACTORS if moving else 0)) * weights, moved + groups + factors)
+    return Work((CLIPPING + (FACTORS if scaled else 0)) * weights, moved + groups + factors)
 
 
-def measure(scheme: str, moving: bool, device: str, repeats: int, rates: Rates, compile: bool) -> dict[str, Any]:
+def measure(scheme: str, scaled: bool, device: str, repeats: int, rates: Rates, compile: bool) -> dict[str, Any]:
     """One line of the table."""
     bits, _, _, group_size = parse_scheme(scheme)
     shape, dtype = BLOCKS[device]
-    linears = [Linear(size, Grid(bits, group_size), dtype, device, moving) for size in SHAPES[shape].linears]
+    linears = [Linear(size, Grid(bits, group_size), dtype, device, scaled) for size in SHAPES[shape].linears]
 
     def whole(form: Callable[[Linear], Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -138,11 +130,11 @@ def measure(scheme: str, moving: bool, device: str, repeats: int, rates: Rates, 
     calls = milliseconds(fused)
     row: dict[str, Any] = {
         "scheme": scheme,
-        "learned": "LWC+LET" if moving else "LWC",
+        "learned": "LWC+LET" if scaled else "LWC",
         "fused_ms": milliseconds(in_graph(fused)) if device == "cuda" else calls,
         "calls_ms": calls,
         "eager_ms": milliseconds(whole(Linear.eager), max(3, repeats // 4)),
-        "floor_ms": 1e3 * rates.floor(work_of(linears, moving)),
+        "floor_ms": 1e3 * rates.floor(work_of(linears, scaled)),
         "fused_mib": peak_mebibytes(linears, Linear.fused, device),
         "eager_mib": peak_mebibytes(linears, Linear.eager, device),
     }
@@ -172,8 +164,8 @@ def main() -> None:
     print(f"{'scheme':10} {'learned':8}", *(f"{name:>11}" for name in names))
     rows = []
     for scheme in SCHEMES[device]:
-        for moving in (False, True):
-            row = measure(scheme, moving, device, repeats, rates, arguments.compile)
+        for scaled in (False, True):
+            row = measure(scheme, scaled, device, repeats, rates, arguments.compile)
             rows.append(row)
             print(f"{scheme:10} {row['learned']:8}", *(f"{row[name]:11.3f}" for name in names), flush=True)
     write_json(arguments.json, device, {"rates": vars(rates), "rows": rows})

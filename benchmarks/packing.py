@@ -31,7 +31,7 @@ from measuring.machine import Work, copy_bandwidth, name_of, peak_bytes, seconds
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.registry import FORMATS
+from omniq.export.registry import FORMATS
 from omniq.grid.scheme import Scheme
 from omniq.storage.block_result import QuantizedLinear
 
@@ -83,12 +83,12 @@ PLAIN: dict[str, Callable[[QuantizedLinear, Scheme], dict[str, Tensor]]] = {
 
 def compare(name: str, linears: list[QuantizedLinear], packed: list[dict[str, Tensor]], scheme: Scheme) -> None:
     """Stop if the plain form is another layout, or if reading does not invert packing."""
-    layout = FORMATS[name]
+    codec = FORMATS[name].codec(scheme)
     for linear, tensors in zip(linears, packed, strict=True):
         for key, value in PLAIN[name](linear, scheme).items():
             if not torch.equal(value, tensors[f"x.{key}"]):
                 raise SystemExit(f"{name} {scheme.name}: the plain form of {key} differs")
-        if not torch.equal(layout.read("x", tensors, scheme).codes, linear.codes):
+        if not torch.equal(codec.load("x", tensors, scheme.grid).codes, linear.codes):
             raise SystemExit(f"{name} {scheme.name}: codes do not come back")
 
 
@@ -102,18 +102,18 @@ def work_of(linears: list[QuantizedLinear], packed: list[dict[str, Tensor]]) -> 
 
 def measure(name: str, scheme: Scheme, shapes: list[tuple[int, int]], repeats: int, bandwidth: float) -> dict[str, Any]:
     """One line of the table."""
-    layout, form = FORMATS[name], PLAIN[name]
+    codec, form = FORMATS[name].codec(scheme), PLAIN[name]
     linears = [random_linear(shape, scheme) for shape in shapes]
-    packed = [layout.tensors("x", linear, scheme) for linear in linears]
+    packed = [codec.store("x", linear) for linear in linears]
     compare(name, linears, packed, scheme)
     weights = sum(linear.codes.numel() for linear in linears)
 
     def pack() -> list[dict[str, Tensor]]:
-        return [layout.tensors("x", linear, scheme) for linear in linears]
+        return [codec.store("x", linear) for linear in linears]
 
     seconds = seconds_of(pack, "cpu", repeats, 1)
     slow = seconds_of(lambda: [form(linear, scheme) for linear in linears], "cpu", 1, 1)
-    read = seconds_of(lambda: [layout.read("x", tensors, scheme) for tensors in packed], "cpu", repeats, 1)
+    read = seconds_of(lambda: [codec.load("x", tensors, scheme.grid) for tensors in packed], "cpu", repeats, 1)
     return {
         "format": name,
         "scheme": scheme.name,
@@ -140,11 +140,11 @@ def main() -> None:
     print(f"{'format':20} {'scheme':10} {'pack s':>8} {'GB/s':>7} {'7B s':>7} {'floor s':>8} {'plain s':>8} "
           f"{'speedup':>8} {'read s':>8} {'MiB':>7}")  # fmt: skip
     rows = []
-    for name, layout in sorted(FORMATS.items()):
+    for name, format in sorted(FORMATS.items()):
         for wanted in SCHEMES:
             scheme = Scheme(wanted)
             try:
-                layout.check(scheme)
+                format.codec(scheme).check()
             except UserError:
                 continue  # this format has no such layout
             row = measure(name, scheme, shapes, arguments.repeats, bandwidth)

@@ -70,5 +70,5 @@ class PassCheckpoint(Callback):
     ) -> None:
         assert isinstance(pl_module, BlockModule)
         step, total = batch_idx + 1, trainer.num_training_batches
-        if step < total and pl_module.pauses_after(step) and not trainer.should_stop:
+        if step < total and pl_module.pausing and not trainer.should_stop:
             trainer.save_checkpoint(self.path, weights_only=False)

@@ -22,7 +22,7 @@ class Fuse(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
         task = pl_module.task
-        result, dtype = pl_module.finish(), task.grid.scale_dtype
+        result, dtype = pl_module.finish(), task.export_dtype
         name = collectives.broadcast_from_rank0(lambda: result.first_unstorable(dtype))
         if name is not None:
             task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"

@@ -55,7 +55,7 @@ class NonFiniteGuard(Callback):
     ) -> None:
         assert isinstance(pl_module, BlockModule)
         self._losses += [value for _, value in pl_module.tracked[-1:]]
-        if not pl_module.pauses_after(batch_idx + 1):
+        if not pl_module.pausing:
             return
         learned = [value for value in pl_module.state_dict().values() if value.is_floating_point() and value.numel()]
         largest = get_total_norm([*learned, *self._losses], inf)  # a few launches for all of them; NaN comes through

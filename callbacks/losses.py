@@ -87,7 +87,7 @@ class BlockLosses(Callback):
         self._turn = pl_module.batches.pass_of(step)
         self._waiting += [(step, name, value) for name, value in pl_module.tracked]
         pl_module.tracked.clear()
-        if pl_module.pauses_after(step) or step == trainer.num_training_batches:
+        if pl_module.pausing or step == trainer.num_training_batches:
             self._write(trainer, pl_module)
 
     def conclude(self, values: Mapping[str, float]) -> None:

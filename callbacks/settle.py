@@ -40,5 +40,5 @@ class Settle(Callback):
     ) -> None:
         assert isinstance(pl_module, BlockModule)
         step = batch_idx + 1
-        if step < trainer.num_training_batches and pl_module.pauses_after(step):
+        if step < trainer.num_training_batches and pl_module.pausing:
             self.settle()

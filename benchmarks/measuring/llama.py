@@ -72,11 +72,12 @@ def make_task(shape: str, scheme: Scheme, device: str, tokens: int, samples: int
         return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     block, activations = model.layers[0], scheme.activations
+    layout = LLAMA.layout(block, 0)
     task = BlockTask(
         0,
-        LLAMA.layout(block, 0),
+        layout,
         block,
-        scheme.grid,
+        dict.fromkeys(layout.linears, scheme.grid),
         inputs,
         inputs,
         kwargs,

@@ -42,9 +42,9 @@ class Eager:
         task, tensors = self.module.task, self.module.tensors()
         for name in task.layout.linears:
             clip, weight = self.module.clip(name), tensors[f"{name}.weight"]
-            lo, hi = (clip.lo, clip.hi) if self.module.transform is None else (None, None)
+            bounds = (clip.lo, clip.hi) if self.module.transform is None else None
             tensors[f"{name}.weight"] = fake_quantize_reference(
-                weight.float(), lo, hi, clip.upper, clip.lower, clip.grid, inputs.dtype
+                weight.float(), clip.upper, clip.lower, clip.grid, bounds, inputs.dtype
             )
         tokens = inputs.shape[1]
         mask = torch.full((tokens, tokens), torch.finfo(inputs.dtype).min, device=inputs.device).triu(1)[None, None]

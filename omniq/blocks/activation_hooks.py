@@ -70,8 +70,9 @@ def attach(
     """Let a block compute on quantized activations.
 
     Args:
-        finished: the linears of a finished block by name, which know their inputs' range where that is fixed; a block
-            without any is not quantized and computes in full precision. None while the block is being calibrated.
+        finished: the quantized linears of a finished block by name, which know their inputs' range where that is fixed.
+            The inputs of other linears stay as they are, and a block without any quantized linear computes in full
+            precision. None while the block is being calibrated.
 
     Returns:
         what takes everything off again.
@@ -87,7 +88,10 @@ def attach(
         length = SampleLength()
         if activations.static and finished is None:
             undo.append(block.register_forward_pre_hook(length).remove)
-        for names in layout.groups:
+        for group in layout.groups:
+            names = [name for name in group if finished is None or name in finished]
+            if not names:
+                continue
             fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
             shared = SharedInput(activations, fixed, linears[-1], length)

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.weights import set_tensors
-from omniq.calibration.observe import bad_samples, check_finite, observed
+from omniq.calibration.input_statistics import InputRange
+from omniq.calibration.observe import observe
 from omniq.calibration.task import BlockTask
-from omniq.distributed.collectives import all_reduce_max, all_reduce_sum
 from omniq.errors import UserError
 from omniq.models.layout import Layout
-from omniq.transforms.equivalence import Transform
+from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.initial import ChannelRanges
 from omniq.transforms.let import KINDS, warn_once
+from omniq.transforms.transform import Transform
 
 
 def kinds_of(layout: Layout) -> list[str]:
     """The kinds of equivalences that a block has."""
-    return [kind for kind, form in KINDS.items() if any(isinstance(each, form) for each in layout.equivalences)]
+    declared = {equivalence.kind for equivalence in layout.equivalences}
+    return [kind for kind in KINDS if kind in declared]
 
 
 def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
@@ -44,10 +46,15 @@ def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "trans
             )
 
 
+def concerns(layout: Layout, equivalence: Equivalence) -> bool:
+    """Whether an equivalence changes what is quantized: the input of a quantized linear, or queries and keys."""
+    return not equivalence.readers or any(name in layout.linears for name in equivalence.readers)
+
+
 def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Transform:
     """The transform of one block; warns once in a process about each equivalence that cannot have a shift."""
-    layout, forms = task.layout, tuple(KINDS[kind] for kind in kinds)
-    chosen = [each for each in layout.equivalences if isinstance(each, forms)]
+    layout = task.layout
+    chosen = [each for each in layout.equivalences if each.kind in kinds and concerns(layout, each)]
     transform = Transform(chosen, layout.heads, dict(task.block.named_parameters()), layout.can_bias, shift)
     for reason in transform.unshifted.values():
         warn_once(reason)
@@ -55,28 +62,25 @@ def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Trans
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
-    """Smallest and largest value of every input channel of the linears, in one pass over the quantized stream.
+    """Smallest and largest value of every input channel of all linears, kept ones too, in one pass over the stream.
 
     Activations are not quantized for it: what is asked for are the outliers.
 
+    Returns:
+        the ranges; without the linears that no token reaches.
+
     Raises:
-        UserError: see ``omniq.calibration.observe.check_finite``.
+        UserError: see ``Observation.results``.
     """
-    ranges, bad = ChannelRanges(), dict[str, Tensor]()
-
-    def add(name: str, x: Tensor) -> None:
-        ranges.update(name, x)
-        bad[name] = bad_samples(x, task) + bad.get(name, 0)
-
-    with observed(task.block, tuple(group[0] for group in task.layout.groups), add):
-        task.visit(task.inputs)
-    for name in ranges.lo:
-        ranges.lo[name], ranges.hi[name] = -all_reduce_max(-ranges.lo[name]), all_reduce_max(ranges.hi[name])
-        both = torch.stack([ranges.lo[name], ranges.hi[name]])
-        check_finite(task, name, both, all_reduce_sum(bad[name]), "range of its inputs")
+    seen, ranges = (
+        observe(task, [InputRange()], [group[0] for group in task.layout.groups], quantized=False),
+        ChannelRanges(),
+    )
     for group in task.layout.groups:
-        for name in group[1:]:
-            ranges.lo[name], ranges.hi[name] = ranges.lo[group[0]], ranges.hi[group[0]]
+        if seen[group[0]].tokens:
+            lo, hi = seen[group[0]].totals[0]
+            ranges.lo |= dict.fromkeys(group, lo)
+            ranges.hi |= dict.fromkeys(group, hi)
     return ranges
 
 

@@ -5,13 +5,17 @@ GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
 
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
-and need nothing of the calibration data but S. Linears that share an input share one S, are stacked by rows, and are
-solved together, which is exact because rows are independent (``omniq.calibration.stacked_linears``). The inputs are
+and need nothing of the calibration data but S. Linears that share an input share one S. Those of them that are on one
+grid are stacked by rows and solved together, which is exact because rows are independent
+(``omniq.calibration.stacked_linears``). The inputs are
 those of the quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of
 its own block already quantized.
 
 Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
 solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
+
+A linear that no token reaches, such as an expert of a mixture, has no S. It is rounded to nearest, or keeps what the
+stage before it found if this stage builds on that, and the block's summary names it.
 
 S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16
 are exact in float32); under several processes S is summed over them. Only the block's forward follows the Trainer's
@@ -22,22 +26,22 @@ Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, `
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from omniq.blocks.placement import gather_samples
+from omniq.calibration.input_statistics import InputGram, exact, relative
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
-from omniq.calibration.observe import bad_samples, check_finite, exact, gram_of, observed, relative
-from omniq.calibration.stacked_linears import StackedLinears
-from omniq.calibration.stage import Stage
+from omniq.calibration.observe import Observation
+from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import note_unreached, unknown_moment
+from omniq.calibration.stacked_linears import StackedLinears, split_by_grid
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights, relative_weights
+from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.kernels.matmul_precision import matmul_precision
@@ -82,8 +86,8 @@ class GramStage(Stage):
         self.damping = damping
 
     @property
-    def chooses_codes(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"grid", "codes"})
 
 
 class PlanLoader(PassLoader):
@@ -131,7 +135,7 @@ class GramModule(BlockModule):
     """A block whose linears are solved group by group.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
         work: solver steps for each group.
     """
@@ -144,10 +148,12 @@ class GramModule(BlockModule):
         self.settings, self.work = settings, work
         groups = tuple(range(len(task.layout.groups)))
         self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
-        self.grams: dict[int, Tensor] = {}
-        self.bad: dict[int, Tensor] = {}
+        self.plan = [(k, names) for k in groups for names in split_by_grid(task.layout.groups[k], task.grids)]
+        self.observation: Observation | None = None  # of the round that gathers
+        self.grams: dict[int, Tensor] = {}  # by group
+        self.tokens: dict[int, int] = {}  # that S is a sum over, of all processes; by group
         self.found: dict[str, QuantizedLinear] = {}
-        self.stacks: dict[int, StackedLinears] = {}
+        self.stacks: dict[int, StackedLinears] = {}  # by position in ``plan``
         self._deployed: dict[str, Tensor] = {}
 
     def loader(self) -> PlanLoader:
@@ -157,11 +163,11 @@ class GramModule(BlockModule):
         """None for Lightning: a solver exists only once its Gram matrix does."""
 
     @abstractmethod
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
-        """One step of the solver on one group.
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        """One step of the solver on one stack.
 
         Args:
-            k: position of the group in the family.
+            number: position of the stack in ``plan``, which lists each stack after its group.
             stack: its linears.
             gram: ``[i, i]``, float32, on the device of the block.
             step: from 0.
@@ -177,22 +183,27 @@ class GramModule(BlockModule):
         if len(indices):
             self._gather(groups, indices)
             if step + 1 == self.batches.steps_per_pass - self.work:
-                for k in groups:
-                    self._gathered(k)
+                self._gathered(groups)
             return
         work = step - (self.batches.steps_per_pass - self.work)
-        for k in groups:
-            with exact(self.grams[k]), matmul_precision("float32", self.task.device):
-                done = self.solve(k, self._stack(k), self.grams[k], work)
-            if done is not None:
-                self._keep(k, done)
+        for k in (k for k in groups if self.tokens[k]):
+            for number in self.stacks_in(k):
+                with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                    done = self.solve(number, self._stack(number), self.grams[k], work)
+                if done is not None:
+                    self._keep(number, done)
+            if self.found.keys() >= set(self.task.layout.groups[k]):
+                del self.grams[k]
 
     def finish(self) -> BlockResult:
-        return BlockResult(self.found, self.task.plain_tensors())
+        groups = self.task.layout.groups
+        note_unreached(self.task, [name for k, tokens in self.tokens.items() if not tokens for name in groups[k]])
+        return BlockResult({name: self.found[name] for name in self.task.layout.linears}, self.task.plain_tensors())
 
-    def second_moment(self, k: int) -> Tensor:
-        """What the clipping wants to know of the inputs of a group: their mean squares ``[i]``, or mean products."""
-        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self._tokens
+    def second_moment(self, number: int) -> Tensor:
+        """What the clipping needs to know of a stack's input: mean squares ``[i]`` or mean products ``[i, i]``."""
+        k = self.plan[number][0]
+        return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self.tokens[k]
 
     def track_errors(self, stack: StackedLinears, rows: slice, errors: Tensor, powers: Tensor) -> None:
         """Track the relative reconstruction error of each linear, without waiting for the device.
@@ -206,53 +217,55 @@ class GramModule(BlockModule):
         for name, (error, power) in zip(stack.names, sums, strict=True):
             self.track(f"{name.rpartition('.')[2]}/recon_error", relative(error, power))
 
-    @property
-    def _tokens(self) -> int:
-        """How many tokens S is a sum over: those of all processes."""
-        return self.task.inputs.shape[0] * self.task.inputs.shape[1] * self.trainer.world_size
-
     def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
-        names = {self.task.layout.groups[k][0]: k for k in groups}
-        waiting = set(names)
+        if self.observation is None:
+            names = [self.task.layout.groups[k][0] for k in groups]
+            self.observation = Observation(self.task, [InputGram()], names, self.settings.token_weights)
+        self.observation.run_batch(indices, self._deployed)
 
-        inputs, weights = gather_samples(self.task.inputs, indices, self.task.device), None
-        if self.settings.token_weights == "relative":
-            weights = relative_weights(gather_samples(self.task.targets, indices, self.task.device)).flatten()
+    def _gathered(self, groups: tuple[int, ...]) -> None:
+        """Sum over processes, refuse what no solver can use, and finish what no token reaches."""
+        assert self.observation is not None
+        for number in (number for k in groups for number in self.stacks_in(k)):
+            self._stack(number)  # weights that are not finite are to blame for the inputs behind them: named first
+        seen, self.observation = self.observation.results(), None
+        for k in groups:
+            name = self.task.layout.groups[k][0]
+            width = self.task.linear(name).in_features
+            self.tokens[k] = seen[name].tokens
+            if not self.tokens[k]:
+                self.found |= (done := self._unreached(k))
+                self._deploy(done)
+                continue
+            (self.grams[k],) = seen[name].totals
+            if self.tokens[k] < width and collectives.rank() == 0:
+                log.warning(
+                    "%s %s: %d tokens for %d inputs; give at least as many tokens as inputs "
+                    "(data.samples, data.length)", self.task.name, name, self.tokens[k], width,
+                )  # fmt: skip
 
-        def add(name: str, x: Tensor) -> None:
-            k = names[name]
-            product, bad = gram_of(x, weights), bad_samples(x, self.task)
-            self.grams[k] = self.grams[k].add_(product) if k in self.grams else product  # a Gram matrix may be large
-            self.bad[k] = self.bad[k] + bad if k in self.bad else bad
-            waiting.discard(name)
-            if not waiting:
-                raise _Enough
+    def _unreached(self, k: int) -> dict[str, QuantizedLinear]:
+        """The linears of a group that no token reaches."""
+        task, clipping, names = self.task, self.settings.clipping, self.task.layout.groups[k]
+        if task.result is not None and "grid" in self.settings.takes:
+            return {name: task.result.linears[name] for name in names}
+        weights = {name: task.linear(name).weight for name in names}
+        moment = unknown_moment(task.linear(names[0]), clipping.needs_gram)
+        return {name: round_to_nearest(weight, task.grids[name], clipping, moment) for name, weight in weights.items()}
 
-        with self.task.quantized_activations(), observed(self.task.block, tuple(names), add), suppress(_Enough):
-            functional_call(self.task.block, self._deployed, (inputs,), dict(self.task.kwargs))
+    def _stack(self, number: int) -> StackedLinears:
+        if number not in self.stacks:
+            self.stacks[number] = StackedLinears.of(self.task, self.plan[number][1])
+        return self.stacks[number]
 
-    def _gathered(self, k: int) -> None:
-        """Sum over processes, and refuse what no solver can use."""
-        self._stack(k)  # weights that are not finite are to blame for the inputs behind them: they are named first
-        reduce = self.trainer.strategy.reduce
-        self.grams[k] = reduce(self.grams[k], reduce_op="sum")
-        name, width = self.task.layout.groups[k][0], len(self.grams[k])
-        check_finite(self.task, name, self.grams[k], reduce(self.bad.pop(k), reduce_op="sum"))
-        if self._tokens < width and collectives.rank() == 0:
-            log.warning(
-                "%s %s: %d tokens for %d inputs; give at least as many tokens as inputs (data.samples, data.length)",
-                self.task.name, name, self._tokens, width,
-            )  # fmt: skip
+    def stacks_in(self, k: int) -> list[int]:
+        """Positions of the stacks of a group, which share its Gram matrix."""
+        return [number for number, (group, _) in enumerate(self.plan) if group == k]
 
-    def _stack(self, k: int) -> StackedLinears:
-        if k not in self.stacks:
-            self.stacks[k] = StackedLinears.of(self.task, self.task.layout.groups[k])
-        return self.stacks[k]
-
-    def _keep(self, k: int, done: dict[str, QuantizedLinear]) -> None:
+    def _keep(self, number: int, done: dict[str, QuantizedLinear]) -> None:
         self.found |= done
         self._deploy(done)
-        del self.grams[k], self.stacks[k]
+        self.stacks.pop(number, None)
 
     def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():
@@ -261,9 +274,11 @@ class GramModule(BlockModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         solvers = self.solver_state()
+        solved = {self.plan[number][0] for number in solvers}
         checkpoint["gram stage"] = {
-            "grams": {k: gram for k, gram in self.grams.items() if k not in solvers},
-            "bad": self.bad,
+            "groups": [list(group) for group in self.task.layout.groups],
+            "grams": {k: gram for k, gram in self.grams.items() if k not in solved},
+            "tokens": self.tokens,
             "found": {name: linear.to_state() for name, linear in self.found.items()},
             "solvers": solvers,
         }
@@ -272,18 +287,21 @@ class GramModule(BlockModule):
         state = checkpoint["gram stage"]
         device = self.task.device
         self.grams = {k: gram.to(device) for k, gram in state["grams"].items()}
-        self.bad = {k: count.to(device) for k, count in state["bad"].items()}
+        every = self.task.inputs.shape[0] * self.task.inputs.shape[1] * collectives.world_size()
+        # Up to version 1b67ee7 no counts were saved, and every linear saw every token.
+        self.tokens = dict(state.get("tokens", dict.fromkeys(range(len(self.task.layout.groups)), every)))
         self.found = {name: QuantizedLinear.from_state(linear) for name, linear in state["found"].items()}
         self._deploy(self.found)
         self.load_solver_state(state["solvers"])
 
+    def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Gram matrices are saved by the position of their group: whether the groups are still the same."""
+        groups = checkpoint["gram stage"].get("groups")  # not saved up to version 1b67ee7
+        return groups is None or groups == [list(group) for group in self.task.layout.groups]
+
     def solver_state(self) -> dict[int, Any]:
-        """State of the solvers in mid-solution, Gram matrix included, by position of their group."""
+        """State of the solvers in mid-solution, Gram matrix included, by position of their stack."""
         return {}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:
         """Take up what ``solver_state`` gave."""
-
-
-class _Enough(Exception):
-    """All inputs that were wanted have been seen: the rest of the block need not run."""

@@ -4,15 +4,14 @@
 import math
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import lightning as L
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from omniq.blocks.placement import gather_samples
+from omniq.calibration.frozen_block import FrozenBlockModule
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
@@ -20,51 +19,38 @@ from omniq.errors import UserError
 from omniq.storage.block_result import BlockResult
 
 
-class BlockModule(L.LightningModule):
-    """One block in the hands of one stage.
+class BlockModule(FrozenBlockModule):
+    """One block in the hands of one stage; ``state_dict()`` holds what the stage learns.
 
-    The block itself is kept out of the module tree: it is frozen, already on its device, and not part of a checkpoint.
-    What remains in ``state_dict()`` is what the stage learns.
+    Args:
+        task: the block, its streams and its grid.
+
+    Attributes:
+        save_interval: seconds between two pauses, for stages whose passes last milliseconds.
+        pausing: whether callbacks read the losses and save the fit after the current step.
     """
 
     save_interval = 0.0
 
     def __init__(self, task: BlockTask) -> None:
-        super().__init__()
-        self._outside = (task,)
+        super().__init__(task)
         self.tracked: list[tuple[str, Tensor]] = []
-        self._paused, self._paused_at = (0, False), -math.inf
-
-    @property
-    def task(self) -> BlockTask:
-        """The block, its streams and its grid."""
-        return self._outside[0]
+        self.pausing, self._paused_at = False, -math.inf
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of these samples on the block's device, each ``[batch, t, h]``."""
         task = self.task
         return gather_samples(task.inputs, indices, task.device), gather_samples(task.targets, indices, task.device)
 
-    def cpu(self) -> Self:
-        """Stays: Lightning would take what was learned to the host when the fit ends, and ``finish`` wants it here."""
-        return self
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Decide, once for all callbacks, whether they pause after this step: where a pass ends, if it is time.
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Indices go to where the streams are: a GPU would have to be asked for them again if those are on the host."""
-        return super().transfer_batch_to_device(batch, self.task.inputs.device, dataloader_idx)
-
-    def pauses_after(self, step: int) -> bool:
-        """Whether losses are read and the fit is saved after this step (from 1): where a pass ends.
-
-        Stages whose passes last milliseconds wait ``save_interval`` seconds in between; what is saved when changes
-        nothing about the result.
+        The time between two saves does not change the result.
         """
-        if self._paused[0] != step:
-            now = time.monotonic()
-            waited = collectives.world_size() > 1 or now - self._paused_at >= self.save_interval  # processes must agree
-            self._paused = (step, waited and self.batches.ends_pass(step))
-            self._paused_at = now if self._paused[1] else self._paused_at
-        return self._paused[1]
+        now = time.monotonic()
+        due = collectives.world_size() > 1 or now - self._paused_at >= self.save_interval  # processes must agree
+        self.pausing = due and self.batches.ends_pass(batch_idx + 1)
+        self._paused_at = now if self.pausing else self._paused_at
 
     def track(self, name: str, value: Tensor) -> None:
         """Record a scalar of this step, such as ``loss``; it stays on the device until the pass ends."""
@@ -82,6 +68,10 @@ class BlockModule(L.LightningModule):
     @abstractmethod
     def finish(self) -> BlockResult:
         """Round for the last time, in float32 on storage-rounded scales; leave ``task.block`` in full precision."""
+
+    def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether a saved fit of this stage belongs to this block as it is laid out now."""
+        return True
 
     def restored(self) -> None:
         """Called after a guard has put an earlier state back: forget whatever was derived from the other one."""

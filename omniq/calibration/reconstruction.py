@@ -74,7 +74,7 @@ class ReconstructionModule(BlockModule):
     """A block whose quantization is being learned.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
     """
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
-from omniq.calibration.observe import second_moments_for
+from omniq.calibration.second_moments import second_moments_for
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
 from omniq.quantizers.clipping import MinMax, RangeEstimator
@@ -36,7 +36,7 @@ class RTNModule(BlockModule):
         linears = {}
         for name in self.task.layout.linears:
             weight = self.task.linear(name).weight
-            linears[name] = round_to_nearest(weight, self.task.grid, self.clipping, second_moment.get(name))
+            linears[name] = round_to_nearest(weight, self.task.grids[name], self.clipping, second_moment.get(name))
         return BlockResult(linears, self.task.plain_tensors())
 
 

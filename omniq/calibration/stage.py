@@ -1,50 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage is: given a block, its two streams and a grid, it finds a better grid, codes or transform.
+"""A stage: given a block, its two streams and its grids, it finds a better grid, codes or transform.
 
-A ``Stage`` is what YAML names: a small object of settings. For every block it builds a ``BlockModule``, a
+YAML names a ``Stage``, a small object of settings. For every block the stage builds a ``BlockModule``, a
 LightningModule that one ``Trainer.fit`` of one Lightning epoch drives; the passes over the data are made by the loader,
 because that is the only arrangement in which a run killed twice still resumes exactly (docs/resume.md).
+
+A stage says what it ``takes`` from the stage before it and what it ``leaves`` to the next one. One rule refuses a list
+of stages: ``previous.leaves - stage.takes`` must be empty. The parts are
+
+- ``block``: a transformed block. ``BlockTask.block`` carries it, so every stage takes it.
+- ``grid``: scales and zero points.
+- ``codes``: codes other than the nearest ones on the grid. A stage that rounds to nearest leaves only its grid.
+- ``norms``: norms that are part of the result, but not of the block.
+- ``outliers``: weights in float16 beside the codes.
+- ``scale codes``: scales or zero points that are stored as codes themselves.
+
+A stage that transforms the block leaves nothing but the block: it also rounds, but only to be useful as the last stage.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` output and input features, ``G`` groups.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from omniq.errors import UserError
 
 if TYPE_CHECKING:  # settings are parsed without torch
     from omniq.calibration.module import BlockModule
     from omniq.calibration.task import BlockTask
+    from omniq.grid.scheme import Activations
     from omniq.models.layout import Layout
+
+Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes"]
+_PARTS: tuple[Part, ...] = ("block", "grid", "codes", "norms", "outliers", "scale codes")  # the order in messages
 
 
 class Stage(ABC):
-    """Settings of a method, named in YAML by ``class_path``; one module is built of them for each block."""
+    """Settings of a method, named in YAML by ``class_path``; one module is built from them for each block.
+
+    Attributes:
+        settings_that_take: for error messages, the setting with which this stage takes a part.
+        settings_that_omit: for error messages, the setting with which this stage does not leave a part.
+    """
+
+    settings_that_take: ClassVar[Mapping[Part, str]] = {}
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {}
 
     @property
-    def sparse(self) -> bool:
-        """Whether results have outliers, or scales that are codes, beside the codes: not every format can hold them."""
-        return False
+    def takes(self) -> frozenset[Part]:
+        """The parts of the previous stage's result that this stage builds on; ``block`` is always one of them."""
+        return frozenset({"block"})
 
     @property
-    def refines(self) -> bool:
-        """Whether it builds on the codes or the grid of the stage before it, instead of starting from the weights."""
-        return False
-
-    @property
-    def chooses_codes(self) -> bool:
-        """Whether its codes are more than the nearest on its grid: a stage that keeps the grid alone loses them."""
-        return False
-
-    @property
-    def tunes_norms(self) -> bool:
-        """Whether its codes go with norms that its result holds and the block does not."""
-        return False
-
-    @property
-    def moves(self) -> bool:
-        """Whether it leaves a transformed block, from whose weights a later stage may start."""
-        return False
+    def leaves(self) -> frozenset[Part]:
+        """The parts of this stage's result that the next stage must not lose."""
+        return frozenset({"grid"})
 
     @abstractmethod
     def module(self, task: "BlockTask") -> "BlockModule":
@@ -57,12 +68,44 @@ class Stage(ABC):
             UserError: names the family and what it has.
         """
 
-    def check(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages accept any place)
-        """Refuse a place in the list of stages where this one cannot work.
+    def equivalence_kinds(self, layout: "Layout", activations: "Activations") -> Sequence[str]:
+        """The kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
+        return ()
+
+    def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
+        """Refuse a list of stages in which this stage lacks a stage before it.
 
         Args:
             before: the stages that run earlier on the same block.
 
         Raises:
-            UserError: names both stages and the order that works.
+            UserError: names this stage and what must come before it.
         """
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Refuse a list of stages in which a stage lacks its predecessor, or loses a part of what that one leaves.
+
+    Raises:
+        UserError: names the stages, the part that would be lost, and the settings that avoid it.
+    """
+    for position, stage in enumerate(stages):
+        stage.check_place_in_list(stages[:position])
+        if position:
+            _check_nothing_is_lost(stages[position - 1], stage)
+
+
+def _check_nothing_is_lost(previous: Stage, stage: Stage) -> None:
+    lost = [part for part in _PARTS if part in previous.leaves - stage.takes]
+    if not lost:
+        return
+    before, name = type(previous).__name__, type(stage).__name__
+    omit, take = previous.settings_that_omit, stage.settings_that_take
+    remedies = {part: f"{before} with {omit[part]}" for part in lost if part in omit}
+    remedies |= {part: f"{name} with {take[part]}" for part in lost if part in take and part not in omit}
+    settings = dict.fromkeys(remedies[part] for part in lost if part in remedies)
+    parts = " and ".join(filter(None, (", ".join(lost[:-1]), lost[-1])))
+    remedy = f"use {' and '.join(settings)}, or " if len(remedies) == len(lost) else ""
+    raise UserError(
+        f"stages: {name} would lose the {parts} of {before} before it: {remedy}leave one of the two stages out"
+    )

@@ -13,14 +13,24 @@ While the block is calibrated there is no such range yet: ``omniq.quantizers.act
 from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.fuse import input_ranges
 from omniq.calibration.task import BlockTask
+from omniq.distributed.collectives import error_on_rank0
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import BlockResult
 
 
 def calibrate_static_ranges(task: BlockTask, result: BlockResult) -> BlockResult:
-    """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``."""
+    """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``.
+
+    Raises:
+        UserError: no token reaches a linear; see ``Observation.results``.
+    """
     load_quantized_weights(task.block, result)
-    ranges, given, dtype = input_ranges(task), task.activations, task.grid.scale_dtype
+    ranges, given, dtype = input_ranges(task), task.activations, task.export_dtype
+    if unreached := [name for name in result.linears if name not in ranges.lo]:
+        raise error_on_rank0(
+            f"{task.name} {unreached[0]}: no calibration token reaches this linear, so its input has no range: set "
+            "scheme.activation_range to token, or give more calibration text (data.samples)"
+        )
     return result.with_inputs(
         {
             name: StaticGrid.fit(ranges.lo[name].min(), ranges.hi[name].max(), given.inputs, given.symmetric, dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``BlockTask``: one block, its two streams, its grid, and what earlier stages found."""
+"""``BlockTask``: one block, its two streams, its grids, and what earlier stages found."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
-from omniq.blocks.forward import Precision, forward_stream, propagate
+from omniq.blocks.forward import Precision, propagate
 from omniq.blocks.placement import empty_like_stream
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
@@ -27,7 +27,7 @@ class BlockTask:
         layout: its linears, which of them share an input, and where scales may move.
         block: the Hugging Face block, frozen, in full precision, on the device of the run. A stage that moves scales
             between layers leaves the equivalent full-precision block here; it never leaves rounded weights.
-        grid: the grid asked for.
+        grids: the grid of each quantized linear, by name inside the block.
         inputs: what the quantized model feeds the block, ``[n, t, h]``.
         targets: what the full-precision model's block returns, ``[n, t, h]``.
         kwargs: the other arguments of the block's forward.
@@ -42,7 +42,7 @@ class BlockTask:
     index: int
     layout: Layout
     block: nn.Module
-    grid: Grid
+    grids: Mapping[str, Grid]
     inputs: Tensor
     targets: Tensor
     kwargs: Mapping[str, Any]
@@ -63,6 +63,11 @@ class BlockTask:
         """Where the block computes."""
         return next(self.block.parameters()).device
 
+    @property
+    def export_dtype(self) -> torch.dtype:
+        """Dtype of scales, which all grids share, and of every parameter that is not quantized, as exported."""
+        return next(iter(self.grids.values())).scale_dtype
+
     def linear(self, name: str) -> nn.Linear:
         """A linear of the block by name.
 
@@ -80,15 +85,11 @@ class BlockTask:
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
 
-    def visit(self, inputs: Tensor) -> None:
-        """Run the block over a whole stream for the hooks that look on; the outputs are not kept."""
-        forward_stream(self.block, inputs, self.kwargs, self.precision)
-
     def quantized_activations(self) -> AbstractContextManager[None]:
         """While this is entered, the block computes on quantized activations, as the deployed one will."""
         return quantized_activations(self.block, self.layout, self.activations)
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Every parameter that is not the weight of a quantized linear, by name: norms and biases."""
+        """Every parameter that is not the weight of a quantized linear, by name: norms, biases, kept linears."""
         quantized = {f"{name}.weight" for name in self.layout.linears}
         return {name: value.detach() for name, value in self.block.named_parameters() if name not in quantized}

@@ -15,14 +15,13 @@ import torch
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import EvaluatedModel
 from omniq.data import Evaluation
-from omniq.data.text import one_line
-from omniq.errors import NotByBlocks, UserError
+from omniq.errors import NotByBlocks, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_model, evaluate_streamed
 from omniq.evaluate.result import PerplexityResult
-from omniq.models.checkpoint import read_json, weights_in
 from omniq.models.locate import locate
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
+from omniq.models.weight_files import read_json, weight_file
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table, write_results
 from omniq.storage.atomic import expanded
@@ -91,8 +90,8 @@ def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device,
     try:
         source = SourceModel.open(place, None, _dtype(model, device), model.attention, model.trust_remote_code)
     except NotByBlocks:
-        return _whole(folder, file or weights_in(folder), model, evaluation, device, batch)
-    windows = evaluation.windows(source.tokenizer())
+        return _whole(folder, weight_file(folder, file), model, evaluation, device, batch)
+    windows = evaluation.sequences(source.tokenizer())
 
     def home(size: int) -> ActivationPlacement:
         return ActivationPlacement.choose("auto", device, Path(gettempdir()), size, count=1)
@@ -102,11 +101,11 @@ def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device,
 
 
 def _whole(
-    folder: Path, file: str | None, model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int
+    folder: Path, file: str, model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int
 ) -> PerplexityResult:
     """By transformers; what is quantized keeps the dtype of its checkpoint on a CPU too."""
-    gguf = file if file is not None and file.endswith(".gguf") else None
-    windows = evaluation.windows(open_tokenizer(folder, gguf, model.trust_remote_code))
+    gguf = file if file.endswith(".gguf") else None
+    windows = evaluation.sequences(open_tokenizer(folder, gguf, model.trust_remote_code))
     quantized = gguf is None and bool(read_json(folder / "config.json").get("quantization_config"))
     with _opening(folder, model):
         loaded = open_checkpoint(

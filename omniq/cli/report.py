@@ -34,7 +34,8 @@ def show_run(path: Path) -> None:
     for index in finished_blocks(path):
         summary = load_summary(block_path(path, index))
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
-        table.add_row(str(index), *values, str(summary.get("guard", "")))
+        notes = "; ".join(summary[key] for key in ("guard", "unreached") if key in summary)
+        table.add_row(str(index), *values, notes)
     console.print(table)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")

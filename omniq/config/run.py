@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage, check_stages
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
 from omniq.grid.scheme import Scheme
@@ -134,6 +134,11 @@ class Run:
     def __post_init__(self) -> None:
         self.out = expanded(self.out)  # a shell leaves ~ alone in --out=~/run, and YAML does always
 
+    @property
+    def stored_beside_codes(self) -> frozenset[Part]:
+        """What the last stage leaves that not every export format can store: outliers and scale codes."""
+        return self.stages[-1].leaves & {"outliers", "scale codes"}
+
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded.
 
@@ -142,20 +147,7 @@ class Run:
         """
         if not self.stages:
             raise UserError("stages is empty: name at least one, such as omniq.stages.OmniQuant")
-        for position, stage in enumerate(self.stages):
-            before = self.stages[:position]
-            name, lost = type(stage).__name__, type(before[-1]).__name__ if before else ""
-            if before and stage.refines and before[-1].sparse:
-                raise UserError(
-                    f"stages: {name} would refine the codes of {lost} without the outliers or scales that belong to "
-                    f"them: give {lost} neither, or leave one of the two out"
-                )
-            stage.check(before)
-            if before and not (stage.refines or before[-1].moves):
-                raise UserError(
-                    f"stages: {name} starts from the weights and would lose what {lost} before it has found: leave one "
-                    "of the two out"
-                )
+        check_stages(self.stages)
         self.check_values()
 
     def check_values(self) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to tokens: where calibration and evaluation text comes from, and the windows cut out of it."""
+"""From text to tokens: the sources of calibration and evaluation text, and the windows cut from it.
+
+May import storage (for paths) and errors. Read ``text.py`` first, then ``windows.py``.
+"""
 
 from omniq.data.text import HubText, LocalText, Stdlib, TextSource
 from omniq.data.windows import Calibration, Evaluation, Windows, digest

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where text comes from: a source gives plain documents and can say in one line what it is.
+"""Sources of text: a source gives plain documents and describes itself in one line.
 
-``Stdlib`` needs nothing but Python, ``LocalText`` a file, ``HubText`` the Hugging Face hub. Each is chosen in YAML by
-``class_path``; a new source is a class with ``documents`` and ``describe``. Windows of tokens are cut from the
-documents of a source joined by its separator (``omniq.data.windows``).
+``Stdlib`` needs only Python, ``LocalText`` a file, ``HubText`` the Hugging Face Hub. YAML files choose a source by its
+``class_path``. A new source is a class with ``documents`` and ``describe``. ``omniq.data.windows`` joins the documents
+by the separator of the source and cuts windows of tokens from them.
 
-Local json and parquet files are read through ``datasets`` in streaming mode: its cache is keyed by path, size and time
-of modification and would return old rows after an edit that keeps these three.
+``datasets`` reads local json and parquet files in streaming mode: its cache has the path, size and time of
+modification as key, so it would return old rows after an edit that keeps these three.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import platform
-import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.storage.atomic import expanded
 
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""How a local file is read, by its extension."""
+"""The reader of a local file, by its extension."""
 
 HELD_OUT_SHARE = 5
 """One character in five of the standard library's documentation is held out."""
 
 SHARED_PARAGRAPH = 80
-"""Characters (about one line) from which a paragraph that appears in two topics counts as a repetition."""
+"""The least length, in characters (about one line), of a paragraph whose repetitions are removed."""
 
 
 class TextSource(ABC):
@@ -50,7 +49,7 @@ class TextSource(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for the model card: what the text is, without a path of this machine."""
+        """One line for the model card that says what the text is, without a path of this machine."""
 
     def text(self) -> str:
         """All documents as one string."""
@@ -61,9 +60,9 @@ class TextSource(ABC):
 class Stdlib(TextSource):
     """The documentation that comes with Python (``pydoc_data.topics``), split by topic.
 
-    Topics quote each other at length (``specialnames`` holds all of ``customization``), so a paragraph is kept only in
-    the first topic, by name, that has it. Then, in the order of the SHA-256 of their names, topics are held out as
-    long as they fit into a fifth of the characters; the others are for calibration.
+    Topics quote each other at length (``specialnames`` contains all of ``customization``), so only the first topic by
+    name keeps a repeated paragraph. Topics are then held out in the order of the SHA-256 of their names, as long as
+    they fit into a fifth of the characters; the other topics are for calibration.
 
     Args:
         split: ``calibration`` (about 80 % of the characters) or ``held-out``.
@@ -83,24 +82,24 @@ class Stdlib(TextSource):
         return {name: text for name, text in every.items() if (name in held_out) == (self.split == "held-out")}
 
     def documents(self) -> list[str]:
-        """One document a topic."""
+        """One document per topic."""
         return list(self.topics().values())
 
     def describe(self) -> str:
-        """The version of Python, and the split."""
+        """The Python version and the split."""
         version = ".".join(platform.python_version_tuple()[:2])
         return f"documentation of the Python {version} standard library (pydoc_data.topics), {self.split} split"
 
 
 @dataclass(frozen=True)
 class LocalText(TextSource):
-    """A file of text.
+    """A local text file.
 
     Args:
-        path: ``.txt`` or ``.md`` (one document), ``.jsonl`` or ``.json`` (one document a row), ``.parquet``.
+        path: ``.txt`` or ``.md`` (one document), ``.jsonl``, ``.json`` or ``.parquet`` (one document per row).
         field: the column that holds the text of a row; not used for ``.txt`` and ``.md``.
-        separator: what joins the documents.
-        max_documents: how many documents to read from the front; all if not given.
+        separator: the text between two documents.
+        max_documents: the number of documents to read, from the start; all by default.
     """
 
     path: str
@@ -115,7 +114,7 @@ class LocalText(TextSource):
         """Read the file.
 
         Raises:
-            UserError: the file is missing, empty, of an unknown kind, damaged, or has no such field.
+            UserError: the file is missing, empty or damaged, has an unknown extension, or lacks the field.
         """
         path = expanded(self.path)
         kind = READERS.get(path.suffix.lower())
@@ -129,7 +128,7 @@ class LocalText(TextSource):
             raise UserError(f"LocalText.path: {self.path!r} is empty; give a file with text in it")
         try:
             found = [_read_text(path)] if kind == "text" else self._rows(kind, path)
-        except (OSError, ValueError) as error:  # damaged json and parquet, wrong encoding, no permission
+        except (OSError, ValueError) as error:  # damaged json or parquet, wrong encoding, no permission
             raise UserError(f"LocalText.path: {self.path!r} cannot be read as {kind}: {one_line(error)}") from error
         if not any(map(str.strip, found)):
             raise UserError(f"LocalText.path: {self.path!r} holds no text; give a file with text in it")
@@ -141,7 +140,7 @@ class LocalText(TextSource):
             return _field(rows, self.field, self.max_documents, self.path)
 
     def describe(self) -> str:
-        """The file's name and the digest of its content."""
+        """The name of the file and the digest of its content."""
         path = expanded(self.path)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return f"{path.name} (SHA-256 {content[:16]}{_first(self.max_documents)})"
@@ -149,18 +148,18 @@ class LocalText(TextSource):
 
 @dataclass(frozen=True)
 class HubText(TextSource):
-    """A data set of the Hugging Face hub, or a folder laid out like one.
+    """A data set on the Hugging Face Hub, or a local folder with the same layout.
 
     Args:
         path: such as ``Salesforce/wikitext`` or ``allenai/c4``.
         name: the configuration, such as ``wikitext-2-raw-v1``.
         split: such as ``train`` or ``test``.
         field: the column that holds the text of a row.
-        data_files: the files to read instead of all, such as ``en/c4-train.00000-of-01024.json.gz``.
-        revision: a commit or tag of the data set; its newest if not given.
-        streaming: read rows over the network as they are needed instead of downloading whole files first.
-        max_documents: how many rows to read from the front; all if not given.
-        separator: what joins the rows.
+        data_files: the files to read instead of all files, such as ``en/c4-train.00000-of-01024.json.gz``.
+        revision: a commit or tag of the data set; the newest by default.
+        streaming: read rows over the network as they are needed, without downloading whole files first.
+        max_documents: the number of rows to read, from the start; all by default.
+        separator: the text between two rows.
     """
 
     path: str
@@ -180,7 +179,7 @@ class HubText(TextSource):
         """Read the rows.
 
         Raises:
-            UserError: the hub cannot be reached, or has no such data set, configuration, split, file or field.
+            UserError: the Hub cannot be reached, or lacks the data set, configuration, split, file or field.
         """
         with _quiet_datasets() as datasets:
             try:
@@ -203,33 +202,28 @@ class HubText(TextSource):
         return found
 
     def describe(self) -> str:
-        """Name (of a folder its last part), configuration, split, and what was left out."""
+        """Name (for a folder its last component), configuration, files, revision, split, and the limit of rows."""
         path = Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
         parts = [path, self.name, self.data_files, f"revision {self.revision}" if self.revision else None]
         return f"{' '.join(part for part in parts if part)} ({self.split} split{_first(self.max_documents)})"
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
-    """Refuse a number that is given and too small.
+    """Refuse a number below a minimum; None passes.
 
     Raises:
-        UserError: names the setting, the number and the least that will do.
+        UserError: names the setting, the number and the minimum.
     """
     if value is not None and value < least:
         raise UserError(f"{name}: {value} is too few; give {least} or more")
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, or its kind where it has none, on one line of reasonable length."""
-    return textwrap.shorten(str(error), width=240, placeholder=" …") or type(error).__name__
-
-
 def _distinct_topics() -> dict[str, str]:
-    """Python's documentation by topic, sorted by name, no longer paragraph twice."""
+    """Python's documentation by topic, sorted by name, without repeated paragraphs."""
     try:
         from pydoc_data.topics import topics
-    except ModuleNotFoundError as error:  # some distributions package it apart
-        raise UserError("Stdlib: this Python came without pydoc_data; use omniq.data.LocalText instead") from error
+    except ModuleNotFoundError as error:  # some distributions have a separate package for it
+        raise UserError("Stdlib: this Python lacks the module pydoc_data; use omniq.data.LocalText instead") from error
     seen: set[str] = set()
     distinct = {}
     for name in sorted(topics):
@@ -246,11 +240,11 @@ def _distinct_topics() -> dict[str, str]:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors put first
+    return path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors write
 
 
 def _field(rows: Any, field: str, limit: int | None, path: str) -> list[str]:
-    """The text of each row, of the first ``limit`` at most."""
+    """The text of every row, or of the first ``limit`` rows."""
     found = []
     try:
         for number, row in enumerate(itertools.islice(rows, limit), start=1):
@@ -259,7 +253,7 @@ def _field(rows: Any, field: str, limit: int | None, path: str) -> list[str]:
             if not isinstance(row[field], str):
                 raise UserError(f"field: {path!r} row {number} has {row[field]!r} where {field!r} should be text")
             found.append(row[field])
-    except StopIteration:  # datasets lets it escape where a file has no row
+    except StopIteration:  # datasets lets it escape if a file has no row
         return []
     return found
 
@@ -271,15 +265,15 @@ def _first(limit: int | None) -> str:
 def _unreachable(offline: bool) -> str:
     remedy = "to read a file instead, set class_path: omniq.data.LocalText and init_args: {path: FILE}"
     if not offline:
-        return f"cannot be fetched: the Hugging Face hub is unreachable; {remedy}"
+        return f"cannot be fetched: the Hugging Face Hub is unreachable; {remedy}"
     switches = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     switch = next(name for name in switches if os.environ.get(name))
-    return f"is not in the local cache, and {switch}={os.environ[switch]} forbids the hub; unset it, or {remedy}"
+    return f"is not in the local cache, and {switch}={os.environ[switch]} forbids the Hub; unset it, or {remedy}"
 
 
 @contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """Import ``datasets`` (half a second), and keep logs from repeating what our one line says."""
+    """Import ``datasets`` (half a second), and silence its logs, which repeat the message of the error."""
     import datasets
 
     levels = {name: logging.getLogger(name).level for name in ("datasets", "huggingface_hub")}

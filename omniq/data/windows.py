@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows of tokens: random ones to calibrate on, consecutive ones to evaluate on.
 
-The documents of a source are joined (by a blank line, unless it says otherwise) and tokenized once, as one string;
-special tokens that the tokenizer adds on its own (LLaMA's begin-of-text) stand at the very start and nowhere else. From
-these ``n`` tokens:
+The documents of a source are joined (by a blank line, unless the source sets another separator) and tokenized once, as
+one string. Special tokens that the tokenizer adds (LLaMA's begin-of-text) stand at the very start only. These ``n``
+tokens give:
 
-* calibration: ``samples`` windows at uniformly random offsets, which may overlap each other (OmniQuant, arXiv
-  2308.13137, and GPTQ before it: 128 windows of 2048);
-* held-out: the last ``held_out * length`` tokens, cut into consecutive windows. Calibration windows are drawn from what
-  lies before them, so that a loss on the held-out windows is one on unseen text;
-* evaluation: all ``floor(n / length)`` consecutive windows, the tail dropped (the protocol of GPTQ and OmniQuant).
+* calibration: ``samples`` windows at uniformly random offsets, which may overlap (OmniQuant, arXiv 2308.13137, and
+  GPTQ before it: 128 windows of 2048);
+* held-out: the last ``held_out * length`` tokens, cut into consecutive windows. Calibration windows are drawn from the
+  tokens before them, so the loss on the held-out windows is a loss on unseen text;
+* evaluation: all ``floor(n / length)`` consecutive windows; the tail is dropped (the protocol of GPTQ and OmniQuant).
 
-Different from the published code: offsets come from a generator of their own, not from Python's global one, so they
-depend on nothing but text, tokenizer, sizes and seed; the last possible offset can be drawn; the tokenizer is the one
-the model comes with (the paper used the slow variant, which transformers no longer has).
+Deviations from the published code: offsets come from a separate generator and not from Python's global one, so they
+depend only on text, tokenizer, sizes and seed; the last possible offset can be drawn; the tokenizer is that of the
+model (the paper used the slow variant, which transformers no longer has).
 """
 
 import hashlib
@@ -28,31 +28,29 @@ if TYPE_CHECKING:  # settings are parsed without torch
 
 
 class Windows(NamedTuple):
-    """What a block is calibrated and watched with.
+    """The tokens that calibrate a block, and those that its loss is watched on.
 
     Args:
         calibration: int64 ``[samples, length]``.
-        held_out: int64 ``[held_out, length]``; no token of it is in ``calibration``.
-        available: how many tokens the text has.
+        held_out: int64 ``[held_out, length]``; shares no token of the text with ``calibration``.
     """
 
     calibration: "Tensor"
     held_out: "Tensor"
-    available: int
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that stages see.
+    """The text that stages calibrate on.
 
     Args:
-        source: where the text comes from.
-        samples: number of random windows. The paper uses 128; 16 do as well for weights alone (its Table A11: 6.47
-            at W3A16 with 16 and with 128).
-        length: tokens a window.
-        held_out: windows kept apart to watch the loss on unseen text.
-        seed: of the random offsets; the seed of the run if not given.
-        add_special_tokens: let the tokenizer put its own special tokens around the whole text, as it does by default.
+        source: of the text.
+        samples: number of random windows. The paper uses 128; 16 suffice for weight-only quantization (its Table A11:
+            6.47 at W3A16 with 16 and with 128).
+        length: tokens per window.
+        held_out: number of windows kept apart to watch the loss on unseen text.
+        seed: of the random offsets; the seed of the run by default.
+        add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
     """
 
     source: TextSource
@@ -72,7 +70,7 @@ class Calibration:
 
         Args:
             tokenizer: of the model, from transformers.
-            seed: of the run; used unless the calibration has one of its own.
+            seed: of the run; used unless ``self.seed`` is set.
 
         Raises:
             UserError: the text cannot be read, or is too short for one calibration window beside the held-out ones.
@@ -93,7 +91,6 @@ class Calibration:
         return Windows(
             calibration=tokens[offsets + torch.arange(self.length)],  # [samples, length]
             held_out=tokens[tail:].view(self.held_out, self.length).clone(),
-            available=len(tokens),
         )
 
     def describe(self) -> str:
@@ -106,10 +103,10 @@ class Evaluation:
     """The text that perplexity is measured on.
 
     Args:
-        source: where the text comes from.
-        length: tokens a window; published numbers use 2048.
-        max_windows: how many windows to use, from the front; all if not given.
-        add_special_tokens: let the tokenizer put its own special tokens around the whole text, as it does by default.
+        source: of the text.
+        length: tokens per window; published numbers use 2048.
+        max_windows: the number of windows to use, from the start; all by default.
+        add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
     """
 
     source: TextSource
@@ -121,8 +118,8 @@ class Evaluation:
         at_least("evaluation.length", self.length, 2)
         at_least("evaluation.max_windows", self.max_windows, 1)
 
-    def windows(self, tokenizer: Any) -> "Tensor":
-        """Cut the text into consecutive windows, int64 ``[n, length]``; the tail is dropped.
+    def sequences(self, tokenizer: Any) -> "Tensor":
+        """Cut the text into consecutive windows, int64 ``[n, length]``, and drop the tail.
 
         Raises:
             UserError: the text cannot be read, or is too short for one window.
@@ -153,7 +150,7 @@ def tokenize(source: TextSource, tokenizer: Any, add_special_tokens: bool = True
         add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # or it warns that the text is longer than the model's context, which is the point here
+        verbose=False,  # otherwise it warns that the text is longer than the model's context, which is intended here
     )
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 

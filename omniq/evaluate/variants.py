@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from omniq.blocks.activation_hooks import attach
+from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.blocks.weights import load_quantized_weights
 from omniq.evaluate.streaming import Variant
-from omniq.grid.affine import Grid, rounded_to_nearest
-from omniq.grid.scheme import Activations, Scheme
-from omniq.models.layout import Layout
+from omniq.grid.affine import rounded_to_nearest
+from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
 
@@ -33,32 +33,31 @@ def full_precision_variant(index: int, block: nn.Module) -> nn.Module:
     return block
 
 
-def rounded_variant(layout: Callable[[int], Layout], grid: Grid, activations: Activations) -> Variant:
-    """Every block rounded to nearest on the min-max grid given, its activations quantized as given.
+def rounded_variant(source: SourceModel, scheme: Scheme) -> Variant:
+    """Every block rounded to nearest on the min-max grids of the scheme, its activations quantized as the scheme says.
 
     Where the scheme fixes the ranges of inputs, which only calibration can, each window has its own.
     """
 
     def variant(index: int, block: nn.Module) -> nn.Module:
-        for name in layout(index).linears:
+        grids = scheme_grids(source, scheme, index)
+        for name, grid in grids.items():
             linear: Any = block.get_submodule(name)
             weight = linear.weight.detach().float()
             linear.weight.data.copy_(rounded_to_nearest(weight, grid))
-        attach(block, layout(index), activations)
+        attach(block, scheme_layout(source, scheme, index), scheme.activations, None if grids else {})
         return block
 
     return variant
 
 
-def quantized_variant(
-    read: Callable[[int], BlockResult], layout: Callable[[int], Layout], activations: Activations
-) -> Variant:
+def quantized_variant(read: Callable[[int], BlockResult], source: SourceModel, scheme: Scheme) -> Variant:
     """Every block as the run left it, its activations quantized as the scheme says."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         result = read(index)
         load_quantized_weights(block, result)
-        attach(block, layout(index), activations, result.linears)
+        attach(block, scheme_layout(source, scheme, index), scheme.activations, result.linears)
         return block
 
     return variant

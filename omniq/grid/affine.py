@@ -18,7 +18,6 @@ A stage may restrict scales and zero points further, to a few levels: ``omniq.gr
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size (``i = G g``).
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
+from omniq.grid.name import check_weights
 from omniq.grid.quantized_scales import QuantizedScales
 
 
@@ -53,10 +53,7 @@ class Grid:
     second: QuantizedScales | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UserError(f"weight bits {self.bits} are outside 2..8: choose a scheme from W2 to W8, such as W4A16")
-        if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"group size {self.group_size} is not usable: give a positive size, or -1 for per-channel")
+        check_weights(self.bits, self.group_size)
         if self.second is not None and self.second.zero_bits and (self.symmetric or self.second.zero_bits >= self.bits):
             kind = "of a symmetric grid" if self.symmetric else f"of {self.bits} bits"
             raise UserError(f"zero points {kind} need no code of {self.second.zero_bits} bits: set zero_bits to 0")
@@ -141,28 +138,6 @@ class Grid:
         """Weights ``(q - z) * s``, ``[o, i]``, in the dtype of ``scale``."""
         s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1).to(scale.dtype)
         return ((self.split(codes.to(scale.dtype)) - z) * s).flatten(-2)
-
-
-_SCHEME = re.compile(r"W(?P<weight>\d+)A(?P<activation>\d+)(?:KV(?P<kv>\d+))?(?:g(?P<group>\d+))?", re.IGNORECASE)
-
-
-def parse_scheme(name: str) -> tuple[int, int, int, int]:
-    """Read a scheme by its name in the field: ``W4A16``, ``W3A16g128``, ``W4A4KV8``.
-
-    Returns:
-        bits of weights, activations and KV cache (16 where nothing is said), and the group size (-1: per-channel).
-
-    Raises:
-        UserError: not such a name.
-    """
-    match = _SCHEME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128"
-        )
-    given = match.groupdict()
-    kv, group = int(given["kv"] or 16), int(given["group"] or -1)
-    return int(given["weight"]), int(given["activation"]), kv, group
 
 
 @torch.no_grad()

@@ -9,20 +9,29 @@
 With ``activation_range: tensor`` all tokens share one range, which is found in the calibration text once the block is
 finished, and fixed. The field calls this static, and a range for each token dynamic.
 
+Rules give some linears other weights, or leave them in floating point: ``omniq.grid.rule``.
+
 The same object is what a user writes in YAML, what the blocks are calibrated under, and what an export tells a runtime.
 
 OmniQuant's tables quantize queries, keys and values to the activations' bits whenever these are below 16, while their
 names do not say so. omniq says it: the paper's W4A4 is ``name: W4A4KV4, queries: true``. The softmax output stays at 16
 bits, as in the paper.
+
+This module imports torch only where a grid or a dtype is asked for, so that a configuration is checked without it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from omniq.errors import UserError
-from omniq.grid.affine import Grid, parse_scheme
+from omniq.grid.name import SchemeName, check_weights, parse_scheme
+from omniq.grid.rule import Rule
+
+if TYPE_CHECKING:  # a configuration is parsed and checked without torch
+    import torch
+
+    from omniq.grid.affine import Grid
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,11 @@ class Scheme:
         activation_range: what shares a range in the inputs of linears: each ``token``, found as it comes (the paper),
             or the whole ``tensor``, found in the calibration text and fixed.
         queries: quantize queries to the bits of the linears' inputs, as the paper does.
+        rules: other weights for some linears; the last rule that matches a linear decides.
 
     Raises:
-        UserError: a name that is not understood, bits that are not 2 to 8 or 16, a group size that is not usable, or
-            a setting of activations where the name has none.
+        UserError: a name that is not understood, bits that are not 2 to 8 or 16, a group size that is not usable,
+            a setting of activations where the name has none, or a rule with other activations.
     """
 
     name: str = "W4A16"
@@ -80,9 +90,10 @@ class Scheme:
     activation_symmetric: bool = False
     activation_range: Literal["token", "tensor"] = "token"
     queries: bool = False
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        _, inputs, keys_values, _ = parse_scheme(self.name)
+        weight_bits, inputs, keys_values, group_size = self._parsed
         for what, bits in (("activations", inputs), ("keys and values", keys_values)):
             if not 2 <= bits <= 8 and bits != 16:
                 raise UserError(f"scheme.name {self.name!r}: {what} of {bits} bits are not possible: use 2 to 8, or 16")
@@ -98,51 +109,55 @@ class Scheme:
             raise UserError(
                 f"scheme.queries: {self.name!r} has no activation bits to give to queries; use a name such as W4A4KV4"
             )
-        self.grid  # noqa: B018 (refuses bad bits and group sizes)
+        check_weights(weight_bits, group_size)
+        for rule in self.rules:
+            rule.check_activations(self.name, inputs, keys_values)
 
-    @classmethod
-    def of(
-        cls,
-        grid: Grid,
-        activation_bits: int = 16,
-        activation_symmetric: bool = False,
-        kv_bits: int = 16,
-        queries: bool = False,
-        activation_range: Literal["token", "tensor"] = "token",
-    ) -> "Scheme":
-        """The scheme of weights on this grid."""
-        cache = "" if kv_bits == 16 else f"KV{kv_bits}"
-        group = "" if grid.group_size == -1 else f"g{grid.group_size}"
-        name = f"W{grid.bits}A{activation_bits}{cache}{group}"
-        dtype = str(grid.scale_dtype).removeprefix("torch.")
-        return cls(
-            name,
-            grid.symmetric,
-            dtype,  # type: ignore[arg-type]
-            activation_symmetric=activation_symmetric,
-            activation_range=activation_range,
-            queries=queries,
-        )
+    def rule_of(self, name: str) -> Rule | None:
+        """The rule that decides about a linear, by its full name: the last that matches it; None if none matches."""
+        return next((rule for rule in reversed(self.rules) if rule.matches(name)), None)
+
+    def grid_of(self, name: str) -> "Grid | None":
+        """The grid of a linear, by its full name such as ``model.layers.0.mlp.up_proj``; None: floating point."""
+        rule = self.rule_of(name)
+        return self.grid if rule is None else self._grids[rule]
+
+    @cached_property
+    def grid(self) -> "Grid":
+        """The grid of the weights that no rule matches."""
+        from omniq.grid.affine import Grid
+
+        return Grid(self._parsed.bits, self._parsed.group_size, self.symmetric, self.export_dtype)
 
     @property
-    def grid(self) -> Grid:
-        """The grid of the weights."""
-        bits, _, _, group_size = parse_scheme(self.name)
-        return Grid(bits, group_size, self.symmetric, self.export_dtype)
+    def grids(self) -> tuple["Grid", ...]:
+        """Every grid that the name and the rules give, each once."""
+        return tuple(dict.fromkeys(grid for grid in (self.grid, *self._grids.values()) if grid is not None))
 
-    def grid_of(self, name: str) -> Grid | None:
-        """The grid of one linear by its full name, such as ``model.layers.0.mlp.up_proj``; None leaves it as it is."""
-        return self.grid
+    @cached_property
+    def _grids(self) -> "dict[Rule, Grid | None]":
+        from omniq.grid.affine import Grid
+
+        found: dict[Rule, Grid | None] = {}
+        for rule in self.rules:
+            symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
+            weights = rule.weights
+            found[rule] = weights and Grid(weights.bits, weights.group_size, symmetric, self.export_dtype)
+        return found
+
+    @cached_property
+    def _parsed(self) -> SchemeName:
+        return parse_scheme(self.name)
 
     @property
     def activation_bits(self) -> int:
         """Bits of the linears' inputs; 16 for none."""
-        return parse_scheme(self.name)[1]
+        return self._parsed.activation_bits
 
     @property
     def kv_bits(self) -> int:
         """Bits of keys and values; 16 for none."""
-        return parse_scheme(self.name)[2]
+        return self._parsed.kv_bits
 
     @property
     def activations(self) -> Activations:
@@ -152,7 +167,11 @@ class Scheme:
         return Activations(self.activation_bits, queries, self.kv_bits, self.activation_symmetric, static)
 
     @property
-    def export_dtype(self) -> torch.dtype:
+    def export_dtype(self) -> "torch.dtype":
         """Dtype of scales, norms, biases and embeddings in the checkpoint."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        from omniq.grid.dtypes import torch_dtype
+
+        return torch_dtype(self.dtype)
+
+    def __str__(self) -> str:
+        return "; ".join([self.name, *map(str, self.rules)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hot operators: a torch reference beside a Triton version with the same signature.
+"""Hot operators: for each kernel a torch reference beside a Triton implementation with the same signature.
 
-May import grid only. Read ``fake_quant.py`` first.
+``fused.py`` chooses between the two. May import grid only. Read ``fake_quant.py`` first.
 """

@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequential part of a coordinate descent sweep, one Triton kernel per block of columns.
+"""The sequential part of a coordinate descent sweep, one Triton kernel for each block of columns.
 
-The same step 2 as ``omniq.kernels.coordinate_descent.round_block``, fused: one program owns 32 rows of the layer for
-all columns of a block, and rows are independent, so programs never meet. A block is walked in runs of 16 columns:
+It is step 2 of ``omniq.kernels.coordinate_descent``, fused. One program owns 32 rows of the layer for all columns of a
+block. Rows are independent, so programs never communicate. A program visits a block in runs of 16 columns:
 
-1. ``tl.dot`` brings the steps of all earlier runs to this one's gradients (they lie in the same buffer, because a step
-   overwrites its gradient);
-2. what the run needs is loaded at once: its columns of ``G``, ``W`` and ``D``, one row of the layer per lane, and its
-   triangle of S. A barrier after these loads keeps the compiler from spreading them over the arithmetic, where each
-   would be waited for;
-3. the columns go one by one, unrolled, in registers alone: ``sum_k S_jk e_k`` never leaves a lane. From one step to the
-   next it is a dozen dependent instructions; about seventy are issued a column.
+1. ``tl.dot`` applies the steps of all earlier runs to the gradients of this run. Both lie in the same buffer, because a
+   step overwrites its gradient.
+2. The data of the run is loaded at once: its columns of ``G``, ``W`` and ``D``, one row of the layer per lane, and its
+   triangle of S. A barrier after these loads keeps the compiler from spreading them over the arithmetic, which would
+   then wait for each of them.
+3. The columns are visited one by one, unrolled, in registers alone: ``sum_k S_jk e_k`` never leaves a lane. The chain
+   from one step to the next is a dozen dependent instructions; about seventy are issued for each column.
 
-The quotient ``u / s`` is a product with ``1 / s`` and one correction by its exact remainder, which is IEEE division but
-for rare last bits, without its branch. Rounding is half to even by adding and subtracting ``1.5 * 2^23`` (``2^52`` in
-float64), after a clamp to the range of codes, whose ends are integers: the order of clamping and rounding does not
-matter. So only the order of sums differs from the torch version. The products of part 1 run on tensor cores: in TF32,
-or as three TF32 products that together keep the precision of float32; in float64 they are sums of outer products,
-because not every release of Triton has a float64 dot.
+The quotient ``u / s`` is a product with ``1 / s`` and one correction by its exact remainder. It equals IEEE division
+except for rare last bits, and has no branch. Rounding is half to even by adding and subtracting ``1.5 * 2^23``
+(``2^52`` in float64), after a clamp to the range of codes. The bounds of that range are integers, so the order of
+clamping and rounding does not matter. Therefore only the order of sums differs from the torch implementation. The
+products of part 1 run on tensor cores: in TF32, or as three TF32 products that together keep the precision of float32.
+In float64 they are sums of outer products, because not every release of Triton has a float64 dot.
 
-Import this module only where Triton exists; ``omniq.kernels.coordinate_descent`` decides.
+Import this module only where Triton exists; ``omniq.kernels.fused`` chooses.
 
 Shapes: ``o`` output features, ``i`` input features, ``B`` columns of a block.
 """
 # mypy: allow-untyped-defs, disable-error-code="assignment,var-annotated"
-# Triton reads types out of annotations: kernels have none but constexpr. Tuples grow while a loop is unrolled.
+# Triton reads types out of annotations, so kernels annotate constexpr arguments only. Tuples grow while a loop is
+# unrolled.
 
 import torch
 import triton
@@ -39,19 +40,19 @@ _DEPTH = 64  # earlier columns of one tl.dot: enough bytes in flight for a warp 
 
 @triton.jit
 def _earlier_steps(
-    work_ptr, gram_ptr, low, columns, row, there, outputs, stride,
+    work_ptr, gram_ptr, low, columns, row, valid, outputs, stride,
     RUN: tl.constexpr, DEPTH: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Add ``S[low:low+n, :low] @ E[:low]`` to the gradients of a run, in place."""
     column = low + tl.arange(0, RUN)
     inside = column < columns
     at = column[:, None] * outputs + row[None, :]
-    here = inside[:, None] & there[None, :]
+    here = inside[:, None] & valid[None, :]
     tile = tl.load(work_ptr + at, mask=here, other=0.0)
     if PRODUCT == "outer":
         for k in range(0, low):
             weight = tl.load(gram_ptr + k * stride + column, mask=inside, other=0.0)  # symmetric: a row for a column
-            step = tl.load(work_ptr + k * outputs + row, mask=there, other=0.0)
+            step = tl.load(work_ptr + k * outputs + row, mask=valid, other=0.0)
             tile += weight[:, None] * step[None, :]
     else:
         for start in range(0, low, DEPTH):
@@ -59,7 +60,7 @@ def _earlier_steps(
             known = k < low
             linked = inside[:, None] & known[None, :]
             weight = tl.load(gram_ptr + column[:, None] * stride + k[None, :], mask=linked, other=0.0)
-            taken = known[:, None] & there[None, :]
+            taken = known[:, None] & valid[None, :]
             step = tl.load(work_ptr + k[:, None] * outputs + row[None, :], mask=taken, other=0.0)
             tile = tl.dot(weight, step, tile, input_precision=PRODUCT)
     tl.store(work_ptr + at, tile, mask=here)
@@ -80,43 +81,43 @@ def _nearest(u, scale, zero, max_code, MAGIC: tl.constexpr):
 def _round_block(
     work_ptr, gram_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
     changed_ptr, gain_ptr, outputs, columns, stride, max_code,
-    MASKED: tl.constexpr, ONE_GRID: tl.constexpr, WHOLE: tl.constexpr, MAGIC: tl.constexpr,
+    MASKED: tl.constexpr, ONE_GRID: tl.constexpr, FULL_RUNS: tl.constexpr, MAGIC: tl.constexpr,
     PRODUCT: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One block. ONE_GRID: the columns of a run share a group. WHOLE: the last run is as long as the others."""
+    """One block. ONE_GRID: the columns of a run share a group. FULL_RUNS: the last run is as long as the others."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < outputs
+    valid = row < outputs
     total = tl.zeros([ROWS], dtype=tl.float64)
     count = tl.zeros([ROWS], dtype=tl.int32)
     for low in range(0, columns, RUN):
         if low > 0:
-            _earlier_steps(work_ptr, gram_ptr, low, columns, row, there, outputs, stride, RUN, DEPTH, PRODUCT)
+            _earlier_steps(work_ptr, gram_ptr, low, columns, row, valid, outputs, stride, RUN, DEPTH, PRODUCT)
         gradients, targets, olds, keeps, weights, inverses = (), (), (), (), (), ()
         for t in tl.static_range(RUN):
-            inside = (low + t < columns) | WHOLE
+            inside = (low + t < columns) | FULL_RUNS
             at = (low + t) * outputs + row
-            gradients += (tl.load(work_ptr + at, mask=there & inside, other=0.0),)
-            target = tl.load(target_ptr + at, mask=there & inside, other=0.0)
+            gradients += (tl.load(work_ptr + at, mask=valid & inside, other=0.0),)
+            target = tl.load(target_ptr + at, mask=valid & inside, other=0.0)
             targets += (target,)
-            olds += (target - tl.load(residual_ptr + at, mask=there & inside, other=0.0),)
+            olds += (target - tl.load(residual_ptr + at, mask=valid & inside, other=0.0),)
             if MASKED:
-                keeps += (tl.load(mask_ptr + at, mask=there & inside, other=0) != 0,)
+                keeps += (tl.load(mask_ptr + at, mask=valid & inside, other=0) != 0,)
             for k in tl.static_range(t):
                 weights += (tl.load(gram_ptr + (low + t) * stride + low + k, mask=inside, other=0.0),)
             inverses += (tl.load(inverse_ptr + low + t, mask=inside, other=0.0),)  # 0: no step
         grid = tl.load(group_ptr + low) * outputs + row
         tl.debug_barrier()
         # NOTE: these two come after the barrier so that the arithmetic, which needs them, does so as well.
-        scale = tl.load(scale_ptr + grid, mask=there, other=1.0)
-        zero = tl.load(zero_ptr + grid, mask=there, other=0.0)
+        scale = tl.load(scale_ptr + grid, mask=valid, other=1.0)
+        zero = tl.load(zero_ptr + grid, mask=valid, other=0.0)
         gain = tl.zeros([ROWS], dtype=work_ptr.dtype.element_ty)
         steps, residuals = (), ()
         for t in tl.static_range(RUN):
-            inside = (low + t < columns) | WHOLE
+            inside = (low + t < columns) | FULL_RUNS
             if not ONE_GRID:
                 grid = tl.load(group_ptr + low + t, mask=inside, other=0) * outputs + row
-                scale = tl.load(scale_ptr + grid, mask=there, other=1.0)
-                zero = tl.load(zero_ptr + grid, mask=there, other=0.0)
+                scale = tl.load(scale_ptr + grid, mask=valid, other=1.0)
+                zero = tl.load(zero_ptr + grid, mask=valid, other=0.0)
             gradient = gradients[t]
             for k in tl.static_range(t):
                 gradient += weights[t * (t - 1) // 2 + k] * steps[k]
@@ -135,13 +136,13 @@ def _round_block(
             steps += (step,)
             residuals += (tl.where(live, targets[t] - new, 0.0),)
         for t in tl.static_range(RUN):
-            here = there & ((low + t < columns) | WHOLE)
+            here = valid & ((low + t < columns) | FULL_RUNS)
             at = (low + t) * outputs + row
             tl.store(work_ptr + at, steps[t], mask=here)
             tl.store(residual_ptr + at, residuals[t], mask=here)
         total += gain.to(tl.float64)
         tl.debug_barrier()
-    tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=there, other=0.0) + total, mask=there)
+    tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=valid, other=0.0) + total, mask=valid)
     tl.atomic_add(changed_ptr, tl.sum(count, axis=0).to(tl.int64))
 
 
@@ -151,13 +152,13 @@ def _take_steps(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    there, inside = row < outputs, column < columns
-    at, here = column[:, None] * outputs + row[None, :], inside[:, None] & there[None, :]
+    valid, inside = row < outputs, column < columns
+    at, here = column[:, None] * outputs + row[None, :], inside[:, None] & valid[None, :]
     step = tl.load(steps_ptr + at, mask=here, other=0.0)
     tl.store(residual_ptr + at, tl.load(residual_ptr + at, mask=here, other=0.0) - step, mask=here)
     diagonal = tl.load(gram_ptr + column * (stride + 1), mask=inside, other=0.0)
     gain = tl.sum(diagonal[:, None] * step * step, axis=0).to(tl.float64)  # to exact minimisers: -S_jj e_j^2
-    tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=there, other=0.0) - gain, mask=there)
+    tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=valid, other=0.0) - gain, mask=valid)
 
 
 @triton.jit
@@ -167,8 +168,8 @@ def _keep_codes(
 ):  # fmt: skip
     line = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < outputs
-    chosen = there & (tl.load(rows_ptr + row, mask=there, other=0) != 0)
+    valid = row < outputs
+    chosen = valid & (tl.load(rows_ptr + row, mask=valid, other=0) != 0)
     packed = tl.zeros([ROWS], dtype=tl.int32)
     for part in tl.static_range(PER_BYTE):
         column = line * PER_BYTE + part
@@ -183,25 +184,18 @@ def _keep_codes(
     tl.store(codes_ptr + line.to(tl.int64) * outputs + row, packed.to(tl.uint8), mask=chosen)
 
 
-def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, codes: Tensor) -> None:
-    """See ``omniq.kernels.coordinate_descent.keep_codes_``."""
+def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, packed: Tensor) -> None:
+    """See ``omniq.kernels.coordinate_descent_torch.keep_codes_``."""
     inputs, outputs = residual.shape
-    rows = rows.contiguous()  # all alike may be one, expanded
-    _keep_codes[(triton.cdiv(outputs, 1024), len(codes))](
-        problem.target, residual, problem.scale, problem.zero_point, problem.group_index, rows, codes, outputs, inputs,
-        problem.max_code, MAGIC=_magic(residual), ROWS=1024, PER_BYTE=problem.codes_per_byte, num_warps=4,
+    rows = rows.contiguous()  # may be one expanded value
+    _keep_codes[(triton.cdiv(outputs, 1024), len(packed))](
+        problem.target, residual, problem.scale, problem.zero_point, problem.group_index, rows, packed, outputs, inputs,
+        problem.max_code, MAGIC=_rounding_constant(residual), ROWS=1024, PER_BYTE=problem.codes_per_byte, num_warps=4,
     )  # fmt: skip
 
 
 def take_steps(problem: Problem, residual: Tensor, steps: Tensor, columns: slice, gain: Tensor) -> None:
-    """What follows the product of a relaxed block: ``D_b += E``, and ``-S_jj e_j^2`` added to the gains.
-
-    Args:
-        residual: ``[i, o]``; its rows ``columns`` are overwritten.
-        steps: ``-E``, ``[n, o]``.
-        columns: which columns these are.
-        gain: float64 ``[o]``, added to.
-    """
+    """See ``omniq.kernels.coordinate_descent_torch.take_steps``."""
     outputs = residual.shape[1]
     _take_steps[(triton.cdiv(outputs, _ROWS),)](
         residual[columns], steps, problem.gram[columns, columns], gain, outputs, len(steps), problem.gram.stride(0),
@@ -209,23 +203,26 @@ def take_steps(problem: Problem, residual: Tensor, steps: Tensor, columns: slice
     )  # fmt: skip
 
 
-def _magic(tensor: Tensor) -> float:
-    """Adding and subtracting it leaves no fraction."""
+def _rounding_constant(tensor: Tensor) -> float:
+    """The number that rounds to an integer when it is added and subtracted."""
     return 1.5 * 2.0 ** (52 if tensor.dtype == torch.float64 else 23)
 
 
 def round_block(
     problem: Problem, residual: Tensor, gradient: Tensor, columns: slice, changed: Tensor, gain: Tensor
 ) -> None:
-    """See ``omniq.kernels.coordinate_descent.round_block``."""
+    """See ``omniq.kernels.coordinate_descent_torch.round_block``."""
     outputs, size = residual.shape[1], columns.stop - columns.start
-    mask = problem.inverse if problem.mask is None else problem.mask[columns]  # the former is a pointer never read
+    mask = (
+        problem.inverse if problem.mask is None else problem.mask[columns]
+    )  # without a mask any pointer will do: it is never read
     double = residual.dtype == torch.float64
     _round_block[(triton.cdiv(outputs, _ROWS),)](
         gradient, problem.gram[columns, columns], problem.target[columns], residual[columns],
         problem.scale, problem.zero_point, problem.group_index[columns], problem.inverse[columns], mask,
         changed, gain, outputs, size, problem.gram.stride(0), problem.max_code,
-        MASKED=problem.mask is not None, ONE_GRID=problem.one_grid, WHOLE=size % RUN == 0,
-        MAGIC=_magic(residual), PRODUCT="outer" if double else "tf32" if problem.precision == "tf32" else "tf32x3",
+        MASKED=problem.mask is not None, ONE_GRID=problem.one_grid, FULL_RUNS=size % RUN == 0,
+        MAGIC=_rounding_constant(residual),
+        PRODUCT="outer" if double else "tf32" if problem.precision == "tf32" else "tf32x3",
         RUN=RUN, ROWS=_ROWS, DEPTH=_DEPTH, num_warps=1,
     )  # fmt: skip

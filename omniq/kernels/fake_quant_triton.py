@@ -1,205 +1,300 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused fake quantization of ``omniq.kernels.fake_quant`` in Triton: the weight read once, the result written once.
+"""The fused implementation of ``omniq.kernels.fake_quant`` in Triton: the weight is read once, the result written once.
 
-The weight ``[o, i]`` is taken as ``[groups, g]``, one learned range each. A program owns ``ROWS`` whole groups and
-walks along them ``COLUMNS`` weights at a time, so a group size of 16 and a row of 28672 run in the same two kernels,
-widths that are no power of two are masked, and the sum over a group needs neither atomics nor a second pass: results
-are deterministic.
+**A given range** (``group_forward``, ``group_backward``): the weight ``[o, i]`` is viewed as ``[groups, g]`` with one
+learned range for each group. A program owns ``ROWS`` whole groups and walks along them ``COLUMNS`` weights at a time.
+So a group size of 16 and a row of 28672 use the same kernels, widths that are not a power of two are masked, and the
+sum over a group needs neither atomics nor a second pass.
 
-    forward    load range and logits -> s, z;       per tile: load w, store (clamp(round(w / s), -z, L - z)) s
-    backward   load range and logits -> s, z again; per tile: load w and dLoss/dw^, accumulate g_s; store the gradients
+    forward    load range and logits -> s, z;       for each tile: load w, store (clamp(round(w / s), -z, L - z)) s
+    backward   load range and logits -> s, z again; for each tile: load w and dLoss/dw^, add to g_s; store the gradients
 
-Weights travel in their own dtype (half: 4 bytes a weight forward, 4 backward, which is the floor); everything in
-registers is float32, so that codes equal those of the torch version up to last bits of sigmoid and quotient. Rounding
-half to even adds and subtracts ``1.5 * 2^23``; quotients for which that is not exact are outside the grid by far. What
-is not a number stays so, as in torch: whoever guards the loss must see it.
+**The range of the scaled weight** (``row_forward``, ``row_backward``): a program holds one whole row of the weight in
+registers, as a tile ``[GROUPS, SIZE]`` padded to powers of two, and visits the rows in strides of the number of
+programs. It loads the next row while it computes the current one.
 
-Import this module only where Triton exists; ``omniq.kernels.fake_quant`` decides.
+    forward    w = W c r;  range of each group -> s, z;  store (clamp(round(w / s), -z, L - z)) s and the range
+    backward   w again; g_s and the gradients that follow from it, then d w with the extremes; d w w is added to the
+               program's own sum for the columns; afterwards the sums of all programs are added, in a fixed order
 
-Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size.
+Weights are moved in their own dtype: in half precision 4 bytes a weight forward and 4 backward, which is the minimum.
+Registers hold float32, so codes equal those of torch except for last bits of sigmoid and quotient. NaN stays NaN, as in
+torch, so that a guard on the loss sees it. Results are deterministic: with a given range always, with the weight's own
+range on one kind of GPU (the number of programs follows from its multiprocessors).
+
+Import this module only where Triton exists; ``omniq.kernels.fused`` chooses.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size, ``p`` programs.
 """
 # mypy: allow-untyped-defs
-# Triton reads types out of annotations: kernels have none but constexpr.
+# Triton reads types out of annotations, so kernels annotate constexpr arguments only.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from omniq.kernels.fake_quant_torch import room_for_gradients
+from omniq.kernels.fake_quant_torch import Operands, empty_gradients, empty_like, empty_range
+from omniq.kernels.fused import on_device
+from omniq.kernels.triton_functions import (
+    TINY,
+    at_least_tiny,
+    clamp,
+    learned_grid,
+    nearest,
+    quotient,
+    round_to_grid,
+    split_range_gradient,
+)
 
-_TILE = 2048  # weights a program holds at a time: each thread of 4 warps loads twice 16 bytes of half precision
+_TILE = 2048  # weights of a program at a time: each thread of 4 warps loads twice 16 bytes of half precision
 _WARPS = 4
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # the least scale
-_MAGIC = tl.constexpr(1.5 * 2.0**23)  # a sum with it has no bits left for a fraction
-_NAN = tl.constexpr(tl.PropagateNan.ALL)
+_WIDEST = 32768  # weights of a padded row in registers: 32 in each of 1024 threads
+_PER_THREAD = 16  # weights of a row in each thread, if the threads suffice: two loads of 16 bytes in half precision
+_FORWARD, _BACKWARD = 32, 16  # concurrent warps on a multiprocessor: 64 and 128 registers a thread, which suffice
 
 
 @triton.jit
-def nearest(x):
-    """Half to even; of up to 2^22."""
-    return (x + _MAGIC) - _MAGIC
-
-
-@triton.jit
-def between(x, least, most):
-    """``x`` clamped, or not a number."""
-    return tl.minimum(tl.maximum(x, least, propagate_nan=_NAN), most, propagate_nan=_NAN)
-
-
-@triton.jit
-def quotient(w, s, inverse):
-    """``w / s``. A correction by the remainder makes the product with ``1 / s`` an IEEE quotient, but for rare last
-    bits, at a third of the instructions of a division. (It may not overflow, and cannot: no weight exceeds its range,
-    and a step is a share of that.)"""
-    guess = w * inverse
-    return tl.fma(tl.fma(-guess, s, w), inverse, guess)
-
-
-@triton.jit
-def rounded_to(w, s, z, LEVELS: tl.constexpr):
-    """The fake-quantized weight; bounds are integers, so clamping first is the same."""
-    return nearest(between(quotient(w, s, tl.div_rn(1.0, s)), -z, LEVELS - z)) * s
-
-
-@triton.jit
-def learned_grid(lo, hi, upper_ptr, lower_ptr, row, there, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Kept shares of lo and hi, clipped range, scale before its floor, and zero point of each group, ``[ROWS]``."""
-    keep_lo = tl.sigmoid(tl.load(lower_ptr + row, mask=there, other=0.0).to(tl.float32))
-    keep_hi = tl.sigmoid(tl.load(upper_ptr + row, mask=there, other=0.0).to(tl.float32))
-    xmin, xmax = keep_lo * lo, keep_hi * hi
-    if SYMMETRIC:
-        scale = tl.div_rn(2.0 * tl.maximum(xmax, -xmin), LEVELS * 1.0)
-        zero = tl.full(scale.shape, (LEVELS + 1) // 2, tl.float32)
-    else:
-        scale = tl.div_rn(xmax - xmin, LEVELS * 1.0)
-        zero = between(nearest(tl.div_rn(-xmin, floored(scale))), 0.0, LEVELS * 1.0)
-    return keep_lo, keep_hi, xmin, xmax, scale, zero
-
-
-@triton.jit
-def floored(scale):
-    """A scale that can be divided by."""
-    return tl.maximum(scale, TINY, propagate_nan=_NAN)
-
-
-@triton.jit
-def share(d_range, xmin, xmax, SYMMETRIC: tl.constexpr):
-    """Gradients of xmin and xmax: opposite, or symmetric twice to the larger side, once to each in a tie."""
-    if SYMMETRIC:
-        d_min = -d_range * tl.where(-xmin > xmax, 2.0, tl.where(xmax == -xmin, 1.0, 0.0))
-        d_max = d_range * tl.where(xmax > -xmin, 2.0, tl.where(xmax == -xmin, 1.0, 0.0))
-    else:
-        d_min, d_max = -d_range, d_range
-    return d_min, d_max
-
-
-@triton.jit
-def fake_quant_forward(
+def group_forward(
     weight_ptr, lo_ptr, hi_ptr, upper_ptr, lower_ptr, out_ptr, groups, size,
-    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < groups
+    valid = row < groups
     start_of_row = row.to(tl.int64)[:, None] * size
-    lo = tl.load(lo_ptr + row, mask=there, other=0.0).to(tl.float32)
-    hi = tl.load(hi_ptr + row, mask=there, other=0.0).to(tl.float32)
-    _, _, _, _, scale, zero = learned_grid(lo, hi, upper_ptr, lower_ptr, row, there, LEVELS, SYMMETRIC)
-    s, z = floored(scale)[:, None], zero[:, None]
+    lo = tl.load(lo_ptr + row, mask=valid, other=0.0).to(tl.float32)
+    hi = tl.load(hi_ptr + row, mask=valid, other=0.0).to(tl.float32)
+    _, _, _, _, scale, zero = learned_grid(lo, hi, upper_ptr, lower_ptr, row, valid, MAX_CODE, SYMMETRIC)
+    s, z = at_least_tiny(scale)[:, None], zero[:, None]
     for start in range(0, size, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
-        mask = there[:, None] & (column < size)
+        mask = valid[:, None] & (column < size)
         w = tl.load(weight_ptr + start_of_row + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + start_of_row + column, rounded_to(w, s, z, LEVELS).to(out_ptr.dtype.element_ty), mask=mask)
+        out = round_to_grid(w, s, z, MAX_CODE).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + start_of_row + column, out, mask=mask)
 
 
 @triton.jit
-def fake_quant_backward(
+def group_backward(
     grad_ptr, weight_ptr, lo_ptr, hi_ptr, upper_ptr, lower_ptr,
     d_weight_ptr, d_lo_ptr, d_hi_ptr, d_upper_ptr, d_lower_ptr, groups, size,
-    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, MOVING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, TO_WEIGHT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < groups
-    lo = tl.load(lo_ptr + row, mask=there, other=0.0).to(tl.float32)
-    hi = tl.load(hi_ptr + row, mask=there, other=0.0).to(tl.float32)
+    valid = row < groups
+    lo = tl.load(lo_ptr + row, mask=valid, other=0.0).to(tl.float32)
+    hi = tl.load(hi_ptr + row, mask=valid, other=0.0).to(tl.float32)
     keep_lo, keep_hi, xmin, xmax, scale, zero = learned_grid(
-        lo, hi, upper_ptr, lower_ptr, row, there, LEVELS, SYMMETRIC
+        lo, hi, upper_ptr, lower_ptr, row, valid, MAX_CODE, SYMMETRIC
     )
-    s, z = floored(scale)[:, None], zero[:, None]
+    s, z = at_least_tiny(scale)[:, None], zero[:, None]
     inverse = tl.div_rn(1.0, s)
     start_of_row = row.to(tl.int64)[:, None] * size
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, size, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
-        mask = there[:, None] & (column < size)
+        mask = valid[:, None] & (column < size)
         w = tl.load(weight_ptr + start_of_row + column, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + start_of_row + column, mask=mask, other=0.0).to(tl.float32)
         steps = quotient(w, s, inverse)
         rounded = nearest(steps)
-        codes = between(rounded, -z, LEVELS - z)
+        codes = clamp(rounded, -z, MAX_CODE - z)
         inside = rounded == codes
         total += g * (codes - tl.where(inside, steps, 0.0))
-        if MOVING:
+        if TO_WEIGHT:
             d_w = tl.where(inside, g, 0.0).to(d_weight_ptr.dtype.element_ty)
             tl.store(d_weight_ptr + start_of_row + column, d_w, mask=mask)
-    d_range = tl.where(scale < TINY, 0.0, tl.div_rn(tl.sum(total, axis=1), LEVELS * 1.0))
-    d_min, d_max = share(d_range, xmin, xmax, SYMMETRIC)
-    tl.store(d_upper_ptr + row, (d_max * xmax * (1.0 - keep_hi)).to(d_upper_ptr.dtype.element_ty), mask=there)
-    tl.store(d_lower_ptr + row, (d_min * xmin * (1.0 - keep_lo)).to(d_lower_ptr.dtype.element_ty), mask=there)
-    if MOVING:
-        tl.store(d_hi_ptr + row, (d_max * keep_hi).to(d_hi_ptr.dtype.element_ty), mask=there)
-        tl.store(d_lo_ptr + row, (d_min * keep_lo).to(d_lo_ptr.dtype.element_ty), mask=there)
+    d_range = tl.where(scale < TINY, 0.0, tl.div_rn(tl.sum(total, axis=1), MAX_CODE * 1.0))
+    d_min, d_max = split_range_gradient(d_range, xmin, xmax, SYMMETRIC)
+    tl.store(d_upper_ptr + row, (d_max * xmax * (1.0 - keep_hi)).to(d_upper_ptr.dtype.element_ty), mask=valid)
+    tl.store(d_lower_ptr + row, (d_min * xmin * (1.0 - keep_lo)).to(d_lower_ptr.dtype.element_ty), mask=valid)
+    if TO_WEIGHT:
+        tl.store(d_hi_ptr + row, (d_max * keep_hi).to(d_hi_ptr.dtype.element_ty), mask=valid)
+        tl.store(d_lo_ptr + row, (d_min * keep_lo).to(d_lo_ptr.dtype.element_ty), mask=valid)
 
 
-def forward(
-    weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    upper: Tensor,
-    lower: Tensor,
-    bits: int,
-    symmetric: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """As ``omniq.kernels.fake_quant_torch.forward``."""
-    weight, lo, hi, upper, lower = (each.contiguous() for each in (weight, lo, hi, upper, lower))
-    out = torch.empty_like(weight, dtype=out_dtype)
-    size, rows, columns, programs = _plan(weight, upper)
-    with torch.cuda.device(weight.device):
-        fake_quant_forward[(programs,)](
-            weight, lo, hi, upper, lower, out, upper.numel(), size, LEVELS=2**bits - 1, SYMMETRIC=symmetric,
-            ROWS=rows, COLUMNS=columns, num_warps=_WARPS,
-        )  # fmt: skip
-    return out
+@triton.jit
+def row_forward(
+    weight_ptr, rows_ptr, columns_ptr, upper_ptr, lower_ptr, out_ptr, lo_ptr, hi_ptr, outputs, width, groups, size,
+    MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    valid = group < groups
+    offsets = group[:, None] * size + member[None, :]
+    mask = valid[:, None] & (member < size)[None, :]
+    first, stride = tl.program_id(0), tl.num_programs(0)
+    if BY_COLUMN:
+        c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    start, step = first.to(tl.int64) * width, stride.to(tl.int64) * width
+    next_w = tl.load(weight_ptr + start + offsets, mask=mask, other=0.0)
+    for row in range(first, outputs, stride):
+        w = next_w.to(tl.float32)
+        next_w = tl.load(weight_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
+        if BY_COLUMN:
+            w *= c
+        if BY_ROW:
+            w *= tl.load(rows_ptr + row).to(tl.float32)
+        lo, hi = tl.minimum(tl.min(w, axis=1), 0.0), tl.maximum(tl.max(w, axis=1), 0.0)
+        which = row * groups + group
+        tl.store(lo_ptr + which, lo, mask=valid)
+        tl.store(hi_ptr + which, hi, mask=valid)
+        _, _, _, _, scale, zero = learned_grid(lo, hi, upper_ptr, lower_ptr, which, valid, MAX_CODE, SYMMETRIC)
+        s, z = at_least_tiny(scale)[:, None], zero[:, None]
+        out = round_to_grid(w, s, z, MAX_CODE).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + start + offsets, out, mask=mask)
+        start += step
 
 
-def backward(
-    grad: Tensor,
-    weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    upper: Tensor,
-    lower: Tensor,
-    bits: int,
-    symmetric: bool,
-    moving: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``omniq.kernels.fake_quant_torch.backward``."""
-    grad, weight, lo, hi, upper, lower = (each.contiguous() for each in (grad, weight, lo, hi, upper, lower))
-    made = room_for_gradients(weight, lo, hi, upper, lower, moving)
-    size, rows, columns, programs = _plan(weight, upper)
-    with torch.cuda.device(weight.device):
-        fake_quant_backward[(programs,)](
-            grad, weight, lo, hi, upper, lower, *made, upper.numel(), size, LEVELS=2**bits - 1, SYMMETRIC=symmetric,
-            MOVING=moving, ROWS=rows, COLUMNS=columns, num_warps=_WARPS,
-        )  # fmt: skip
+@triton.jit
+def _add(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def row_backward(
+    grad_ptr, weight_ptr, rows_ptr, columns_ptr, lo_ptr, hi_ptr, upper_ptr, lower_ptr,
+    d_weight_ptr, d_rows_ptr, sums_ptr, d_upper_ptr, d_lower_ptr, outputs, width, groups, size,
+    MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    TO_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    valid = group < groups
+    offsets = group[:, None] * size + member[None, :]
+    mask = valid[:, None] & (member < size)[None, :]
+    first, stride = tl.program_id(0), tl.num_programs(0)
+    if BY_COLUMN:
+        c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        sums = tl.zeros([GROUPS, SIZE], tl.float32)
+    start, step = first.to(tl.int64) * width, stride.to(tl.int64) * width
+    next_w = tl.load(weight_ptr + start + offsets, mask=mask, other=0.0)
+    next_g = tl.load(grad_ptr + start + offsets, mask=mask, other=0.0)
+    for row in range(first, outputs, stride):
+        w, g = next_w.to(tl.float32), next_g.to(tl.float32)
+        next_w = tl.load(weight_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
+        next_g = tl.load(grad_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
+        if BY_COLUMN:
+            w *= c
+        if BY_ROW:
+            r = tl.load(rows_ptr + row).to(tl.float32)
+            w *= r
+        which = row * groups + group
+        lo = tl.load(lo_ptr + which, mask=valid, other=0.0)
+        hi = tl.load(hi_ptr + which, mask=valid, other=0.0)
+        keep_lo, keep_hi, xmin, xmax, scale, zero = learned_grid(
+            lo, hi, upper_ptr, lower_ptr, which, valid, MAX_CODE, SYMMETRIC
+        )
+        s, z = at_least_tiny(scale)[:, None], zero[:, None]
+        steps = quotient(w, s, tl.div_rn(1.0, s))
+        rounded = nearest(steps)
+        codes = clamp(rounded, -z, MAX_CODE - z)
+        inside = rounded == codes
+        at_lo, at_hi = tl.where(w == lo[:, None], 1.0, 0.0), tl.where(w == hi[:, None], 1.0, 0.0)
+        if TO_WEIGHT:  # the padding must not share an extreme of zero; without ``d w`` it is multiplied by zero
+            at_lo, at_hi = tl.where(mask, at_lo, 0.0), tl.where(mask, at_hi, 0.0)
+        to_scale, kept = g * (codes - tl.where(inside, steps, 0.0)), tl.where(inside, g, 0.0)
+        d_scale, to_row, n_lo, n_hi = tl.reduce((to_scale, g * codes, at_lo, at_hi), 1, _add)
+        d_range = tl.where(scale < TINY, 0.0, tl.div_rn(d_scale, MAX_CODE * 1.0))
+        d_min, d_max = split_range_gradient(d_range, xmin, xmax, SYMMETRIC)
+        tl.store(d_upper_ptr + which, (d_max * xmax * (1.0 - keep_hi)).to(d_upper_ptr.dtype.element_ty), mask=valid)
+        tl.store(d_lower_ptr + which, (d_min * xmin * (1.0 - keep_lo)).to(d_lower_ptr.dtype.element_ty), mask=valid)
+        if BY_ROW:
+            d_r = tl.div_rn(tl.sum(to_row * at_least_tiny(scale), axis=0), r)
+            tl.store(d_rows_ptr + row, d_r.to(d_rows_ptr.dtype.element_ty))
+        if BY_COLUMN or TO_WEIGHT:
+            to_lo = (d_min * keep_lo / tl.maximum(n_lo, 1.0))[:, None]
+            to_hi = (d_max * keep_hi / tl.maximum(n_hi, 1.0))[:, None]
+            d_w = kept + at_lo * to_lo + at_hi * to_hi
+            if BY_COLUMN:
+                sums += d_w * w
+            if TO_WEIGHT:
+                if BY_COLUMN:
+                    d_w *= c
+                if BY_ROW:
+                    d_w *= r
+                tl.store(d_weight_ptr + start + offsets, d_w.to(d_weight_ptr.dtype.element_ty), mask=mask)
+        start += step
+    if BY_COLUMN:
+        tl.store(sums_ptr + first.to(tl.int64) * width + offsets, sums, mask=mask)
+
+
+def fits(x: Operands, own_range: bool) -> bool:
+    """True unless the kernels must compute the range of a row that is too long for registers."""
+    groups, size = _row_tile(x)
+    return not own_range or groups * size <= _WIDEST
+
+
+def forward(x: Operands, bits: int, symmetric: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``omniq.kernels.fake_quant_torch.forward``."""
+    x = Operands(*(each.contiguous() for each in x))
+    made = empty_like(x.weight, out_dtype), *empty_range(x)
+    with on_device(x.weight):
+        if x.lo.numel():
+            programs, options = _group_launch(x)
+            group_forward[(programs,)](
+                x.weight, *x[3:], made[0], x.upper.numel(), x.weight.numel() // x.upper.numel(),
+                MAX_CODE=2**bits - 1, SYMMETRIC=symmetric, **options,
+            )  # fmt: skip
+        else:
+            programs, options = _row_launch(x, _FORWARD)
+            row_forward[(programs,)](
+                *x[:3], x.upper, x.lower, *made, *_row_sizes(x), MAX_CODE=2**bits - 1, SYMMETRIC=symmetric, **options
+            )
     return made
 
 
-def _plan(weight: Tensor, upper: Tensor) -> tuple[int, int, int, int]:
-    """Group size, groups and columns of a tile, and programs."""
-    size = weight.numel() // upper.numel()
-    columns = min(triton.next_power_of_2(size), _TILE)
+def backward(grad: Tensor, x: Operands, bits: int, symmetric: bool, own_range: bool, to_weight: bool) -> Operands:
+    """See ``omniq.kernels.fake_quant_torch.backward``."""
+    grad, x = grad.contiguous(), Operands(*(each.contiguous() for each in x))
+    made = empty_gradients(x, own_range, to_weight)
+    options = {"MAX_CODE": 2**bits - 1, "SYMMETRIC": symmetric, "TO_WEIGHT": to_weight}
+    with on_device(x.weight):
+        if not own_range:
+            programs, more = _group_launch(x)
+            group_backward[(programs,)](
+                grad, x.weight, *x[3:], made.weight, *made[3:], x.upper.numel(), x.weight.numel() // x.upper.numel(),
+                **options, **more,
+            )  # fmt: skip
+            return made
+        programs, more = _row_launch(x, _BACKWARD)
+        sums = x.lo.new_empty(programs, x.columns.numel())  # [p, i]
+        row_backward[(programs,)](
+            grad, *x, made.weight, made.rows, sums, made.upper, made.lower, *_row_sizes(x), **options, **more
+        )
+    made.columns.copy_(sums.sum(0) / x.columns)
+    return made
+
+
+def _group_launch(x: Operands) -> tuple[int, dict[str, int]]:
+    """Programs, and groups and columns of a tile."""
+    columns = min(triton.next_power_of_2(x.weight.numel() // x.upper.numel()), _TILE)
     rows = _TILE // columns
-    return size, rows, columns, triton.cdiv(upper.numel(), rows)
+    return triton.cdiv(x.upper.numel(), rows), {"ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
+
+
+def _row_sizes(x: Operands) -> tuple[int, int, int, int]:
+    """Outputs, inputs, groups of a row and weights of a group."""
+    return *x.weight.shape, x.upper.shape[-1], x.weight.shape[-1] // x.upper.shape[-1]
+
+
+def _row_tile(x: Operands) -> tuple[int, int]:
+    """Groups of a row and weights of a group, padded to powers of two."""
+    _, _, groups, size = _row_sizes(x)
+    return triton.next_power_of_2(groups), triton.next_power_of_2(size)
+
+
+def _row_launch(x: Operands, concurrent: int) -> tuple[int, dict[str, int]]:
+    """Programs, as many as run at the same time, and compile-time settings.
+
+    Without a limit on registers the compiler takes more (184 a thread in the backward), and half as many programs fit.
+    """
+    groups, size = _row_tile(x)
+    warps = min(32, max(1, groups * size // (32 * _PER_THREAD)))
+    each = max(1, concurrent // warps)
+    options = {"GROUPS": groups, "SIZE": size, "num_warps": warps}
+    options |= {"BY_ROW": x.rows.numel() > 0, "BY_COLUMN": x.columns.numel() > 0}
+    if torch.version.hip is None:
+        options["maxnreg"] = 2**16 // (32 * each * warps)  # a multiprocessor has 2^16
+    multiprocessors = torch.cuda.get_device_properties(x.weight.device).multi_processor_count
+    return min(x.weight.shape[0], each * multiprocessors), options

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer as coordinate descent sees it: the tensors that stay, and the residual ``D = W - W^`` that moves.
+"""One layer in the form that coordinate descent uses: constant tensors, and the residual ``D = W - W^`` that changes.
 
     f(W^) = ||W X - W^ X||^2 = tr(D S D^T),   S = X X^T
 
-Everything is held transposed, ``[i, o]``, so that a column of the layer, the unit of the descent, is contiguous.
+All matrices are stored transposed, ``[i, o]``, so that a column of the layer, the unit of the descent, is contiguous.
 
-A column counts as dead when its S_jj is below 1e-8 of the mean diagonal (the published test is ``== 0``, and what lies
-just above zero blows up once it is divided by). A dead column is on its own: rounded to the nearest, its residual held
-at 0 so that it reaches no other column.
+A column is dead if its S_jj is at most 1e-8 of the mean diagonal. (The published test is ``== 0``; division by an S_jj
+just above zero makes weights explode.) A dead column is rounded to the nearest code, and its residual is held at 0 so
+that it does not affect other columns.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``B`` columns of a block.
 """
@@ -21,18 +21,18 @@ from torch import Tensor
 from omniq.errors import UserError
 from omniq.kernels.matmul_precision import Precision, matmul_precision
 
-DEAD = 1e-8  # of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
-BLOCK = 256  # columns a product: enough arithmetic per byte of D for TF32 on an H100 (a balance of 120 flop a byte)
-_LONGER = 512  # on a GPU up to so many output features, where a product of 256 does not fill it
-_SLENDER = 16384
-RUN = 16  # columns that the fused sweep holds in registers: the fewest that a tensor core takes
-_FEW = 32  # columns at a time where there is nothing to gain but memory
-_MANY = 2048  # terms of a float32 sum of squares: its error is a millionth
+DEAD = 1e-8  # fraction of the mean diagonal: below it, float32 sums of squares of half-precision inputs are noise
+BLOCK = 256  # columns of a product: enough arithmetic per byte of D for TF32 on an H100 (its balance: 120 flop a byte)
+_LONG_BLOCK = 512  # columns on a GPU that a product of 256 does not fill: up to this many output features
+_LONG_BLOCK_OUTPUTS = 16384
+RUN = 16  # columns that the fused sweep holds in registers: the minimum of a tensor core
+SLICE = 32  # columns at a time in loops that only save memory
+_SUM_TERMS = 2048  # terms of a float32 sum of squares: its error is a millionth
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What stays the same from sweep to sweep; build it with ``prepare``.
+    """The constants of all sweeps of a layer; build it with ``prepare``.
 
     Args:
         target: original weights, ``[i, o]``.
@@ -41,11 +41,11 @@ class Problem:
         group_index: group of each column, int64 ``[i]``.
         max_code: largest code.
         inverse: ``1 / S_jj``, 0 for dead columns, ``[i]``.
-        dead: columns that no input reaches.
+        dead: indices of dead columns.
         triangles: inverse of the lower triangle of each diagonal block, ``[ceil(i / B), B, B]``; zero for dead columns.
         mask: coordinates that are not rounded, bool ``[i, o]``, or None.
         one_grid: whether each run of 16 columns, counted from the start of its block, lies in one group.
-        precision: of the products.
+        precision: precision of the products.
     """
 
     target: Tensor
@@ -68,11 +68,11 @@ class Problem:
 
     @property
     def codes_per_byte(self) -> int:
-        """How many codes are kept in a byte: two up to 4 bit."""
+        """Codes in a byte: two up to 4 bit."""
         return 2 if self.max_code < 16 else 1
 
     def blocks(self, size: int | None = None) -> Iterator[slice]:
-        """The columns of each block in turn, or so many at a time."""
+        """The columns of each block in turn, or ``size`` columns at a time."""
         width, size = self.target.shape[0], size or self.block
         for start in range(0, width, size):
             yield slice(start, min(start + size, width))
@@ -90,25 +90,25 @@ def prepare(
     precision: Precision = "float32",
     block: int | None = None,
 ) -> Problem:
-    """Lay a layer out for sweeping; tensors that already lie right are not copied.
+    """Build a ``Problem``; tensors that already have the right layout are not copied.
 
     Args:
         target: original weights, ``[o, i]``; no copy if it is the transpose of a contiguous tensor.
         gram: ``[i, i]``, symmetric and finite.
         scale, zero_point: ``[o, G]``.
-        bits: of a code.
+        bits: bits of a code.
         group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
-        mask: bool ``[o, i]``, True where a sparse part takes over and nothing is rounded.
+        mask: bool ``[o, i]``, True where a sparse part stores the weight, which is then not rounded.
         precision: "float64" computes in float64, the others in float32; "tf32" lets CUDA multiply in TF32.
-        block: columns of a block; by default what was quickest (docs/results.md).
+        block: columns of a block; by default the fastest measured (docs/results.md).
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
     gram = gram.to(dtype)
     diagonal = gram.diagonal()
     dead = dead_columns(gram)
     group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
-    longer = target.is_cuda and len(target) <= _SLENDER
-    block = min(block or (_LONGER if longer else BLOCK), len(gram))
+    long = target.is_cuda and len(target) <= _LONG_BLOCK_OUTPUTS
+    block = min(block or (_LONG_BLOCK if long else BLOCK), len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
         gram=gram,
@@ -126,25 +126,25 @@ def prepare(
 
 
 def check_finite(gram: Tensor) -> None:
-    """Refuse a Gram matrix that no solver can use.
+    """Refuse a Gram matrix with entries that are not finite.
 
     Raises:
-        UserError: some entries are infinite or not a number.
+        UserError: entries are infinite or NaN.
     """
     if all_finite(gram):
         return
     spoilt = torch.cat([(~torch.isfinite(part)).any(1) for part in gram.split(BLOCK)])
-    bad = int((~torch.isfinite(gram.diagonal())).sum()) or int(spoilt.sum())  # a bad input spoils its whole row
+    bad = int((~torch.isfinite(gram.diagonal())).sum()) or int(spoilt.sum())  # one bad input spoils its whole row
     raise UserError(f"the Gram matrix is not finite for {bad} of {len(gram)} inputs: check the calibration samples")
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all of a large tensor is finite: in one pass, without the copy that ``isfinite`` would make."""
+    """True if all entries are finite. One pass, without the copy that ``isfinite`` makes."""
     return bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite())
 
 
 def dead_columns(gram: Tensor) -> Tensor:
-    """Columns that no input reaches, bool ``[i]``."""
+    """Mask of the columns whose input carries nothing, bool ``[i]``."""
     diagonal = gram.diagonal()
     return diagonal <= DEAD * diagonal.mean()
 
@@ -156,7 +156,7 @@ def groups_of(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _one_grid(group_index: Tensor, block: int) -> bool:
-    """Whether the columns of each run of 16 share a group; a block begins a new run."""
+    """True if the columns of each run of 16 share a group; a block starts a new run."""
     column = torch.arange(len(group_index), device=group_index.device)
     return bool((group_index == group_index[column - column % block % RUN]).all())
 
@@ -187,38 +187,20 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
 def codes_of(problem: Problem, residual: Tensor) -> Tensor:
     """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
     codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
-    for columns in problem.blocks(_FEW):
+    for columns in problem.blocks(SLICE):
         codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
     return codes
 
 
-def keep_codes_(problem: Problem, residual: Tensor, rows: Tensor, packed: Tensor) -> None:
-    """Overwrite the packed codes of some rows of the layer with those of the iterate.
-
-    Args:
-        residual: ``[i, o]``, after a rounded sweep.
-        rows: which, bool ``[o]``.
-        packed: uint8, as ``no_codes`` makes it.
-    """
-    per_byte = problem.codes_per_byte
-    for columns in problem.blocks(_FEW):
-        codes = nearest(problem, residual, columns).to(torch.uint8)
-        low, high = codes[::per_byte], codes[1:] if per_byte == 1 else codes[1::2]
-        if per_byte == 2:
-            low[: len(high)] |= high << 4
-        here = packed[columns.start // per_byte :][: len(low)]
-        torch.where(rows, low, here, out=here)
-
-
-def no_codes(problem: Problem) -> Tensor:
-    """Room for codes, zeros: uint8 ``[i, o]``, or ``[ceil(i / 2), o]`` up to 4 bit, the even column in the low half."""
+def empty_codes(problem: Problem) -> Tensor:
+    """Zero codes, packed: uint8 ``[i, o]``, or ``[ceil(i / 2), o]`` up to 4 bit, the even column in the low half."""
     width, outputs = problem.target.shape
     lines = -(-width // problem.codes_per_byte)
     return torch.zeros(lines, outputs, dtype=torch.uint8, device=problem.target.device)
 
 
-def unpacked(problem: Problem, packed: Tensor) -> Tensor:
-    """Codes that ``keep_codes_`` kept, uint8 ``[i, o]``."""
+def unpack_codes(problem: Problem, packed: Tensor) -> Tensor:
+    """Codes as ``keep_codes_`` packs them, unpacked to uint8 ``[i, o]``."""
     if problem.codes_per_byte == 1:
         return packed
     codes = packed.new_empty(problem.target.shape)
@@ -229,7 +211,7 @@ def unpacked(problem: Problem, packed: Tensor) -> Tensor:
 
 def to_values_(problem: Problem, residual: Tensor, rounded: bool) -> Tensor:
     """Overwrite the residual with ``W^``, ``[i, o]``: exactly on the grid wherever it was rounded."""
-    for columns in problem.blocks(_FEW):
+    for columns in problem.blocks(SLICE):
         group = problem.group_index[columns]
         free = problem.target[columns] - residual[columns]
         grid = (nearest(problem, residual, columns) - problem.zero_point[group]) * problem.scale[group]
@@ -251,10 +233,10 @@ def to_residual_(problem: Problem, values: Tensor) -> Tensor:
 def squares(matrix: Tensor) -> Tensor:
     """Sum of squares of each row of the layer, float64 ``[o]``, of ``[i, o]``.
 
-    NOTE: float64 only between parts, because a reduction to another dtype begins with a copy of the whole in it.
+    NOTE: only the sums of parts are float64, because a reduction to another dtype first copies the whole tensor to it.
     """
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for part in matrix.split(_MANY):
+    for part in matrix.split(_SUM_TERMS):
         total += torch.linalg.vector_norm(part, dim=0).double().square_()
     return total
 

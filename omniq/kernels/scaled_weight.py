@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight with factors on its rows and columns that nobody has multiplied yet.
+"""A weight with factors on its rows and columns that are not multiplied yet.
 
-All that a transform of scales does to a linear is ``diag(rows) W diag(columns)``. Kept as three tensors, the matrix
-stays the frozen one of the block, in half precision, and what fake-quantizes it multiplies in registers: under a
-transform, too, no step makes a float32 copy of the weights. Whoever needs the matrix asks for ``tensor``.
+A transform of scales changes a linear to ``diag(rows) W diag(columns)``. The three tensors are kept apart: the matrix
+stays the block's frozen one, in half precision, and the fake-quantization operator multiplies in registers. So a step
+under a transform makes no float32 copy of the weights either. ``tensor`` multiplies where the matrix is needed.
 
 Shapes: ``o`` output features, ``i`` input features.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """``diag(rows) W diag(columns)``; differentiable in whichever part has a gradient.
+    """``diag(rows) W diag(columns)``, differentiable in all three tensors.
 
     Args:
         weight: ``[o, i]``.
@@ -29,15 +29,15 @@ class ScaledWeight:
     columns: Tensor | None = None
 
     def times_rows(self, factor: Tensor) -> "ScaledWeight":
-        """Multiplied from the left by the diagonal of ``factor``, ``[o]``."""
+        """``diag(factor)`` times this weight; ``factor`` is ``[o]``."""
         return replace(self, rows=factor if self.rows is None else self.rows * factor)
 
     def times_columns(self, factor: Tensor) -> "ScaledWeight":
-        """Multiplied from the right by the diagonal of ``factor``, ``[i]``."""
+        """This weight times ``diag(factor)``; ``factor`` is ``[i]``."""
         return replace(self, columns=factor if self.columns is None else self.columns * factor)
 
     def product(self, vector: Tensor) -> Tensor:
-        """The matrix times a vector ``[i]``, in the dtype of the vector, whatever autocast says."""
+        """The matrix times a vector ``[i]``, in the dtype of the vector even under autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             through = vector if self.columns is None else self.columns * vector
             out = self.weight.to(through.dtype) @ through
@@ -50,5 +50,5 @@ class ScaledWeight:
 
 
 def materialize(weight: Tensor | ScaledWeight) -> Tensor:
-    """The matrix, whichever way it is given."""
+    """The matrix of a weight with or without factors, ``[o, i]``."""
     return weight.tensor() if isinstance(weight, ScaledWeight) else weight

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What omniq knows of a model family, and how it reads a checkpoint block by block.
+"""What omniq knows about a model family, and how it reads a checkpoint block by block.
 
-May import storage and errors; knows nothing of quantization. Read ``family.py`` first, then ``source.py``.
+May import transforms, storage, grid and errors; contains no quantization. Read ``family.py`` first, then ``source.py``
+and ``checkpoint.py``.
 """

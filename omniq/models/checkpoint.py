@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights by name, without holding the model.
+"""Weights by name, without holding the model in memory.
 
-A ``Checkpoint`` says what tensors it stores (names, shapes, files) once it is opened, and reads those it is asked for.
+A ``Checkpoint`` knows on opening which tensors it stores (names, shapes, files), and reads those it is asked for.
 
-- safetensors, one file or an index of several: only headers are read on opening; a tensor is mapped from its file when
-  asked for, so host memory holds the block in hand, however large the model.
+- safetensors, one file or an index of several: opening reads only headers. A tensor is mapped from its file when it is
+  read, so host memory holds the current block, however large the model is.
 - GGUF: transformers dequantizes and renames all tensors at once, and they stay in host memory. GGUF models are small:
-  large ones exist as safetensors.
+  large models exist as safetensors.
 
-Everything that can be wrong with the files is said on opening, before any work: a header that does not parse, a
-truncated file (safetensors compares its length with the header), a shard the index names and the folder lacks.
+Opening finds every fault of the files before any work: a header that does not parse, a truncated file (safetensors
+compares its length with the header), a shard or a tensor that the index lists and the folder lacks, a tensor that two
+shards hold. ``omniq.models.weight_files`` chooses the files; ``omniq.models.prepare`` changes what a checkpoint gives.
 """
 
 import hashlib
@@ -18,7 +19,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,16 +26,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from omniq.errors import UserError
+from omniq.grid.dtypes import dtype_name
 from omniq.models.gguf import reading_gguf
-from omniq.models.locate import PICKLE, pickle_refusal
+from omniq.models.weight_files import weight_map
 
-INDEX = "model.safetensors.index.json"
 _CHUNK = 1 << 22  # bytes hashed at once
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it lies in its file: shape, dtype in the file's own words, and the file."""
+    """A tensor as its file describes it: shape, dtype (a code of safetensors, or a name of torch), and the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,7 +48,7 @@ class Checkpoint(ABC):
     Args:
         tensors: every tensor it stores, by name.
         files: the weight files.
-        description: what digests the model's structure: config.json, or nothing where the weight file holds it.
+        description: further bytes of the digest: config.json, or empty if the weight file holds the config.
     """
 
     def __init__(self, tensors: Mapping[str, Stored], files: Iterable[Path], description: bytes = b"") -> None:
@@ -58,7 +58,10 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, on the CPU, in their stored dtype. They may be views of a mapped file: copy what is kept."""
+        """The named tensors, on the CPU, in their stored dtype.
+
+        They may be views of a mapped file: copy them if they outlive the call that reads them.
+        """
 
     def digest(self) -> str:
         """SHA-256 over the config, every tensor's name, shape and dtype, and the content of every weight file."""
@@ -71,19 +74,31 @@ class Checkpoint(ABC):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One safetensors file, or several: every file is opened for a read and closed after it.
+    """One safetensors file, or an index of several. Every read opens the files that it needs and closes them.
+
+    Args:
+        folder, name: the file or the index; config.json lies beside it.
 
     Raises:
-        UserError: a file is missing, truncated or no safetensors file, or lacks a tensor that the index promises.
+        UserError: a file is missing, truncated or not a safetensors file, lacks a tensor that the index lists, or
+            holds one that another file holds too.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        promised = {} if name is not None else _index(folder)
-        files = {folder / file for file in promised.values()} or {folder / (name or "model.safetensors")}
-        tensors = {key: stored for file in sorted(files) for key, stored in _header(file).items()}
-        for key, file in promised.items():
-            if key not in tensors or tensors[key].file != folder / file:
-                raise UserError(f"{folder / file} lacks the tensor {key} that {INDEX} promises: get both files again")
+    def __init__(self, folder: Path, name: str) -> None:
+        listed = weight_map(folder, name)
+        files = set(listed.values()) or {folder / name}
+        tensors: dict[str, Stored] = {}
+        for file in sorted(files):
+            found = _header(file)
+            if twice := next((key for key in found if key in tensors), None):
+                raise UserError(
+                    f"{tensors[twice].file} and {file} both hold the tensor {twice}: get the files again, or remove "
+                    "the tensor from one of them"
+                )
+            tensors |= found
+        for key, file in listed.items():
+            if key not in tensors or tensors[key].file != file:
+                raise UserError(f"{file} lacks the tensor {key} that {name} lists: get both files again")
         super().__init__(tensors, files, (folder / "config.json").read_bytes())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -102,74 +117,25 @@ class GgufCheckpoint(Checkpoint):
 
     Args:
         folder, name: the file.
-        config: of the model, read from it before (reading the vocabulary in a GGUF header takes seconds).
-        dtype: dtype of the tensors held; dequantized in float32 and rounded once.
+        config: of the model; the caller has read it from the file (the vocabulary in a GGUF header takes seconds).
+        dtype: of the tensors held; they are dequantized in float32 and rounded once.
 
     Raises:
-        UserError: the file does not parse, or its architecture is unknown to transformers.
+        UserError: the file does not parse, or transformers does not know its architecture.
     """
 
     def __init__(self, folder: Path, name: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
         file = folder / name
         with reading_gguf(file):
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=dtype)
-        # named_parameters names a tied tensor once; what is derived (rotary tables) is not in the state dict.
+        # named_parameters lists a tied tensor once; the state dict leaves out derived buffers (rotary tables).
         names = {key for key, _ in model.named_parameters()} | {key for key, _ in model.named_buffers()}
         self._held = {key: value.detach() for key, value in model.state_dict().items() if key in names}
-        label = str(dtype).removeprefix("torch.")
+        label = dtype_name(dtype)
         super().__init__({key: Stored(tuple(value.shape), label, file) for key, value in self._held.items()}, [file])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._held[name] for name in names}
-
-
-def weights_in(folder: Path) -> str | None:
-    """The weight file of a folder in which none was named: None for ``model.safetensors`` or its index.
-
-    Raises:
-        UserError: there are no weights, only pickle files, or several files to choose from.
-    """
-    if (folder / INDEX).exists() or (folder / "model.safetensors").exists():
-        return None
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    tensors = [file.name for file in files if file.suffix == ".safetensors"]
-    ggufs = [file.name for file in files if file.suffix == ".gguf"]
-    if len(tensors) > 1:
-        raise UserError(f"{folder} holds several safetensors files and no {INDEX}: add the index, or name one file")
-    if not tensors and len(ggufs) > 1:
-        raise UserError(f"{folder} holds several GGUF files: set model.gguf_file to one of {', '.join(ggufs)}")
-    if tensors or ggufs:
-        return (tensors or ggufs)[0]
-    for file in files:
-        if file.suffix in PICKLE:
-            raise UserError(pickle_refusal(file))
-    raise UserError(f"{folder} holds no weights: model.safetensors, {INDEX} with its shards, or a GGUF file is needed")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that must be there and must hold an object.
-
-    Raises:
-        UserError: names the file.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): a model folder needs it") from error
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON ({error}): get the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: get the file again")
-    return content
-
-
-def _index(folder: Path) -> dict[str, str]:
-    if not (folder / INDEX).exists():
-        return {}
-    names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of file names: get the file again")
-    return names
 
 
 def _header(file: Path) -> dict[str, Stored]:

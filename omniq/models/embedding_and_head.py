@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model without its blocks: tokens to the first hidden states, and the last hidden states to logits.
+"""The model without its blocks: from tokens to the first hidden states, and from the last hidden states to logits.
 
-Both run the model's own forward. In place of each block stands a ``Tap`` that passes the hidden states on and notes the
-keyword arguments it was called with: masks, position embeddings and whatever else the family passes. For logits the
-last tap returns the given hidden states instead, and the final norm, projections, head and any scaling or capping of
-logits follow as the model's code has them.
+Both directions run the model's own forward. A ``BlockTap`` replaces each block. It passes the hidden states on and
+records the keyword arguments of the call: masks, position embeddings and whatever else the family passes. For logits,
+the last tap returns the given hidden states instead, so the final norm, the projections, the head and any scaling or
+capping of logits run as in the model's code.
 
-Memory. The embedding table stays on the host, mapped from its file where the dtype allows: a lookup touches only its
-rows. The head comes to the device with the first call of ``logits`` and stays until ``release``. The rest is small.
+Memory. The embedding table stays on the host, mapped from its file if the dtype allows it: a lookup touches only its
+own rows. The first call of ``logits`` moves the head to the device, where it stays until ``release``. The rest is
+small.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
@@ -23,16 +24,16 @@ from transformers import PreTrainedModel
 from omniq.errors import UserError
 from omniq.models.meta import fill
 
-_TOKENS_AT_ONCE = 16384  # embedded in one forward: bounds the memory of the final norm, whose output is not used
+_TOKENS_AT_ONCE = 16384  # per forward: bounds the memory of the final norm, whose output is not used
 
 Read = Callable[[Iterable[str], torch.device, bool], dict[str, Tensor]]
 
 
-class Tap(nn.Module):
-    """Stands where a block stands.
+class BlockTap(nn.Module):
+    """Replaces a block and records its input.
 
     Args:
-        block: that block, on the meta device. Whatever the model reads of a block besides calling it is its answer.
+        block: the block, on the meta device. Attributes that the model reads from a block come from it.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -50,13 +51,13 @@ class Tap(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The hidden states as they come, ``[n, t, h]``, or those to replay."""
+        """Return the hidden states unchanged, ``[n, t, h]``, or ``replay`` if it is set."""
         self.kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.seen = hidden_states
         return hidden_states if self.replay is None else self.replay
 
     def forget(self) -> None:
-        """Let go of all tensors."""
+        """Drop all tensors."""
         self.seen, self.kwargs, self.replay = None, {}, None
 
 
@@ -64,9 +65,9 @@ class EmbeddingAndHead:
     """Embedding, head and everything else outside the blocks of a meta model.
 
     Args:
-        model: the meta model; its blocks are replaced by taps here.
+        model: the meta model; the constructor replaces its blocks by taps.
         blocks: dotted name of the list of blocks.
-        read: reads parameters by full name to a device; the flag asks for a copy that does not lean on a mapped file.
+        read: reads parameters by full name to a device; its flag asks for a copy that is independent of mapped files.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: str, read: Read) -> None:
@@ -74,12 +75,13 @@ class EmbeddingAndHead:
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         if not isinstance(table, nn.Embedding) or not isinstance(head, nn.Module):
             raise UserError(
-                f"{type(model).__name__} has no plain embedding table and head: it cannot be opened by blocks"
+                f"{type(model).__name__} has no plain embedding table and head, so it cannot be opened block by block: "
+                "choose a model of another type"
             )
         self._model, self._read, self._table, self._head = model, read, table, head
         self._table_names, self._head_names = _names_of(model, self._table), _names_of(model, self._head)
         self._rest = [name for name in names if name not in (*self._table_names, *self._head_names)]
-        self._taps = [Tap(block) for block in model.get_submodule(blocks).children()]
+        self._taps = [BlockTap(block) for block in model.get_submodule(blocks).children()]
         model.set_submodule(blocks, nn.ModuleList(self._taps))
         self._device = self._head_device = self._table_device = torch.device("meta")
         self._table.register_forward_hook(lambda module, args, output: output.to(self._device))
@@ -90,7 +92,7 @@ class EmbeddingAndHead:
 
         Args:
             tokens: int64 ``[n, t]``.
-            device: where both come to lie.
+            device: of both results.
 
         Raises:
             UserError: a token is outside the vocabulary, or a sample is longer than the model has positions.
@@ -105,7 +107,7 @@ class EmbeddingAndHead:
         self._run(input_ids=tokens[:1])
         kwargs = [tap.kwargs for tap in self._taps]
         if self._model.config._attn_implementation == "flash_attention_2":
-            # With them it asks the GPU in every call whether a row holds several samples, which no CUDA graph allows.
+            # With position_ids every call asks the GPU whether a row holds several samples, which CUDA graphs forbid.
             kwargs = [{key: value for key, value in each.items() if key != "position_ids"} for each in kwargs]
         hidden = self._seen().new_empty(*tokens.shape, self._seen().shape[-1])
         rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
@@ -117,12 +119,12 @@ class EmbeddingAndHead:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, device: torch.device) -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of what the last block returned, ``[n, t, h]``."""
+        """Logits ``[n, t, vocabulary]`` of the output of the last block, ``[n, t, h]``."""
         self._come_to(device)
         if self._head_device != self._device:
             fill(self._model, self._head, self._local(self._head_names, self._device, True), self._device)
             self._head_device = self._device
-        # Only the size of this input counts: the last tap answers with the hidden states.
+        # Only the shape of this input matters: the last tap returns the hidden states.
         nothing = torch.zeros(1, 1, self._table.embedding_dim, dtype=self._model.dtype, device=device)
         self._taps[-1].replay = hidden.to(device, self._model.dtype)
         logits: Tensor = self._model(
@@ -132,7 +134,7 @@ class EmbeddingAndHead:
         return logits
 
     def release(self) -> None:
-        """Let go of the embedding table and the head; the next call reads them again."""
+        """Free the embedding table and the head; the next call that needs them reads them again."""
         for part in (self._table, self._head):
             part.to_empty(device=torch.device("meta"))
         self._head_device = self._table_device = torch.device("meta")
@@ -144,11 +146,11 @@ class EmbeddingAndHead:
         largest, vocabulary = int(tokens.max()), self._table.num_embeddings
         if largest >= vocabulary:
             raise UserError(
-                f"token {largest} is outside the model's vocabulary of {vocabulary}: take the model's own tokenizer"
+                f"token {largest} is outside the model's vocabulary of {vocabulary}: use the model's own tokenizer"
             )
 
     def _come_to(self, device: torch.device) -> None:
-        """Bring what is neither table nor head to a device; those two are read again when they are needed."""
+        """Move everything except the table and the head to a device; those two are read again when needed."""
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         if self._device != device:
             fill(self._model, self._model, self._read(self._rest, device, True), device)

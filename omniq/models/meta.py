@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules without weights, and how they get them.
+"""Modules without weights, and how they get their weights.
 
-The whole model is built once on torch's meta device: every module, shape and dtype, no memory. A part of it becomes
-real by ``fill``: parameters and saved buffers from the checkpoint; buffers that are never saved (rotary frequencies)
-from the model's own initialisation, which is how transformers itself makes them when it loads a model.
+The whole model is built once on torch's meta device: every module, shape and dtype, without memory. ``fill`` makes a
+part of it real. Parameters and saved buffers come from the checkpoint. Buffers that are never saved (rotary
+frequencies) come from the model's own initialisation, as when transformers loads a model.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from omniq.errors import UserError, first_line
+from omniq.errors import UserError, one_line
 
 
 def meta_model(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a config on the meta device, frozen, in evaluation mode.
+    """The model that a config describes, on the meta device, frozen and in evaluation mode.
 
     Raises:
         UserError: the attention implementation is unknown, not installed, or not available for this model.
@@ -30,7 +30,7 @@ def meta_model(
             )
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"transformers cannot build this model with model.attention {attention!r} ({first_line(error)}): "
+            f"transformers cannot build this model with model.attention {attention!r} ({one_line(error)}): "
             "use sdpa or eager"
         ) from error
     return model.eval().requires_grad_(False)
@@ -42,8 +42,8 @@ def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor],
     Args:
         model: the model whose code initialises the buffers.
         part: the model itself, one of its modules, or a copy of one.
-        tensors: parameters and saved buffers by name inside ``part``, on ``device``; what is not named stays as it is.
-        device: where the unsaved buffers go.
+        tensors: parameters and saved buffers by name inside ``part``, on ``device``; others stay as they are.
+        device: of the unsaved buffers.
     """
     for module in part.modules():
         _fill_buffers(model, module, device)
@@ -52,7 +52,7 @@ def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor],
 
 
 def _fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
-    """Initialise the unsaved buffers of one module, twice from different memory, to see that every entry is written."""
+    """Initialise the unsaved buffers of one module twice, from different memory, to see that every entry is written."""
     names = [name for name, value in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
     attempts: list[dict[str, Tensor]] = []
     for garbage in (0, 1) if names else ():
@@ -64,5 +64,5 @@ def _fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.devic
         if not torch.equal(attempts[0][name], attempts[1][name]):
             raise UserError(
                 f"the code of {type(model).__name__} does not initialise {type(module).__name__}.{name}: "
-                "this model cannot be opened block by block"
+                "this model cannot be opened block by block; choose a model of another type"
             )

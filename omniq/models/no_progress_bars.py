@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No progress bars of the libraries that read a model: a run has a display of its own.
+"""Hide the progress bars of the libraries that read a model: a run has its own display.
 
-transformers has a switch for its bars, but reading a GGUF file shows one whatever it says. compressed-tensors shows
-three for every model it opens and one more when that model runs for the first time, and takes no argument to leave
-them out. All of them are tqdm's, so that is where they are disabled; what is printed, warned and raised comes through.
+transformers has a switch for its bars, but reading a GGUF file ignores it. compressed-tensors shows three bars for
+every model it opens and one more when that model runs for the first time, and has no switch. All of them are bars of
+tqdm, so this module disables them there. Printed text, warnings and errors are not affected.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Disable every tqdm bar that is made meanwhile, notebook widgets included."""
+    """Disable every tqdm bar that is created inside the context, notebook widgets included."""
     original, call = vars(tqdm)["__init__"], tqdm.__init__
 
     def disabled(bar: tqdm, *args: Any, **options: Any) -> None:

@@ -11,8 +11,10 @@ which is the model's own forward to the last bit, with one block in memory at a 
 built once without weights (``omniq.models.meta``); ``embed`` and ``logits`` run the model's forward around the missing
 blocks (``omniq.models.embedding_and_head``).
 
-Opening checks everything that can be checked without reading weights: family, config, files, and that every parameter
-is stored in the shape the config says.
+Opening checks everything that can be checked without reading weights: family, config, files
+(``omniq.models.weight_files``), and that every parameter is stored in the shape that the config asks for, and not
+quantized (``omniq.models.checks``). Weights come from a ``Checkpoint``, which may be prepared
+(``omniq.models.prepare``).
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
@@ -20,7 +22,6 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 import copy
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from omniq.errors import UserError
-from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, weights_in
+from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
+from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
+from omniq.models.checks import check_checkpoint, stored_dtype
 from omniq.models.embedding_and_head import EmbeddingAndHead
 from omniq.models.families import family_of
 from omniq.models.family import Family
@@ -38,37 +41,31 @@ from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout
 from omniq.models.locate import locate
 from omniq.models.meta import fill, meta_model
+from omniq.models.stored_names import with_model_names
 from omniq.models.transformers_io import open_config, open_tokenizer
+from omniq.models.weight_files import weight_file
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Folder, weight file if one is named, and whether the code beside it may run."""
+    """The folder of a model, and whether the code beside the weights may run."""
 
     folder: Path
-    file: str | None
     remote_code: bool
-
-    @property
-    def gguf(self) -> str | None:
-        return self.file if self.file is not None and self.file.endswith(".gguf") else None
 
 
 class SourceModel:
-    """A model to be read block by block; made by ``open``.
+    """A model that is read block by block; ``open`` makes it.
 
     Attributes:
         path: as the user wrote it.
-        folder: where its files are.
+        folder: holds its files.
         config: of transformers, with the dtype and attention in use.
-        family: where its blocks and linears are.
-        dtype: of the parameters as they are handed out.
-        num_blocks: how many blocks there are.
-        vocab_size: entries of the embedding table.
+        family: says where its blocks and linears are.
+        dtype: of the parameters that the model returns.
+        num_blocks: the number of blocks.
     """
 
     def __init__(
@@ -86,11 +83,10 @@ class SourceModel:
         self._model, self._checkpoint = model, checkpoint
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self.num_blocks = len(self._blocks)
-        self.vocab_size = int(model.config.vocab_size)
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
-        self._check()
-        self._outer = EmbeddingAndHead(model, self.family.blocks, self._read)
+        check_checkpoint(self.folder, model, checkpoint, self._alias, self._tied)
+        self._embedding_and_head = EmbeddingAndHead(model, self.family.blocks, self._read)
 
     @classmethod
     def open(
@@ -106,44 +102,47 @@ class SourceModel:
         Args:
             path: a folder, a file, ``package:name/file``, or a name on the Hub (``omniq.models.locate``).
             gguf_file: the GGUF file to take from a folder or repository.
-            dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the checkpoint's own (GGUF: float32).
+            dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for that of the checkpoint (GGUF: float32).
             attention: attention implementation of transformers.
             trust_remote_code: run code that comes with the checkpoint.
 
         Raises:
             NotByBlocks: its type is not supported, or it is quantized already.
-            UserError: the model is not found, or its files are missing, corrupt or at odds.
+            UserError: the model is not found, its files are missing or corrupt, or they do not fit its config.
         """
-        if dtype != "auto" and dtype not in DTYPES:
-            raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
-        folder, file = locate(str(path), gguf_file, trust_remote_code)
-        place = _Place(folder, file or weights_in(folder), trust_remote_code)
-        tokenizer = None
-        with nullcontext() if place.gguf is None else reading_gguf(folder / place.gguf):
-            config = open_config(folder, place.gguf, trust_remote_code)
-            family_of(config)
-            if place.gguf is not None:
-                chosen = DTYPES.get(dtype, torch.float32)
-                checkpoint: Checkpoint = GgufCheckpoint(folder, place.gguf, config, chosen)
-                tokenizer = open_tokenizer(folder, place.gguf)
-            else:
-                checkpoint = SafetensorsCheckpoint(folder, place.file)
-                chosen = DTYPES.get(dtype) or _dtype_of(config, checkpoint)
-        return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), checkpoint, tokenizer)
+        if dtype != "auto" and dtype not in MODEL_DTYPES:
+            raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(MODEL_DTYPES)}")
+        folder, named = locate(str(path), gguf_file, trust_remote_code)
+        file = weight_file(folder, named)
+        place = _Place(folder, trust_remote_code)
+        if file.endswith(".gguf"):
+            chosen = torch.float32 if dtype == "auto" else torch_dtype(dtype)
+            with reading_gguf(folder / file):
+                config = open_config(folder, file, trust_remote_code)
+                family_of(config)
+                held = GgufCheckpoint(folder, file, config, chosen)
+                tokenizer = open_tokenizer(folder, file)
+            return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), held, tokenizer)
+        config = open_config(folder, None, trust_remote_code)
+        family_of(config)
+        stored = SafetensorsCheckpoint(folder, file)
+        chosen = stored_dtype(config, stored) if dtype == "auto" else torch_dtype(dtype)
+        model = meta_model(config, chosen, attention, trust_remote_code)
+        return cls(str(path), place, model, with_model_names(stored, model))
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
-        """A model whose parameters come from somewhere else than from files.
+        """A model whose parameters come from any checkpoint, such as a prepared one.
 
         Args:
             model: on the meta device.
-            checkpoint: gives its parameters.
+            checkpoint: holds its parameters under the names of the model.
             folder: to name in messages.
         """
-        return cls(str(folder), _Place(folder, None, False), model, checkpoint)
+        return cls(str(folder), _Place(folder, False), model, checkpoint)
 
     def in_dtype(self, dtype: torch.dtype) -> "SourceModel":
-        """The same model, all of it handed out in another dtype."""
+        """The same model with all parameters in another dtype."""
         config, place = copy.deepcopy(self.config), self._place
         model = meta_model(config, dtype, config._attn_implementation, place.remote_code)
         return SourceModel(self.path, place, model, self._checkpoint, self._tokenizer)
@@ -152,7 +151,7 @@ class SourceModel:
         """The tokenizer that lies beside the weights, or in the GGUF file.
 
         Raises:
-            UserError: there is none.
+            UserError: no tokenizer can be read.
         """
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._place.folder, None, self._place.remote_code)
@@ -166,6 +165,15 @@ class SourceModel:
         """The layout of a block: its linears, which of them share an input, and where scales may move."""
         return self.family.layout(self._blocks[index], index)
 
+    def structure(self, index: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
+        """Name, owner and shape of every parameter of a block; equal for blocks of the same kind."""
+        parts = self._blocks[index].named_modules()
+        return tuple(
+            (f"{prefix}.{name}", type(module), tuple(value.shape))
+            for prefix, module in parts
+            for name, value in module.named_parameters(recurse=False)
+        )
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""
         return self._parameters[name]
@@ -175,8 +183,8 @@ class SourceModel:
 
         Args:
             index: from 0.
-            device: where it comes to lie.
-            dtype: of its parameters; the model's if not given.
+            device: of its parameters and buffers.
+            dtype: of its parameters; that of the model by default.
         """
         block = copy.deepcopy(self._blocks[index])
         prefix, where = f"{self.block_name(index)}.", torch.device(device)
@@ -193,26 +201,26 @@ class SourceModel:
 
         Args:
             tokens: int64 ``[n, t]``.
-            device: where both come to lie.
+            device: of both results.
 
         Raises:
             UserError: a token is outside the vocabulary, or a sample is longer than the model has positions.
         """
-        return self._outer.embed(tokens, torch.device(device))
+        return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
         """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """
-        return self._outer.logits(hidden, torch.device(device))
+        return self._embedding_and_head.logits(hidden, torch.device(device))
 
     def release(self) -> None:
-        """Let go of the embedding table and the head, which ``embed`` and ``logits`` keep; they are read again."""
-        self._outer.release()
+        """Free the embedding table and the head, which ``embed`` and ``logits`` keep; a later call reads them again."""
+        self._embedding_and_head.release()
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored parameter that is in no block, by full name, one at a time on the CPU; no tied head."""
+        """Every stored parameter outside the blocks, by full name, one at a time on the CPU, without a tied head."""
         for name in self._parameters:
             if not name.startswith(f"{self.family.blocks}.") and name not in self._tied:
                 yield name, self._read([name], torch.device("cpu"), True)[name]
@@ -224,8 +232,8 @@ class SourceModel:
     def _read(
         self, names: Iterable[str], device: torch.device, own: bool, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Parameters by full name; ``own`` copies them out of mapped files (and to where torch aligns memory)."""
-        stored = {name: self._stored_name(name) for name in names}
+        """Parameters by full name; ``own`` copies them out of mapped files (into memory that torch aligns)."""
+        stored = {name: self._alias.get(name, name) for name in names}
         found = self._checkpoint.read(stored.values())
         tensors = {}
         for name, key in stored.items():
@@ -234,58 +242,22 @@ class SourceModel:
             tensors[name] = value.to(device, value_dtype, copy=own)
         return tensors
 
-    def _stored_name(self, name: str) -> str:
-        """How the checkpoint calls a parameter: as it is, or without the outer prefix, or as the one it is tied to."""
-        name = self._alias.get(name, name)
-        inner = name.removeprefix(f"{self._model.base_model_prefix}.")
-        return inner if name not in self._checkpoint.tensors and inner in self._checkpoint.tensors else name
-
     def _tie(self) -> None:
-        """Find the parameters that are another's value, as transformers does when it loads a model.
+        """Find the parameters that take the value of another one, as transformers does when it loads a model.
 
-        Either of two tied parameters may be the one that is stored. If both are, and differ, the config is wrong and
+        Either of two tied parameters may be the stored one. If both are stored and differ, the config is wrong, and
         they are not tied.
         """
+        stored = self._checkpoint.tensors
         self._alias: dict[str, str] = {}  # parameter: the one whose stored value it takes
         self._tied: set[str] = set()  # parameters that need not be stored
         for target, origin in self._model.all_tied_weights_keys.items():
-            names = [self._stored_name(target), self._stored_name(origin)]
-            if all(name in self._checkpoint.tensors for name in names):
-                first, second = self._checkpoint.read(names).values()
+            if target in stored and origin in stored:
+                first, second = self._checkpoint.read([target, origin]).values()
                 if not torch.equal(first, second):
                     log.warning("%s: %s differs from %s, so they are not tied", self.path, target, origin)
                     self.config.tie_word_embeddings = False
                     continue
             self._tied.add(target)
-            only_target = names[0] in self._checkpoint.tensors and names[1] not in self._checkpoint.tensors
+            only_target = target in stored and origin not in stored
             self._alias |= {origin: target} if only_target else {target: origin}
-
-    def _check(self) -> None:
-        """Refuse a checkpoint that does not fit the config; say what it stores beyond it."""
-        stored = self._checkpoint.tensors
-        wanted = {self._stored_name(name): shape for name, shape in self._parameters.items()}
-        missing = [name for name in wanted if name not in stored]
-        if missing:
-            raise UserError(
-                f"{self.folder} lacks {len(missing)} parameters that its config asks for, such as {missing[0]}: "
-                "get config.json and weights from the same place"
-            )
-        for name, shape in wanted.items():
-            if stored[name].shape != shape:
-                raise UserError(
-                    f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but the config asks for "
-                    f"{list(shape)}: get config.json and weights from the same place"
-                )
-        known = {*wanted, *self._tied}
-        unused = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]
-        if unused:
-            log.warning("%s stores %d tensors the model does not use, such as %s", self.folder, len(unused), unused[0])
-
-
-def _dtype_of(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """What the config says, or else what most of the weights are stored in."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    kinds = [stored.dtype for stored in checkpoint.tensors.values()]
-    return names.get(max(kinds, key=kinds.count), torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a checkpoint, or its config or tokenizer, through plain transformers, but never from pickled weights."""
+"""Open a checkpoint, its config or its tokenizer through plain transformers, but never from pickled weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,41 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from omniq.errors import NotByBlocks, UserError, first_line
-from omniq.models.checkpoint import SafetensorsCheckpoint, read_json, weights_in
+from omniq.errors import NotByBlocks, UserError, one_line
+from omniq.models.checkpoint import SafetensorsCheckpoint
 from omniq.models.families import family_of_type
 from omniq.models.gguf import reading_gguf
-from omniq.models.locate import PICKLE, pickle_refusal
 from omniq.models.no_progress_bars import without_bars
+from omniq.models.weight_files import INDEX, SINGLE, configured_file, read_json, weight_file
 
 
 def open_weights(folder: Path, file: str | None = None, **options: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``, once the weight files are found and every header in them is whole.
+    """``AutoModelForCausalLM.from_pretrained``, after a check that the weight files exist and that their headers parse.
 
     Args:
         folder: of the checkpoint.
-        file: the weight file in it, if one is named.
+        file: the weight file in it, if the user named one.
         **options: for ``from_pretrained``.
 
     Raises:
-        UserError: there are only pickle files, a file is missing, truncated or corrupt, or transformers could not find
-            it under its name.
+        UserError: there are only pickle files, a file is missing, truncated or corrupt, or has a name that
+            transformers does not look for.
     """
     model: PreTrainedModel
-    file = file or weights_in(folder)
-    if file is not None and file.endswith(".gguf"):
+    file = weight_file(folder, file)
+    if file.endswith(".gguf"):
         with reading_gguf(folder / file):
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
         return model
-    if file is not None and file != "model.safetensors":
-        raise UserError(f"{folder / file}: transformers opens model.safetensors and no other name: rename the file")
-    named = read_json(folder / "config.json").get("transformers_weights")
-    if Path(str(named)).suffix in PICKLE:  # NOTE: use_safetensors does not hold for a file that the config names
-        raise UserError(pickle_refusal(folder / str(named)))
+    if file not in (SINGLE, INDEX, configured_file(folder)):
+        raise UserError(f"{folder / file}: transformers looks for {SINGLE} only: rename the file")
     SafetensorsCheckpoint(folder, file)
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
     return model
 
 
 def open_checkpoint(path: str | Path, file: str | None = None, **options: Any) -> PreTrainedModel:
-    """``open_weights`` without progress bars, and one token sent through: that is where the last bar would be."""
+    """``open_weights`` without progress bars; one token runs through the model, because that shows the last bar."""
     with without_bars():
         model = open_weights(Path(path), file, **options)
         with torch.no_grad():
@@ -60,7 +57,10 @@ def open_checkpoint(path: str | Path, file: str | None = None, **options: Any) -
 
 
 def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model that can be taken apart into blocks, from a folder or a GGUF file in it.
+    """The config of a model that omniq can take apart into blocks, from a folder or a GGUF file in it.
+
+    The name of the weight file (``transformers_weights``) is removed: it belongs to the folder and not to the model,
+    so no export may inherit it.
 
     Args:
         folder: of the checkpoint.
@@ -69,7 +69,7 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
 
     Raises:
         NotByBlocks: the type is unknown, or the model is quantized already.
-        UserError: config.json is missing or broken, or the GGUF file is.
+        UserError: config.json or the GGUF file is missing or damaged.
     """
     if gguf_file is not None:
         with reading_gguf(folder / gguf_file):
@@ -82,11 +82,14 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
         raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
     try:
         # transformers' own models fail on return_dict=false: an inner model returns a tuple where they read a field
-        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, return_dict=True)
-    except Exception as error:  # validation of configs raises many kinds
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, return_dict=True)
+    except Exception as error:  # the validation of configs raises many kinds
         raise UserError(
-            f"{file} cannot be read as a config of transformers ({first_line(error)}): get the file again"
+            f"{file} cannot be read as a config of transformers ({one_line(error)}): get the file again"
         ) from error
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+    return config
 
 
 def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -98,7 +101,7 @@ def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool
         remote_code: run code that comes with it.
 
     Raises:
-        UserError: there is none.
+        UserError: no tokenizer can be read.
     """
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
@@ -106,5 +109,5 @@ def open_tokenizer(folder: Path, gguf_file: str | None = None, remote_code: bool
             folder, trust_remote_code=remote_code, **extra
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no tokenizer can be read from {folder} ({first_line(error)}): put its files there") from error
+        raise UserError(f"no tokenizer can be read from {folder} ({one_line(error)}): put its files there") from error
     return tokenizer

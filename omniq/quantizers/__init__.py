@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a range is chosen: min-max, searched, learned (LWC, PACT, LSQ); quantizers of activations.
+"""How a range is chosen: min-max, searched, learned (LWC, PACT, LSQ); and fake quantization of activations.
 
 May import kernels and grid. Read ``clipping.py`` first.
 """

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PACT and LSQ: clippings with absolute ranges, to compare LWC with.
+"""PACT and LSQ: clippings with absolute ranges, for comparison with LWC.
 
     PACT   hi = u * hi_0,   lo = l * lo_0        arXiv 1805.06085; gradient from the weights beyond a threshold only
-    LSQ    s = f * s_0,     z = z_0              arXiv 1902.08153; also from the rounding of those inside
+    LSQ    s = f * s_0,     z = z_0              arXiv 1902.08153; gradient from the rounding of weights inside, too
 
-LWC's factors are relative to the weights as they are, so that its range follows a transform. These stay where they are
-while a transform moves the weights, which is what the paper's ablation holds against them.
+LWC's factors are relative to the current weights, so its range follows a transform. These ranges stay where they are
+while a transform changes the weights, which is the argument of OmniQuant's ablation against them.
 
-Deviations from the published codes: what is learned are factors on the start instead of thresholds and steps, so that
-one learning rate suits weights of any size; LSQ's gradient scale is left out, because AdamW would cancel it.
+Deviations from the published codes: the learned parameters are factors on the start instead of thresholds and steps, so
+that one learning rate suits weights of any size; LSQ's gradient scale is left out, because AdamW would cancel it.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group size.
 """
@@ -20,7 +20,7 @@ from omniq.grid.affine import Grid
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.quantizers.clipping import FakeQuantWeight, LearnableRange
 
-SMALLEST_FACTOR = 1e-2  # of a learned step or threshold: an optimizer step must not turn it over
+SMALLEST_FACTOR = 1e-2  # on a learned step or threshold: an optimizer step must not change its sign
 
 
 class PACT(LearnableRange):
@@ -85,7 +85,7 @@ class LSQWeight(FakeQuantWeight):
     Args:
         grid: bits, group size and symmetry.
         step: the scale to start from, float32 ``[o, G]``.
-        zero_point: stays, ``[o, G]``.
+        zero_point: constant, ``[o, G]``.
     """
 
     start: Tensor

@@ -8,30 +8,30 @@ For a token ``x`` with range ``m = min(x, 0)``, ``M = max(x, 0)``, ``b`` bits, c
     z = round(-2^(b-1) - m / s)   or  0              an integer inside the code range
     x^ = (round(clamp(x / s + z)) - z) s
 
-This is, operation for operation and in the dtype of ``x``, what the int-quantized runtime of compressed-tensors does
-when transformers runs an exported model (signed codes, ``z`` added before rounding, a scale of zero replaced by the
-dtype's epsilon), so a reloaded model computes the numbers that were optimised. Three things to know about it:
+These are the operations, in the dtype of ``x``, of the int-quantized runtime of compressed-tensors when transformers
+runs an exported model (signed codes, ``z`` added before rounding, a scale of zero replaced by the dtype's epsilon). So
+a reloaded model computes the numbers that were optimised, with three reservations:
 
 - symmetric scales are ``max|x| / (L / 2)``, not ``max|x| / 127``: the largest positive value clips by half a step;
-- for two-dimensional inputs it takes one range over the whole tensor, here a token is always the last dimension
-  (a family whose block flattens tokens before a linear, as OPT does, therefore reloads to other numbers there);
+- for two-dimensional inputs the runtime uses one range for the whole tensor, while here a token is always the last
+  dimension (a family whose block flattens tokens before a linear, as OPT does, reloads to other numbers there);
 - GPU runtimes may compute in float32: they agree up to the rounding of half precision.
 
-``StaticGrid`` is the same with one fixed range for all tokens. While a block is being calibrated, that range is not
-final: a transform moves it with every step. There ``quantize_samples`` gives each sample the range it has, and tells a
-transform by the gradient what its extremes cost.
+``StaticGrid`` uses one fixed range for all tokens. While a block is calibrated that range is not final, because a
+transform changes it with every step. There ``quantize_samples`` gives each sample its own range, and the gradient of
+the extremes reaches the transform.
 
 The gradient is that of the paper (arXiv 2308.13137; its code does not detach the range): straight-through for the
-rounding, none through ``z``, and through ``s`` to the extreme elements, ties sharing evenly. With ``G = dLoss/dx^`` and
-``in`` where the rounded code is not clipped:
+rounding, zero through ``z``, and through ``s`` to the extreme elements, with equal shares for ties. With
+``G = dLoss/dx^`` and ``in`` true where the rounded code is not clipped:
 
     g_s = sum over the token of G ((q - z) - in x / s),    d x = in G + [x = M] g_s / L - [x = m] g_s / L
 
-(``2 / L`` for the larger side only when symmetric; no gradient to a range bound that is the included zero). It is
-computed analytically with ``g_s`` in float32, from ``x`` and its range: autograd would form ``x / s^2``, which
-overflows in float16 at 8 bits, and keep six copies of ``x``. Nothing waits for the host.
+(``2 / L``, for the larger side only, if symmetric; no gradient to a bound that is the included zero). It is computed
+analytically with ``g_s`` in float32, from ``x`` and its range: autograd would form ``x / s^2``, which overflows in
+float16 at 8 bits, and keep six copies of ``x``. No operation synchronizes with the host.
 
-``quantize_tokens_reference`` is this text in torch, and what the CPU runs. On CUDA the operator
+``quantize_tokens_reference`` states this in torch, and runs on the CPU. On CUDA the operator
 ``omniq::quantize_tokens`` does the same in one kernel each way (``omniq.kernels.token_quant_triton``), opaque to
 torch.compile and safe inside CUDA graphs.
 
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
-from omniq.kernels.fused import is_fused, packed
+from omniq.kernels.fused import implementation, is_fused, packed
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False, dtype: torch.
         x: ``[..., c]``, any floating dtype and layout.
         bits: 2 to 8.
         symmetric: no zero point.
-        dtype: to convert ``x`` to first, and of the result; its own by default.
+        dtype: dtype that ``x`` is converted to first, and of the result; by default that of ``x``.
     """
     dtype = dtype or x.dtype
     if is_fused(x) and dtype != torch.float64:
@@ -88,7 +88,7 @@ def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
     """Scale and signed zero point that cover ``[lo, hi]`` and zero, in the dtype of the range."""
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    max_code = lo.new_full((), most - least)  # a tensor: CUDA divides by a Python number through its reciprocal
+    max_code = lo.new_full((), most - least)  # a tensor, because CUDA divides by a Python number through its reciprocal
     scale = torch.maximum(-lo, hi) / (max_code / 2) if symmetric else (hi - lo) / max_code
     # NOTE: torch.where with a Python number copies it from the host, which a CUDA graph cannot capture
     scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
@@ -99,10 +99,10 @@ def fit_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class StaticGrid:
-    """Static fake quantization: one range for the whole input of a linear, found beforehand.
+    """Static fake quantization: one range for the whole input of a linear, determined beforehand.
 
     Args:
-        scale: ``[1]``, in the dtype of deployment.
+        scale: ``[1]``, in the dtype of the exported model.
         zero_point: int8 ``[1]``, in the signed code range; 0 on a symmetric grid.
     """
 
@@ -111,13 +111,13 @@ class StaticGrid:
 
     @classmethod
     def fit(cls, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> "StaticGrid":
-        """The grid that covers ``[lo, hi]`` and zero, on the CPU; the zero point goes with the rounded scale.
+        """The grid that covers ``[lo, hi]`` and zero, on the CPU; the zero point fits the rounded scale.
 
         Args:
             lo, hi: scalars.
             bits: 2 to 8.
             symmetric: no zero point.
-            dtype: of deployment.
+            dtype: dtype of the exported model.
         """
         scale, unsigned = Grid(bits, symmetric=symmetric, scale_dtype=dtype).fit(lo.reshape(1), hi.reshape(1))
         return cls(scale.to("cpu", dtype), (unsigned - 2 ** (bits - 1)).to("cpu", torch.int8))
@@ -129,9 +129,7 @@ class StaticGrid:
 
 @torch.library.custom_op("omniq::quantize_tokens", mutates_args=())
 def _fused(x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-    from omniq.kernels import token_quant_triton
-
-    return token_quant_triton.forward(x, bits, symmetric, dtype)
+    return implementation("token_quant", fused=True).forward(x, bits, symmetric, dtype)
 
 
 @_fused.register_fake
@@ -141,9 +139,7 @@ def _(x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("omniq::quantize_tokens_backward", mutates_args=())
 def _fused_backward(grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    from omniq.kernels import token_quant_triton
-
-    return token_quant_triton.backward(grad, x, bits, symmetric)
+    return implementation("token_quant", fused=True).backward(grad, x, bits, symmetric)
 
 
 @_fused_backward.register_fake
@@ -179,13 +175,13 @@ class _Tokens(torch.autograd.Function):
         max_code = 2**ctx.bits - 1
         scale, zero = fit_range(lo, hi, ctx.bits, ctx.symmetric)
         codes, inside = _codes(x, scale, zero, ctx.bits)
-        wide = torch.promote_types(x.dtype, torch.float32)  # half cannot tell a residual from a code of 100
+        wide = torch.promote_types(x.dtype, torch.float32)  # in half precision a residual vanishes beside a code of 100
         residual = codes.sub_(zero).to(wide).sub_((x.to(wide) / scale.to(wide)).mul_(inside))  # [..., c]
         d_scale = residual.mul_(grad).sum(-1, keepdim=True) / max_code  # [..., 1]
         d_lo, d_hi = -d_scale * (lo < 0), d_scale * (hi > 0)
         if ctx.symmetric:
-            share = torch.heaviside(hi.clamp(min=0) + lo.clamp(max=0), hi.new_full((), 0.5))
-            d_lo, d_hi = 2 * (1 - share) * d_lo, 2 * share * d_hi
+            tie_share = torch.heaviside(hi.clamp(min=0) + lo.clamp(max=0), hi.new_full((), 0.5))
+            d_lo, d_hi = 2 * (1 - tie_share) * d_lo, 2 * tie_share * d_hi
         d_x = grad * inside
         for bound, d_bound in ((lo, d_lo), (hi, d_hi)):
             extreme = (x == bound).to(d_bound.dtype)
@@ -207,7 +203,7 @@ class _Static(torch.autograd.Function):
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Signed codes as floats, and where they are not clipped."""
+    """Signed codes as floats, and the mask of codes that are not clipped."""
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes = (x / scale).add_(zero)
     rounded = codes.round()

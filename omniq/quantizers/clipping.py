@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clipping: which range of the weights the grid covers.
+"""Clipping: the range of the weights that the grid covers.
 
-``MinMax`` and ``Searched`` compute a range once. ``LWC`` learns one by gradient, starting from either: OmniQuant
-(arXiv 2308.13137, equation 3) shrinks the extremes of each group by learned factors,
+``MinMax`` and ``Searched`` compute a range once. ``LWC`` learns a range by gradient, starting from either: OmniQuant
+(arXiv 2308.13137, section 3.2, learnable weight clipping) shrinks the extremes of each group by learned factors,
 
     hi = sigmoid(upper) * max(w),   lo = sigmoid(lower) * min(w),   s = (hi - lo) / L,   z = round(-lo / s)
 
-All share one interface, so a stage takes any of them from YAML; PACT and LSQ, for comparison, are in
-``omniq.quantizers.absolute``. Deviations from the published code: the range always includes zero, so the zero point
-stays inside the code range; the final grid is computed in float32.
+All share one interface, so a stage takes any of them from YAML. PACT and LSQ, for comparison, are in
+``omniq.quantizers.absolute``.
+
+Deviations from the published code: the range always includes zero, so the zero point stays inside the code range; the
+final grid is computed in float32.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
@@ -21,7 +23,6 @@ from torch import Tensor, nn
 
 from omniq.grid.affine import Grid
 from omniq.kernels.fake_quant import fake_quantize
-from omniq.kernels.fake_quant_moving import fake_quantize_moving
 from omniq.kernels.scaled_weight import ScaledWeight
 from omniq.quantizers.search import search_range
 
@@ -30,16 +31,16 @@ OPEN_LOGIT = 40.0  # sigmoid(40) is 1 in float32
 
 
 class Clipping(ABC):
-    """How a stage that learns gets the clipping of each linear, named in YAML."""
+    """Builds the clipping of each linear for a stage; named in YAML."""
 
     @property
     def needs_second_moment(self) -> bool:
-        """Whether the mean square of the inputs is wanted."""
+        """True if ``build`` needs the mean square of the inputs."""
         return False
 
     @property
     def needs_gram(self) -> bool:
-        """Whether the whole Gram matrix of the inputs is wanted in its place."""
+        """True if ``build`` needs the whole Gram matrix of the inputs instead."""
         return False
 
     @abstractmethod
@@ -48,7 +49,7 @@ class Clipping(ABC):
 
 
 class RangeEstimator(Clipping):
-    """A way to choose the range of each group once. In a stage that learns, its share of min-max stays fixed."""
+    """Chooses the range of each group once. In a stage that learns, the fraction of min-max stays fixed."""
 
     @abstractmethod
     def range(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,14 +58,14 @@ class RangeEstimator(Clipping):
         Args:
             weight: ``[o, i]``.
             grid: bits, group size and symmetry.
-            second_moment: mean square of each input, ``[i]`` (the diagonal of the Gram matrix), or that matrix,
-                ``[i, i]``, where it was asked for.
+            second_moment: mean square of each input, ``[i]`` (the diagonal of the Gram matrix); or that matrix,
+                ``[i, i]``, if ``needs_gram``.
 
         Returns:
             ``lo <= 0 <= hi``, each float32 ``[o, G]``.
 
         Raises:
-            ValueError: an importance is needed and not given, or has another shape.
+            ValueError: second moments are needed and not given, or have another shape.
         """
 
     def build(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> "FakeQuantWeight":
@@ -80,10 +81,10 @@ class MinMax(RangeEstimator):
 
 
 class Searched(RangeEstimator):
-    """The shrunken range of least rounding error, each input weighted by what it carries.
+    """The shrunken range of the least rounding error, with each input weighted by its second moment.
 
-    Minimises ``sum_j H_jj (w_j - Q(w_j))^2``, the diagonal of the layer's reconstruction error, or ``d S d^T``, all of
-    it within a group.
+    Minimises ``sum_j S_jj (w_j - Q(w_j))^2``, the diagonal of the layer's reconstruction error; or ``d S d^T`` within a
+    group, the whole of it.
 
     Args:
         weighting: ``diagonal`` suits stages that compensate for errors (GPTQ, coordinate descent); ``gram`` suits
@@ -103,20 +104,20 @@ class Searched(RangeEstimator):
 
     def range(self, weight: Tensor, grid: Grid, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
         if second_moment is None:
-            raise ValueError("a searched range needs the mean square of each input")
+            raise ValueError("a searched range needs second_moment, the mean square of each input")
         return search_range(weight.float(), grid, second_moment.float())
 
 
 class FakeQuantWeight(nn.Module, ABC):
-    """The clipping of one linear in the hands of a stage: fake-quantizes its weight and knows its grid."""
+    """The clipping of one linear during a stage: fake-quantizes its weight and computes its final grid."""
 
     @abstractmethod
     def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
         """The fake-quantized weight, differentiable in the clipping.
 
         Args:
-            weight: ``[o, i]``; with factors if a transform moves it from call to call (it is then differentiable too).
-            dtype: of the result.
+            weight: ``[o, i]``; with factors if a transform scales it, which are then differentiable too.
+            dtype: dtype of the result.
         """
 
     @abstractmethod
@@ -125,17 +126,17 @@ class FakeQuantWeight(nn.Module, ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Back to the start."""
+        """Reset the learned parameters to their start."""
 
 
 class LWCWeight(FakeQuantWeight):
     """Learnable weight clipping of one linear.
 
     Args:
-        weight: ``[o, i]``, for the extremes of its groups.
+        weight: ``[o, i]``; gives the extremes of the groups.
         grid: bits, group size and symmetry.
         start: range to start from, ``(lo, hi)`` of shape ``[o, G]``.
-        limit: largest logit at the start.
+        limit: largest logit of the start.
     """
 
     lo: Tensor
@@ -154,9 +155,8 @@ class LWCWeight(FakeQuantWeight):
         self.upper = nn.Parameter(initial[1].clone())
 
     def forward(self, weight: Tensor | ScaledWeight, dtype: torch.dtype) -> Tensor:
-        if isinstance(weight, ScaledWeight):
-            return fake_quantize_moving(weight, self.upper, self.lower, self.grid, dtype)
-        return fake_quantize(weight, self.lo, self.hi, self.upper, self.lower, self.grid, dtype)
+        bounds = None if isinstance(weight, ScaledWeight) else (self.lo, self.hi)
+        return fake_quantize(weight, self.upper, self.lower, self.grid, bounds, dtype)
 
     @torch.no_grad()
     def grid_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ class LWCWeight(FakeQuantWeight):
 
 
 class LearnableRange(Clipping):
-    """A clipping that is learned from a range to start with.
+    """A clipping that is learned, from an initial range.
 
     Args:
         initial: the range to start from; min-max by default.

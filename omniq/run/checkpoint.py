@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from omniq.config.run import Export
-from omniq.data.text import one_line
-from omniq.errors import UserError
+from omniq.errors import CorruptFile, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.variants import in_export_dtype, quantized_variant
 from omniq.export import (
@@ -49,7 +48,7 @@ def check_export(folder: RunDir, export: Export) -> None:
         return
     changed = [
         f"export.{key} was {written[key]!r}, now {value!r}"
-        for key, value in layout_of(export).items()
+        for key, value in settings_of(export).items()
         if written[key] != value
     ]
     if changed:
@@ -59,7 +58,7 @@ def check_export(folder: RunDir, export: Export) -> None:
         )
 
 
-def layout_of(export: Export) -> dict[str, Any]:
+def settings_of(export: Export) -> dict[str, Any]:
     """The settings that a checkpoint on disk depends on."""
     return {"format": export.format, "max_shard_size": export.max_shard_size}
 
@@ -83,31 +82,32 @@ def write_checkpoint(
         window: of the evaluation, int64 ``[1, t]``, whose perplexity is compared where activations are quantized; a
             sentence if not given.
     """
-    read, layout, size = block_reader(folder), export.format, int(export.max_shard_size * 1e9)
+    read, size = block_reader(folder), int(export.max_shard_size * 1e9)
+    chosen = find_format(export.format)
     if window is None or not scheme.activations.quantized:
         window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
-    opened = ReopenedCheckpoint(out, find_format(layout))
+    opened = ReopenedCheckpoint(out, chosen.container, chosen.codec(scheme))
 
     def verify() -> str:
-        report = verify_checkpoint(out, source, read, format=layout, scheme=scheme, windows=window, opened=opened)
+        report = verify_checkpoint(out, source, read, format=chosen.name, scheme=scheme, windows=window, opened=opened)
         same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
         return describe(report) + same
 
     earlier, report = None, None
     try:
         earlier = earlier_export(out)
-        if earlier == layout and export.verify:
+        if earlier == chosen.name and export.verify:
             report = verify()
-    except Exception as error:  # a damaged file shows in many ways
+    except (CorruptFile, VerificationError) as error:
         log.warning("%s is not what this run writes there (%s): it is replaced", out, one_line(error))
     own = out == folder.path / "model"  # anywhere else nothing but the codes tells whose it is
-    if report is None and (earlier != layout or export.verify or not own):
+    if report is None and (earlier != chosen.name or export.verify or not own):
         instead = f", in the place of an export in format {earlier}" if earlier is not None else ""
-        console.print(f"writing {out} in format {layout}{instead}")
-        export_checkpoint(source, read, out, format=layout, scheme=scheme, card=facts, max_shard_bytes=size)
-        opened = ReopenedCheckpoint(out, find_format(layout))
+        console.print(f"writing {out} in format {chosen.name}{instead}")
+        export_checkpoint(source, read, out, format=chosen.name, scheme=scheme, card=facts, max_shard_bytes=size)
+        opened = ReopenedCheckpoint(out, chosen.container, chosen.codec(scheme))
         report = verify() if export.verify else None
-    elif mended := mend_companions(source, out, format=layout, card=facts):
+    elif mended := mend_companions(source, out, format=chosen.name, scheme=scheme, card=facts):
         console.print(f"written anew in {out}, where it was damaged or of other settings: {', '.join(mended)}")
     if report is not None:
         console.print(report)
@@ -132,7 +132,7 @@ def same_perplexity(
     Raises:
         VerificationError: they differ by more than 0.5 %.
     """
-    variants = {OURS: quantized_variant(read, source.layout, scheme.activations)}
+    variants = {OURS: quantized_variant(read, source, scheme)}
     ours = evaluate_streamed(in_export_dtype(source, scheme), windows, variants)[OURS].perplexity
     theirs, tokens = report.perplexity, windows.numel()
     both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"

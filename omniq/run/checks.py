@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks before the first block: a run that cannot work is refused here."""
 
+import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from math import prod
 
 import torch
 
 from omniq.blocks.activation_hooks import check_attention
+from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
 from omniq.config.run import Run
-from omniq.data.text import one_line
 from omniq.distributed import collectives
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.export import cast_for_export, find_format
+from omniq.grid.affine import Grid
+from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+from omniq.storage.block_result import BlockResult
+
+log = logging.getLogger("omniq")
 
 
 def check_callbacks(run: Run) -> None:
@@ -41,18 +47,71 @@ def check_model(run: Run, source: SourceModel) -> None:
     Raises:
         UserError: names what does not fit, and a remedy.
     """
-    layouts = [source.layout(index) for index in range(source.num_blocks)]
+    check_rules(run, source)
+    layouts = [scheme_layout(source, run.scheme, index) for index in range(source.num_blocks)]
     for layout in layouts:
         check_attention(layout, run.scheme.activations)
         for stage in run.stages:
             stage.check_layout(layout)
     if run.export.format != "none":
-        find_format(run.export.format).check(run.scheme, layouts)
-    widths = linear_widths(source)
-    for name, width in widths.items():
-        run.scheme.grid.check_width(width, name, widths.values())
+        check_format(run.export.format, run.scheme, source)
+    grids = {name: run.scheme.grid_of(name) for name in linear_names(source)}
+    check_widths(source, grids)
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
-    check_room(run, source, widths)
+    check_room(run, source, grids)
+
+
+def check_widths(source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
+    """Refuse a grid whose groups do not divide the inputs of a linear.
+
+    Args:
+        grids: of the linears by full name; None for floating point.
+
+    Raises:
+        UserError: names the linear, its inputs and the group sizes that fit all linears on this grid.
+    """
+    widths: dict[Grid, dict[str, int]] = {}
+    for name, grid in grids.items():
+        if grid is not None:
+            widths.setdefault(grid, {})[name] = source.shape(f"{name}.weight")[1]
+    for grid, same in widths.items():
+        for name, width in same.items():
+            grid.check_width(width, name, same.values())
+
+
+def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
+    """Refuse a format that cannot hold the layouts and grids of a model.
+
+    Raises:
+        UserError: names what does not fit, and a remedy.
+    """
+    layouts = [scheme_layout(source, scheme, index) for index in range(source.num_blocks)]
+    grids = {scheme.grid_of(name) for name in linear_names(source)}
+    find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+
+
+def check_storable(run: Run, block: str, result: BlockResult) -> None:
+    """Refuse a finished block whose values the format of the export cannot store, before further blocks are computed.
+
+    Args:
+        block: its full name.
+
+    Raises:
+        UserError: names the linear.
+    """
+    if run.export.format == "none":
+        return
+    codec = find_format(run.export.format).codec(run.scheme)
+    for name, linear in result.linears.items():
+        codec.check_linear(f"{block}.{name}", linear)
+
+
+def check_reader(format: str, scheme: Scheme) -> None:
+    """Say before a run what this machine lacks to open its checkpoint; omniq can verify it without."""
+    chosen = find_format(format)
+    lacking = chosen.container.lacks(chosen.codec(scheme))
+    if lacking is not None and collectives.rank() == 0:
+        log.warning("export.format %s: %s; omniq verifies it with a reader of its own", format, lacking)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -94,23 +153,26 @@ def check_lengths(run: Run, positions: int | None) -> None:
             raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
 
 
-def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
+def check_room(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
     """Refuse a checkpoint that cannot be written: values beyond its dtype, or a disk without room for it.
 
-    Room is what is left to write at least: a byte for each code that is in no finished block yet, and the checkpoint
-    if there is none, without its scales.
+    Room is what is left to write at least: a byte for each code and the weights of linears in floating point, as far as
+    they are in no finished block yet, and the checkpoint if there is none, without its scales.
 
     Args:
-        linears: full names of those that get codes.
+        grids: of the linears by full name; None for floating point.
 
     Raises:
         UserError: names the parameter, or what is needed and what is free.
     """
-    codes = sum(prod(source.shape(f"{name}.weight")) for name in linears)
+    numbers = {name: prod(source.shape(f"{name}.weight")) for name in grids}
+    sizes = [number * (source.dtype.itemsize if grids[name] is None else 1) for name, number in numbers.items()]
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
-    needed = max(0, codes - written)
+    needed = max(0, sum(sizes) - written)
     if run.export.format != "none":
-        checkpoint = codes * find_format(run.export.format).code_bits(run.scheme) // 8
+        codec, plain = find_format(run.export.format).codec(run.scheme), 8 * run.scheme.export_dtype.itemsize
+        bits = {name: codec.bits(grid) if grid else plain for name, grid in grids.items()}
+        checkpoint = sum(numbers[name] * bits[name] for name in grids) // 8
         checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
         needed += 0 if (run.out / "model").exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
@@ -121,7 +183,35 @@ def check_room(run: Run, source: SourceModel, linears: Iterable[str]) -> None:
         )
 
 
-def linear_widths(source: SourceModel) -> dict[str, int]:
-    """Input width of every quantized linear of the model, by full name."""
-    names = [f"{source.block_name(i)}.{name}" for i in range(source.num_blocks) for name in source.layout(i).linears]
-    return {name: source.shape(f"{name}.weight")[1] for name in names}
+def linear_names(source: SourceModel) -> list[str]:
+    """Full names of the linears that omniq can quantize, in order."""
+    blocks = range(source.num_blocks)
+    return [f"{source.block_name(index)}.{name}" for index in blocks for name in source.layout(index).linears]
+
+
+def check_rules(run: Run, source: SourceModel) -> None:
+    """Refuse rules that decide about no linear, and a scheme that quantizes nothing.
+
+    Raises:
+        UserError: names the rule, and linears or the rules that win over it.
+    """
+    scheme = run.scheme
+    names = linear_names(source)
+    deciding = {id(scheme.rule_of(name)) for name in names}
+    for rule in scheme.rules:
+        matched = [name for name in names if rule.matches(name)]
+        if not matched:
+            raise UserError(
+                f"scheme.rules: layers {rule.layers!r} matches no linear of {run.model.path}: its linears are named "
+                f"{names[0]} to {names[-1]}"
+            )
+        if id(rule) not in deciding:
+            raise UserError(
+                f"scheme.rules: layers {rule.layers!r} decides about no linear, because later rules match all that it "
+                f"matches, such as {matched[0]}: put it after them, or remove it"
+            )
+    if not any(scheme_grids(source, scheme, index) for index in range(source.num_blocks)[: run.blocks]):
+        raise UserError(
+            "scheme.rules leave every linear in floating point: give at least one linear of the blocks to quantize "
+            "another name than none"
+        )

@@ -3,7 +3,8 @@
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What the run happens on."""
     from omniq import __version__
 
+    versions: dict[str, str] = {}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):  # a run does not need the packages that only read its checkpoint
+            versions[name] = version(name)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "omniq": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in VERSIONS},
+        **versions,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "device": gpu or "cpu",

@@ -15,7 +15,10 @@ FREE_KEYS = (
     *("streams", "save_streams_every"),
 )
 BINDING_TRAINER_KEYS = ("precision",)
-LATER_KEYS = {"compile": False}  # settings that runs of earlier versions have not, and what those did
+LATER_KEYS = {
+    "compile": False,
+    "scheme.rules": [],
+}  # settings that runs of earlier versions have not, and what those did
 
 
 def fingerprint(settings: str) -> dict[str, Any]:

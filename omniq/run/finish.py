@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from omniq.blocks.grids import scheme_layout
 from omniq.blocks.placement import ActivationPlacement
 from omniq.data import digest
 from omniq.evaluate.perplexity import evaluate_streamed
@@ -14,7 +15,7 @@ from omniq.evaluate.streaming import Variant
 from omniq.evaluate.variants import full_precision_variant, in_export_dtype, quantized_variant, rounded_variant
 from omniq.models.locate import public_name
 from omniq.report.table import perplexity_table
-from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, layout_of, write_checkpoint
+from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, settings_of, write_checkpoint
 from omniq.run.plan import Plan
 from omniq.storage.run_dir import RunDir
 
@@ -33,7 +34,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none":
         if not (folder.path / "model").exists():
-            folder.save_record("export.json", layout_of(plan.run.export))
+            folder.save_record("export.json", settings_of(plan.run.export))
         out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
         write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
     folder.forget_streams()
@@ -55,10 +56,10 @@ def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console
 def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> dict[str, PerplexityResult]:
     """All three in one pass over the blocks, or in two if the quantized ones compute in another dtype."""
     full: dict[str, Variant] = {FULL: full_precision_variant}
-    layout, scheme = plan.source.layout, plan.run.scheme
+    scheme = plan.run.scheme
     ours = {
-        RTN: rounded_variant(layout, scheme.grid, scheme.activations),
-        OURS: quantized_variant(block_reader(folder), layout, scheme.activations),
+        RTN: rounded_variant(plan.source, scheme),
+        OURS: quantized_variant(block_reader(folder), plan.source, scheme),
     }
     deployed = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]
@@ -86,21 +87,25 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
     """What the model card and summary.json tell: recipe, data, versions, losses, size."""
     read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    kept: dict[str, str] = {}
     for index in range(plan.source.num_blocks):  # one at a time: all codes of a large model do not fit into memory
         block = read(index)
         blocks.append(dict(block.summary))
         for linear in block.linears.values():
             bits += linear.bits_per_weight() * linear.codes.numel()
             total += linear.codes.numel()
+        reasons = scheme_layout(plan.source, plan.run.scheme, index).kept
+        kept |= {f"{plan.source.block_name(index)}.{name}": reason for name, reason in reasons.items()}
     return {
         "base_model": public_name(plan.run.model.path),
-        "scheme": plan.run.scheme.name,
+        "scheme": str(plan.run.scheme),
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
         "recipe": (folder.path / "config.yaml").read_text(),
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,
-        "bits_per_weight": round(bits / total, 3),
+        "bits_per_weight": round(bits / total, 3),  # of quantized linears
+        **({"kept": kept} if kept else {}),
         "versions": dict(plan.environment),
         "blocks": blocks,
     }

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from omniq.blocks.weights import set_tensors
+from omniq.calibration.module import BlockModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
@@ -74,7 +75,7 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | No
         Settle(where.folder.settle),
         checkpoint := PassCheckpoint(last, where.clock),
     ]
-    resume = last if collectives.all_ranks(_resumable(checkpoint, losses, where.folder)) else None
+    resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, where.folder)) else None
     trainer = make_trainer(where, task, callbacks)
     try:
         with others_writing(where.folder.path):
@@ -92,13 +93,16 @@ def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | No
     return losses
 
 
-def _resumable(saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
+def _resumable(module: BlockModule, saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
     """Whether there is a whole checkpoint of this fit by as many processes, and all the losses that belong to it."""
     checkpoint = folder.load_current(saved.path)
     if checkpoint is None:
         return False
     if not saved.shared_alike(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by another number of processes"))
+        return False
+    if not module.can_resume(checkpoint):
+        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for other groups of linears"))
         return False
     if not losses.holds(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))

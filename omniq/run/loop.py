@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import quantized_activations
 from omniq.blocks.forward import propagate
+from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.blocks.streams import Streams
 from omniq.blocks.weights import load_quantized_weights
@@ -28,6 +29,7 @@ from omniq.kernels.matmul_precision import matmul_precision
 from omniq.report.console import plain_console
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
+from omniq.run.checks import check_storable
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import Fitting, check_deployable, fit_stage
@@ -91,13 +93,14 @@ def pass_block(
     finished, losses = result is not None, None
     numbers = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
     check_numbers(numbers, plan.source.block_name(index))
-    if result is None and (plan.run.blocks is None or index < plan.run.blocks):
+    layout = scheme_layout(plan.source, plan.run.scheme, index)
+    if result is None and layout.linears and (plan.run.blocks is None or index < plan.run.blocks):
         result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
         result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
     load_quantized_weights(block, result)
-    layout, name = plan.source.layout(index), plan.source.block_name(index)
     if not finished:
+        name = plan.source.block_name(index)
         check_export_dtype(name, block, layout, result, plan.run.scheme, streams.quantized, kwargs)
     with quantized_activations(block, layout, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
@@ -106,6 +109,7 @@ def pass_block(
     if not finished:
         result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
         collectives.broadcast_from_rank0(lambda: check_deployable(index, result, plan.run.scheme.export_dtype))
+        collectives.broadcast_from_rank0(lambda: check_storable(plan.run, name, result))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
             losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
@@ -140,9 +144,9 @@ def run_stages(
     index, samples = streams.index, len(streams.quantized) - plan.held_out
     task = BlockTask(
         index=index,
-        layout=plan.source.layout(index),
+        layout=scheme_layout(plan.source, plan.run.scheme, index),
         block=block,
-        grid=plan.run.scheme.grid,
+        grids=scheme_grids(plan.source, plan.run.scheme, index),
         inputs=streams.quantized[:samples],
         targets=streams.full_precision[:samples],
         kwargs=plan.block_arguments[index],
@@ -204,5 +208,5 @@ def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
 
 def _show(display: Display, index: int, result: BlockResult) -> None:
     parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
-    parts += [str(result.summary[name]) for name in ("guard",) if name in result.summary]
+    parts += [str(result.summary[name]) for name in ("guard", "unreached") if name in result.summary]
     display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

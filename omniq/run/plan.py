@@ -14,14 +14,15 @@ from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
-from omniq.data.text import one_line
 from omniq.distributed import collectives
 from omniq.distributed.launch import join, launch_arguments, started
-from omniq.errors import UserError
+from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
+from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_model, check_shares
+from omniq.run.checks import check_callbacks, check_compiler, check_model, check_reader, check_shares
 from omniq.run.environment import environment
+from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
 from omniq.storage.ownership import check_writable
 
@@ -72,7 +73,7 @@ def open_model(run: Run) -> SourceModel:
     Raises:
         UserError: the model cannot be opened.
     """
-    model, dtype = run.model, str(compute_dtype(run.trainer)).removeprefix("torch.")
+    model, dtype = run.model, dtype_name(compute_dtype(run.trainer))
     return SourceModel.open(
         model.path,
         gguf_file=model.gguf_file,
@@ -93,8 +94,7 @@ def prepare(run: Run, settings: str) -> Plan:
     check_callbacks(run)
     check_writable(run.out)
     if run.export.format != "none":
-        sparse = any(stage.sparse for stage in run.stages)
-        find_format(run.export.format).check(run.scheme, outliers=sparse)
+        find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
         check_free(run.out / "model")
     source = open_model(run)
     check_model(run, source)
@@ -103,9 +103,12 @@ def prepare(run: Run, settings: str) -> Plan:
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
     check_shares(len(windows.calibration), len(windows.held_out))
+    if run.export.format != "none":
+        check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
     return Plan(
@@ -113,7 +116,7 @@ def prepare(run: Run, settings: str) -> Plan:
         source=source,
         tokens=share,
         held_out=len(windows.held_out) // collectives.world_size(),
-        evaluation=run.evaluation.windows(tokenizer) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
         device=device,
         home=ActivationPlacement.choose(
             run.streams,

@@ -12,6 +12,7 @@ from omniq.errors import UserError
 from omniq.export import check_output, find_format
 from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
+from omniq.run.checks import check_format, check_reader
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
 from omniq.storage.atomic import expanded
@@ -29,12 +30,12 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     path, out = expanded(path), expanded(out)
     run, settings = open_run(path)
     facts = _facts(path)
-    layout = find_format(export.format)
-    layout.check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
+    find_format(export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
     check_output(out)
     with RunDir(path) as folder:
         source = open_model(run)
-        layout.check(run.scheme, [source.layout(index) for index in range(source.num_blocks)])
+        check_format(export.format, run.scheme, source)
+        check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
 

@@ -6,8 +6,8 @@ replaced by a ``PackedLinear``; the tensors are read into its buffers; their con
 activations are attached. With ``dequantize: true`` in the config a stock model comes out, and nothing is quantized any
 more while it runs.
 
-Importing this module registers both. It is imported from within an import of transformers, hence nothing here may need
-more of transformers than what its registry has loaded already: ``omniq.runtime.linear`` is imported when a model is.
+Importing this module registers both. That happens while transformers is being imported, so the module must not import
+more of transformers than its registry has loaded already. Functions import the rest when a model is opened.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import QuantizedScales
+from omniq.grid.dtypes import SCALE_DTYPES, torch_dtype
 from omniq.grid.scheme import Activations
 
 METHOD = "omniq"
 VERSION = 1  # of the layout; a reader refuses what is newer than itself
-_DTYPES = ("float16", "bfloat16", "float32")
 _ACTIVATIONS = {"inputs", "queries", "keys_values", "symmetric"}
 _LINEAR = {"bits", "group_size", "symmetric", "second", "outliers"}
 
@@ -64,8 +63,8 @@ class OmniqConfig(QuantizationConfigMixin):
         if version != VERSION or unknown:
             what = f"has version {version}" + "".join(f", {key!r}" for key in unknown)
             raise UserError(f"quantization_config {what}; this omniq reads version {VERSION}: upgrade omniq")
-        if scale_dtype not in _DTYPES:
-            raise UserError(f"quantization_config.scale_dtype {scale_dtype!r} is none of {', '.join(_DTYPES)}")
+        if scale_dtype not in SCALE_DTYPES:
+            raise UserError(f"quantization_config.scale_dtype {scale_dtype!r} is none of {', '.join(SCALE_DTYPES)}")
         self.quant_method: Any = quant_method  # transformers annotates the enumeration of its own methods
         self.version, self.scale_dtype, self.dequantize = version, scale_dtype, dequantize
         self.activations = dict(activations or {})
@@ -90,13 +89,10 @@ class OmniqConfig(QuantizationConfigMixin):
         Raises:
             UserError: its entry is incomplete or not possible.
         """
-        entry = self.linears[name]
+        from omniq.export.formats.omniq import entry_grid
+
         try:
-            second = entry.get("second")
-            if second is not None:
-                second = QuantizedScales(second["scale_bits"], second["zero_bits"], second["rows"])
-            dtype = getattr(torch, self.scale_dtype)
-            return Grid(entry["bits"], entry["group_size"], entry["symmetric"], dtype, second)
+            return entry_grid(self.linears[name], torch_dtype(self.scale_dtype))
         except KeyError as error:
             raise UserError(
                 f"quantization_config.linears: {name} lacks {error.args[0]}; get config.json again"
@@ -170,7 +166,9 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
     blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
     described: list[tuple[nn.Module, Layout, Finished | None]] = []
     for index, block in enumerate(blocks.children()):
-        described.append((block, family.layout(block, index), None if _packed(block) else {}))
+        layout, packed = family.layout(block, index), _packed(block)
+        plain = [name for name in layout.linears if name not in packed]
+        described.append((block, layout.keep(plain, "not quantized in this checkpoint"), None if packed else {}))
     return attach_all(described, Activations(**given))
 
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantEase with a sparse part that moves (arXiv 2309.01885, Algorithm 3): descent and hard thresholding in turn.
+"""QuantEase with a sparse part that changes (arXiv 2309.01885, section 4, Algorithm 3): descent and hard thresholding.
 
-    minimise ||(W - B - H) X||^2,   B on the grid,   H sparse
+    minimise  ||(W - B - H) X||^2,   B on the grid,   H sparse
 
-Each step is one sweep over B with target ``W - H``, then one step of iterative hard thresholding on H with B fixed
-(``omniq.solvers.outliers.threshold_step``; the published code takes half that step, and never rounds B). In terms of
-the residual ``D = W - B - H`` the sweep is the usual one; H moves the target and D together.
+**Steps** of one iteration:
 
-The support belongs to the whole layer, so rows do not compete alone: the best iterate is that of least total error.
+1. one sweep over B with target ``W - H``;
+2. one step of iterative hard thresholding on H with B fixed (``omniq.solvers.outliers.threshold_step``).
+
+In terms of the residual ``D = W - B - H`` the sweep is the usual one, and step 2 changes the target and D together. The
+support belongs to the whole layer, so rows are not independent: the best iterate is that of the smallest total error.
+
+**Deviations.** The published code makes step 2 half as long, and never rounds B.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
@@ -21,8 +25,9 @@ from torch import Tensor, nn
 from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import Problem, objective, squares
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.coordinate_descent import CoordinateDescent
 from omniq.solvers.outliers import largest_eigenvalue, threshold_step
+from omniq.solvers.solution import LayerSolution
 
 
 class AlternatingDescent(CoordinateDescent):
@@ -32,8 +37,8 @@ class AlternatingDescent(CoordinateDescent):
         params: one parameter ``[o, i]`` that holds the original weights W; it becomes W - H.
         gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
         support: where H starts, bool ``[o, i]``, from ``omniq.solvers.outliers.choose_support``; H starts as W there.
-        structured: the support is whole columns, which may be others for each of the stacked linears: neighbouring rows
-            with the same support keep as many columns, in common.
+        structured: the support is whole columns, which may differ between the stacked linears: neighbouring rows with
+            the same support keep the same number of columns, in common.
         settings: the other settings of ``CoordinateDescent``, except target and mask.
     """
 
@@ -52,7 +57,7 @@ class AlternatingDescent(CoordinateDescent):
         (weight,) = params = list(params)
         target = weight.data.t().contiguous()
         sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
-        weight.data = (target - sparse).t()  # moves with H, in memory of its own
+        weight.data = (target - sparse).t()  # changes with H, so it needs its own memory
         super().__init__(params, gram, grid, scale, zero_point, **settings)
         self.param_groups[0] |= {"structured": structured, "parts": _parts(support) if structured else [len(support)]}
         counts = [
@@ -100,8 +105,8 @@ class AlternatingDescent(CoordinateDescent):
         state["best_sparse"] = torch.where(self._improved(), state["sparse"], state["best_sparse"])
         super()._keep_best()
 
-    def result(self, last: bool = False) -> Solution:
-        """The best codes, and H beside them."""
+    def result(self, last: bool = False) -> LayerSolution:
+        """The best codes and their H."""
         solution = super().result(last)
         return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())
 

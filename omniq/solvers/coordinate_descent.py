@@ -1,38 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantEase (arXiv 2309.01885) as an optimizer: one ``step()`` is one sweep of coordinate descent.
+"""QuantEase (arXiv 2309.01885, Algorithm 2) as an optimizer: one ``step()`` is one sweep of coordinate descent.
 
-The parameter is the stacked weight of linears that share an input (q, k and v, say): rows are independent, so stacking
-changes nothing and saves a Gram matrix each. There are no gradients. The loss is the layer's reconstruction error
-``tr(D S D^T)`` with ``D = W - W^``; a step lowers it over all columns in turn (``omniq.kernels.coordinate_descent``).
+    minimise  tr(D S D^T),   D = W - W^,   W^ on the grid:     for each column j   W^_j <- Q(W^_j + (D S)_j / S_jj)
 
-**Schedule.** Every third sweep (k = 1, 4, 7, ... from 0) leaves the columns unrounded, and at least two rounded sweeps
-follow the last of those: sweep k is relaxed iff ``k % 3 == 1`` and ``k <= K - 3``. At the published K = 30 this is the
-published rule (k <= 25). Taken literally, that ends on a relaxed and one rounded sweep at K = 3, 6 and 12, measured up
-to 1.7, 0.5 and 0.5 % worse, and never relaxes after sweep 25, which leaves 1 to 2 % unused at K = 45.
+The parameter is the stacked weight of linears that share an input (q, k and v, for example). Rows are independent, so
+stacking changes no result and saves Gram matrices. There are no gradients: the loss is the layer's reconstruction
+error, and a step lowers it over all columns in turn (``omniq.kernels.coordinate_descent``).
 
-**Best iterate.** Relaxed sweeps raise the error for a while. For each row the codes of the least error (with damping)
-after a rounded sweep are kept, and ``result()`` returns those. A start on the grid counts: the result is never worse.
+**Steps** of sweep k of K, from 0:
 
-**Early stop.** ``converged`` once the second of two rounded sweeps in a row has changed no code and no row's error by
-more than a millionth (a sparse part is never quite still), and neither a relaxed sweep nor a refit of scales is ahead.
-Lots of rows, solved apart until all lots have converged, get what they would get together.
+1. *Sweep.* Every third sweep (k = 1, 4, 7, ...) leaves the columns unrounded, and at least two rounded sweeps follow
+   the last of those: sweep k is relaxed iff ``k % 3 == 1`` and ``k <= K - 3``.
+2. *Refit* (optional): scales by least squares (``omniq.solvers.scale_refit``) after each rounded sweep that a relaxed
+   one follows, and after the last. On min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones
+   by about 1 %.
+3. *Keep the best iterate.* Relaxed sweeps raise the error for a while. For each row, the codes of the smallest error
+   (with damping) after a rounded sweep are kept, and ``result()`` returns them. A start on the grid counts, so the
+   result is never worse than the start.
+4. *Stop early.* ``converged`` once the second of two successive rounded sweeps has changed no code and no row's error
+   by more than a millionth (a sparse part never stops moving completely), and neither a relaxed sweep nor a refit
+   follows. If all processes continue until all have converged, rows solved apart get the same result as rows solved
+   together.
 
-**Scales** may be refitted by least squares: after each rounded sweep that a relaxed one follows, and after the last. On
-min-max grids this lowers the error by 5 to 38 % (4 to 2 bit), on searched ones by about 1 %.
+**Deviations from the published code.** At the published K = 30 the schedule is the published one (k <= 25). Taken
+literally, that rule ends on a relaxed and one rounded sweep at K = 3, 6 and 12, which measured up to 1.7, 0.5 and 0.5 %
+worse, and never relaxes after sweep 25, which costs 1 to 2 % at K = 45. Refit, best iterate, early stop, damping and a
+start from GPTQ or an earlier stage are ours.
 
-**State** is plain tensors, Gram matrix and target among them, transposed (``[i, o]``): columns are contiguous. Saved
-and loaded between any two steps, it continues to the same bits. What moves is the residual D.
+**State** is plain tensors, including Gram matrix and target, transposed (``[i, o]``) so that columns are contiguous. If
+it is saved and loaded between any two steps, descent continues to the same bits. The residual D is what changes.
 
-**Memory** beyond weights and Gram matrix is D, the best codes (half a byte each up to 4 bit), and in a sweep ``B o``
-numbers and 8 MiB, in float32 on a GPU ``B i`` more. To the weights and Gram matrices of a LLaMA-7B block in float32
-its largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % inside a sweep, 0.4 % for all else. The last
-result is unpacked in D's place.
+**Memory** beyond weights and Gram matrix is D, the best codes (half a byte each up to 4 bit), and during a sweep
+``B o`` numbers and 8 MiB, in float32 on a GPU ``B i`` more. Relative to the weights and Gram matrices of a LLaMA-7B
+block in float32, its largest stack (gate and up) adds 24.1 % for D, 3.0 % for codes, 2.3 % during a sweep and 0.4 % for
+the rest. The last result is unpacked in D's place.
 
-Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups.
+Shapes: ``o`` output features of all stacked linears, ``i`` input features, ``G`` groups, ``B`` columns of a block.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,24 +52,13 @@ from omniq.kernels.coordinate_descent import keep_codes_, sweep_
 from omniq.kernels.layer_problem import Problem
 from omniq.kernels.matmul_precision import Precision
 from omniq.solvers.scale_refit import refit_scales_
+from omniq.solvers.solution import LayerSolution
 
-_STILL = 1e-6  # relative change of the error below which a sweep counts as having done nothing
-
-
-class Solution(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, ``scale`` and ``zero_point`` ``[o, G]``, and the ``sparse`` part ``[o, i]`` or None.
-
-    The weight is the dequantized codes plus the sparse part, which is zero outside the support.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    sparse: Tensor | None
+_NO_CHANGE = 1e-6  # relative change of the error up to which a sweep counts as having changed nothing
 
 
 def is_relaxed(sweep: int, sweeps: int) -> bool:
-    """Whether sweep number ``sweep`` (from 0) of ``sweeps`` leaves the columns unrounded."""
+    """True if sweep number ``sweep`` (from 0) of ``sweeps`` leaves the columns unrounded."""
     return sweep % 3 == 1 and sweep <= sweeps - 3
 
 
@@ -70,23 +66,24 @@ class CoordinateDescent(Optimizer):
     """Coordinate descent on the codes of one stacked weight.
 
     Args:
-        params: exactly one parameter, ``[o, i]``, float32 (float64 for precision "float64"). It holds the start; from
-            then on it holds the target, laid out column after column, and steps leave it alone.
+        params: exactly one parameter, ``[o, i]``, float32 (float64 for precision "float64"). At first it holds the
+            start; afterwards it holds the target, stored column by column, and steps do not change it.
         gram: ``[i, i]``, symmetric; kept, not copied, and damped in place.
-        grid: bits and how scales are stored.
+        grid: bits and the storage dtype of scales.
         scale, zero_point: ``[o, G]``.
         target: original weights, ``[o, i]``, if the parameter starts from quantized ones (GPTQ, an earlier stage); by
-            default the parameter itself, the published start.
+            default the parameter itself, as published.
         sweeps: K, at least 1 (30 in the published code).
-        group_index: group of each column, int64 ``[i]``, where columns were permuted; by default runs of neighbours.
+        group_index: group of each column, int64 ``[i]``, if columns are permuted; by default runs of neighbours.
         mask: bool ``[o, i]``, coordinates that a sparse part stores and that are not rounded.
-        damping: added to the diagonal of the Gram matrix, as a share of its mean. Errors are reported without it.
+        damping: added to the diagonal of the Gram matrix, as a fraction of its mean. Reported errors exclude it.
         refit_scales: refit scales by least squares between sweeps.
         precision, block: see ``omniq.kernels.layer_problem.prepare``.
 
     Raises:
-        UserError: no sweeps, or a Gram matrix that is not finite.
-        ValueError: not one parameter, or of a dtype or shape that does not go with the precision or the Gram matrix.
+        UserError: there are no sweeps, or the Gram matrix is not finite.
+        ValueError: there is not exactly one parameter, or its dtype or shape does not fit the precision or the Gram
+            matrix.
     """
 
     def __init__(
@@ -148,7 +145,7 @@ class CoordinateDescent(Optimizer):
             "baseline": layer.objective(problem, target) - ridge * layer.squares(target),
             "objective": zeros,
             "best_objective": zeros + torch.inf,
-            "best_codes": layer.no_codes(problem),
+            "best_codes": layer.empty_codes(problem),
             "best_scale": problem.scale.clone(),
             "residual": torch.zeros_like(target),
         }
@@ -157,7 +154,7 @@ class CoordinateDescent(Optimizer):
         return state
 
     def _start_on_grid(self, problem: Problem, start: Tensor) -> None:
-        """Bring the start, ``[o, i]``, exactly onto the grid and count it as the first iterate."""
+        """Round the start, ``[o, i]``, exactly to the grid and count it as the first iterate."""
         state = self.state[self.weight]
         state["residual"].copy_(start.t())
         values = layer.to_values_(problem, layer.to_residual_(problem, state["residual"]), rounded=True)
@@ -166,7 +163,7 @@ class CoordinateDescent(Optimizer):
 
     @property
     def problem(self) -> Problem:
-        """The layer as the kernels see it; built anew after ``load_state_dict``."""
+        """The layer in the form of the kernels; built anew after ``load_state_dict``."""
         if self._problem is None:
             state = self.state[self.weight]
             self._problem = layer.prepare(
@@ -177,24 +174,26 @@ class CoordinateDescent(Optimizer):
         return self._problem
 
     @property
-    def shaken(self) -> bool:
-        """Whether it is too early to have converged: known without waiting for the device, and alike for all rows."""
+    def must_continue(self) -> bool:
+        """True if it is too early to have converged: the same for all rows, and known without a device transfer."""
         done, sweeps = int(self.state[self.weight]["sweep"]), self.param_groups[0]["sweeps"]
         refit = self.param_groups[0]["refit_scales"]  # the last one is after the last sweep
         return done < sweeps and (refit or done < 2 or any(is_relaxed(k, sweeps) for k in range(done - 2, sweeps)))
 
     @property
     def converged(self) -> bool:
-        """Whether further steps would change nothing, or none are left."""
+        """True if no step is left or further steps would not change the result."""
         state = self.state[self.weight]
-        return not self.shaken and (int(state["sweep"]) >= self.param_groups[0]["sweeps"] or bool(state["still"]))
+        return not self.must_continue and (
+            int(state["sweep"]) >= self.param_groups[0]["sweeps"] or bool(state["still"])
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
-        """One sweep; nothing once all are done.
+        """Make one sweep; no-op after the last.
 
         Args:
-            closure: called first, for trainers that insist; its result is not used.
+            closure: called first, because trainers require it; its result is not used.
 
         Returns:
             the relative error ``tr(D S D^T) / tr(W S W^T)`` after the sweep, a float64 scalar on the device.
@@ -207,17 +206,17 @@ class CoordinateDescent(Optimizer):
             return self.relative_error()
         rounded = not is_relaxed(sweep, sweeps)
         if not rounded:
-            self._keep_best()  # until then the error only fell: the last iterate before a relaxed sweep is the best
+            self._keep_best()  # the error fell until here, so the last iterate before a relaxed sweep is the best
         before = state["objective"]
         changed, gain = sweep_(problem, state["residual"], rounded)
         state["objective"] = state["objective"] + gain
         self._after_sweep(problem, sweep)
-        state["still"] = (changed == 0) & ((state["objective"] - before).abs() <= _STILL * before).all()
+        state["still"] = (changed == 0) & ((state["objective"] - before).abs() <= _NO_CHANGE * before).all()
         state["sweep"] += 1
         return self.relative_error()
 
     def _after_sweep(self, problem: Problem, sweep: int) -> None:
-        """What happens between two sweeps."""
+        """Work between two sweeps: refit scales where due."""
         group, state = self.param_groups[0], self.state[self.weight]
         due = sweep + 1 == group["sweeps"] or is_relaxed(sweep + 1, group["sweeps"])
         if group["refit_scales"] and due:
@@ -225,11 +224,11 @@ class CoordinateDescent(Optimizer):
             state["objective"], state["scale"] = state["objective"] + gain, self._problem.scale
 
     def _improved(self) -> Tensor:
-        """The rows whose iterate is the best so far, bool ``[o]``."""
+        """Mask of the rows whose iterate is the best so far, bool ``[o]``."""
         return self.state[self.weight]["objective"] < self.state[self.weight]["best_objective"]
 
     def _keep_best(self) -> None:
-        """Keep the codes, scales and unrounded values of the rows that are the best so far; the iterate is rounded."""
+        """Keep codes, scales and unrounded values of the rows that are the best so far. The iterate must be rounded."""
         state, improved, problem = self.state[self.weight], self._improved(), self.problem
         state["best_objective"] = torch.where(improved, state["objective"], state["best_objective"])
         state["best_scale"] = torch.where(improved, state["scale"], state["best_scale"])
@@ -239,13 +238,13 @@ class CoordinateDescent(Optimizer):
             state["best_free"] = torch.where(rows[problem.mask], free, state["best_free"])
 
     def iterate(self) -> Tensor:
-        """``W^`` as it is now, ``[o, i]``, rounded or relaxed."""
+        """The current ``W^``, ``[o, i]``, rounded or relaxed."""
         done, residual = int(self.state[self.weight]["sweep"]), self.state[self.weight]["residual"].clone()
         rounded = done > 0 and not is_relaxed(done - 1, self.param_groups[0]["sweeps"])
         return layer.to_values_(self.problem, residual, rounded).t()
 
     def relative_error(self) -> Tensor:
-        """Of the current iterate, from the running objective; a float64 scalar on the device."""
+        """Relative error of the current iterate, from the running objective; a float64 scalar on the device."""
         baseline = self.state[self.weight]["baseline"].sum()
         return self.row_errors().sum() / torch.where(baseline > 0, baseline, 1.0)
 
@@ -257,14 +256,14 @@ class CoordinateDescent(Optimizer):
         return (state["objective"] - state["ridge"] * layer.squares(state["residual"])).clamp_min(0)
 
     @torch.no_grad()
-    def result(self, last: bool = False) -> Solution:
+    def result(self, last: bool = False) -> LayerSolution:
         """The best codes of each row.
 
         Args:
-            last: no step follows: what only steps need is given back first.
+            last: no step follows, so the memory that only steps need is released first.
 
         Raises:
-            RuntimeError: no sweep was made yet and the start was not on the grid.
+            RuntimeError: no sweep was made yet, and the start was not on the grid.
         """
         state = self.state[self.weight]
         done, sweeps = int(state["sweep"]), self.param_groups[0]["sweeps"]
@@ -274,22 +273,22 @@ class CoordinateDescent(Optimizer):
             raise RuntimeError("no rounded sweep was made yet: call step() first")
         if last:
             del state["residual"]
-        codes = layer.unpacked(self.problem, state["best_codes"])
+        codes = layer.unpack_codes(self.problem, state["best_codes"])
         scale, zero_point, sparse = state["best_scale"], state["zero_point"], None
         if "mask" in state:
             column, row = state["mask"].nonzero().unbind(1)
             group = state["group_index"][column]
             free = state["best_free"] - (codes[column, row] - zero_point[group, row]).mul_(scale[group, row])
             sparse = torch.zeros_like(state["target"]).index_put_((column, row), free).t()
-        return Solution(codes.t(), scale.t(), zero_point.t(), sparse)
+        return LayerSolution(codes.t(), scale.t(), zero_point.t(), sparse)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: it belongs to a layer of another shape or other bits.
+            ValueError: the state belongs to a layer of another shape or other bits.
         """
-        # NOTE: the base class would cast every tensor to the parameter's dtype, and the row errors are float64.
+        # NOTE: the base class would cast all tensors to the parameter's dtype, but row errors are float64.
         saved, ours = state_dict["state"][0], (*self.state[self.weight]["target"].shape, self.grid.bits)
         if (theirs := (*saved["target"].shape, state_dict["param_groups"][0]["bits"])) != ours:
             raise ValueError(f"the saved layer [i, o] and its bits are {theirs}, of this one {ours}")

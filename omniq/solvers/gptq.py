@@ -1,41 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ (arXiv 2210.17323) on a grid that is already there: codes by one pass of error feedback.
+"""GPTQ (arXiv 2210.17323, Algorithm 1) on a given grid: codes by one pass of error feedback.
 
-With Gram matrix S = X X^T, damped on the diagonal, and U the upper Cholesky factor of its inverse (``S^-1 = U^T U``),
-the columns are rounded in order and each error is spread over the columns that are still free (Algorithm 1):
+With Gram matrix S = X X^T (GPTQ calls 2 S the Hessian), damped on the diagonal, and U the upper Cholesky factor of its
+inverse (``S^-1 = U^T U``), columns are rounded in order, and each error is spread over the columns that follow:
 
     q_j = Q(w_j),    e_j = (w_j - q_j) / U_jj,    w_k <- w_k - e_j U_jk   for k > j
 
-Columns go one by one only inside a block of 128; the errors of a whole block reach the columns after it in one product.
+**Steps**: (1) order the columns by descending S_jj (``act_order``, optional); (2) compute U; (3) for each block of 128
+columns, visit its columns one by one; (4) apply the errors of the block to all later columns in one product.
 
-Differences from the published code: the grid is given (static), so a group's grid never depends on weights that were
-already moved; dead inputs (S_jj below 1e-8 of the mean) round to the nearest instead of to zero; coordinates that a
-sparse part stores (``mask``) are not rounded, so they have no error and take up that of others; damping that does not
-suffice is raised tenfold, twice, with a warning, before giving up.
+**Deviations from the published code**: the grid is given (static), so a group's grid never depends on weights that were
+already changed; dead inputs (S_jj below 1e-8 of the mean) round to the nearest instead of to zero; coordinates that a
+sparse part stores (``mask``) are not rounded, so they have no error of their own and absorb the errors of others; if
+the damping does not suffice, it is raised tenfold, up to twice and with a warning, before the layer is refused.
 
-Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``n`` columns of a block. Weights are worked on
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``n`` columns of a block. Weights are stored
 transposed, ``[i, o]``, so that a column is contiguous.
 """
 
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.kernels.layer_problem import check_finite, dead_columns, groups_of
+from omniq.solvers.solution import LayerSolution
 
 log = logging.getLogger("omniq")
 
-_TRIES = 3  # the damping asked for, then ten and a hundred times as much
-
-
-class Rounded(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, and the ``values`` ``[o, i]`` they stand for; unrounded where the mask says so."""
-
-    codes: Tensor
-    values: Tensor
+_TRIES = 3  # the given damping, then ten times and a hundred times as much
 
 
 def gptq(
@@ -50,18 +44,22 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     block: int = 128,
-) -> Rounded:
+) -> LayerSolution:
     """Round a layer.
 
     Args:
         weight: ``[o, i]``; gram: ``[i, i]``, symmetric. All arithmetic is done in the dtype of ``gram``.
         scale, zero_point: ``[o, G]``.
-        bits: of a code.
+        bits: bits of a code.
         group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
-        mask: bool ``[o, i]``, True where a sparse part takes over and nothing is rounded.
-        damping: added to the diagonal, as a share of its mean (0.01 in the paper, section 4).
-        act_order: visit the columns by descending S_jj; every column keeps the grid of its own group.
+        mask: bool ``[o, i]``, True where a sparse part stores the weight, which is then not rounded.
+        damping: added to the diagonal, as a fraction of its mean (0.01 in the paper, section 4).
+        act_order: visit the columns by descending S_jj; each column keeps the grid of its own group.
         block: columns between two large products (128 in the paper).
+
+    Returns:
+        the solution in the dtype of ``gram``. Where ``mask`` is True, the code stands for zero, and the sparse part
+        holds the weight as changed by the errors of the columns before it.
 
     Raises:
         UserError: the Gram matrix is not finite, or not positive definite with a hundred times the damping.
@@ -85,7 +83,9 @@ def gptq(
     if order is not None:
         back = order.argsort()
         codes, values = codes[back], values[back]
-    return Rounded(codes.t(), values.t())
+        mask = None if mask is None else mask[:, back]
+    sparse = None if mask is None else values.t() * mask
+    return LayerSolution(codes.t(), scale.t(), zero_point.t(), sparse)
 
 
 def _round_block(
@@ -94,7 +94,7 @@ def _round_block(
     """The columns of one block in order.
 
     Args:
-        values: ``[n, o]``, weights moved by earlier blocks; overwritten with what they become.
+        values: ``[n, o]``, weights changed by earlier blocks; overwritten with their final values.
         codes: ``[n, o]``, written to; factor: ``[n, n]``.
         grid: scale and zero point ``[n, o]``, and the largest code.
         free: coordinates that are not rounded, bool ``[n, o]``, or None.
@@ -107,6 +107,7 @@ def _round_block(
     for t in range(values.shape[0]):
         w = torch.addmv(values[t], errors[:t].t(), factor[:t, t], alpha=-1) if t else values[t].clone()
         q = (w / scale[t]).round_().add_(zero_point[t]).clamp_(0, max_code)
+        q = q if free is None else torch.where(free[t], zero_point[t], q)
         codes[t] = q.to(torch.uint8)
         q.sub_(zero_point[t]).mul_(scale[t])
         values[t] = q if free is None else torch.where(free[t], w, q)
@@ -117,7 +118,7 @@ def _round_block(
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor U of the inverse of the damped Gram matrix, ``[i, i]``: ``S^-1 = U^T U``.
 
-    Dead inputs become unit vectors: they neither give nor take an error.
+    Dead inputs become unit vectors, which neither pass on nor absorb errors.
 
     Raises:
         UserError: see ``gptq``.

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few weights in full precision beside the codes: which, and how they move (QuantEase, arXiv 2309.01885, section 4).
+"""A few weights in full precision beside the codes: their choice and their updates (QuantEase, section 4).
 
-    minimise ||(W - B - H) X||^2,   B on the grid,   H non-zero in at most k entries, or in at most k whole columns
+    minimise  ||(W - B - H) X||^2,   B on the grid,   H non-zero in at most k entries, or in at most k whole columns
 
-Two ways to solve it. The **masked sweep** fixes the support of H once, keeps it out of the grid's range, and lets
-descent leave supported coordinates unrounded: the same sweep with a mask. **Algorithm 3** alternates a sweep over B,
-whose target is W - H, with a step of iterative hard thresholding on H:
+The paper is arXiv 2309.01885. There are two ways to solve this problem:
+
+- The **masked sweep** chooses the support of H once and excludes it from the grid's range. Descent then leaves the
+  coordinates of the support unrounded: it is the usual sweep with a mask.
+- **Algorithm 3** alternates a sweep over B, whose target is W - H, with a step of iterative hard thresholding on H:
 
     H <- TopK(H - grad / L),   grad = 2 (B + H - W) S,   L = 2 lambda_max(S)
 
-The published code takes half of that step, estimates the eigenvalue from an unseeded random start, chooses the support
-without looking at the activations, and never writes the rounded weights. On real layers lambda_max is hundreds of times
-the mean diagonal, so the step hardly moves H; the masked sweep is better or equal and costs nothing.
+**Deviations.** The published code takes half of that step, estimates the eigenvalue from an unseeded random
+start, chooses the support without looking at the activations, and never writes the rounded weights. Its ranges trim a
+fixed count from either side, wherever H lies. Here the range of the grid ignores the support by taking those weights as
+0, which every grid represents exactly: pass ``weight.masked_fill(mask, 0)`` to ``Grid.range`` or ``search_range``.
 
-The range of the grid ignores what H stores by taking those weights as 0, which every grid represents exactly: pass
-``weight.masked_fill(mask, 0)`` to ``Grid.range`` or ``search_range``. (The published ranges trim a fixed count from
-either side, wherever H lies.)
+On real layers lambda_max is hundreds of times the mean diagonal, so the step of Algorithm 3 hardly changes H. The
+masked sweep is better or equal and costs no extra time.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
@@ -28,20 +30,20 @@ from torch import Tensor
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import DEAD
-from omniq.kernels.products import power_of_two
+from omniq.kernels.products import next_power_of_two
 from omniq.quantizers.search import search_range
 
 Criterion = Literal["magnitude", "loss"]
 
-_SEARCHES = 3  # of range and support in turn: 3 to 9 % less error than after one; a fourth changes 0.6 % at most
-_SAFETY = 1.001  # on lambda_max: power iteration approaches it from below, and a step beyond 1 / L may climb
+_SEARCHES = 3  # of range and support in turn: 3 to 9 % less error than one; a fourth changes it by 0.6 % at most
+_SAFETY = 1.001  # factor on lambda_max: power iteration approaches it from below, and a step over 1 / L may raise f
 
 
 def count_of(shape: tuple[int, int], fraction: float, structured: bool) -> int:
-    """How many entries, or whole columns, a share of a layer ``(o, i)`` is: one at least, unless the share is 0.
+    """Number of entries, or of whole columns, in a fraction of a layer ``(o, i)``: at least one, unless it is 0.
 
     Raises:
-        UserError: the share is outside 0 to 0.5.
+        UserError: the fraction is outside 0 to 0.5.
     """
     if not 0 <= fraction <= 0.5:
         raise UserError(f"outlier fraction {100 * fraction:g} % is outside 0..50 %: one per cent is a good start")
@@ -63,27 +65,27 @@ def choose_support(
 
     Args:
         weight: ``[o, i]``.
-        fraction: share of the entries, or of the columns where structured, 0 to 0.5.
+        fraction: fraction of the entries, or of the columns if structured, 0 to 0.5.
         by: "magnitude": the largest ``|w|`` (columns: norms); "loss": the largest ``S_jj (w - Q(w))^2`` (columns:
-            sums), the diagonal of the layer's error, where Q has the searched range. That is searched again without the
-            support, three times in turn: a good range clips the weights that cost most on any grid. (Min-max clips
-            nothing, and the losses on it are the noise of rounding: a useless support.)
-        structured: whole columns.
+            sums), the diagonal of the layer's error, where Q has the searched range. Range and support are searched in
+            turn, three times, the range without the support: a good range clips the weights that cost most on any grid.
+            (Min-max does not clip, so its losses are rounding noise and give a useless support.)
+        structured: choose whole columns.
         second_moment: S_jj, ``[i]``, for "loss".
         grid: bits and groups, for "loss".
 
     Returns:
-        bool ``[o, i]``, True in exactly ``count_of`` entries or columns; among equals the first win.
+        bool ``[o, i]``, True in exactly ``count_of`` entries or columns; ties go to the first.
 
     Raises:
         UserError: see ``count_of``.
-        ValueError: "loss" without importance or grid.
+        ValueError: "loss" without second moments or grid.
     """
     count = count_of((weight.shape[0], weight.shape[1]), fraction, structured)
     if by == "magnitude":
         return _largest(weight.abs(), count, structured)
     if second_moment is None or grid is None:
-        raise ValueError("a support by loss needs the importance of the inputs and the grid")
+        raise ValueError("a support by 'loss' needs second_moment and grid: give both, or choose by 'magnitude'")
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for _ in range(_SEARCHES):
         scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, second_moment))
@@ -98,7 +100,7 @@ def hard_threshold(values: Tensor, count: int, structured: bool = False) -> Tens
 
 
 def _largest(score: Tensor, count: int, structured: bool) -> Tensor:
-    """Where the ``count`` largest scores (columns: sums of their squares) are, bool ``[o, i]``; ties to the first."""
+    """Mask of the ``count`` largest scores (columns: sums of their squares), bool ``[o, i]``; ties go to the first."""
     flat = score.square().sum(0) if structured else score.flatten()
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     if count:
@@ -110,10 +112,10 @@ def _largest(score: Tensor, count: int, structured: bool) -> Tensor:
 
 
 def largest_eigenvalue(gram: Tensor, tolerance: float = 1e-7, steps: int = 1000) -> Tensor:
-    """``lambda_max`` by power iteration from a fixed vector, a scalar; 0 where no input carries anything.
+    """``lambda_max`` by power iteration from a fixed vector, a scalar; 0 if all inputs are zero.
 
-    The start is the root of the diagonal: large where the inputs are, and never orthogonal to a dominant direction with
-    entries of one sign.
+    The start is the square root of the diagonal: large where the inputs are large, and never orthogonal to a dominant
+    direction with entries of one sign.
 
     Args:
         gram: ``[i, i]``, symmetric, positive semidefinite.
@@ -122,7 +124,7 @@ def largest_eigenvalue(gram: Tensor, tolerance: float = 1e-7, steps: int = 1000)
     """
     diagonal, tiny = gram.diagonal(), torch.finfo(gram.dtype).tiny
     vector = diagonal.clamp_min(DEAD * diagonal.mean()).sqrt()
-    unit = power_of_two(diagonal.amax())  # exact, and no square leaves the range of numbers
+    unit = next_power_of_two(diagonal.amax())  # exact, and no square over- or underflows
     estimate = torch.zeros((), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
         vector = gram @ (vector / vector.norm().clamp_min(tiny)) / unit
@@ -142,11 +144,11 @@ def threshold_step(
         gram: S, ``[i, i]``.
         count: entries (or columns) that H may have.
         lambda_max: of ``gram``, from ``largest_eigenvalue``.
-        structured: whole columns.
+        structured: keep whole columns.
 
     Returns:
         the new H.
     """
-    room = (_SAFETY * lambda_max).clamp_min(torch.finfo(lambda_max.dtype).tiny)
-    step = residual @ gram / room  # -grad / L = 2 (W - B - H) S / (2 lambda_max)
+    bound = (_SAFETY * lambda_max).clamp_min(torch.finfo(lambda_max.dtype).tiny)
+    step = residual @ gram / bound  # -grad / L = 2 (W - B - H) S / (2 lambda_max)
     return hard_threshold(sparse + step, count, structured)

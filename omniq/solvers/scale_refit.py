@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Better scales for codes that are already chosen: least squares, one group at a time.
 
-With codes fixed, ``W^ = s_g c`` inside group g (``c = q - z``) is linear in the scale, the row's error a parabola:
+With codes fixed, ``W^ = s_g c`` inside group g (``c = q - z``) is linear in the scale, and the row's error is a
+parabola in its change t:
 
-    f(s_g + t) = f(s_g) - 2 t c.G_g + t^2 c S_gg c,      G = D S
+    f(s_g + t) = f(s_g) - 2 t c.G_g + t^2 c S_gg c,      G = D S,      minimum at   t = c.G_g / c S_gg c
 
-with its minimum at ``t = c.G_g / c S_gg c``. The new scale is rounded to its storage dtype first and kept only where it
-is positive and the row's error falls all the same, so no row ever gets worse. Groups are refitted in turn, each seeing
-the ones before it. Zero points stay. The published code never touches a grid once descent has begun.
+**Steps** for each group, with the groups before it already refitted: (1) compute t; (2) round the new scale to its
+storage dtype; (3) keep it only where it is positive and the row's error falls, so that no row gets worse. Zero points
+do not change.
 
-Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` columns of a group. Weights are held
+This is no part of the paper (arXiv 2309.01885): the published code never changes a grid during descent.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` columns of a group. Weights are stored
 transposed, ``[i, o]``.
 """
 
@@ -27,8 +30,9 @@ def refit_scales_(problem: Problem, residual: Tensor, grid: Grid) -> tuple[Probl
     """Refit the scales after a rounded sweep.
 
     Args:
-        residual: ``[i, o]``, on the grid except where masked; moves with the scales, in place.
-        grid: says how a scale is stored.
+        problem: the layer.
+        residual: ``[i, o]``, on the grid except where masked; updated in place.
+        grid: the storage dtype of scales.
 
     Returns:
         the problem with its new scales, and the change of each row's objective, float64 ``[o]``, never positive.

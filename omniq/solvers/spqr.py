@@ -3,38 +3,39 @@
 
 With the damped Gram matrix S and U the upper Cholesky factor of its inverse, rounding ``w_j`` to ``q_j`` costs
 
-    d_j (w_j - q_j)^2,    d_j = 1 / U_jj^2
+    d_j (w_j - q_j)^2,    d_j = 1 / U_jj^2                                      the sensitivity of a weight
 
-once all later columns have made up for it as well as they can: the sensitivity of a weight. Groups are visited in turn,
-each with its weights as the errors of the groups before it have moved them:
+after all later columns have compensated for it as well as they can.
 
-1. *Leave one out.* The group's cost on its min-max grid, and again without one of its weights. Weights whose absence
-   lowers it by more than tau are likely outliers. Only the least and the greatest weight carry the range, so three
-   grids answer this for a group of any size: the cost without any other weight is less by that weight's own share.
-2. *Fit.* The range of the remaining weights (the likely outliers count as 0, which every grid represents) gives scale
-   and zero point. With a second level (``omniq.grid.quantized_scales``) the scales of a run of rows are restricted to
-   a few levels between the least and the greatest of them, and each group takes the level, and a zero point within one
-   of the range's, of the least cost. The group with the least scale of a run and that with the greatest keep theirs.
-3. *Round*, column by column as in GPTQ. A weight that still costs more than tau is an outlier: float16 stores what the
-   grid misses of it, and only the error of that storage is passed on:
+**Steps** for each group in turn, with its weights as changed by the errors of the groups before it:
+
+1. *Leave one out.* Compute the group's cost on its min-max grid, and again without one of its weights. Weights whose
+   absence lowers the cost by more than tau are likely outliers. Only the smallest and the largest weight determine the
+   range, so three grids suffice for a group of any size: without any other weight, the cost falls by that weight's own
+   term.
+2. *Fit.* The range of the remaining weights (likely outliers count as 0, which every grid represents) gives scale and
+   zero point. With quantized scales (``omniq.grid.quantized_scales``) the scales of a run of rows are restricted to a
+   few levels between the smallest and the largest of them, and each group takes the level, and a zero point within one
+   of the range's, of the least cost. The groups with the smallest and the largest scale of a run keep theirs.
+3. *Round*, column by column as in GPTQ. A weight that still costs more than tau is an outlier: float16 stores the
+   difference between the weight and the grid, and only the error of that storage is passed on:
 
     e_j = (w_j - w^_j) / U_jj,    w_k <- w_k - e_j U_jk   for k > j
 
-tau is relative, as in the published code: ``threshold`` times the mean over all weights of ``d_j w_j^2``, about the
-mean cost of a weight that is left out altogether.
+tau is relative, as in the published code: ``threshold`` times the mean over all weights of ``d_j w_j^2``, which is
+about the mean cost of leaving a weight out.
 
-Deviations from the published code: zero points are integers (there real numbers), so that every format can hold them;
-groups are runs of neighbours in the original order under ``act_order``, too, which visits groups, and columns within a
-group, by descending S_jj; scale and zero point of a second level are chosen by cost, not each as the nearest level (21
-and 29 % less error on a synthetic layer at 3 and 4 bit, 12 and 18 % with outliers); the mean square of a column stands
-for its variance; dead inputs have no sensitivity and round to the nearest.
+**Deviations from the published code**: zero points are integers (there real numbers), so that every format can store
+them; groups are runs of neighbours in the original order even under ``act_order``, which visits groups, and columns
+within a group, by descending S_jj; scale and zero point of quantized scales are chosen by cost, not as the nearest
+level (21 and 29 % less error on a synthetic layer at 3 and 4 bit, 12 and 18 % with outliers); the mean square of a
+column replaces its variance; dead inputs have no sensitivity and round to the nearest.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups, ``g`` group size, ``n`` columns of a block.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +45,14 @@ from omniq.grid.quantized_scales import QuantizedScales, level, nearest
 from omniq.kernels.layer_problem import dead_columns
 from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.gptq import inverse_factor
+from omniq.solvers.solution import LayerSolution
 
 _BLOCK = 128  # columns at most between two large products, as in GPTQ
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a Gram matrix says of all layers that share it.
+    """Visiting order, factor and sensitivities: the same for all layers that share a Gram matrix.
 
     Args:
         order: int64 ``[i]``, the column of each visit; a group's columns follow each other.
@@ -64,12 +66,12 @@ class Feedback:
 
     @classmethod
     def of(cls, gram: Tensor, groups: int, *, damping: float = 0.01, act_order: bool = False) -> "Feedback":
-        """Invert a Gram matrix.
+        """Compute them from a Gram matrix.
 
         Args:
             gram: ``[i, i]``; its dtype is that of all arithmetic.
-            groups: of a row.
-            damping: added to the diagonal, as a share of its mean.
+            groups: groups of a row.
+            damping: added to the diagonal, as a fraction of its mean.
             act_order: visit groups by descending sum of S_jj, and columns within a group by S_jj.
 
         Raises:
@@ -87,27 +89,18 @@ class Feedback:
         return cls(order, factor, sensitivity)
 
 
-class Solution(NamedTuple):
-    """``codes`` uint8 ``[o, i]``, ``scale`` and ``zero_point`` ``[o, G]``, and the ``sparse`` part ``[o, i]``.
-
-    The weight is the dequantized codes plus the sparse part, whose values float16 represents.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    sparse: Tensor
-
-
-def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimator, threshold: float) -> Solution:
+def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimator, threshold: float) -> LayerSolution:
     """Quantize a layer.
 
     Args:
         weight: ``[o, i]``.
-        feedback: of its inputs.
-        grid: bits, groups and, if it has one, the second level.
-        clipping: the range of a group, for which the importance of an input is its sensitivity.
+        feedback: of the Gram matrix of its inputs.
+        grid: bits, groups and, if scales are quantized, their grid.
+        clipping: estimates the range of a group; the sensitivities are its second moments.
         threshold: tau, as a multiple of the mean cost of leaving a weight out; 0 for no outliers.
+
+    Returns:
+        the solution; float16 represents the values of its sparse part.
     """
     order, factor, d = feedback.order, feedback.factor, feedback.sensitivity
     inputs, groups = weight.shape[1], grid.groups(weight.shape[1])
@@ -119,7 +112,7 @@ def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimato
     for start in range(0, inputs, size):
         group = slice(start, start + size)
         chosen = _fit(values[group].t(), d[group], grid, clipping, tau)
-        where = order[start : start + 1] // size  # a tensor: a number would have to be waited for on a GPU
+        where = order[start : start + 1] // size  # a tensor, because a number would synchronize with the GPU
         scale[where], zero_point[where] = (part.t().to(factor.dtype) for part in chosen)
         for first in range(start, start + size, _BLOCK):
             here = slice(first, min(first + _BLOCK, start + size))
@@ -128,7 +121,8 @@ def spqr(weight: Tensor, feedback: Feedback, grid: Grid, clipping: RangeEstimato
             )
             values[here.stop :].addmm_(factor[here, here.stop :].t(), errors, alpha=-1)
     back = order.argsort()
-    return Solution(codes[back].t(), scale.t(), zero_point.t(), sparse[back].t())
+    outliers = None if tau is None else sparse[back].t()
+    return LayerSolution(codes[back].t(), scale.t(), zero_point.t(), outliers)
 
 
 def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: RangeEstimator, tau: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -139,7 +133,7 @@ def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: RangeEstimator, tau: T
     scale, zero_point = grid.fit(lo, hi)
     if grid.second is None:
         return scale, zero_point
-    # a group of zeros is exact on any scale: its own, next to nothing, would be the least of its run
+    # A group of zeros is exact on any scale. Its own tiny scale would become the smallest of its run.
     scale = torch.where(lo == hi, grid.second.spread(grid.second.ends(scale)[1], len(scale)), scale)
     best, least = (scale, zero_point), torch.full_like(scale, torch.inf, dtype=weight.dtype)
     for s, z in _candidates(lo, scale, zero_point, grid, grid.second):
@@ -153,13 +147,13 @@ def _fit(weight: Tensor, d: Tensor, grid: Grid, clipping: RangeEstimator, tau: T
 def _candidates(
     lo: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, second: QuantizedScales
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points that a second level can store, ``[o, 1]`` each.
+    """Scales and zero points that quantized scales can store, ``[o, 1]`` each.
 
-    The ends of a run stay: if the least or the greatest of its values became another, all levels would move.
+    The ends of a run stay: if its smallest or largest value changed, all levels would change.
     """
     least, greatest, end = _ends(scale.to(grid.scale_dtype), second)
     least_zero, greatest_zero, end_zero = _ends(zero_point.to(torch.uint8), second)
-    for code in range(2**second.scale_bits):  # once, if scales are stored as they are
+    for code in range(2**second.scale_bits):  # one pass if scales are not quantized
         s = torch.where(end, scale, level(least, greatest, code, second.scale_bits)) if second.scale_bits else scale
         for shift in (0,) if grid.symmetric else (0, -1, 1):
             z = zero_point if grid.symmetric else ((-lo / s).round() + shift).clamp(0, grid.max_code)
@@ -170,17 +164,17 @@ def _candidates(
 
 
 def _ends(values: Tensor, second: QuantizedScales) -> tuple[Tensor, Tensor, Tensor]:
-    """Least and greatest of the run of each row, and whether the row has one of them; all ``[o, 1]``."""
+    """Smallest and largest value of the run of each row, and the mask of rows that have one of them; all ``[o, 1]``."""
     least, greatest = (second.spread(end, len(values)) for end in second.ends(values))
     return least, greatest, (values == least) | (values == greatest)
 
 
 def gains(weight: Tensor, d: Tensor, grid: Grid) -> Tensor:
-    """By how much the cost of a group falls if one of its weights is neither rounded nor part of its range.
+    """Decrease of a group's cost if one of its weights is neither rounded nor part of its range.
 
     Args:
         weight: ``[o, g]``; d: ``[g]``.
-        grid: for bits and symmetry; ranges are min-max.
+        grid: bits and symmetry; ranges are min-max.
 
     Returns:
         ``[o, g]``.
@@ -214,7 +208,7 @@ def _round_block(
     """The columns of one block, all of one group, in order.
 
     Args:
-        values: ``[n, o]``, weights moved by earlier blocks.
+        values: ``[n, o]``, weights changed by earlier blocks.
         codes, sparse: ``[n, o]``, written to.
         factor: ``[n, n]``; d: ``[n]``.
         chosen: scale and zero point, ``[o, 1]`` each.

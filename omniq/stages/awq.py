@@ -43,20 +43,21 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, kinds_of
+from omniq.calibration.input_statistics import InputGram, InputMagnitudes, power_of
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.observe import bad_samples, check_finite, gram_of, observed, power_of
+from omniq.calibration.observe import observe
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
-from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import RangeEstimator, Searched
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import LIMIT, Equivalence, ValueToOutput, modules_of
-from omniq.transforms.initial import FLOOR
-from omniq.transforms.let import MEASURED_KINDS, Kind, check_kinds
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.initial import FLOOR, LIMIT
+from omniq.transforms.let import MEASURED_KINDS, check_kinds
 
 
 class AWQ(Stage):
@@ -73,7 +74,7 @@ class AWQ(Stage):
     """
 
     def __init__(
-        self, candidates: int = 20, equivalences: Sequence[Kind] | None = None, clipping: RangeEstimator | None = None
+        self, candidates: int = 20, equivalences: Sequence[str] | None = None, clipping: RangeEstimator | None = None
     ) -> None:
         if candidates < 2:
             raise UserError(
@@ -85,8 +86,8 @@ class AWQ(Stage):
         self.clipping = clipping or Searched("gram")
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, self.kinds(layout) or MEASURED_KINDS[:1], "stages: AWQ.equivalences")
@@ -95,6 +96,9 @@ class AWQ(Stage):
         """The kinds of equivalences to use in this family."""
         there = [kind for kind in kinds_of(layout) if kind in MEASURED_KINDS]
         return there if self.equivalences is None else list(self.equivalences)
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        return self.kinds(layout)
 
     def module(self, task: BlockTask) -> "AWQModule":
         return AWQModule(task, self)
@@ -105,13 +109,15 @@ class Input:
     """What the search knows of one input, whose linears it takes together.
 
     Args:
-        move: the equivalence that scales it.
+        equivalence: that scales it.
+        readers: the quantized linears that read it.
         size: mean magnitude of each parameter of the equivalence, float32 ``[c]``.
         gram: mean of ``x x^T``, float32 ``[i, i]``.
         power: mean square of the outputs of its readers.
     """
 
-    move: Equivalence
+    equivalence: Equivalence
+    readers: tuple[str, ...]
     size: Tensor
     gram: Tensor
     power: Tensor
@@ -134,7 +140,7 @@ class AWQModule(RTNModule):
         self.transform = block_transform(task, settings.kinds(task.layout), shift=False)
         for name, shape in self.transform.shapes.items():
             self.register_buffer(name, torch.zeros(shape))
-        number = len(self.transform.moves)
+        number = len(self.transform.equivalences)
         self.register_buffer("least", torch.full((number,), torch.finfo(torch.float32).max))
         self.register_buffer("alphas", torch.zeros(number))
         self.to(task.device)
@@ -150,7 +156,7 @@ class AWQModule(RTNModule):
             log_scale = log_scale_of(inputs.size, alpha)
             error = self._error(inputs, log_scale.exp()) / inputs.power
             better = error < self.least[place]
-            best.copy_(torch.where(better, log_scale, best))
+            best.copy_(torch.where(better, log_scale / inputs.equivalence.power, best))
             self.alphas[place] = torch.where(better, alpha, self.alphas[place])
             self.least[place] = torch.minimum(error, self.least[place])
         for name, values in (("alpha", self.alphas), ("recon_error", self.least)):
@@ -167,23 +173,35 @@ class AWQModule(RTNModule):
     @cached_property
     def inputs(self) -> dict[str, Input]:
         """What the search needs of each input, by key of its equivalence: one pass over the quantized stream."""
-        task, by_key = self.task, self.transform.heads.by_key
-        found = _gather(task, tuple(modules_of(move)[1] for move in self.transform.moves.values()))
+        task, heads, equivalences = self.task, self.transform.heads, self.transform.equivalences
+        first = {key: self._readers(equivalence)[0] for key, equivalence in equivalences.items()}
+        seen = observe(task, [InputMagnitudes(), InputGram()], tuple(first.values()), quantized=False)
         inputs = {}
-        for key, move in self.transform.moves.items():
-            size, gram = found[modules_of(move)[1]]
-            size = by_key(size).mean(1) if isinstance(move, ValueToOutput) else size
-            power = torch.stack(
-                [power_of(task.linear(name).weight.float(), gram) for name in modules_of(move)[1:]]
-            ).sum()
-            inputs[key] = Input(move, size, gram, power.clamp(min=torch.finfo(torch.float32).tiny))
+        for key, equivalence in equivalences.items():
+            name, readers = first[key], self._readers(equivalence)
+            if seen[name].tokens:
+                size, gram = (total.div_(seen[name].tokens).float() for total in seen[name].totals)
+            else:  # all scales have the same error, 0, and the first is kept: none
+                width = task.linear(name).in_features
+                size, gram = (torch.zeros(shape, device=task.device) for shape in (width, (width, width)))
+            size = equivalence.by_parameter(size, heads).mean(1)
+            power = torch.stack([power_of(task.linear(reader).weight.float(), gram) for reader in readers]).sum()
+            power = power.clamp(min=torch.finfo(torch.float32).tiny)
+            inputs[key] = Input(equivalence, readers, size, gram, power)
         return inputs
+
+    def _readers(self, equivalence: Equivalence) -> tuple[str, ...]:
+        """The readers that are quantized."""
+        return tuple(name for name in equivalence.readers if name in self.task.layout.linears)
 
     def _error(self, inputs: Input, scale: Tensor) -> Tensor:
         """Mean squared error of the outputs at this scale ``[c]``, summed over the readers."""
-        wide = self.transform.heads.to_query(scale) if isinstance(inputs.move, ValueToOutput) else scale  # [i]
-        weights = [self.task.linear(name).weight for name in modules_of(inputs.move)[1:]]
-        return torch.stack([output_error(weight, inputs.gram, wide, self.task.grid) for weight in weights]).sum()
+        wide = inputs.equivalence.to_inputs(scale, self.transform.heads)  # [i]
+        errors = [
+            output_error(self.task.linear(name).weight, inputs.gram, wide, self.task.grids[name])
+            for name in inputs.readers
+        ]
+        return torch.stack(errors).sum()
 
 
 def log_scale_of(size: Tensor, alpha: float) -> Tensor:
@@ -206,27 +224,3 @@ def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Ten
     """
     scaled = weight.float() * scale
     return power_of((scaled - rounded_to_nearest(scaled, grid)) / scale, gram)
-
-
-def _gather(task: BlockTask, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean ``|x|`` ``[i]`` and mean ``x x^T`` ``[i, i]`` of what these linears read, both float32, over all processes.
-
-    Raises:
-        UserError: see ``check_finite``.
-    """
-    sums: dict[str, list[Tensor]] = {}
-
-    def add(name: str, x: Tensor) -> None:
-        samples = x.unflatten(0, (-1, task.inputs.shape[1]))  # [batch, t, i]
-        new = [samples.float().abs().sum(1).double().sum(0), gram_of(x), bad_samples(x, task)]
-        sums[name] = [a.add_(b) for a, b in zip(sums[name], new, strict=True)] if name in sums else new
-
-    with observed(task.block, names, add):
-        task.visit(task.inputs)
-    tokens = task.inputs.shape[0] * task.inputs.shape[1] * collectives.world_size()
-    found = {}
-    for name, parts in sums.items():
-        size, gram, bad = (collectives.all_reduce_sum(part) for part in parts)
-        check_finite(task, name, gram, bad)
-        found[name] = size.div_(tokens).float(), gram.div_(tokens)
-    return found

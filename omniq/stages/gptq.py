@@ -9,7 +9,7 @@ the searched range unless another clipping is given. The error of each linear is
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.observe import powers_of
+from omniq.calibration.input_statistics import powers_of
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
@@ -47,14 +47,14 @@ class GPTQ(GramStage):
 
 
 class GPTQModule(GramModule):
-    """A block in the hands of GPTQ: one solver step for each group."""
+    """A block in the hands of GPTQ: one solver step for each stack of linears."""
 
     settings: GPTQ
 
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        grid, settings, rows = self.task.grid, self.settings, stack.my_rows
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+        grid, settings, rows = stack.grid, self.settings, stack.my_rows
         part = stack.part(rows)
-        part.grid = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(k)))
+        part.fitted = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(number)))
         rounded = gptq(
             part.weight,
             gram,
@@ -64,7 +64,7 @@ class GPTQModule(GramModule):
             damping=settings.damping,
             act_order=settings.act_order,
         )
-        errors = powers_of(part.weight - rounded.values, gram)
+        errors = powers_of(part.weight - rounded.values(), gram)
         self.track_errors(stack, rows, errors, powers_of(part.weight, gram))
-        stack.grid = stack.gather(part.scale), stack.gather(part.zero_point)
-        return stack.linears(grid, stack.gather(rounded.codes))
+        stack.fitted = stack.gather(part.scale), stack.gather(part.zero_point)
+        return stack.linears(stack.gather(rounded.codes))

@@ -23,14 +23,14 @@ position and moments, as they were after the last good pass.
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
@@ -58,6 +58,8 @@ class LearnedRounding(Reconstruction):
         UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
     """
 
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {"norms": "norm_lr 0"}
+
     def __init__(
         self,
         epochs: int = 10,
@@ -78,7 +80,7 @@ class LearnedRounding(Reconstruction):
         if not any(self.rates.values()):
             raise UserError("stages: LearnedRounding has nothing to learn with all rates 0: give one, such as 0.001")
 
-    def check(self, before: Sequence[Stage]) -> None:
+    def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before:
             raise UserError(
                 "stages: LearnedRounding starts from the codes of the stage before it, and there is none: put RTN, "
@@ -86,16 +88,12 @@ class LearnedRounding(Reconstruction):
             )
 
     @property
-    def refines(self) -> bool:
-        return True
+    def takes(self) -> frozenset[Part]:
+        return frozenset({"block", "grid", "codes", "norms"})
 
     @property
-    def chooses_codes(self) -> bool:
-        return True
-
-    @property
-    def tunes_norms(self) -> bool:
-        return self.rates["norm_lr"] > 0
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"grid", "codes", "norms"} if self.rates["norm_lr"] else {"grid", "codes"})
 
     def module(self, task: BlockTask) -> "LearnedRoundingModule":
         return LearnedRoundingModule(task, self)
@@ -116,7 +114,8 @@ class LearnedRoundingModule(ReconstructionModule):
             self.weights[module_key(name)] = LearnedCodes(task.linear(name).weight.detach().float(), linear)
         # On the device once and for all: a CUDA graph cannot fetch what a resumed run has read from disk.
         self._plain = {name: value.to(task.device, torch.float32) for name, value in self.start.tensors.items()}
-        norms = {name: value for name, value in self._plain.items() if name.endswith(".weight")}
+        kept = {f"{name}.weight" for name in task.layout.kept}
+        norms = {name: value for name, value in self._plain.items() if name.endswith(".weight") and name not in kept}
         self.norms = nn.ParameterDict({module_key(name): torch.zeros_like(value) for name, value in norms.items()})
         for rate, parts in self._parts().items():
             for part in parts:  # before DDP looks for parameters that get gradients

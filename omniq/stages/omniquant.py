@@ -15,7 +15,7 @@ the W4A4 of the first LLaMA.
 
 Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
 storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate and errors relative to
-each token are offered; the transform is exact (``omniq.transforms.equivalence``), learned as ``exp(theta)`` and with
+each token are offered; the transform is exact (``omniq.transforms.transform``), learned as ``exp(theta)`` and with
 shifts for every family.
 """
 
@@ -26,19 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.observe import second_moments_for
 from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule, Schedule, module_key
-from omniq.calibration.stage import Stage
+from omniq.calibration.second_moments import second_moments_for
+from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.errors import UserError
+from omniq.grid.scheme import Activations
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import LWC, Clipping, FakeQuantWeight, RangeEstimator
 from omniq.storage.block_result import BlockResult, QuantizedLinear
-from omniq.transforms.equivalence import Transform
-from omniq.transforms.initial import initial_values
-from omniq.transforms.let import LET, worth_learning
+from omniq.transforms.let import LET, warn_once, worth_learning
+from omniq.transforms.transform import Transform
 
 
 class OmniQuant(Reconstruction):
@@ -55,6 +55,9 @@ class OmniQuant(Reconstruction):
         schedule: ``constant`` (published) or ``cosine``, which decays the rate to zero over the block.
         shuffle: draw a new order of samples each epoch; off as published.
         token_weights: how much each token counts in the loss (and in a search for its start); ``uniform`` as published.
+
+    Raises:
+        UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
     """
 
     def __init__(
@@ -72,19 +75,20 @@ class OmniQuant(Reconstruction):
         super().__init__(epochs, batch_size, augmented_loss, schedule, shuffle, token_weights)
         self.clipping = clipping or LWC()
         self.clipping_lr, self.transform = clipping_lr, transform
-
-    def check(self, before: Sequence[Stage]) -> None:
-        if not 0 < self.clipping_lr < 1:
-            raise UserError(f"stages: OmniQuant.clipping_lr {self.clipping_lr} is no usable rate: the paper's is 0.01")
-        if isinstance(self.clipping, RangeEstimator) and self.transform is None:
+        if not 0 < clipping_lr < 1:
+            raise UserError(f"stages: OmniQuant.clipping_lr {clipping_lr} is not between 0 and 1: the paper's is 0.01")
+        if isinstance(clipping, RangeEstimator) and transform is None:
             raise UserError(
-                f"stages: OmniQuant has nothing to learn with clipping {type(self.clipping).__name__}: give it one "
-                "that learns, such as LWC, or a transform"
+                f"stages: OmniQuant has nothing to learn with clipping {type(clipping).__name__}: give it one that "
+                "learns, such as LWC, or a transform"
             )
 
     @property
-    def moves(self) -> bool:
-        return self.transform is not None
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"grid"} if self.transform is None else {"block"})
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        return () if self.transform is None else worth_learning(self.transform.equivalences, activations.attention)
 
     def module(self, task: BlockTask) -> "OmniQuantModule":
         return OmniQuantModule(task, self)
@@ -98,7 +102,7 @@ class OmniQuantModule(ReconstructionModule):
     """A block whose clipping and transform are being learned.
 
     Args:
-        task: the block, its streams and its grid.
+        task: the block, its streams and its grids.
         settings: of the stage.
     """
 
@@ -106,7 +110,7 @@ class OmniQuantModule(ReconstructionModule):
 
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         super().__init__(task, settings)
-        self.transform, self.moves = self._start_transform()
+        self.transform, self.moves = self._start_transform()  # NOTE: checkpoints hold the name ``moves``
         if self.transform is None and isinstance(settings.clipping, RangeEstimator):
             raise UserError(
                 "stages: OmniQuant has nothing to learn: a scale between queries and keys changes nothing while both "
@@ -116,7 +120,7 @@ class OmniQuantModule(ReconstructionModule):
         weights = {name: task.linear(name).weight.detach() for name in task.layout.linears}
         self.clips = nn.ModuleDict(
             {
-                module_key(name): settings.clipping.build(weight, task.grid, second_moment.get(name))
+                module_key(name): settings.clipping.build(weight, task.grids[name], second_moment.get(name))
                 for name, weight in weights.items()
             }
         )
@@ -127,30 +131,32 @@ class OmniQuantModule(ReconstructionModule):
     def _start_transform(self) -> tuple[Transform | None, nn.ParameterDict | None]:
         """Fuse the initial values into the block; what is learned from there starts at the identity."""
         task, let = self.task, self.settings.transform
-        kinds = worth_learning(let.equivalences, task.activations.attention) if let is not None else ()
+        kinds = self.settings.equivalence_kinds(task.layout, task.activations)
+        if let is not None and len(kinds) < len(let.equivalences):
+            warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
         if let is None or not kinds:
             return None, None
         transform = block_transform(task, kinds, let.shift)
-        values = initial_values(transform, dict(task.block.named_parameters()), input_ranges(task), let.alpha)
+        values = transform.initial(dict(task.block.named_parameters()), input_ranges(task), let.alpha)
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return transform, transform.parameters()
 
     def tensors(self) -> dict[str, Tensor]:
         """Full-precision tensors of the block as the transform makes them, differentiable in it."""
-        return {name: materialize(value) for name, value in self._moved().items()}
+        return {name: materialize(value) for name, value in self._transformed().items()}
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors = self._moved()
+        tensors = self._transformed()
         for name in self.task.layout.linears:
             out = dtype or self.task.linear(name).weight.dtype
             tensors[f"{name}.weight"] = self.clip(name)(tensors[f"{name}.weight"], out)
         return {name: materialize(value) for name, value in tensors.items()}
 
-    def _moved(self) -> dict[str, Tensor | ScaledWeight]:
-        """The same, weights that the transform moves still with their factors; without one, weights alone."""
+    def _transformed(self) -> dict[str, Tensor | ScaledWeight]:
+        """The same, weights that the transform changes with their factors beside them; without one, weights alone."""
         if self.transform is None or self.moves is None:
             return {f"{name}.weight": self.task.linear(name).weight for name in self.task.layout.linears}
-        return self.transform.move(dict(self.task.block.named_parameters()), self.moves)
+        return self.transform.apply_factored(dict(self.task.block.named_parameters()), self.moves)
 
     def clip(self, name: str) -> FakeQuantWeight:
         """The clipping of one linear."""
@@ -167,19 +173,16 @@ class OmniQuantModule(ReconstructionModule):
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
-        task, grid = self.task, self.task.grid
-        tensors = self.tensors()
+        task, dtype, tensors = self.task, self.task.export_dtype, self.tensors()
         linears: dict[str, QuantizedLinear] = {}
         for name in task.layout.linears:
-            weight = tensors[f"{name}.weight"].float()
+            weight, grid = tensors[f"{name}.weight"].float(), task.grids[name]
             scale, zero_point = self.clip(name).grid_of(weight)
             linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
         if self.transform is None or self.moves is None:
             return BlockResult(linears, task.plain_tensors())
-        result = BlockResult(linears, {name: tensors[name].to(grid.scale_dtype) for name in task.plain_tensors()})
-        if (
-            result.first_unstorable(grid.scale_dtype) is None
-        ):  # else the block stays as it was, for what ``abandon`` leaves
+        result = BlockResult(linears, {name: tensors[name].to(dtype) for name in task.plain_tensors()})
+        if result.first_unstorable(dtype) is None:  # else the block stays as it was, for what ``abandon`` leaves
             fuse(task.block, self.transform, self.moves)
         return result
 

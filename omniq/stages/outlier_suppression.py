@@ -18,23 +18,28 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``i`` input features, ``o`` out
 equivalence.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.observe import observed
+from omniq.calibration.input_statistics import InputRows
+from omniq.calibration.observe import observe
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import rounded_to_nearest
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_samples, quantize_tokens
 from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import Equivalence, Transform, ValueToOutput, modules_of
-from omniq.transforms.initial import ChannelRanges, initial_values
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.heads import Heads
+from omniq.transforms.initial import ChannelRanges
 
 _KINDS = ("norm", "value_output")
 
@@ -58,11 +63,14 @@ class OutlierSuppression(Stage):
         self.candidates, self.samples, self.clipping = candidates, samples, clipping or MinMax()
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, _KINDS, "stages: OutlierSuppression")
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        return _KINDS
 
     def module(self, task: BlockTask) -> "OutlierSuppressionModule":
         return OutlierSuppressionModule(task, self)
@@ -80,61 +88,71 @@ class OutlierSuppressionModule(RTNModule):
         task = self.task
         transform = block_transform(task, _KINDS, shift=True)
         ranges = input_ranges(task)
-        values = initial_values(transform, dict(task.block.named_parameters()), ranges, alpha=None)
+        values = transform.initial(dict(task.block.named_parameters()), ranges, alpha=None)
         inputs = self._inputs()
-        for key, move in transform.moves.items():
+        for key, equivalence in transform.equivalences.items():
+            if not any(name in inputs for name in equivalence.readers):  # no token reaches it: its scales stay at one
+                continue
             shift = values.get(f"{key}/shift")
-            values[f"{key}/log_scale"] = self._scale(transform, move, ranges, shift, inputs).log()
+            scale = self._scale(equivalence, transform.heads, ranges, shift, inputs)
+            values[f"{key}/log_scale"] = scale.log() / equivalence.power
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return super().finish()
 
     def _inputs(self) -> dict[str, Tensor]:
-        """What the linears read in the first samples of the run, ``[n, t, i]`` each; of this process, perhaps none."""
-        task, first = self.task, [group[0] for group in self.task.layout.groups]
+        """The inputs of the linears in the first samples of the run that this process has, ``[n, t, i]`` each.
+
+        ``n`` may be 0. For a linear that sees some tokens only it is 1; one that no token reaches is left out.
+        """
+        task, length = self.task, self.task.inputs.shape[1]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
-        seen = {name: [torch.empty(0, task.linear(name).in_features, device=task.device)] for name in first}
-        with observed(task.block, tuple(first), lambda name, x: seen[name].append(x.float())):
-            task.visit(task.inputs[:share])
-        whole = {name: torch.cat(parts).unflatten(0, (-1, task.inputs.shape[1])) for name, parts in seen.items()}
-        return {name: whole[group[0]] for group in task.layout.groups for name in group}
+        names = [group[0] for group in task.layout.groups]
+        seen = observe(task, [InputRows()], names, quantized=False, samples=share)
+        inputs: dict[str, Tensor] = {}
+        for group in task.layout.groups:
+            if seen[group[0]].tokens:
+                (rows,) = seen[group[0]].totals
+                by_sample = len(rows) == min(share, len(task.inputs)) * length
+                samples = rows.unflatten(0, (-1, length)) if by_sample else rows.unsqueeze(0)
+                inputs |= dict.fromkeys(group, samples)
+        return inputs
 
     def _scale(
         self,
-        transform: Transform,
-        move: Equivalence,
+        equivalence: Equivalence,
+        heads: Heads,
         ranges: ChannelRanges,
         shift: Tensor | None,
         inputs: dict[str, Tensor],
     ) -> Tensor:
         """The scales ``[c]`` of the best threshold."""
-        readers, heads = modules_of(move)[1:], transform.heads
-        through_heads = isinstance(move, ValueToOutput)
+        readers = tuple(name for name in equivalence.readers if name in self.task.layout.linears)
         lo, hi, x = ranges.lo[readers[0]], ranges.hi[readers[0]], inputs[readers[0]]
         if shift is not None:
-            wide = heads.to_query(shift) if through_heads else shift
+            wide = equivalence.to_inputs(shift, heads)
             lo, hi, x = lo - wide, hi - wide, x - wide
         size = torch.maximum(hi, -lo)  # [i]
-        size = heads.by_key(size).amax(1) if through_heads else size  # [c]
+        size = equivalence.by_parameter(size, heads).amax(1)  # [c]
         best = size.new_ones(size.shape)
         least = size.new_full((), torch.inf, dtype=torch.float64)
         for step in range(self.settings.candidates):
             threshold = size.max() * (1 - step / self.settings.candidates)
             scale = (size / threshold.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=1)
-            error = self._error(readers, x, heads.to_query(scale) if through_heads else scale)
+            error = self._error(readers, x, equivalence.to_inputs(scale, heads))
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return best
 
     def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the outputs, summed over the readers and all processes; over samples in float64."""
+        """Squared error of the outputs of quantized readers, summed over all processes; over samples in float64."""
         given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
         if not len(x):
             return collectives.all_reduce_sum(total)
-        moved = x / scale
+        scaled = x / scale
         if given.inputs != 16:
             quantize = quantize_samples if given.static else quantize_tokens
-            moved = quantize(moved, given.inputs, given.symmetric)
+            scaled = quantize(scaled, given.inputs, given.symmetric)
         for name in readers:
             weight = self.task.linear(name).weight.float()
-            rounded = rounded_to_nearest(weight * scale, self.task.grid)
-            total += (moved @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
+            rounded = rounded_to_nearest(weight * scale, self.task.grids[name])
+            total += (scaled @ rounded.t() - x @ weight.t()).square().sum((1, 2)).double().sum()
         return collectives.all_reduce_sum(total)

@@ -21,8 +21,8 @@ published ``--static-groups``), because no runtime reads scattered groups any mo
 the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,19 @@ from torch import Tensor, nn
 from omniq.calibration.gram import GramModule, GramStage
 from omniq.calibration.outlier_settings import Method, OutlierSettings, Support
 from omniq.calibration.stacked_linears import StackedLinears
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
 from omniq.errors import UserError
+from omniq.grid.affine import Grid
 from omniq.kernels.layer_problem import groups_of
 from omniq.quantizers.clipping import RangeEstimator
 from omniq.solvers.alternating_descent import AlternatingDescent
-from omniq.solvers.coordinate_descent import CoordinateDescent, Solution
+from omniq.solvers.coordinate_descent import CoordinateDescent
 from omniq.solvers.gptq import gptq
 from omniq.solvers.outliers import choose_support
+from omniq.solvers.solution import LayerSolution
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
 Start = Literal["weights", "nearest", "gptq", "previous"]
@@ -72,6 +74,9 @@ class QuantEase(GramStage):
         UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
     """
 
+    settings_that_take: ClassVar[Mapping[Part, str]] = {"grid": "start 'previous'", "codes": "start 'previous'"}
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {"outliers": "outliers 0"}
+
     def __init__(
         self,
         sweeps: int = 30,
@@ -102,34 +107,24 @@ class QuantEase(GramStage):
         self.sweeps, self.start, self.grid = sweeps, start, grid
         self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
 
-    def check(self, before: Sequence[Stage]) -> None:
+    def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before and (self.start == "previous" or self.grid == "previous"):
             what = "start" if self.start == "previous" else "grid"
             raise UserError(
                 f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
                 f"none: put another stage first, or change {what}"
             )
-        if not before or not self.refines:
-            return
-        name = type(before[-1]).__name__
-        if before[-1].tunes_norms:
-            raise UserError(
-                f"stages: QuantEase would refine the codes of {name} without the norms tuned with them: set norm_lr of "
-                f"{name} to 0, or put QuantEase before it"
-            )
-        if before[-1].chooses_codes and self.start != "previous":
-            raise UserError(
-                f"stages: QuantEase with start {self.start!r} would keep the grid of {name} and lose the codes that "
-                f"{name} has chosen on it: set start to 'previous', or leave one of the two out"
-            )
 
     @property
-    def refines(self) -> bool:
-        return self.grid != "clipping" or self.start == "previous"
+    def takes(self) -> frozenset[Part]:
+        """A start from previous codes takes their grid as well: they are values on it, whatever grid comes next."""
+        if self.start == "previous":
+            return frozenset({"block", "grid", "codes"})
+        return frozenset({"block"} if self.grid == "clipping" else {"block", "grid"})
 
     @property
-    def sparse(self) -> bool:
-        return self.outliers is not None
+    def leaves(self) -> frozenset[Part]:
+        return super().leaves | ({"outliers"} if self.outliers else set())
 
     @property
     def algorithm3(self) -> bool:
@@ -141,7 +136,7 @@ class QuantEase(GramStage):
 
 
 class QuantEaseModule(GramModule):
-    """A block in the hands of coordinate descent: one solver step is one sweep of one optimizer for each group."""
+    """A block in the hands of coordinate descent: one solver step is one sweep of one optimizer for each stack."""
 
     settings: QuantEase
 
@@ -151,27 +146,30 @@ class QuantEaseModule(GramModule):
         self.orders: dict[int, Tensor | None] = {}
         self._saved: dict[int, Any] = {}
 
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
-        if k not in self.optimizers_of:
-            self.optimizers_of[k] = self._reopen(k, stack, gram) if k in self._saved else self._open(k, stack, gram)
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
+        if number not in self.optimizers_of:
+            k, opening = self.plan[number][0], self._reopen if number in self._saved else self._open
+            last = number == self.stacks_in(k)[-1]
+            own = gram if last else gram.clone()  # an optimizer damps its Gram matrix in place
+            optimizer = self.optimizers_of[number] = opening(number, stack, own)
             # The optimizer has what it needs of the weights, and the Gram matrix as it needs it, damped and in order.
-            stack.weight, self.grams[k] = stack.weight.new_empty(0), self.optimizers_of[k].problem.gram
-        optimizer = self.optimizers_of[k]
+            stack.weight, self.grams[k] = stack.weight.new_empty(0), optimizer.problem.gram if last else gram
+        optimizer = self.optimizers_of[number]
         # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
-        if optimizer.shaken or not collectives.all_ranks(optimizer.converged):
+        if optimizer.must_continue or not collectives.all_ranks(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
         self.track_errors(stack, self._rows(stack), optimizer.row_errors(), powers)
-        return None if step + 1 < self.work else self._finished(k, stack)
+        return None if step + 1 < self.work else self._finished(number, stack)
 
-    def _finished(self, k: int, stack: StackedLinears) -> dict[str, QuantizedLinear]:
-        """What the optimizers of all processes found for one group."""
-        solution, order = self.optimizers_of.pop(k).result(last=True), self.orders.pop(k)
+    def _finished(self, number: int, stack: StackedLinears) -> dict[str, QuantizedLinear]:
+        """What the optimizers of all processes found for one stack."""
+        solution, order = self.optimizers_of.pop(number).result(last=True), self.orders.pop(number)
         back = slice(None) if order is None else order.argsort()
         if self._shared:
-            solution = Solution._make(None if part is None else stack.gather(part) for part in solution)
-        stack.grid = solution.scale, solution.zero_point
-        found = stack.linears(self.task.grid, solution.codes[:, back])
+            solution = LayerSolution._make(None if part is None else stack.gather(part) for part in solution)
+        stack.fitted = solution.scale, solution.zero_point
+        found = stack.linears(solution.codes[:, back])
         if solution.sparse is None:
             return found
         return {
@@ -188,39 +186,40 @@ class QuantEaseModule(GramModule):
         """The rows that this process solves."""
         return stack.my_rows if self._shared else slice(0, sum(stack.rows))
 
-    def _open(self, k: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
-        """Choose support, grid, start and order of one group, and set up its optimizer."""
-        settings, grid, previous = self.settings, self.task.grid, self.task.result
-        rows = self._rows(stack)
-        mask = None if settings.outliers is None else self._support(k, stack, settings.outliers)[rows]
+    def _open(self, number: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
+        """Choose support, scales, start and order of one stack, and set up its optimizer."""
+        settings, previous, rows = self.settings, self.task.result, self._rows(stack)
+        mask = None if settings.outliers is None else self._support(stack, gram, settings.outliers)[rows]
         if settings.grid != "clipping" and previous is not None:
-            stack.grid_from(previous)
+            stack.fit_from(previous)
         part = stack.part(rows)
-        if part.grid is None:
+        if part.fitted is None:
             free = part.weight if mask is None else part.weight.masked_fill(mask, 0)
-            lo, hi = settings.clipping.range(free, grid, self.second_moment(k))
-            part.grid = grid.fit(lo, hi)
+            lo, hi = settings.clipping.range(free, part.grid, self.second_moment(number))
+            part.fitted = part.grid.fit(lo, hi)
         start, weight = self._start(part, gram, mask, rows), part.weight
         group_index = groups_of(weight, part.scale)
-        self.orders[k] = order = gram.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
+        self.orders[number] = order = (
+            gram.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
+        )
         if order is not None:
             gram, weight, group_index = gram[order][:, order], weight[:, order], group_index[order]
             mask, start = (None if each is None else each[:, order] for each in (mask, start))
-        return self._optimizer(weight, gram, part.scale, part.zero_point, group_index, mask, start, settings.damping)
+        fitted = part.scale, part.zero_point
+        return self._optimizer(weight, gram, part.grid, fitted, group_index, mask, start, settings.damping)
 
     def _optimizer(
         self,
         weight: Tensor,
         gram: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
+        grid: Grid,
+        fitted: tuple[Tensor, Tensor],
         group_index: Tensor,
         mask: Tensor | None,
         start: Tensor | None,
         damping: float,
     ) -> CoordinateDescent:
         settings = self.settings
-        dtype = torch.float64 if settings.precision == "float64" else torch.float32
         common: dict[str, Any] = {
             "sweeps": settings.sweeps,
             "group_index": group_index,
@@ -228,19 +227,18 @@ class QuantEaseModule(GramModule):
             "refit_scales": settings.refit_scales,
             "precision": settings.precision,
         }
+        dtype = torch.float64 if settings.precision == "float64" else torch.float32
         parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
-        grid = self.task.grid
         outliers = settings.outliers
         if mask is not None and outliers is not None and outliers.method == "algorithm3":
-            return AlternatingDescent(
-                [parameter], gram, grid, scale, zero_point, support=mask, structured=outliers.columns, **common
-            )
+            common |= {"support": mask, "structured": outliers.columns}
+            return AlternatingDescent([parameter], gram, grid, *fitted, **common)
         target = None if start is None else weight
-        return CoordinateDescent([parameter], gram, grid, scale, zero_point, target=target, mask=mask, **common)
+        return CoordinateDescent([parameter], gram, grid, *fitted, target=target, mask=mask, **common)
 
-    def _support(self, k: int, stack: StackedLinears, outliers: OutlierSettings) -> Tensor:
+    def _support(self, stack: StackedLinears, gram: Tensor, outliers: OutlierSettings) -> Tensor:
         """The weights to keep in float16, bool ``[o, i]``: a share of each linear; for Algorithm 3, of the stack."""
-        diagonal, together = self.grams[k].diagonal(), outliers.method == "algorithm3"
+        together = outliers.method == "algorithm3"
         parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
         chosen = [
             choose_support(
@@ -248,8 +246,8 @@ class QuantEaseModule(GramModule):
                 outliers.fraction,
                 by=outliers.support,
                 structured=outliers.columns,
-                second_moment=diagonal,
-                grid=self.task.grid,
+                second_moment=gram.diagonal(),
+                grid=stack.grid,
             )
             for part in parts
         ]
@@ -257,7 +255,7 @@ class QuantEaseModule(GramModule):
 
     def _start(self, part: StackedLinears, gram: Tensor, mask: Tensor | None, rows: slice) -> Tensor | None:
         """Quantized weights to start from, ``[o, i]``, for some rows; None for the weights themselves."""
-        settings, grid = self.settings, self.task.grid
+        settings, grid = self.settings, part.grid
         if settings.start == "weights":
             return None
         if settings.start == "gptq":
@@ -265,7 +263,7 @@ class QuantEaseModule(GramModule):
                 part.weight, gram, part.scale, part.zero_point, grid.bits,
                 damping=max(settings.damping, 0.01), act_order=settings.act_order, mask=mask,
             )  # fmt: skip
-            return start.values
+            return start.values()
         previous = self.task.result
         if settings.start == "previous" and previous is not None:
             values = part.values_from(previous)[rows]
@@ -275,24 +273,24 @@ class QuantEaseModule(GramModule):
         return values if mask is None else torch.where(mask, part.weight, values)
 
     def solver_state(self) -> dict[int, Any]:
-        return {k: {"order": self.orders[k], **o.state_dict()} for k, o in self.optimizers_of.items()}
+        return {number: {"order": self.orders[number], **o.state_dict()} for number, o in self.optimizers_of.items()}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:
         self._saved = state
         # The optimizer keeps the Gram matrix; it was not written a second time.
-        self.grams |= {k: saved["state"][0]["gram"].to(self.task.device) for k, saved in state.items()}
+        for number, saved in state.items():
+            self.grams[self.plan[number][0]] = saved["state"][0]["gram"].to(self.task.device)
 
-    def _reopen(self, k: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
-        """Set up the optimizer of a group in mid-solution, and give it back its state."""
-        saved = self._saved.pop(k)
+    def _reopen(self, number: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
+        """Set up the optimizer of a stack in mid-solution, and give it back its state."""
+        saved = self._saved.pop(number)
         state = {name: value.to(gram.device) for name, value in saved["state"][0].items()}
-        self.orders[k] = order = None if saved["order"] is None else saved["order"].to(gram.device)
-        mask = state["mask"].t() if "mask" in state else None
-        if "sparse" in state:
-            mask = (state["sparse"] != 0).t()
+        self.orders[number] = order = None if saved["order"] is None else saved["order"].to(gram.device)
+        support = state["sparse"] != 0 if "sparse" in state else state.get("mask")
+        mask = None if support is None else support.t()
         weight = stack.weight if order is None else stack.weight[:, order]
-        scale, zero_point = state["scale"].t(), state["zero_point"].t()
-        damping = 0.0  # the saved Gram matrix has had it
-        optimizer = self._optimizer(weight, gram, scale, zero_point, state["group_index"], mask, None, damping)
+        fitted = state["scale"].t(), state["zero_point"].t()
+        # No damping: the saved Gram matrix has had it.
+        optimizer = self._optimizer(weight, gram, stack.grid, fitted, state["group_index"], mask, None, damping=0.0)
         optimizer.load_state_dict(saved)
         return optimizer

@@ -13,13 +13,14 @@ import torch
 
 from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
 from omniq.calibration.rounding import RTNModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, RangeEstimator
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.initial import check_alpha, initial_values
-from omniq.transforms.let import MEASURED_KINDS, Kind, check_kinds
+from omniq.transforms.initial import check_alpha
+from omniq.transforms.let import MEASURED_KINDS, check_kinds
 
 
 class SmoothQuant(Stage):
@@ -35,18 +36,21 @@ class SmoothQuant(Stage):
     """
 
     def __init__(
-        self, alpha: float = 0.5, equivalences: Sequence[Kind] = ("norm",), clipping: RangeEstimator | None = None
+        self, alpha: float = 0.5, equivalences: Sequence[str] = ("norm",), clipping: RangeEstimator | None = None
     ) -> None:
         check_alpha(alpha)
         check_kinds(equivalences, "stages: SmoothQuant.equivalences", MEASURED_KINDS)
         self.alpha, self.equivalences, self.clipping = alpha, tuple(equivalences), clipping or MinMax()
 
     @property
-    def moves(self) -> bool:
-        return True
+    def leaves(self) -> frozenset[Part]:
+        return frozenset({"block"})
 
     def check_layout(self, layout: Layout) -> None:
         check_equivalences(layout, self.equivalences, "stages: SmoothQuant.equivalences")
+
+    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+        return self.equivalences
 
     def module(self, task: BlockTask) -> "SmoothQuantModule":
         return SmoothQuantModule(task, self)
@@ -64,6 +68,6 @@ class SmoothQuantModule(RTNModule):
         task = self.task
         transform = block_transform(task, self.settings.equivalences, shift=False)
         tensors = dict(task.block.named_parameters())
-        values = initial_values(transform, tensors, input_ranges(task), self.settings.alpha, shift=False)
+        values = transform.initial(tensors, input_ranges(task), self.settings.alpha, shift=False)
         fuse(task.block, transform, transform.parameters(values).to(task.device))
         return super().finish()

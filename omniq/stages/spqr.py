@@ -19,13 +19,16 @@ Linears that share an input share one inverse, but thresholds and runs of rows a
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.observe import power_of, relative
+from omniq.calibration.input_statistics import power_of, relative
 from omniq.calibration.stacked_linears import StackedLinears
+from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
@@ -58,6 +61,11 @@ class SpQR(GramStage):
         UserError: a threshold, second level or clipping that cannot work; see ``GramStage``.
     """
 
+    settings_that_omit: ClassVar[Mapping[Part, str]] = {
+        "outliers": "threshold 0",
+        "scale codes": "scale_bits 0 and zero_bits 0",
+    }
+
     def __init__(
         self,
         threshold: float = 0.2,
@@ -82,9 +90,10 @@ class SpQR(GramStage):
         self.threshold, self.act_order = threshold, act_order
 
     @property
-    def sparse(self) -> bool:
-        """Whether results have outliers or scales that are codes: not every format can hold either."""
-        return self.threshold > 0 or self.second.scale_bits > 0 or self.second.zero_bits > 0
+    def leaves(self) -> frozenset[Part]:
+        outliers: set[Part] = {"outliers"} if self.threshold else set()
+        scale_codes: set[Part] = {"scale codes"} if self.second.scale_bits or self.second.zero_bits else set()
+        return super().leaves | outliers | scale_codes
 
     def grid(self, grid: Grid) -> Grid:
         """The grid that was asked for, with as much of a second level as saves anything on it."""
@@ -97,19 +106,20 @@ class SpQR(GramStage):
 
 
 class SpQRModule(GramModule):
-    """A block in the hands of SpQR: one solver step for each group of linears."""
+    """A block in the hands of SpQR: one solver step for each stack of linears."""
 
     settings: SpQR
 
-    def solve(self, k: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        settings, grid = self.settings, self.settings.grid(self.task.grid)
+    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
+        settings, grid = self.settings, self.settings.grid(stack.grid)
         feedback = Feedback.of(gram, grid.groups(len(gram)), damping=settings.damping, act_order=settings.act_order)
         found = {}
         for name, weight in stack.split(stack.weight):
             codes, scale, zero_point, sparse = spqr(weight, feedback, grid, settings.clipping, settings.threshold)
-            outliers = Outliers.from_dense(sparse) if settings.threshold else None
+            outliers = None if sparse is None else Outliers.from_dense(sparse)
             found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
-            missed = weight - grid.dequantize(codes, scale, zero_point) - sparse
+            missed = weight - grid.dequantize(codes, scale, zero_point)
+            missed = missed if sparse is None else missed - sparse
             error = relative(power_of(missed, gram), power_of(weight, gram))
             self.track(f"{name.rpartition('.')[2]}/recon_error", error)
         return found

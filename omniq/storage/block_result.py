@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omniq.errors import CorruptFile
 from omniq.grid.affine import Grid
+from omniq.grid.dtypes import dtype_name
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.sealed import NOBODY, Owner, load_tensors, save_tensors
@@ -224,7 +225,7 @@ class BlockResult:
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
     second = None if grid.second is None else vars(grid.second)
-    return vars(grid) | {"scale_dtype": str(grid.scale_dtype).removeprefix("torch."), "second": second}
+    return vars(grid) | {"scale_dtype": dtype_name(grid.scale_dtype), "second": second}
 
 
 def _grid_from_json(grid: dict[str, Any]) -> Grid:

@@ -5,7 +5,7 @@ A folder is a run's if it holds a fingerprint. Without one it must be empty, or 
 before its fingerprint; anything else is the user's, or of a run whose settings nobody knows any more, and is refused
 before anything is touched. In a run's folder only the names below are ever written or removed, with what is in
 ``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export has filled it
-(``omniq.export.containers.output_folder``).
+(``omniq.export.output_folder``).
 """
 
 import os

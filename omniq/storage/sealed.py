@@ -21,20 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omniq.errors import CorruptFile
+from omniq.grid.dtypes import CODES, dtype_name
 from omniq.storage.atomic import atomic_write
-
-_DTYPES = {  # as safetensors calls them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +120,8 @@ def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        code = CODES[dtype_name(tensor.dtype)]
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     return len(text).to_bytes(8, "little") + text

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Equivalences: scales and shifts that move between layers and leave the block's output unchanged.
 
-May import models and kernels. Read ``equivalence.py`` first.
+May import kernels. Read ``equivalence.py`` first, then ``transform.py``. A new equivalence is one file in
+``equivalences``.
 """

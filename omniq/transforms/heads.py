@@ -9,7 +9,7 @@
 Shapes: ``H`` query heads, ``K`` KV heads, ``c`` channels of a head, ``P`` channels of a head after tying pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +29,20 @@ class Heads:
     query: int
     key: int
     rotary: int | None = None
+    _tied: dict[tuple[torch.device, int, str | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, config: Any) -> "Heads":
-        """Read the config of a transformers model."""
+    def of(cls, config: Any, partial_rotary: bool = False) -> "Heads":
+        """Read the config of a transformers model.
+
+        Args:
+            partial_rotary: whether the code of the model heeds ``partial_rotary_factor``. LLaMA's does not: it turns
+                whole heads even if its config has that key.
+        """
         query = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // query
-        share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        rope = (getattr(config, "rope_parameters", None) or {}) if partial_rotary else {}
+        share = rope.get("partial_rotary_factor", 1.0)
         rotary = None if share == 1 else int(size * share)
         return cls(query, getattr(config, "num_key_value_heads", None) or query, rotary)
 
@@ -60,3 +67,10 @@ class Heads:
         turned = channels if self.rotary is None else self.rotary
         pair = position % (turned // 2) if layout == "half" else position // 2
         return torch.where(position < turned, pair, position - turned // 2)
+
+    def tied_on(self, device: torch.device, channels: int, layout: str | None) -> Tensor:
+        """``tied_channels`` on a device; kept there, since a CUDA graph cannot capture a copy from the host."""
+        where = (device, channels, layout)
+        if where not in self._tied:
+            self._tied[where] = self.tied_channels(channels, layout).to(device)
+        return self._tied[where]

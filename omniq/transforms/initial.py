@@ -19,21 +19,19 @@ Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equi
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.transforms.equivalence import LIMIT, QueryKey, Transform, ValueToOutput, modules_of
 
+LIMIT = 10.0  # of |theta|: e^10 = 22026, of the order of the largest half-precision number
 FLOOR = 1e-5  # of activation and weight sizes, so that a dead channel gets a finite scale (OmniQuant's code)
 
 
 @dataclass
 class ChannelRanges:
-    """Smallest and largest value of every channel of some inputs, gathered without host synchronisation.
+    """Smallest and largest value of every channel of some inputs.
 
     Args:
         lo, hi: float32 ``[i]`` by the name of the linear that reads the input.
@@ -41,51 +39,6 @@ class ChannelRanges:
 
     lo: dict[str, Tensor] = field(default_factory=dict)
     hi: dict[str, Tensor] = field(default_factory=dict)
-
-    def update(self, name: str, x: Tensor) -> None:
-        """Widen the range of one input to cover ``[..., i]``."""
-        lo, hi = (bound.float() for bound in x.detach().flatten(0, -2).aminmax(dim=0))
-        self.lo[name] = self.lo[name].minimum(lo) if name in self.lo else lo
-        self.hi[name] = self.hi[name].maximum(hi) if name in self.hi else hi
-
-
-def initial_values(
-    transform: Transform,
-    tensors: Mapping[str, Tensor],
-    ranges: ChannelRanges,
-    alpha: float | None = 0.5,
-    shift: bool = True,
-) -> dict[str, Tensor]:
-    """Where the parameters of a transform start; pass them to ``Transform.parameters``.
-
-    Args:
-        transform: of the block.
-        tensors: the block's parameters by name.
-        ranges: of the inputs of the block's linears: for each equivalence, of one linear that reads there.
-        alpha: how much of the size of activations moves into the weights: 0 none, 1 all. None: scales start at one.
-        shift: start shifts at the middle of the range, where the transform has them; else at zero.
-
-    Raises:
-        UserError: alpha outside 0..1.
-    """
-    check_alpha(alpha)
-    values = {}
-    for key, move in transform.moves.items():
-        if isinstance(move, QueryKey):
-            continue
-        readers = modules_of(move)[1:]
-        seen = next(name for name in readers if name in ranges.lo)
-        lo, hi = ranges.lo[seen], ranges.hi[seen]
-        weight = torch.stack([tensors[f"{name}.weight"].abs().amax(0) for name in readers]).amax(0).float()  # [i]
-        if isinstance(move, ValueToOutput):
-            by_key = transform.heads.by_key  # [i] -> [c, readers of a KV channel]
-            lo, hi, weight = by_key(lo).amin(1), by_key(hi).amax(1), by_key(weight).amax(1)
-        middle = torch.zeros_like(lo)
-        if shift and f"{key}/shift" in transform.shapes:
-            middle = values[f"{key}/shift"] = (lo + hi) / 2
-        if alpha is not None:
-            values[f"{key}/log_scale"] = smooth_scale(torch.maximum(hi - middle, middle - lo), weight, alpha).log()
-    return values
 
 
 def smooth_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:

@@ -13,22 +13,16 @@ that switch, which a family knows.
 import functools
 import logging
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 from omniq.errors import UserError
-from omniq.transforms.equivalence import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.transforms.equivalences import EQUIVALENCES
 from omniq.transforms.initial import check_alpha
 
 log = logging.getLogger("omniq")
 
-Kind = Literal["norm", "value_output", "query_key", "up_down"]
-KINDS: dict[str, type[Equivalence]] = {
-    "norm": NormToLinears,
-    "value_output": ValueToOutput,
-    "query_key": QueryKey,
-    "up_down": UpToDown,
-}
-MEASURED_KINDS = ("norm", "value_output", "up_down")  # whose scales follow from sizes; those of query_key do not
+KINDS = tuple(each.kind for each in EQUIVALENCES)
+MEASURED_KINDS = tuple(each.kind for each in EQUIVALENCES if each.measured)
+"""Kinds whose scales follow from sizes of activations and weights."""
 
 
 class LET:
@@ -51,7 +45,7 @@ class LET:
         alpha: float | None = 0.5,
         lr: float = 5e-3,
         shift: bool = True,
-        equivalences: Sequence[Kind] = ("norm", "value_output", "query_key"),
+        equivalences: Sequence[str] = ("norm", "value_output", "query_key"),
     ) -> None:
         check_alpha(alpha)
         if not 0 < lr < 1:
@@ -60,9 +54,7 @@ class LET:
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
 
 
-def check_kinds(
-    kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = tuple(KINDS)
-) -> None:
+def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = KINDS) -> None:
     """Refuse an empty selection of equivalences, unknown ones and repetitions.
 
     Args:
@@ -81,15 +73,12 @@ def check_kinds(
 
 
 def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str, ...]:
-    """These kinds, but ``query_key`` only where queries or keys are quantized; says once in a process why it is off.
+    """These kinds, but ``query_key`` only where queries or keys are quantized.
 
     A scale of rows takes their grids with it: all that it changes is what queries and keys look like to a quantizer.
     Without one its gradient is rounding noise, which AdamW would follow at full rate.
     """
-    if quantized_attention or "query_key" not in kinds:
-        return tuple(kinds)
-    warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
-    return tuple(kind for kind in kinds if kind != "query_key")
+    return tuple(kind for kind in kinds if quantized_attention or kind != "query_key")
 
 
 @functools.cache

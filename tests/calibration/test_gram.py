@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from omniq.calibration.gram import GramModule, PlanLoader
-from omniq.calibration.observe import gram_of
+from omniq.calibration.input_statistics import gram_of
+from omniq.calibration.observe import Observation
 from omniq.calibration.stage import Stage
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
@@ -129,17 +130,17 @@ def test_logged_errors_are_those_of_the_result(stage: Callable[[], Stage], tmp_p
 
 def test_a_gram_matrix_is_added_up_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 28672 inputs it has 3 GiB: the sum, what is added and no third one."""
-    places: dict[int, set[int]] = {}
-    gather = GramModule._gather
+    places: dict[str, set[int]] = {}
+    run_batch = Observation.run_batch
 
-    def watched(module: GramModule, groups: tuple[int, ...], indices: torch.Tensor) -> None:
-        gather(module, groups, indices)
-        for k in groups:
-            places.setdefault(k, set()).add(module.grams[k].data_ptr())
+    def watched(observation: Observation, *args: Any) -> None:
+        run_batch(observation, *args)
+        for name, counts in observation.counts.items():
+            places.setdefault(name, set()).add(counts.totals[0].data_ptr())
 
-    monkeypatch.setattr(GramModule, "_gather", watched)
+    monkeypatch.setattr(Observation, "run_batch", watched)
     fitted(GPTQ(batch_size=1), tiny_task(GRID, samples=6), tmp_path)
-    assert [len(places[k]) for k in range(4)] == [1, 1, 1, 1]
+    assert [len(found) for found in places.values()] == [1, 1, 1, 1]
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
     total = sum(rows)
     weight = torch.arange(2.0 * total).view(total, 2)
     stack = StackedLinears(
-        tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, (weight[:, :1], weight[:, 1:])
+        tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, Grid(3), (weight[:, :1], weight[:, 1:])
     )
     ends = [total * number // processes for number in range(processes + 1)]
     parts = [stack.part(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
@@ -36,7 +36,7 @@ def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
 
 
 def test_one_process_has_all_rows() -> None:
-    stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2))
+    stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2), Grid(3))
     assert stack.my_rows == slice(0, 5)
     assert stack.gather(stack.weight) is stack.weight
 
@@ -49,7 +49,7 @@ def test_a_start_from_codes_of_another_grid_is_their_weights(tmp_path: Path) -> 
     module = QuantEase(sweeps=1, start="previous", grid="clipping", clipping=Searched()).module(task)
     for names in task.layout.groups:
         part = StackedLinears.of(task, names)
-        part.grid = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
+        part.fitted = grid.fit(*Searched().range(part.weight, grid, torch.ones(part.weight.shape[1])))
         start = module._start(part, torch.empty(0), None, slice(0, len(part.weight)))
         assert torch.equal(start, torch.cat([previous.linears[name].dequantize() for name in names]))
 
@@ -61,21 +61,19 @@ from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.stages import GPTQ, QuantEase
-from omniq.calibration.observe import check_finite
+from omniq.calibration.input_statistics import InputGram
+from omniq.calibration.observe import observe
 from tests.helpers.stages import tiny_task
-
-class Alone:
-    world_size = 1
 
 def solved(stage):
     task = tiny_task(Grid(3, 16), samples=4)
     module = stage.module(task)
-    module.trainer, found, errors = alone, {}, []
+    found, errors = {}, []
     for k, names in enumerate(task.layout.groups):
         generator = torch.Generator().manual_seed(k)
         width = task.linear(names[0]).in_features
         x = torch.randn(200, width, generator=generator) @ torch.randn(width, width, generator=generator)
-        module.grams[k] = x.t() @ x
+        module.grams[k], module.tokens[k] = x.t() @ x, len(x)
         for step in range(module.work):
             done = module.solve(k, module._stack(k), module.grams[k], step)
             errors += [value for _, value in module.tracked]
@@ -83,7 +81,6 @@ def solved(stage):
         found |= done
     return found, errors
 
-alone = Alone()
 exact = {"sweeps": 7, "precision": "float64"}
 stages = (  # and the share of codes that may differ
     (0.002, lambda: GPTQ(act_order=True)),
@@ -105,13 +102,15 @@ for (most, make), (theirs, expected) in zip(stages, by_one, strict=True):
         if linear.outliers is not None:
             torch.testing.assert_close(linear.outliers.dense(64), other.outliers.dense(64), rtol=2e-3, atol=1e-6)
 try:
-    check_finite(tiny_task(Grid(3, 16), samples=4), "linear", torch.ones(2), torch.tensor(5))
+    task = tiny_task(Grid(3, 16), samples=4)
+    task.inputs[: 2 if collectives.rank() else 1] = torch.nan
+    observe(task, [InputGram()])
 except UserError as error:
-    assert isinstance(error, collectives.ToldElsewhere) == (collectives.rank() > 0)
-    assert "block/000 linear: the Gram matrix is not finite, 5 of 12 samples" in str(error)
+    assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
+    assert "block/000 self_attn.q_proj: the Gram matrix is not finite, 5 of 12 samples" in str(error)
 else:
     raise AssertionError("not refused")
-collectives.part()
+collectives.finish_on_rank0()
 """
 
 

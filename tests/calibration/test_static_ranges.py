@@ -17,15 +17,16 @@ from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.export import VerificationError, export_checkpoint, verify_checkpoint
+from omniq.export import VerificationError
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Activations, Scheme
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.models.source import SourceModel
 from omniq.quantizers.activations import StaticGrid, quantize_tokens
 from omniq.storage.block_result import BlockResult, QuantizedLinear
-from tests.helpers.exported import CARD, WINDOWS, rounded
+from tests.helpers.exported import WINDOWS, export, rounded, verify
 from tests.helpers.runs import omniquant, outcome, write_run
+from tests.helpers.schemes import scheme_of
 from tests.helpers.tiny import tiny_block, tiny_layout
 
 FAMILIES = ["llama", "qwen3", "opt"]
@@ -79,7 +80,7 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
     """Against hooks of our own on a block with the rounded weights."""
     block, kwargs = tiny_block(family)
     form, given, grid = tiny_layout(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
-    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
     result = calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
     seen = inputs_before_and_after(block, form, kwargs, Activations(), None)  # with the deployed weights by now
@@ -95,7 +96,7 @@ def test_a_range_without_an_end_is_refused() -> None:
     """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
     block, kwargs = tiny_block("llama")
     form, given, grid = tiny_layout("llama"), Activations(8, static=True), Grid(8)
-    task = BlockTask(0, form, block, grid, X, X, kwargs, activations=given)
+    task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
     block.get_submodule("mlp.down_proj").register_forward_pre_hook(
         lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
     )
@@ -129,18 +130,18 @@ def test_exported_ranges_are_what_transformers_computes_with(
             for result in results
         ]
 
-    scheme = Scheme.of(Grid(4, 32), 8, symmetric, activation_range="tensor")
+    scheme = scheme_of(Grid(4, 32), 8, activation_symmetric=symmetric, activation_range="tensor")
     with pytest.raises(ValueError, match="q_proj: the scheme fixes the range of its input, and it has none"):
-        export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+        export(source, results, tmp_path / "out", scheme=scheme)
     results = fixed(results, 3.0)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+    out = export(source, results, tmp_path / "out", scheme=scheme)
     stored = load_file(out / "model.safetensors")
     assert ("model.layers.1.mlp.up_proj.input_zero_point" in stored) != symmetric
-    assert verify_checkpoint(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
+    assert verify(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.q_proj: scale of input differ first at \[0\]"):
-        verify_checkpoint(out, source, fixed(results, 3.1), scheme=scheme)
+        verify(out, source, fixed(results, 3.1), scheme=scheme)
     with pytest.raises(VerificationError, match="q_proj: the range of its input is in the file only"):
-        verify_checkpoint(out, source, rounded(source, Grid(4, 32)), scheme=scheme)
+        verify(out, source, rounded(source, Grid(4, 32)), scheme=scheme)
 
 
 def test_a_run_finds_keeps_and_exports_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniq.calibration.gram import GramModule
-from omniq.calibration.observe import input_grams, input_second_moments
+from omniq.calibration.second_moments import input_grams, input_second_moments
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import relative_weights, weighted_error
 from omniq.grid.affine import Grid

@@ -20,11 +20,10 @@ from omniq.cli.command import main
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
-from omniq.export import export_checkpoint
 from omniq.grid.affine import Grid
 from omniq.models import locate
 from omniq.models.transformers_io import open_checkpoint
-from tests.helpers.exported import CARD, opened, rounded
+from tests.helpers.exported import export, opened, rounded
 from tests.helpers.opening import edit_json, only_pickle, truncate
 from tests.helpers.runs import configuration, write_text
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
@@ -35,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, ``source``, the same with codes of four bits, ``quantized``, and a text."""
     place = tmp_path_factory.mktemp("evaluate")
     source = opened(place / "source", Grid(4, 32))
-    export_checkpoint(source, rounded(source, Grid(4, 32)), place / "quantized", card=CARD)
+    export(source, rounded(source, Grid(4, 32)), place / "quantized")
     write_text(place / "text.txt")
     (place / "text.yaml").write_text(yaml.safe_dump({"evaluation": configuration(place)["evaluation"]}))
     return place
@@ -75,7 +74,7 @@ def windows(place: Path) -> torch.Tensor:
     """What the text of the command is cut into."""
     evaluation = parse_run([], configuration(place))[0].evaluation
     assert evaluation is not None
-    return evaluation.windows(tiny_tokenizer())
+    return evaluation.sequences(tiny_tokenizer())
 
 
 def reference(path: Path, tokens: torch.Tensor) -> float:
@@ -192,14 +191,14 @@ PICKLES = [(only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.b
     [
         *((change, [f"{name} is a pickle file", "convert the model to safetensors first"]) for change, name in PICKLES),
         (truncate, ["broken/model.safetensors is truncated or corrupt", "get the file again"]),
-        (lambda path: (path / "model.safetensors").unlink(), ["broken holds no weights: model.safetensors"]),
-        (lambda path: (path / "config.json").write_text("{"), ["config.json is no valid JSON", "get the file again"]),
-        (lambda path: (path / "config.json").write_text("[]"), ["config.json holds no JSON object"]),
+        (lambda path: (path / "model.safetensors").unlink(), ["broken holds no weights: it needs model.safetensors"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json is not valid JSON", "get the file again"]),
+        (lambda path: (path / "config.json").write_text("[]"), ["config.json does not hold a JSON object"]),
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
         (
             lambda path: (path / "model.safetensors").rename(path / "q4.safetensors"),
-            ["broken/q4.safetensors: transformers opens model.safetensors and no other name: rename the file"],
+            ["broken/q4.safetensors: transformers looks for model.safetensors only: rename the file"],
         ),
         _need("optimum", quant_method="gptq", bits=4),
         _need("bitsandbytes", quant_method="bitsandbytes", load_in_4bit=True),

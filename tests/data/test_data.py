@@ -226,7 +226,7 @@ def test_hub_unreachable_names_the_way_out(monkeypatch, caplog):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     levels = [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")]
-    with pytest.raises(UserError, match=r"'x/y' cannot be fetched: the Hugging Face hub is unreachable; .*LocalText"):
+    with pytest.raises(UserError, match=r"'x/y' cannot be fetched: the Hugging Face Hub is unreachable; .*LocalText"):
         HubText("x/y").documents()
     assert not caplog.records  # the one line says it
     assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
@@ -264,7 +264,6 @@ def test_calibration_windows(length, samples, held_out, spare, seed):
     assert drawn.calibration.shape == (samples, length)
     assert drawn.held_out.shape == (held_out, length)
     assert drawn.calibration.dtype == drawn.held_out.dtype == torch.int64
-    assert drawn.available == total
     assert digest(drawn.calibration) == digest(again.calibration)
     # tokens are their own positions: windows are contiguous, and calibration ends before the held-out part starts
     assert (drawn.calibration.diff(dim=1) == 1).all()
@@ -290,7 +289,7 @@ def test_calibration_seed_is_the_run_s_unless_given():
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(2, 20), total=st.integers(20, 200), most=st.none() | st.integers(1, 6))
 def test_evaluation_windows(length, total, most):
-    windows = Evaluation(Words("x" * total), length, most).windows(Numbers())
+    windows = Evaluation(Words("x" * total), length, most).sequences(Numbers())
     count = min(total // length, most or total)
     assert windows.shape == (count, length)
     assert windows.flatten().tolist() == list(range(count * length))
@@ -300,17 +299,17 @@ def test_text_is_tokenized_once_with_the_tokenizer_s_own_start():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     source = Words("abc" * 20)
-    windows = Evaluation(source, 10).windows(tokenizer)
+    windows = Evaluation(source, 10).sequences(tokenizer)
     assert windows[0, 0] == 256
     assert (windows == 256).sum() == 1  # at the very start only
-    assert not (Evaluation(source, 10, add_special_tokens=False).windows(tokenizer) == 256).any()
+    assert not (Evaluation(source, 10, add_special_tokens=False).sequences(tokenizer) == 256).any()
 
 
 def test_long_text_gives_no_warning(caplog, capfd):
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 16
     logging.getLogger("transformers").propagate = True
-    Evaluation(Words("a" * 100), 10).windows(tokenizer)
+    Evaluation(Words("a" * 100), 10).sequences(tokenizer)
     assert not caplog.records
     assert not capfd.readouterr().err
 
@@ -323,7 +322,7 @@ def test_too_short_text_says_what_is_needed_and_found():
     with pytest.raises(UserError, match=r"one window of 4 and 2 held out needs 12 tokens, found 11; .* data\.held_out"):
         Calibration(Words("hello world"), length=4, held_out=2).windows(tiny_tokenizer(), 0)
     with pytest.raises(UserError, match=r"evaluation\.source: .*one window needs 20 tokens, found 11; .*\.length"):
-        Evaluation(Words("hello world"), 20).windows(tiny_tokenizer())
+        Evaluation(Words("hello world"), 20).sequences(tiny_tokenizer())
 
 
 @pytest.mark.parametrize(

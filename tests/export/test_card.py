@@ -8,6 +8,8 @@ import pytest
 
 from omniq.export import FORMATS
 from omniq.export.containers.card import model_card
+from omniq.export.formats.compressed_tensors import CompressedTensors
+from omniq.grid.scheme import Scheme
 
 
 def test_card() -> None:
@@ -16,7 +18,7 @@ def test_card() -> None:
         "base_model": "someone/tiny",
         "scheme": "W3A16g64",
         "format": "compressed-tensors",
-        "requires": FORMATS["compressed-tensors"].requires,
+        "requires": CompressedTensors.requires,
         "bits_per_weight": 3.296875,
         "perplexity": {"held-out": {"full precision": 21.9712, "learned": 42.9}, "other": {"learned": 50}},
         "blocks": [{"loss": 0.1 * index, "note": "a | b", "ok": True} for index in range(20)],
@@ -47,7 +49,7 @@ def test_a_reader_needs_what_omniq_itself_needs(name: str) -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     ours = {package.partition(",")[0] for package in project["dependencies"]} | {project["name"]}
-    card = model_card({"requires": FORMATS[name].requires})
+    card = model_card({"requires": FORMATS[name].codec(Scheme()).requires})
     assert set(shlex.split(card.partition("`pip install ")[2].partition("`")[0])) <= ours
 
 

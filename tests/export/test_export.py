@@ -17,14 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
-from omniq.export import FORMATS, Report, export_checkpoint, find_format, verify_checkpoint
+from omniq.export import Report, find_format
 from omniq.export.containers import shards
 from omniq.export.containers.target_model import target_model
+from omniq.export.formats.codec import WrittenLinear
+from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
-from tests.helpers.exported import CARD, WINDOWS, opened, rounded
+from tests.helpers.exported import CARD, WINDOWS, export, opened, rounded, verify
+from tests.helpers.schemes import scheme_of
 from tests.helpers.tiny import save_tiny
 
 
@@ -58,7 +60,7 @@ GRIDS = [
 def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bool, tmp_path: Path) -> None:
     source = opened(tmp_path / "source", grid, tie_word_embeddings=tied)
     results = rounded(source, grid)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     with torch.no_grad():
@@ -71,7 +73,7 @@ def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bo
     prompt = tokenizer("Hello", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 8)
 
-    report = verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    report = verify(out, source, results, windows=WINDOWS, tolerance=0.0)
     codes = sum(linear.codes.numel() for result in results for linear in result.linears.values())
     assert report.perplexity == pytest.approx(evaluate_model(model, WINDOWS).perplexity, rel=1e-6)
     assert replace(report, perplexity=0.0) == Report(
@@ -89,17 +91,17 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
     scale = 2 ** torch.empty(40, 3).uniform_(-26, 4, generator=generator)
     zero_point = torch.full((40, 3), 4) if symmetric else torch.randint(0, 8, (40, 3), generator=generator)
     linear = QuantizedLinear.of(grid, codes, grid.store(scale), zero_point)
-    layout = FORMATS["compressed-tensors"]
-    for scheme in (Scheme.of(grid), Scheme.of(grid, activation_bits=8)):
-        stored = layout.tensors("x", linear, scheme)
-        config = layout.quantization_config(scheme, [], {})
+    for scheme in (scheme_of(grid), scheme_of(grid, activation_bits=8)):
+        codec = CompressedTensors(scheme)
+        stored = codec.store("x", linear)
+        config = codec.quantization_config({"x": WrittenLinear.of(linear)}, [])
         theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         by_last_name = {key.removeprefix("x."): value for key, value in stored.items()}
         weight = compressor.decompress(by_last_name, theirs)["weight"]
         assert weight.dtype == dtype
         assert shards.same_bits(weight, linear.dequantize(dtype))
-        back = layout.read("x", stored, scheme)
+        back = codec.load("x", stored, grid)
         assert torch.equal(back.codes, linear.codes)
         assert torch.equal(back.zero_point, linear.zero_point)
 
@@ -109,12 +111,12 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
 def test_integer_activations(symmetric: bool, activation_symmetric: bool, source: SourceModel, tmp_path: Path) -> None:
     grid = Grid(4, 32, symmetric)
     results = rounded(source, grid)
-    scheme = Scheme.of(grid, 8, activation_symmetric)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, scheme=scheme)
+    scheme = scheme_of(grid, 8, activation_symmetric=activation_symmetric)
+    out = export(source, results, tmp_path / "out", scheme=scheme)
     stored = load_file(out / "model.safetensors")
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     # measured 0.0
-    assert verify_checkpoint(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
+    assert verify(out, source, results, scheme=scheme, windows=WINDOWS, tolerance=0.0).windows == 2
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     with torch.no_grad():
@@ -125,8 +127,8 @@ def test_integer_activations(symmetric: bool, activation_symmetric: bool, source
 
 
 def test_shards_hold_the_same_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
-    single = export_checkpoint(source, results.__getitem__, tmp_path / "single", card=CARD)
-    sharded = export_checkpoint(source, iter(results), tmp_path / "sharded", card=CARD, max_shard_bytes=20_000)
+    single = export(source, results, tmp_path / "single")
+    sharded = export(source, results, tmp_path / "sharded", max_shard_bytes=20_000)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
@@ -139,14 +141,14 @@ def test_shards_hold_the_same_tensors(source: SourceModel, results: list[BlockRe
     assert one.keys() == many.keys() == index["weight_map"].keys()
     assert all(shards.same_bits(one[name], many[name]) for name in one)
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in one.values())
-    verify_checkpoint(sharded, source, results, windows=WINDOWS, tolerance=0.0)
+    verify(sharded, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 def test_folder_is_complete_and_says_nothing_of_this_machine(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     (source.folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     text = {path.name: path.read_text() for path in out.iterdir() if path.suffix != ".safetensors"}
     assert text.keys() >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert text["recipe.yaml"] == CARD["recipe"]
@@ -158,7 +160,7 @@ def test_folder_is_complete_and_says_nothing_of_this_machine(
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     assert config["quantization_config"]["dequantize"] is True
     assert "W4A16g32" in text["README.md"]
-    again = export_checkpoint(source, results, tmp_path / "again" / "out", card=CARD)
+    again = export(source, results, tmp_path / "again" / "out")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
 
 
@@ -169,9 +171,9 @@ def test_a_source_with_code_of_its_own_becomes_a_stock_model(tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
     source = SourceModel.open(folder)
     results = rounded(source, Grid(4, 32))
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "LlamaForCausalLM"
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +195,13 @@ def test_rotary_embedding_under_the_names_of_transformers_4(rope: dict[str, Any]
     """Which vLLM may run on: it takes the base 10000 where it finds no ``rope_theta``, and says nothing."""
     source = opened(tmp_path / "source", Grid(4, 32), rope_parameters=rope)
     results = rounded(source, Grid(4, 32))
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     content = json.loads((out / "config.json").read_text())
     assert content["rope_theta"] == 500000.0
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     assert content.get("rope_scaling") == (scaling if rope["rope_type"] == "llama3" else None)
     assert AutoConfig.from_pretrained(out).rope_parameters == source.config.rope_parameters
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 def test_files_have_the_mode_of_the_users_umask(
@@ -207,7 +209,7 @@ def test_files_have_the_mode_of_the_users_umask(
 ) -> None:
     before = os.umask(0o027)
     try:
-        out = export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=50_000)
+        out = export(source, results, tmp_path / "out", max_shard_bytes=50_000)
     finally:
         os.umask(before)
     assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o640"}
@@ -221,7 +223,7 @@ def test_new_biases_switch_the_config_and_zero_their_siblings(
 ) -> None:
     added = {"self_attn.o_proj.bias": torch.linspace(-1, 1, 64), "mlp.up_proj.bias": torch.linspace(-1, 1, 128)}
     results[1] = BlockResult(results[1].linears, {**results[1].tensors, **added})
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.attention_bias
     assert model.config.mlp_bias
@@ -230,7 +232,7 @@ def test_new_biases_switch_the_config_and_zero_their_siblings(
     assert not block.self_attn.q_proj.bias.any()
     assert not model.model.layers[0].self_attn.o_proj.bias.any()
     assert not source.config.attention_bias
-    report = verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    report = verify(out, source, results, windows=WINDOWS, tolerance=0.0)
     assert report.others == 7 + 2 * 7  # embedding, head, norms; a bias for each linear
 
 
@@ -238,8 +240,8 @@ def test_biases_of_the_source_are_kept(tmp_path: Path) -> None:
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, attention_bias=True)
     results = rounded(source, grid)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out")
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)
     assert load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.bias"].any()
 
 
@@ -251,7 +253,7 @@ def test_bias_without_a_place_is_refused(tmp_path: Path) -> None:
     results = rounded(source, Grid(4, 32))
     results[0] = BlockResult(results[0].linears, {**results[0].tensors, "mlp.up_proj.bias": torch.ones(128)})
     with pytest.raises(UserError, match="has no place"):
-        export_checkpoint(source, results, tmp_path / "out", card=CARD)
+        export(source, results, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -260,16 +262,16 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     grid = Grid(3, 32)
     source = opened(tmp_path / "source", grid, family=family)
     results = rounded(source, grid)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out")
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_deployment_in_another_dtype_than_the_source(dtype: torch.dtype, tmp_path: Path) -> None:
     source = opened(tmp_path / "source", Grid(4, 32, scale_dtype=torch.bfloat16))
     results = rounded(source, Grid(4, 32, scale_dtype=dtype))
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)  # measured: 0.0
+    out = export(source, results, tmp_path / "out")
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)  # measured: 0.0
 
 
 def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
@@ -279,8 +281,8 @@ def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = SourceModel.open(folder)
     results = rounded(source, Grid(4, 32))
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    verify_checkpoint(out, source, results, windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out")
+    verify(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
@@ -289,42 +291,37 @@ def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
 def test_unsupported_schemes_are_refused_by_name(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    layout = find_format("compressed-tensors")
     grid = Grid(4, 32)
-    layout.check(Scheme.of(grid))
-    layout.check(Scheme.of(grid, activation_bits=4))
+    CompressedTensors(scheme_of(grid)).check()
+    CompressedTensors(scheme_of(grid, activation_bits=4)).check()
     with pytest.raises(UserError, match="W4A16g32: export.format compressed-tensors has no place for the sparse"):
-        layout.check(Scheme.of(grid), outliers=True)
+        CompressedTensors(scheme_of(grid)).check(outliers=True)
     for scheme, words in [
-        (Scheme.of(grid, 4, kv_bits=4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),
-        (Scheme.of(grid, 4, queries=True), "W4A4g32: .*cannot hold quantized queries: set scheme.queries to false"),
-        (Scheme.of(Grid(4, scale_dtype=torch.float64)), "scales in torch.float64: use float16, bfloat16 or float32"),
+        (scheme_of(grid, 4, 4), "W4A4KV4g32: .*KV cache of 4 bits: use KV16"),
+        (scheme_of(grid, 4, queries=True), "W4A4g32: .*cannot hold quantized queries: set scheme.queries to false"),
+        (scheme_of(Grid(4, scale_dtype=torch.float64)), "scales in torch.float64: use float16, bfloat16 or float32"),
     ]:
         with pytest.raises(UserError, match=words):
-            layout.check(scheme)
+            CompressedTensors(scheme).check()
     with pytest.raises(UserError, match="export format 'gguf' is not known: choose one of compressed-tensors"):
         find_format("gguf")
 
-    with pytest.raises(UserError, match=r"1 blocks are finished of 2: finish the run"):
-        export_checkpoint(source, results[:1], tmp_path / "out", card=CARD)
     with pytest.raises(UserError, match="max_shard_bytes 0 is not usable"):
-        export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=0)
-    mixed = [results[0], rounded(source, Grid(3, 32))[1]]
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj is on Grid\(bits=3.*holds one grid"):
-        export_checkpoint(source, mixed, tmp_path / "out", card=CARD)
+        export(source, results, tmp_path / "out", max_shard_bytes=0)
     large = BlockResult(results[0].linears, {**results[0].tensors, "input_layernorm.weight": torch.full((64,), 1e6)})
     with pytest.raises(
         UserError, match=r"layers\.0\.input_layernorm\.weight holds values beyond scheme.dtype float16: set"
     ):
-        export_checkpoint(source, [large, results[1]], tmp_path / "out", card=CARD)
+        export(source, [large, results[1]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_outliers_and_wrong_zero_points_are_refused() -> None:
-    layout, grid = FORMATS["compressed-tensors"], Grid(4, -1, symmetric=True)
+    grid = Grid(4, -1, symmetric=True)
+    codec = CompressedTensors(scheme_of(grid))
     codes, scale, middle = torch.zeros(4, 8), torch.ones(4, 1), torch.full((4, 1), 8)
     sparse = QuantizedLinear.of(grid, codes, scale, middle, Outliers.from_dense(torch.eye(4, 8)))
     with pytest.raises(UserError, match="x has outliers: format compressed-tensors has no place"):
-        layout.tensors("x", sparse, Scheme.of(grid))
+        codec.check_linear("x", sparse)
     with pytest.raises(ValueError, match="x: the zero point of a symmetric grid is not 8"):
-        layout.tensors("x", QuantizedLinear.of(grid, codes, scale, middle - 1), Scheme.of(grid))
+        codec.check_linear("x", QuantizedLinear.of(grid, codes, scale, middle - 1))

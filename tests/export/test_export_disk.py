@@ -17,7 +17,10 @@ from omniq.export.containers import shards
 from omniq.grid.affine import Grid
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
-from tests.helpers.exported import CARD, rounded
+from tests.helpers.exported import CARD, export, rounded
+from tests.helpers.schemes import scheme_of
+
+GIVEN = {"card": CARD, "scheme": scheme_of(Grid(4, 32))}
 
 
 class Killed(BaseException):
@@ -43,15 +46,15 @@ def test_a_failed_export_leaves_nothing_or_the_old_one(
     place = tmp_path / "place"
     out = place / "out"
     with pytest.raises(Killed):
-        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+        export_checkpoint(source, killed_at(results, 1), out, max_shard_bytes=10_000, **GIVEN)
     assert not list(place.iterdir())
-    export_checkpoint(source, results, out, card=CARD)
+    export(source, results, out)
     before = contents(out)
     with pytest.raises(Killed):
-        export_checkpoint(source, killed_at(results, 1), out, card=CARD, max_shard_bytes=10_000)
+        export_checkpoint(source, killed_at(results, 1), out, max_shard_bytes=10_000, **GIVEN)
     assert contents(out) == before
     assert [path.name for path in place.iterdir()] == ["out"]
-    export_checkpoint(source, rounded(source, Grid(2, 32)), out, card=CARD)
+    export(source, rounded(source, Grid(2, 32)), out)
     assert "W2A16g32" in (out / "README.md").read_text()
     assert [path.name for path in place.iterdir()] == ["out"]
 
@@ -60,7 +63,7 @@ def test_what_a_killed_process_leaves_is_put_right(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
-    out = export_checkpoint(source, results, place / "out", card=CARD)
+    out = export(source, results, place / "out")
     before = contents(out)
     out.rename(place / ".out.previous")  # killed between the two renames, the new one still beside
     shutil.copytree(place / ".out.previous", place / ".out.partial")
@@ -69,7 +72,7 @@ def test_what_a_killed_process_leaves_is_put_right(
     assert [path.name for path in place.iterdir()] == ["out"]
     shutil.copytree(out, place / ".out.previous")  # killed after both
     (place / ".out.partial").mkdir()
-    export_checkpoint(source, results, out, card=CARD)
+    export(source, results, out)
     assert contents(out) == before
     assert [path.name for path in place.iterdir()] == ["out"]
 
@@ -95,7 +98,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(
         UserError, match=r"cannot write .*place/\.out\.partial.*: No space left on device.*; free space"
     ):
-        export_checkpoint(source, results, place / "out", card=CARD)
+        export(source, results, place / "out")
     assert not list(place.iterdir())
 
 
@@ -105,7 +108,7 @@ def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResu
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*shard-00000\.safetensors: .*too large"):
-            export_checkpoint(source, results, tmp_path / "out", card=CARD)
+            export(source, results, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
@@ -115,11 +118,11 @@ def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResu
 def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
-        export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", card=CARD)
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
     with pytest.raises(UserError, match="holds something that omniq did not export"):
-        export_checkpoint(source, killed_at([], 0), tmp_path / "file", card=CARD)
+        export_checkpoint(source, killed_at([], 0), tmp_path / "file", **GIVEN)
     with pytest.raises(UserError, match="holds something that omniq did not export"):
-        export_checkpoint(source, killed_at([], 0), source.folder, card=CARD)
+        export_checkpoint(source, killed_at([], 0), source.folder, **GIVEN)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -142,7 +145,7 @@ def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source
         (out / name).write_text(content)
     before = contents(out)
     with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
-        export_checkpoint(source, killed_at([], 0), out, card=CARD)
+        export_checkpoint(source, killed_at([], 0), out, **GIVEN)
     assert contents(out) == before
 
 
@@ -152,7 +155,7 @@ def test_an_own_export_is_known_by_its_card_or_its_recipe(
     damaged: str, content: bytes | None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
-    out = export_checkpoint(source, results, tmp_path / "out", card={**CARD, "recipe": recipe})
+    out = export(source, results, tmp_path / "out", card={**CARD, "recipe": recipe})
     (out / damaged).unlink() if content is None else (out / damaged).write_bytes(content)
     check_output(out)
     (out / "config.json").unlink()
@@ -175,14 +178,14 @@ def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
             flushed.add(os.fstat(handle).st_ino)
 
     monkeypatch.setattr(os, "fsync", flush)
-    export_checkpoint(source, results, out, card=CARD)
+    export(source, results, out)
     template = out / "additional_chat_templates/tool_use.jinja"
     assert template.is_file()
     assert {path.stat().st_ino for path in out.rglob("*")} <= flushed
     shutil.rmtree(template.parent)
     flushed.clear()
     monkeypatch.setattr(os, "fsync", lambda handle: (real(handle), flushed.add(os.fstat(handle).st_ino)))
-    assert mend_companions(source, out, format="compressed-tensors", card={**CARD, "recipe": "a: 1"})
+    assert mend_companions(source, out, format="compressed-tensors", **{**GIVEN, "card": {**CARD, "recipe": "a: 1"}})
     assert {template.stat().st_ino, template.parent.stat().st_ino, out.stat().st_ino} <= flushed
 
 
@@ -192,5 +195,5 @@ def test_a_folder_of_the_user_beside_an_export_stays(
     mine = tmp_path / "place/out.partial/mine"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    export_checkpoint(source, results, tmp_path / "place/out", card=CARD)
+    export(source, results, tmp_path / "place/out")
     assert mine.read_text() == "mine"

@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from omniq.errors import UserError
-from omniq.export import FORMATS, VerificationError, export_checkpoint, find_format, verify_checkpoint
-from omniq.export.formats.omniq import pack_linear, packed_shapes, unpack_linear
+from omniq.export import VerificationError
+from omniq.export.formats.compressed_tensors import CompressedTensors
+from omniq.export.formats.omniq import Omniq, pack_linear, packed_shapes, unpack_linear
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.runtime.linear import PackedLinear
 from omniq.storage.block_result import QuantizedLinear
-from tests.helpers.exported import CARD, WINDOWS, opened, rounded
+from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
 from tests.helpers.outliers import Q_PROJ, edit_tensors, expected_logits, logits, sparse, unquantized, with_outliers
+from tests.helpers.schemes import scheme_of
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ def test_plain_from_pretrained_computes_the_optimised_model(
 ) -> None:
     source = opened(tmp_path / "source", grid, family=family, tie_word_embeddings=tied)
     results = sparse(rounded(source, grid), support)
-    out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD, max_shard_bytes=30_000)
+    out = export(source, results, tmp_path / "out", format="omniq", max_shard_bytes=30_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(out)
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * len(source.layout(0).linears)
     found = logits(model)
     assert torch.equal(found, expected_logits(source, results, grid.scale_dtype))  # measured: 0.0
-    report = verify_checkpoint(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
+    report = verify(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
     assert report.linears == 2 * len(source.layout(0).linears)
     plain = model.dequantize()
     assert not any(isinstance(module, PackedLinear) for module in plain.modules())
@@ -64,14 +65,14 @@ def test_every_linear_has_its_own_grid(source: SourceModel, tmp_path: Path) -> N
         for low, high in zip(coarse, fine, strict=True)
     ]
     mixed = [sparse(mixed, "unstructured")[0], mixed[1]]
-    out = export_checkpoint(source, mixed, tmp_path / "out", format="omniq", card=CARD)
-    verify_checkpoint(out, source, mixed, format="omniq", windows=WINDOWS, tolerance=0.0)
+    out = export(source, mixed, tmp_path / "out", format="omniq")
+    verify(out, source, mixed, format="omniq", windows=WINDOWS, tolerance=0.0)
     entries = json.loads((out / "config.json").read_text())["quantization_config"]["linears"]
     assert entries["model.layers.1.mlp.down_proj"] == {"bits": 6, "group_size": -1, "symmetric": True}
     assert entries[Q_PROJ].keys() == {"bits", "group_size", "symmetric", "outliers"}
     other = replace(mixed[1], linears=rounded(source, Grid(3, 32, scale_dtype=torch.bfloat16))[1].linears)
     with pytest.raises(UserError, match=r"layers\.1\.\S+ has scales in torch\.bfloat16, the model in torch\.float16"):
-        export_checkpoint(source, [mixed[0], other], tmp_path / "other", format="omniq", card=CARD)
+        export(source, [mixed[0], other], tmp_path / "other", format="omniq")
 
 
 @pytest.mark.parametrize("format", ["omniq", "compressed-tensors"])
@@ -81,28 +82,25 @@ def test_blocks_that_are_not_quantized(format: str, symmetric: bool, family: str
     grid = Grid(4, 32, symmetric)
     source = opened(tmp_path / "source", grid, family=family)
     results = [rounded(source, grid)[0], unquantized(source, 1)]
-    out = export_checkpoint(source, results, tmp_path / "out", format=format, card=CARD)
-    verify_checkpoint(out, source, results, format=format, windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out", format=format)
+    verify(out, source, results, format=format, windows=WINDOWS, tolerance=0.0)
     found = logits(AutoModelForCausalLM.from_pretrained(out))
     assert torch.equal(found, expected_logits(source, results, torch.float16))
 
     backwards = [unquantized(source, 0), rounded(source, grid)[1]]
-    with pytest.raises(UserError, match="the first block has no quantized linear to tell the scheme by"):
-        export_checkpoint(source, backwards, tmp_path / "backwards", format=format, card=CARD)
-    given = {"format": format, "scheme": Scheme.of(grid)}
-    out = export_checkpoint(source, backwards, tmp_path / "backwards", card=CARD, **given)
-    verify_checkpoint(out, source, backwards, windows=WINDOWS, tolerance=0.0, **given)
+    out = export(source, backwards, tmp_path / "backwards", format=format)
+    verify(out, source, backwards, windows=WINDOWS, tolerance=0.0, format=format)
     nothing = [unquantized(source, 0), unquantized(source, 1)]
     with pytest.raises(UserError, match="no linear of any block is quantized"):
-        export_checkpoint(source, nothing, tmp_path / "nothing", card=CARD, **given)
+        export(source, nothing, tmp_path / "nothing", format=format, scheme=scheme_of(grid))
 
 
 def test_new_biases_and_companions(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     added = {**results[1].tensors, "self_attn.o_proj.bias": torch.linspace(-1, 1, 64)}
     results[1] = replace(results[1], tensors=added)
-    out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD)
-    verify_checkpoint(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out", format="omniq")
+    verify(out, source, results, format="omniq", windows=WINDOWS, tolerance=0.0)
     card = (out / "README.md").read_text()
     assert "`pip install 'transformers>=5.17' omniq`" in card
     assert "import omniq" in card
@@ -141,37 +139,37 @@ def test_packing_is_inverted(bits: int, column: torch.dtype) -> None:
 def test_outliers_send_users_to_this_format(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     with pytest.raises(UserError, match="q_proj has outliers: format compressed-tensors .* use format omniq"):
-        export_checkpoint(source, results, tmp_path / "out", card=CARD)
+        export(source, results, tmp_path / "out")
     with pytest.raises(UserError, match="no place for the sparse outliers .* use format omniq"):
-        FORMATS["compressed-tensors"].check(Scheme.of(Grid(3, 32)), outliers=True)
+        CompressedTensors(scheme_of(Grid(3, 32))).check(outliers=True)
 
 
 def test_schemes_that_it_cannot_hold() -> None:
-    layout, grid = find_format("omniq"), Grid(4, 32)
-    layout.check(Scheme.of(grid), outliers=True)
-    layout.check(Scheme.of(grid, 4, kv_bits=4, queries=True))
+    grid = Grid(4, 32)
+    Omniq(scheme_of(grid)).check(outliers=True)
+    Omniq(scheme_of(grid, 4, 4, queries=True)).check()
     with pytest.raises(
         UserError, match="scheme W4A8g32: export.format omniq has no place for fixed ranges: set scheme"
     ):
-        layout.check(Scheme.of(grid, 8, activation_range="tensor"))
+        Omniq(scheme_of(grid, 8, activation_range="tensor")).check()
     with pytest.raises(UserError, match=r"cannot hold scales in torch\.float64: use float16"):
-        layout.check(Scheme.of(Grid(4, scale_dtype=torch.float64)))
+        Omniq(scheme_of(Grid(4, scale_dtype=torch.float64))).check()
     symmetric = Grid(4, -1, symmetric=True)
     wrong = QuantizedLinear.of(symmetric, torch.zeros(4, 8), torch.ones(4, 1), torch.full((4, 1), 7))
     with pytest.raises(ValueError, match="x: the zero point of a symmetric grid is not 8"):
-        layout.tensors("x", wrong, Scheme.of(symmetric))
+        Omniq(scheme_of(symmetric)).check_linear("x", wrong)
 
 
 def test_verifier_sees_outliers(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
-    out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD)
+    out = export(source, results, tmp_path / "out", format="omniq")
     value = load_file(out / "model.safetensors")[f"{Q_PROJ}.outlier_value"]
     edit_tensors(out, outlier_value=value * 2)
     with pytest.raises(VerificationError, match=rf"{Q_PROJ}: value of outliers differ first at \[0\]"):
-        verify_checkpoint(out, source, results, format="omniq")
+        verify(out, source, results, format="omniq")
     edit_tensors(out, outlier_value=None)
     with pytest.raises(VerificationError, match=rf"{Q_PROJ}\.outlier_value is missing in the file"):
-        verify_checkpoint(out, source, results, format="omniq")
+        verify(out, source, results, format="omniq")
     edit_tensors(out, outlier_value=None, outlier_column=None, outlier_row_pointer=None)
     with pytest.raises(VerificationError, match=rf"{Q_PROJ}: outliers are in the model only"):
-        verify_checkpoint(out, source, results, format="omniq")
+        verify(out, source, results, format="omniq")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verifier passes what is right (tests/export/test_export.py) and names what is not."""
 
+import random
 import re
 import weakref
 from collections.abc import Callable
@@ -12,17 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omniq.errors import CorruptFile, UserError
+from omniq.errors import CorruptFile
 from omniq.evaluate import evaluate_model
-from omniq.export import ReopenedCheckpoint, VerificationError, export_checkpoint, find_format, verify_checkpoint
-from omniq.export.verify import reopened as opened_module
+from omniq.export import ReopenedCheckpoint, VerificationError, find_format
+from omniq.export.containers import folder_reader, huggingface
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import BlockResult
-from tests.helpers.exported import CARD, WINDOWS, opened, rounded
+from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
+from tests.helpers.schemes import scheme_of
 
 ENDS = torch.tensor([-3.0, 3.0])  # of a fixed range
 
@@ -49,8 +51,8 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Any) -> Any:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(opened_module, "free_host_memory", lambda: 1000)
-    monkeypatch.setattr(opened_module, "open_checkpoint", refuse)
+    monkeypatch.setattr(folder_reader, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(huggingface, "open_checkpoint", refuse)
 
 
 @pytest.mark.parametrize(
@@ -71,53 +73,71 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verifier_names_the_first_difference(
     name: str, change: Any, message: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    verify_checkpoint(out, source, results)
+    out = export(source, results, tmp_path / "out")
+    verify(out, source, results)
     altered(out, f"model.layers.1.self_attn.q_proj.{name}", change)
     with pytest.raises(VerificationError, match=rf"model\.layers\.1\.self_attn\.{message}"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
 
 
 def test_verifier_sees_everything_else(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
-    with pytest.raises(UserError, match="1 blocks are finished of 2"):
-        verify_checkpoint(out, source, results[:1])
+    out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     assert config.read_text() != text
-    verify_checkpoint(out, source, results)
+    verify(out, source, results)
     with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
-        verify_checkpoint(out, source, results, windows=WINDOWS)
+        verify(out, source, results, windows=WINDOWS)
     altered(out, "model.norm.weight", flipped)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight differ first at \[32\]"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
     altered(out, "model.norm.weight", lambda _: None)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight is missing in the file"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
 
 
 def test_verifier_refuses_surplus_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     file = out / "model.safetensors"
     save_file(load_file(file) | {"model.extra.weight": torch.zeros(2)}, file)
     with pytest.raises(VerificationError, match=r"model\.extra\.weight is in the file but not in the model"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
 
 
 def test_damaged_files_are_named(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, max_shard_bytes=20_000)
+    out = export(source, results, tmp_path / "out", max_shard_bytes=20_000)
     index = out / "model.safetensors.index.json"
     shard = next(out.glob("model-00002-*"))
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CorruptFile, match=r"model-00002-of-\d+\.safetensors: .*incomplete"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
     index.write_text("{")
     with pytest.raises(CorruptFile, match=r"index\.json: "):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
     index.unlink()
     with pytest.raises(CorruptFile, match=r"out/model\.safetensors: No such file"):
-        verify_checkpoint(out, source, results)
+        verify(out, source, results)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-*.safetensors"])
+def test_random_damage_raises_no_other_errors(
+    name: str, format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
+    """A resume catches these two and nothing else."""
+    out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=40_000)
+    file, generator, caught = next(out.glob(name)), random.Random(0), 0
+    whole = file.read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(min(4000, len(whole)))] = generator.choice(b'"09aez\x00\xff')
+        file.write_bytes(damaged)
+        try:
+            verify(out, source, results, format=format)
+        except (CorruptFile, VerificationError):
+            caught += 1
+    assert caught >= 20  # measured: 25 or more; other edits leave the meaning as it was
 
 
 # -- a machine without the memory ---------------------------------------------------------------------------------
@@ -143,8 +163,8 @@ def test_what_does_not_fit_is_compared_block_by_block(
             result.with_inputs({name: StaticGrid.fit(*ENDS, 8, False, torch.float16) for name in result.linears})
             for result in results
         ]
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, format=format, scheme=scheme)
-    report = verify_checkpoint(out, source, results, format=format, scheme=scheme, windows=WINDOWS, tolerance=0.0)
+    out = export(source, results, tmp_path / "out", format=format, scheme=scheme)
+    report = verify(out, source, results, format=format, scheme=scheme, windows=WINDOWS, tolerance=0.0)
     assert re.fullmatch(
         r"transformers needs \d\.\d GB of host memory to open it and 0\.0 are free", str(report.lacking)
     )
@@ -156,11 +176,11 @@ def test_what_does_not_fit_is_compared_block_by_block(
 def test_a_wrong_config_shows_block_by_block(
     no_memory: None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
-        verify_checkpoint(out, source, results, windows=WINDOWS)
+        verify(out, source, results, windows=WINDOWS)
 
 
 def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +188,7 @@ def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytes
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, num_hidden_layers=4)
     results = rounded(source, grid)
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD)
+    out = export(source, results, tmp_path / "out")
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
     plain = SourceModel.block
@@ -180,7 +200,7 @@ def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytes
         return block
 
     monkeypatch.setattr(SourceModel, "block", block)
-    verify_checkpoint(out, source, lambda index: results[index], windows=WINDOWS)
+    verify(out, source, results, windows=WINDOWS)
     assert most == [0] * 8
 
 
@@ -189,14 +209,15 @@ def test_needed_memory(
     format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights in the dtype of deployment and as they are stored; or as stored, and one linear in the making."""
-    out = export_checkpoint(source, results, tmp_path / "out", card=CARD, format=format, max_shard_bytes=20_000)
-    layout, stored = find_format(format), sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=20_000)
+    chosen, stored = find_format(format), sum(path.stat().st_size for path in out.glob("*.safetensors"))
     weights = sum(value.numel() for value in open_checkpoint(tmp_path / "source").parameters())
     largest = 272 * 64  # the head
     expected = stored + (2 * weights if format == "compressed-tensors" else 20 * largest)
-    assert ReopenedCheckpoint(out, layout).needed == expected
+    codec = chosen.codec(scheme_of(Grid(4, 32)))
+    assert folder_reader.needed_memory(out, codec.stays_packed) == expected
     for free, fits in ((int(1.1 * expected), True), (int(1.1 * expected) - 1, False)):
-        monkeypatch.setattr(opened_module, "free_host_memory", lambda free=free: free)
-        opened = ReopenedCheckpoint(out, layout)
+        monkeypatch.setattr(folder_reader, "free_host_memory", lambda free=free: free)
+        opened = ReopenedCheckpoint(out, chosen.container, codec)
         assert (opened.model is not None) == (opened.lacking is None) == fits
         assert opened.model is opened.model

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.grid.affine import Grid, parse_scheme
+from omniq.grid.affine import Grid
+from omniq.grid.name import parse_scheme
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTH = 12

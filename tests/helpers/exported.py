@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from omniq.export import Report, export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid
+from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult, QuantizedLinear
+from tests.helpers.schemes import scheme_of
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny
 
 CARD = {"base_model": "someone/tiny", "recipe": "scheme: W4A16g32\n", "seed": 7}
@@ -35,3 +38,19 @@ def rounded(source: SourceModel, grid: Grid) -> list[BlockResult]:
 def opened(folder: Path, grid: Grid, **overrides: Any) -> SourceModel:
     save_tiny(folder, dtype=grid.scale_dtype, **overrides)
     return SourceModel.open(folder)
+
+
+def export(source: SourceModel, results: list[BlockResult], out: Path, **options: Any) -> Path:
+    """``export_checkpoint`` with a card, and with the weight-only scheme of the first linear if none is given."""
+    options["scheme"] = options.get("scheme") or _scheme(results)
+    return export_checkpoint(source, results.__getitem__, out, **{"card": CARD, **options})
+
+
+def verify(out: Path, source: SourceModel, results: list[BlockResult], **options: Any) -> Report:
+    """``verify_checkpoint`` under the same default."""
+    options["scheme"] = options.get("scheme") or _scheme(results)
+    return verify_checkpoint(out, source, results.__getitem__, **options)
+
+
+def _scheme(results: list[BlockResult]) -> Scheme:
+    return scheme_of(next(linear.grid for result in results for linear in result.linears.values()))

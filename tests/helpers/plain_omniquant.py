@@ -20,7 +20,8 @@ class Plain:
     """Learned clipping of a block in float64 (arXiv 2308.13137, equations 1 to 3), one sample a step."""
 
     def __init__(self, task: BlockTask, start: dict[str, tuple[Tensor, Tensor]] | None = None) -> None:
-        self.bits, self.symmetric = task.grid.bits, task.grid.symmetric
+        (grid,) = set(task.grids.values())
+        self.bits, self.symmetric = grid.bits, grid.symmetric
         self.block = copy.deepcopy(task.block).double()
         self.inputs, self.targets = task.inputs.double(), [task.targets.double()]
         rotary = {"position_embeddings": tuple(part.double() for part in task.kwargs["position_embeddings"])}
@@ -28,7 +29,7 @@ class Plain:
         self.groups, self.logits = {}, {}
         for name in task.layout.linears:
             weight = self.block.get_submodule(name).weight
-            width = weight.shape[1] if task.grid.group_size == -1 else task.grid.group_size
+            width = weight.shape[1] if grid.group_size == -1 else grid.group_size
             self.groups[name] = weight.detach().reshape(-1, width)  # [o G, g]
             upper, lower = start[name] if start else (torch.full((len(self.groups[name]), 1), 4.0),) * 2
             self.logits[name] = [upper.double().reshape(-1, 1).clone(), lower.double().reshape(-1, 1).clone()]

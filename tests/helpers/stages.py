@@ -33,9 +33,9 @@ def tiny_task(grid: Grid, samples: int = 3, length: int = 12) -> BlockTask:
     noise = torch.randn(clean.shape, generator=generator)
     with torch.no_grad():
         targets = call_block(block, clean, kwargs)
-    return BlockTask(
-        0, family_of_type("llama").layout(block, 0), block, grid, clean + 0.1 * noise, targets, kwargs, seed=5
-    )
+    layout = family_of_type("llama").layout(block, 0)
+    grids = dict.fromkeys(layout.linears, grid)
+    return BlockTask(0, layout, block, grids, clean + 0.1 * noise, targets, kwargs, seed=5)
 
 
 def on_cuda(task: BlockTask) -> BlockTask:

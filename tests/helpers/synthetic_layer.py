@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
+from omniq.kernels.layer_problem import Problem, prepare
+from omniq.kernels.matmul_precision import Precision
 from omniq.quantizers.search import search_range
 
 
@@ -59,3 +61,19 @@ def fit_grid(weight: Tensor, grid: Grid, second_moment: Tensor | None = None) ->
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
     """``(q - z) s``, ``[o, i]``."""
     return (codes - zero_point[:, group_index]) * scale[:, group_index]
+
+
+def uneven_problem(outputs: int, inputs: int, device: str, precision: Precision = "float32") -> tuple[Problem, Tensor]:
+    """A layer whose inputs and rows differ by orders of magnitude, with a dead column."""
+    weight, gram = make_layer(outputs, inputs, tokens=2 * inputs)
+    generator = torch.Generator().manual_seed(1)
+    uneven = torch.exp(2 * torch.randn(inputs, generator=generator, dtype=torch.float64))
+    uneven[5] = 0
+    gram = (gram * uneven * uneven[:, None]).float()
+    weight = (weight * torch.exp(2 * torch.randn(outputs, 1, generator=generator, dtype=torch.float64))).float()
+    scale, zero_point = Grid(3).fit(*Grid(3).range(weight))
+    rounded = Grid(3).dequantize(Grid(3).quantize(weight, scale, zero_point), scale, zero_point)
+    residual = (weight - rounded).to(device).t().contiguous()
+    residual[5] = 0
+    w, g, s, z = (each.to(device).float() for each in (weight, gram, scale, zero_point))
+    return prepare(w, g, s, z, 3, precision=precision, block=64), residual

@@ -37,6 +37,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": _ROTARY | {"sliding_window": None, "head_dim": 16},
     "qwen2": _ROTARY,
     "qwen3": _ROTARY | {"head_dim": 16},
+    "phi3": _ROTARY,
+    "gemma": _ROTARY | {"head_dim": 16},
+    "gemma2": _ROTARY | {"head_dim": 16, "sliding_window": 8},
+    "gemma3_text": _ROTARY | {"head_dim": 16, "sliding_window": 8},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "dropout": 0.0},
 }
 
@@ -45,7 +49,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     """A random model in float32, in evaluation mode.
 
     Args:
-        family: ``config.model_type``: llama, mistral, qwen2, qwen3 or opt.
+        family: ``config.model_type``: one of those in ``_OWN``.
         seed: of the weights.
         overrides: keys of the family's config, such as ``num_hidden_layers=3``, ``attention_bias=True``.
     """

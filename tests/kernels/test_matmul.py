@@ -37,7 +37,7 @@ def as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_set_and_restored_by_the_older_name(before: str) -> None:
+def test_matmul_precision_sets_and_restores_older_setting(before: str) -> None:
     torch.set_float32_matmul_precision(before)
     with matmul_precision("bf16", CPU):
         assert older_name() == "medium"
@@ -53,7 +53,7 @@ def test_set_and_restored_by_the_older_name(before: str) -> None:
 
 @newer
 @pytest.mark.parametrize("before", ["none", "ieee", "bf16"])
-def test_set_and_restored_by_newer_names(before: str) -> None:
+def test_matmul_precision_sets_and_restores_newer_settings(before: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = before
     expected = newer_names()
     with matmul_precision("bf16", CPU):
@@ -64,7 +64,7 @@ def test_set_and_restored_by_newer_names(before: str) -> None:
     assert newer_names() == expected
 
 
-def test_restored_after_an_error() -> None:
+def test_matmul_precision_after_error_is_restored() -> None:
     before = older_name()
     with pytest.raises(KeyError), matmul_precision("bf16", CPU):
         raise KeyError
@@ -72,7 +72,7 @@ def test_restored_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 96, 48), (7, 576, 192)])
-def test_error_of_products(shape: tuple[int, int, int]) -> None:
+def test_matmul_precision_bf16_product_error_is_bounded(shape: tuple[int, int, int]) -> None:
     """Relative to float64: bfloat16 factors with float32 sums at worst, and the same bits twice."""
     n, i, o = shape
     draw = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_error_of_products(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(("matmul", "level"), [("bf16", "medium"), ("tf32", "highest"), ("ieee", "highest")])
-def test_a_run_sets_it_and_puts_it_back(
+def test_run_with_matmul_option_sets_and_restores_precision(
     matmul: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []

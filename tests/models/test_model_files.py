@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from omniq.errors import UserError
-from omniq.models.checkpoint import INDEX, SafetensorsCheckpoint
+from omniq.models.checkpoint import SafetensorsCheckpoint
 from omniq.models.source import SourceModel
+from omniq.models.weight_files import INDEX
 from tests.helpers.opening import edit_json, refused, stream, tokens
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 
 def test_reading_is_lazy_and_complete(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size="60KB")
-    opened = SafetensorsCheckpoint(folder)
+    opened = SafetensorsCheckpoint(folder, INDEX)
     expected = tiny_model().state_dict()
     assert {name: stored.shape for name, stored in opened.tensors.items()} == {
         k: tuple(v.shape) for k, v in expected.items()
@@ -34,9 +35,9 @@ def test_shards_that_are_missing_broken_or_not_as_promised(tmp_path: Path) -> No
     shard.unlink()
     refused(folder, rf"{shard.name} is missing: get the file again")
     save_file({"something": torch.zeros(1)}, shard)
-    refused(folder, rf"{shard.name} lacks the tensor model\..* that {INDEX} promises")
+    refused(folder, rf"{shard.name} lacks the tensor model\..* that {INDEX} lists")
     (folder / INDEX).write_text("{")
-    refused(folder, rf"{INDEX} is no valid JSON")
+    refused(folder, rf"{INDEX} is not valid JSON")
     for content in ("{}", '{"weight_map": {}}', '{"weight_map": {"model.norm.weight": 3}}'):
         (folder / INDEX).write_text(content)
         refused(folder, rf"{INDEX} has no weight_map of file names: get the file again")
@@ -49,7 +50,8 @@ def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> Non
     config = folder / "config.json"
     good = config.read_text()
     edit_json(config, model_type="mamba")
-    refused(folder, "model type 'mamba' is not supported: choose a model of type llama, mistral, qwen2, qwen3, opt")
+    known = "llama, mistral, qwen2, qwen3, phi3, gemma, gemma2, gemma3_text, opt"
+    refused(folder, f"model type 'mamba' is not supported: choose a model of type {known}")
     config.write_text("{}")
     refused(folder, "model type None is not supported")
     config.write_text(good)
@@ -59,9 +61,9 @@ def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> Non
     edit_json(config, num_attention_heads="four")
     refused(folder, r"config.json cannot be read as a config of transformers \(.*\): get the file again")
     config.write_text(good[:30])
-    refused(folder, "config.json is no valid JSON")
+    refused(folder, "config.json is not valid JSON")
     config.write_text("[]")
-    refused(folder, "config.json holds no JSON object")
+    refused(folder, "config.json does not hold a JSON object")
     config.unlink()
     refused(folder, r"config.json cannot be read \(No such file or directory\): a model folder needs it")
 
@@ -80,7 +82,7 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, caplog: pytest.LogCa
 
 def test_settings_that_do_not_exist(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
-    refused(folder, "model.dtype 'int8' is unknown: choose auto, float32, float16, bfloat16", dtype="int8")
+    refused(folder, "model.dtype 'int8' is unknown: choose auto, float16, bfloat16, float32", dtype="int8")
     refused(folder, r"model.attention 'fast' \(.*\): use sdpa or eager", attention="fast")
 
 

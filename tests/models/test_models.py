@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from omniq.errors import UserError
 from omniq.models import checkpoint
-from omniq.models.checkpoint import INDEX
 from omniq.models.families import FAMILIES, family_of
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
-from omniq.transforms.equivalence import NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.models.weight_files import INDEX
 from tests.helpers.opening import edit_json, stream, tokens
 from tests.helpers.tiny import save_tiny, tiny_model
 
@@ -33,6 +32,10 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]}),
     ("qwen3", {"tie_word_embeddings": True}),
+    ("phi3", {}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("gemma", {"tie_word_embeddings": True}),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("opt", {}),
     ("opt", {"word_embed_proj_dim": 32, "tie_word_embeddings": True}),
     ("opt", {"enable_bias": False, "_remove_final_layer_norm": True}),
@@ -237,7 +240,7 @@ def test_tokenizer(tmp_path: Path) -> None:
         SourceModel.open(folder).tokenizer()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", [name for family in FAMILIES for name in family.model_types])
 def test_families_name_what_their_blocks_have(family: str) -> None:
     model = tiny_model(family)
     described = family_of(model.config)
@@ -245,20 +248,15 @@ def test_families_name_what_their_blocks_have(family: str) -> None:
     known = described.layout(block, 0)
     linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     assert set(known.linears) == linears
+    assert {equivalence.kind for equivalence in known.equivalences} >= {"norm", "value_output", "query_key"}
     for equivalence in known.equivalences:
-        names: list[str | None] = []
-        if isinstance(equivalence, NormToLinears):
-            assert equivalence.linears in known.groups
-            assert not isinstance(block.get_submodule(equivalence.norm), nn.Linear)
-        elif isinstance(equivalence, ValueToOutput):
-            names = [equivalence.value, equivalence.output]
-        elif isinstance(equivalence, QueryKey):
-            names = [equivalence.query, equivalence.key]
-            has_norm = hasattr(block.self_attn, "q_norm")
-            assert (equivalence.query_norm is not None) == (equivalence.key_norm is not None) == has_norm
-        elif isinstance(equivalence, UpToDown):
-            names = [equivalence.up, equivalence.down]
-        assert linears.issuperset(filter(None, names))
+        assert linears.issuperset(equivalence.readers)
+        assert linears.issuperset(equivalence.factored)
+        if equivalence.kind == "norm":
+            assert equivalence.readers in known.groups
+            assert not isinstance(block.get_submodule(equivalence.modules[0]), nn.Linear)
+        elif equivalence.kind == "query_key":
+            assert bool(equivalence.factored) != hasattr(block.self_attn, "q_norm")
 
 
 def test_model_types_are_claimed_once() -> None:

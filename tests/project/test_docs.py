@@ -65,4 +65,4 @@ def test_commands_are_understood(path: Path) -> None:
             run, _ = run_of(compose(arguments.configs), arguments.options)
             run.check()
             if run.export.format != "none":
-                find_format(run.export.format).check(run.scheme, outliers=any(stage.sparse for stage in run.stages))
+                find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))

@@ -11,33 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniq.quantizers.activations import StaticGrid, quantize_samples, quantize_static, quantize_tokens
-
-
-def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    return value + (rounded - value).detach()
-
-
-def paper(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Fake quantization of the last dimension in differentiable torch, unsigned codes."""
-    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    lo, hi = torch.where(lo < 0, lo, 0), torch.where(hi > 0, hi, 0)
-    step = (2 * torch.maximum(-lo, hi) if symmetric else hi - lo) / (2**bits - 1)
-    step = torch.where(step == 0, 1.0, step)
-    zero = torch.full_like(step, 2 ** (bits - 1)) if symmetric else torch.round(-lo / step).detach()
-    n = x / step
-    return (torch.clip(straight_through(n, torch.round(n)) + zero, 0, 2**bits - 1) - zero) * step
-
-
-def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    channel = torch.randn(shape[-1], generator=draw).exp()  # channels of different size, as activations have
-    return (torch.randn(*shape, generator=draw) * channel + 0.3).to(dtype)
+from tests.helpers.token_quant import paper, tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_same_numbers_as_the_runtime(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+def test_quantize_tokens_equals_runtime(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     x = tokens(3, 5, 64, dtype=dtype)
     x[0, 0] = 0
     x[0, 1] = x[0, 1].abs()
@@ -56,7 +36,7 @@ def test_same_numbers_as_the_runtime(bits: int, symmetric: bool, dtype: torch.dt
     sign=st.sampled_from([None, 1, -1, 0]),
     seed=st.integers(0, 1000),
 )
-def test_values_and_gradients_equal_the_paper(
+def test_quantize_tokens_values_and_gradients_equal_paper(
     bits: int, symmetric: bool, shape: tuple[int, ...], sign: int | None, seed: int
 ) -> None:
     x = tokens(*shape, seed=seed)
@@ -73,7 +53,7 @@ def test_values_and_gradients_equal_the_paper(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_equal_extremes_share_the_gradient(symmetric: bool) -> None:
+def test_quantize_tokens_equal_extremes_share_gradient(symmetric: bool) -> None:
     x = torch.tensor([[1.0, -0.2, 1.0, 0.33, -1.0, -1.0, 1.0]], dtype=torch.float64)
     grad = tokens(1, 7)
     grads = []
@@ -84,7 +64,7 @@ def test_equal_extremes_share_the_gradient(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_are_finite_and_near_float64(dtype: torch.dtype) -> None:
+def test_quantize_tokens_half_precision_gradients_are_near_float64(dtype: torch.dtype) -> None:
     """At 8 bits and small scales plain autograd in float16 forms x / s^2 > 65504."""
     x = (tokens(4, 512) * 0.5).to(dtype).requires_grad_()
     grad = tokens(4, 512, seed=1).to(dtype)
@@ -97,7 +77,7 @@ def test_half_precision_gradients_are_finite_and_near_float64(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_samples_on_one_range(symmetric: bool) -> None:
+def test_quantize_samples_values_and_gradients_equal_paper(symmetric: bool) -> None:
     """The paper's gradient, with the sample for a token."""
     x, grad = tokens(2, 3, 5), tokens(2, 3, 5, seed=1)
     results = []
@@ -136,7 +116,7 @@ def test_static_grid_covers_its_range(dtype: torch.dtype, bits: int, symmetric: 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_static_grid_equals_the_runtime(symmetric: bool, dtype: torch.dtype) -> None:
+def test_static_grid_equals_runtime(symmetric: bool, dtype: torch.dtype) -> None:
     x = tokens(2, 3, 32, dtype=dtype)
     fixed = StaticGrid.fit(x.min(), x.max(), 6, symmetric, dtype)
     args = QuantizationArgs(num_bits=6, symmetric=symmetric, strategy="tensor")
@@ -144,7 +124,7 @@ def test_static_grid_equals_the_runtime(symmetric: bool, dtype: torch.dtype) -> 
     assert torch.equal(fixed.quantize(3 * x, 6), expected)
 
 
-def test_static_gradient_passes_inside_the_range_only() -> None:
+def test_quantize_static_gradient_outside_range_is_zero() -> None:
     x = torch.tensor([-100.0, -1.0, 0.2, 1.0, 100.0], requires_grad=True)
     out = quantize_static(x, torch.tensor(0.25), torch.tensor(0.0), 4)
     out.sum().backward()
@@ -153,7 +133,7 @@ def test_static_gradient_passes_inside_the_range_only() -> None:
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
-def test_a_compiled_step_has_no_graph_break() -> None:
+def test_quantize_tokens_compiled_has_no_graph_break() -> None:
     x, grad = tokens(2, 3, 16, dtype=torch.float32).requires_grad_(), tokens(2, 3, 16, dtype=torch.float32)
 
     def step(x: Tensor) -> Tensor:
@@ -167,7 +147,7 @@ def test_a_compiled_step_has_no_graph_break() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_cuda_equals_the_cpu_and_runs_in_a_graph(symmetric: bool, dtype: torch.dtype) -> None:
+def test_quantize_tokens_in_cuda_graph_equals_cpu(symmetric: bool, dtype: torch.dtype) -> None:
     x, grad = tokens(2, 9, 64, dtype=dtype), tokens(2, 9, 64, seed=1, dtype=dtype)
     device = x.cuda().requires_grad_()
 

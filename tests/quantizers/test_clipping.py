@@ -24,7 +24,7 @@ def drawn(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_trained_is_what_is_fused(grid: Grid, method: Clipping) -> None:
+def test_clipping_fake_quantized_weight_equals_final_grid(grid: Grid, method: Clipping) -> None:
     """The fake-quantized weight is the dequantized one of the final grid, at the start and away from it."""
     weight, second_moment = drawn()
     clip = method.build(weight, grid, second_moment if method.needs_second_moment else None)
@@ -43,7 +43,7 @@ def test_what_is_trained_is_what_is_fused(grid: Grid, method: Clipping) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_final_scales_are_as_stored(method: Clipping) -> None:
+def test_clipping_final_scales_are_storable(method: Clipping) -> None:
     """Codes are chosen on them: a scale that is rounded only later would belong to other codes."""
     weight, second_moment = drawn()
     clip = method.build(weight, Grid(3, 8), second_moment)
@@ -56,7 +56,7 @@ def test_final_scales_are_as_stored(method: Clipping) -> None:
 
 
 @pytest.mark.parametrize("method", [MinMax(), Searched()])
-def test_fixed_clipping_is_the_range_and_learns_nothing(method: RangeEstimator) -> None:
+def test_range_estimator_build_has_fixed_range(method: RangeEstimator) -> None:
     weight, second_moment = drawn()
     for grid in GRIDS:
         clip = method.build(weight, grid, second_moment)
@@ -77,7 +77,7 @@ def gradients(method: Clipping, grid: Grid, weight: Tensor, towards: Tensor) -> 
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_step_gradient_is_that_of_lsq(grid: Grid) -> None:
+def test_lsq_gradient_equals_paper(grid: Grid) -> None:
     """Inside: round(w / s) - w / s; beyond an end: the code there."""
     weight, _ = drawn(1)
     towards = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
@@ -93,7 +93,7 @@ def test_step_gradient_is_that_of_lsq(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_threshold_gradient_is_that_of_pact(grid: Grid) -> None:
+def test_pact_gradient_equals_paper(grid: Grid) -> None:
     """Each weight beyond a threshold pulls at it, none inside does; a symmetric grid has the larger one twice."""
     weight, _ = drawn(1)
     towards = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
@@ -109,7 +109,7 @@ def test_threshold_gradient_is_that_of_pact(grid: Grid) -> None:
     torch.testing.assert_close(d_weight, towards * inside, rtol=1e-5, atol=1e-6)
 
 
-def test_factors_never_turn_over() -> None:
+def test_pact_and_lsq_negative_factors_keep_positive_scales() -> None:
     weight, _ = drawn()
     for method in (PACT(), LSQ()):
         clip = method.build(weight, GRIDS[0], None)

@@ -34,7 +34,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Grid, Tensor]:
 
 @settings(max_examples=50, deadline=None)
 @given(layers())
-def test_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) -> None:
+def test_search_range_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) -> None:
     weight, grid, second_moment = layer
     lo, hi = search_range(weight, grid, second_moment)
     lowest, highest = grid.range(weight)
@@ -47,7 +47,7 @@ def test_never_worse_nor_wider_than_min_max(layer: tuple[Tensor, Grid, Tensor]) 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_near_the_best_there_is(bits: int) -> None:
+def test_search_range_error_is_near_exhaustive_search(bits: int) -> None:
     """Against every pair of a fine grid of scales and all zero points."""
     weight, gram = make_layer(576, 576)
     weight, grid, second_moment = weight[::16], Grid(bits), gram.diagonal()
@@ -63,7 +63,7 @@ def test_near_the_best_there_is(bits: int) -> None:
     assert float(found.sum() / loss(weight, grid, (lowest, highest), second_moment).sum()) < 0.8
 
 
-def test_moving_the_ends_alone_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_range_with_separate_ends_lowers_error(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = make_layer(96, 192, tokens=500)
     grid, second_moment = Grid(3), gram.diagonal()
     both = loss(weight, grid, search_range(weight, grid, second_moment), second_moment).sum()
@@ -72,7 +72,7 @@ def test_moving_the_ends_alone_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert both < 0.97 * joint  # measured 0.95
 
 
-def test_same_bits_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_range_chunk_size_keeps_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = make_layer(50, 64, tokens=200)
     arguments = (weight.float(), Grid(4, 32), gram.diagonal().float())
     whole = search_range(*arguments)
@@ -81,7 +81,7 @@ def test_same_bits_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_weights_stored_elsewhere_are_passed_as_zero() -> None:
+def test_search_range_zeroed_outliers_do_not_widen_range() -> None:
     weight, gram = make_layer(16, 64, tokens=200)
     spiked = weight.clone()
     spiked[:, 5] = 100.0
@@ -89,6 +89,6 @@ def test_weights_stored_elsewhere_are_passed_as_zero() -> None:
     assert (without[1] <= weight.amax()).all()
 
 
-def test_refuses_an_importance_of_another_width() -> None:
+def test_search_range_second_moment_of_other_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"second moments \(7,\) are not one number for each of 8 inputs"):
         search_range(torch.randn(2, 8), Grid(4), torch.ones(7))

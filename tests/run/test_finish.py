@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the last block: where the evaluation's activations live, how often the checkpoint is opened, what is said."""
 
+import json
 import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ from torch import Tensor
 
 from omniq.blocks import placement
 from omniq.cli.command import main
-from omniq.export.verify import reopened
-from omniq.run import checkpoint, finish
+from omniq.errors import UserError
+from omniq.export.containers import folder_reader, huggingface
+from omniq.export.formats.compressed_tensors import CompressedTensors
+from omniq.run import checkpoint, environment
+from omniq.storage.block_result import QuantizedLinear
 from tests.helpers.runs import SMALL, configuration, omniquant, outcome, write_run
 
 RTN = [{"class_path": "omniq.stages.RTN"}]
@@ -27,14 +33,20 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every checkpoint that is opened in transformers."""
     paths: list[Path] = []
-    plain = reopened.open_checkpoint
+    plain = huggingface.open_checkpoint
 
     def spy(path: Path) -> Any:
         paths.append(path)
         return plain(path)
 
-    monkeypatch.setattr(reopened, "open_checkpoint", spy)
+    monkeypatch.setattr(huggingface, "open_checkpoint", spy)
     return paths
+
+
+def no_compressed_tensors(name: str) -> str:
+    if name == "compressed-tensors":
+        raise PackageNotFoundError(name)
+    return version(name)
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -57,7 +69,7 @@ def test_the_checkpoint_is_opened_once(
 
 def test_a_sentence_without_an_evaluation(openings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN, evaluation=None)) == 0
-    assert f"perplexity of {len(finish.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
+    assert f"perplexity of {len(checkpoint.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
@@ -65,7 +77,7 @@ def test_a_checkpoint_that_does_not_fit(
     openings: list[Path], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It is verified all the same, and one line says what could not be done."""
-    monkeypatch.setattr(reopened, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(folder_reader, "free_host_memory", lambda: 1000)
     args = write_run(tmp_path, scheme={"name": scheme}, stages=RTN)
     assert main([*args, "--export.prompt", "Once upon"]) == 0
     output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
@@ -75,8 +87,83 @@ def test_a_checkpoint_that_does_not_fit(
     assert openings == []
 
 
+def test_run_without_the_readers_package_says_so_before_and_resumes_without_writing(
+    openings: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    monkeypatch.setattr(environment, "version", no_compressed_tensors)
+    lacking = (
+        "transformers needs compressed-tensors>=0.18 to open it, which this environment lacks "
+        "(pip install 'compressed-tensors>=0.18')"
+    )
+    args = write_run(tmp_path, stages=RTN)
+    for start in ("first", "resumed"):
+        caplog.clear()
+        assert main([*args, "--export.prompt", "Once upon"]) == 0
+        assert [f"export.format compressed-tensors: {lacking}; omniq verifies it with a reader of its own"] == [
+            record.getMessage() for record in caplog.records if "pip install" in record.getMessage()
+        ]
+        output = said(capsys)
+        assert f"logits block by block within 0.0e+00 of omniq's ({lacking})" in output
+        assert f"the checkpoint says nothing: {lacking}" in output
+        assert ("writing" in output) == (start == "first")
+    assert openings == []
+
+
+def test_values_that_the_format_cannot_store_end_the_run_at_their_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(codec: CompressedTensors, name: str, linear: QuantizedLinear) -> None:
+        if linear.zero_point.max() > 1:
+            raise UserError(f"{name} has a zero point above 1: use format omniq")
+
+    monkeypatch.setattr(CompressedTensors, "check_linear", refuse)
+    assert main(write_run(tmp_path, scheme={"name": "W2A16g16"}, stages=RTN)) == 2
+    assert "model.layers.0.self_attn.q_proj has a zero point above 1: use format omniq" in capsys.readouterr().err
+    assert not list((tmp_path / "run/blocks").glob("*.safetensors"))
+
+
+def test_resume_replaces_damaged_exports_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """An error of the machine is no damage: it ends the run, and the export stays."""
+    args = write_run(tmp_path, stages=RTN, evaluation=None)
+    assert main(args) == 0
+    before = (tmp_path / "run/model/model.safetensors").stat().st_ino
+
+    def fail(path: Path) -> Any:
+        raise MemoryError("of the machine")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface, "open_checkpoint", fail)
+        with pytest.raises(MemoryError, match="of the machine"):
+            main(args)
+    assert (tmp_path / "run/model/model.safetensors").stat().st_ino == before
+    assert main(args) == 0
+    assert "writing" not in said(capsys).partition("verified")[2]
+
+
+def test_resume_keeps_an_export_of_an_older_version(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its config.json has no name of the format but the method's."""
+    args = write_run(tmp_path, stages=RTN, evaluation=None, export={"format": "omniq"})
+    assert main(args) == 0
+    config, weights = tmp_path / "run/model/config.json", tmp_path / "run/model/model.safetensors"
+    content = json.loads(config.read_text())
+    del content["omniq_format"]
+    config.write_text(json.dumps(content))
+    before = weights.stat().st_ino
+    said(capsys)
+    assert main(args) == 0
+    assert "writing" not in said(capsys)
+    assert weights.stat().st_ino == before
+
+
 def test_another_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "as_deployed", lambda source, scheme: source.in_dtype(torch.bfloat16))
+    monkeypatch.setattr(checkpoint, "in_export_dtype", lambda source, scheme: source.in_dtype(torch.bfloat16))
     monkeypatch.setattr(checkpoint, "PERPLEXITY_TOLERANCE", 1e-6)
     with pytest.raises(checkpoint.VerificationError, match=r"not the model that was measured: perplexity of 24 tokens"):
         main(write_run(tmp_path, scheme={"name": "W4A4"}, stages=RTN))

@@ -177,7 +177,7 @@ class Overflow(Callback):
 
 def halved(task: BlockTask) -> BlockTask:
     """To be deployed in float16."""
-    return replace(task, grid=Grid(4))
+    return replace(task, grids=dict.fromkeys(task.grids, Grid(4)))
 
 
 def test_what_cannot_be_stored_falls_back_to_the_start(tmp_path: Path) -> None:

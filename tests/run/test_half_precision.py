@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from omniq.blocks.forward import call_block
-from omniq.calibration.observe import gram_of, power_of
+from omniq.calibration.input_statistics import gram_of, power_of
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
@@ -46,10 +46,9 @@ def massive_task(family: str, bits: int, static: bool, dtype: torch.dtype) -> Bl
     turned = {"position_embeddings": tuple(part.to(dtype) for part in kwargs.get("position_embeddings", ()))}
     kwargs = {**kwargs, **(turned if "position_embeddings" in kwargs else {})}
     given = Activations(bits, bits, bits, static=static)
-    grid, form = Grid(bits), family_of_type(family)
-    return BlockTask(
-        0, form.layout(block, 0), block.to(dtype), grid, inputs.to(dtype), targets.to(dtype), kwargs, activations=given
-    )
+    layout = family_of_type(family).layout(block, 0)
+    grids = dict.fromkeys(layout.linears, Grid(bits))
+    return BlockTask(0, layout, block.to(dtype), grids, inputs.to(dtype), targets.to(dtype), kwargs, activations=given)
 
 
 def test_two_targets_near_the_end_of_float16_have_a_mean() -> None:

@@ -27,9 +27,10 @@ from omniq.storage.block_result import BlockResult
 from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_config, write_run
 from tests.helpers.tiny import VOCAB_SIZE
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "opt")
 SIZES: dict[str, dict[str, Any]] = {
-    name: SMALL | ({"head_dim": 16} if name in ("mistral", "qwen3") else {}) for name in FAMILIES
+    name: SMALL | ({"head_dim": 16} if name in ("mistral", "qwen3", "gemma", "gemma3_text") else {})
+    for name in FAMILIES
 }
 SIZES["opt"] = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32}
 WINDOW = torch.arange(20)[None] % VOCAB_SIZE

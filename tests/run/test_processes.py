@@ -338,7 +338,7 @@ def mistake():
 
 try:
     collectives.first(mistake)
-except collectives.ToldElsewhere:
+except collectives.ErrorOnRank0:
     assert rank == 1
 except UserError as error:
     assert rank == 0 and str(error) == "told by the first"
@@ -349,7 +349,7 @@ def slowly():
     time.sleep(1)
     file.write_text("done")
 
-collectives.part(slowly)
+collectives.finish_on_rank0(slowly)
 assert file.exists() and collectives.count() == 1
 print(f"process {rank} is done")
 """

@@ -17,14 +17,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import omniq
 from omniq.cli.command import main
 from omniq.errors import CorruptFile, UserError
-from omniq.export import export_checkpoint, verify_checkpoint
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.runtime.linear import PackedLinear
 from omniq.runtime.quantizer import OmniqConfig
-from tests.helpers.exported import CARD, WINDOWS, opened, rounded
+from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
 from tests.helpers.outliers import Q_PROJ, edit_config, edit_tensors, expected_logits, logits, sparse, unquantized
+from tests.helpers.schemes import scheme_of
 from tests.helpers.tiny import save_tiny
 
 
@@ -36,7 +35,7 @@ def source(tmp_path: Path) -> SourceModel:
 @pytest.fixture
 def out(source: SourceModel, tmp_path: Path) -> Path:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
-    return export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD)
+    return export(source, results, tmp_path / "out", format="omniq")
 
 
 @pytest.mark.parametrize("order", ["import omniq, transformers", "import transformers, omniq"])
@@ -61,11 +60,12 @@ def test_registration_waits_for_transformers_and_leaves_other_imports_alone() ->
         "import sys, omniq, omniq.runtime\n"
         "omniq.runtime.install()\n"
         "assert 'torch' not in sys.modules\n"
-        "assert sum(f is omniq.runtime._AfterImport for f in sys.meta_path) == 1\n"
         "import importlib.util\n"
         "assert importlib.util.find_spec('no_such_module') is None\n"
         "import transformers.quantizers.auto as auto\n"
         "assert 'omniq' in auto.AUTO_QUANTIZER_MAPPING and auto.__spec__.origin == auto.__file__\n"
+        "assert auto.__spec__ is importlib.util.find_spec('transformers.quantizers.auto')\n"
+        "assert not [finder for finder in sys.meta_path if 'SimpleNamespace' in type(finder).__name__]\n"
         "omniq.runtime.register()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -134,9 +134,9 @@ def test_quantized_activations(family: str, tmp_path: Path) -> None:
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, family=family)
     results = [rounded(source, grid)[0], unquantized(source, 1)]
-    scheme = Scheme.of(grid, 4, kv_bits=4, queries=True)
-    out = export_checkpoint(source, results, tmp_path / "out", format="omniq", card=CARD, scheme=scheme)
-    verify_checkpoint(out, source, results, format="omniq", scheme=scheme, windows=WINDOWS, tolerance=0.0)
+    scheme = scheme_of(grid, 4, 4, queries=True)
+    out = export(source, results, tmp_path / "out", format="omniq", scheme=scheme)
+    verify(out, source, results, format="omniq", scheme=scheme, windows=WINDOWS, tolerance=0.0)
     model = AutoModelForCausalLM.from_pretrained(out)
     whole, plain = logits(model), expected_logits(source, results, torch.float16)
     assert 0.02 < (whole - plain).norm() / plain.norm() < 0.5  # measured 0.17 and 0.08
@@ -171,7 +171,7 @@ def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
             {"activations": {"inputs": 4, "ranges": "tensor"}},
             "activations has 'ranges', which this omniq cannot do: upg",
         ),
-        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float16, bfloat16, float32"),
+        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float32, float16, bfloat16"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric; get config.json again"),
         (
             {"linears": {Q_PROJ: {"bits": 3, "rotation": 1}}},

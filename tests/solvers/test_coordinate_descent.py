@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.kernels.coordinate_descent import keep_codes_, sweep_
-from omniq.kernels.layer_problem import codes_of, no_codes, objective, prepare, to_residual_, to_values_, unpacked
+from omniq.kernels.layer_problem import (
+    codes_of,
+    empty_codes,
+    objective,
+    prepare,
+    to_residual_,
+    to_values_,
+    unpack_codes,
+)
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.solvers.coordinate_descent import CoordinateDescent, is_relaxed
 from omniq.solvers.gptq import gptq
@@ -94,7 +102,7 @@ def start_of(case: Case, on_grid: bool) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), on_grid=st.booleans(), block=st.sampled_from([3, 40, 256]))
-def test_codes_equal_the_sequential_definition(case: Case, on_grid: bool, block: int) -> None:
+def test_sweep_codes_equal_sequential_definition(case: Case, on_grid: bool, block: int) -> None:
     problem = prepare(**case, precision="float64", block=block)
     expected = start_of(case, on_grid)
     residual = to_residual_(problem, expected.t().clone().contiguous())
@@ -110,7 +118,7 @@ def test_codes_equal_the_sequential_definition(case: Case, on_grid: bool, block:
 
 @settings(max_examples=30, deadline=None)
 @given(case=cases())
-def test_rounded_sweeps_never_raise_the_error_of_a_row(case: Case) -> None:
+def test_sweep_on_grid_never_raises_row_error(case: Case) -> None:
     values = start_of(case, on_grid=True)
     for rounded in (True, True, False, True):
         done = sweep(**case, values=values, rounded=rounded, precision="float64")
@@ -130,14 +138,14 @@ def _row_errors(case: Case, values: Tensor) -> Tensor:
 
 @settings(max_examples=20, deadline=None)
 @given(case=cases())
-def test_dense_part_lies_on_its_grid(case: Case) -> None:
+def test_sweep_unmasked_values_lie_on_grid(case: Case) -> None:
     done = sweep(**case, values=case["target"], precision="float64")
     dense = dequantize(done.codes, case["scale"], case["zero_point"], case["group_index"])
     rounded = torch.ones_like(dense, dtype=torch.bool) if case["mask"] is None else ~case["mask"]
     assert torch.equal(done.values[rounded], dense[rounded])
 
 
-def test_changed_counts_codes() -> None:
+def test_sweep_changed_counts_changed_codes() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(32, 48, tokens=200))
     scale, zero_point, _ = fit_grid(weight, Grid(3))
     first = sweep(weight, gram, weight, scale, zero_point, 3)
@@ -145,7 +153,7 @@ def test_changed_counts_codes() -> None:
     assert int(second.changed) == int((second.codes != first.codes).sum()) > 0
 
 
-def test_nearly_dead_columns_do_not_blow_up() -> None:
+def test_sweep_nearly_dead_columns_stay_bounded() -> None:
     weight, gram = make_layer(24, 64, tokens=300)
     faint = torch.ones(64, dtype=torch.float64)
     faint[[3, 40]] = torch.tensor([0.0, 1e-6], dtype=torch.float64)  # exactly dead, and 1e-12 of the power
@@ -159,14 +167,14 @@ def test_nearly_dead_columns_do_not_blow_up() -> None:
         assert values.abs().max() < 2 * weight.abs().max()
 
 
-def test_all_columns_dead_is_rounding_to_nearest() -> None:
+def test_sweep_all_columns_dead_rounds_to_nearest() -> None:
     weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     scale, zero_point, _ = fit_grid(weight, grid := Grid(4))
     done = sweep(weight, torch.zeros(8, 8), weight, scale, zero_point, 4)
     assert torch.equal(done.codes, grid.quantize(weight, scale, zero_point))
 
 
-def test_float32_tracks_float64() -> None:
+def test_sweep_float32_error_is_near_float64() -> None:
     weight, gram = make_layer(96, 160, tokens=600)
     scale, zero_point, _ = fit_grid(weight, Grid(4))
     errors = {}
@@ -182,7 +190,7 @@ def test_float32_tracks_float64() -> None:
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_matmul_precision_is_restored(before: str) -> None:
+def test_matmul_precision_for_cuda_is_restored(before: str) -> None:
     usual = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(before)
@@ -197,15 +205,15 @@ def test_matmul_precision_is_restored(before: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(case=cases(), block=st.sampled_from([3, 40, 256]))
-def test_codes_are_kept(case: Case, block: int) -> None:
+def test_keep_codes_of_some_rows_packs_them(case: Case, block: int) -> None:
     problem = prepare(**case, precision="float64", block=block)
     residual = torch.zeros_like(problem.target)
     sweep_(problem, residual, True)
     rows = torch.arange(residual.shape[1]) % 2 == 1
-    packed = no_codes(problem)
+    packed = empty_codes(problem)
     keep_codes_(problem, residual, rows, packed)
     assert len(packed) == (-(-len(residual) // 2) if case["bits"] <= 4 else len(residual))
-    assert torch.equal(unpacked(problem, packed), torch.where(rows, codes_of(problem, residual), 0))
+    assert torch.equal(unpack_codes(problem, packed), torch.where(rows, codes_of(problem, residual), 0))
 
 
 # The optimizer
@@ -233,7 +241,7 @@ def small_layer() -> tuple[Tensor, Tensor]:
     return weight.float(), gram.float()
 
 
-def test_schedule_is_the_published_one_at_30_sweeps() -> None:
+def test_is_relaxed_at_30_sweeps_is_published_schedule() -> None:
     published = [k for k in range(30) if k % 3 == 1 and k != 29 and k <= 25]
     assert [k for k in range(30) if is_relaxed(k, 30)] == published
     for sweeps in range(1, 40):
@@ -242,7 +250,7 @@ def test_schedule_is_the_published_one_at_30_sweeps() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"damping": 0.01}, {"refit_scales": True, "damping": 0.1}])
-def test_reported_error_is_that_of_the_iterate(options: dict[str, Any]) -> None:
+def test_descent_step_reports_error_of_iterate(options: dict[str, Any]) -> None:
     weight, gram = small_layer()
     optimizer = descent(weight, gram, Grid(3, 24), sweeps=9, **options)
     for _ in range(9):
@@ -250,7 +258,7 @@ def test_reported_error_is_that_of_the_iterate(options: dict[str, Any]) -> None:
         assert reported == pytest.approx(relative_error(weight, optimizer.iterate(), gram), rel=1e-4)
 
 
-def test_best_rows_are_kept() -> None:
+def test_descent_result_keeps_best_iterate_of_each_row() -> None:
     weight, gram = small_layer()
     optimizer = descent(weight, gram, Grid(2), sweeps=12)
     best = torch.full((40,), torch.inf, dtype=torch.float64)
@@ -262,10 +270,10 @@ def test_best_rows_are_kept() -> None:
     torch.testing.assert_close(((residual @ gram.double()) * residual).sum(1), best, rtol=1e-4, atol=0)
 
 
-def test_never_worse_than_the_start() -> None:
+def test_descent_from_grid_start_is_never_worse() -> None:
     weight, gram = small_layer()
     scale, zero_point, _ = fit_grid(weight, Grid(3))
-    start = gptq(weight, gram, scale, zero_point, 3).values
+    start = gptq(weight, gram, scale, zero_point, 3).values()
     optimizer = descent(weight, gram, Grid(3), start, sweeps=6)
     assert torch.equal(weight_of(optimizer), start)
     before = relative_error(weight, start, gram)
@@ -276,7 +284,7 @@ def test_never_worse_than_the_start() -> None:
         assert is_relaxed(k, 6) or found <= error * (1 + 1e-5)
 
 
-def test_converges_and_says_so() -> None:
+def test_descent_with_many_sweeps_converges() -> None:
     weight, gram = small_layer()
     optimizer = descent(weight, gram, Grid(3), sweeps=60)
     steps = 0
@@ -289,7 +297,7 @@ def test_converges_and_says_so() -> None:
     assert torch.equal(optimizer.result().codes, before)
 
 
-def test_stops_early_without_relaxed_sweeps_ahead() -> None:
+def test_descent_from_settled_start_converges_early() -> None:
     weight, gram = small_layer()
     scale, zero_point, _ = fit_grid(weight, Grid(3))
     settled, changed = weight, 1
@@ -304,7 +312,7 @@ def test_stops_early_without_relaxed_sweeps_ahead() -> None:
 
 
 @pytest.mark.parametrize("refit", [False, True])
-def test_to_stop_when_converged_changes_nothing(refit: bool) -> None:
+def test_descent_stopped_at_convergence_equals_all_sweeps(refit: bool) -> None:
     """Scales are refitted after the last sweep, too: a descent that is going to do so does not stop before."""
     stopped = 0
     for seed in range(12):
@@ -330,11 +338,13 @@ def test_to_stop_when_converged_changes_nothing(refit: bool) -> None:
     damping=st.sampled_from([0.0, 0.01]),
     from_gptq=st.booleans(),
 )
-def test_resumes_to_the_same_bits(stop: int, masked: bool, refit: bool, damping: float, from_gptq: bool) -> None:
+def test_descent_resumed_state_gives_same_bits(
+    stop: int, masked: bool, refit: bool, damping: float, from_gptq: bool
+) -> None:
     weight, gram = small_layer()
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.05 if masked else None
     scale, zero_point, group_index = fit_grid(weight, Grid(3, 24))
-    start = gptq(weight, gram, scale, zero_point, 3, mask=mask).values if from_gptq else None
+    start = gptq(weight, gram, scale, zero_point, 3, mask=mask).values() if from_gptq else None
     options = {"mask": mask, "refit_scales": refit, "damping": damping, "sweeps": 9}
     whole = descent(weight, gram, Grid(3, 24), start, **options)
     for _ in range(stop):
@@ -352,7 +362,7 @@ def test_resumes_to_the_same_bits(stop: int, masked: bool, refit: bool, damping:
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
 
-def test_refit_never_raises_an_error_and_finds_the_least() -> None:
+def test_refit_scales_finds_least_error_of_each_row() -> None:
     weight, gram = (tensor.double() for tensor in small_layer())
     grid = Grid(3, scale_dtype=torch.float64)
     scale, zero_point, _ = fit_grid(weight, grid)
@@ -370,7 +380,7 @@ def test_refit_never_raises_an_error_and_finds_the_least() -> None:
         assert (objective(problem, moved) >= after).all()
 
 
-def test_refit_never_takes_a_scale_that_is_not_positive() -> None:
+def test_refit_scales_toward_negative_scale_keeps_old() -> None:
     """Weights opposite to their codes want a negative one; the least there is would lower their error, too."""
     _, gram = small_layer()
     values = torch.randint(-3, 4, (40, 72), generator=torch.Generator().manual_seed(0)) * 0.25
@@ -382,7 +392,7 @@ def test_refit_never_takes_a_scale_that_is_not_positive() -> None:
     assert not gain.any()
 
 
-def test_refit_stores_scales() -> None:
+def test_descent_with_refit_returns_storable_scales() -> None:
     weight, gram = small_layer()
     optimizer = descent(weight, gram, Grid(3, 24), sweeps=6, refit_scales=True)
     plain = descent(weight, gram, Grid(3, 24), sweeps=6)
@@ -395,7 +405,7 @@ def test_refit_stores_scales() -> None:
     assert next(errors) < next(errors)
 
 
-def test_two_runs_are_equal_to_the_bit() -> None:
+def test_descent_twice_gives_same_bits() -> None:
     weight, gram = small_layer()
     runs = [descent(weight, gram, Grid(3), sweeps=5) for _ in range(2)]
     for optimizer in runs:
@@ -404,7 +414,7 @@ def test_two_runs_are_equal_to_the_bit() -> None:
     assert torch.equal(runs[0].iterate(), runs[1].iterate())
 
 
-def test_refuses_what_cannot_work() -> None:
+def test_descent_invalid_settings_or_state_are_refused() -> None:
     weight, gram = small_layer()
     with pytest.raises(UserError, match="sweeps 0 leave the weights unrounded"):
         descent(weight, gram, Grid(3), sweeps=0)
@@ -455,7 +465,9 @@ def _parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bits", "size", "published", "best"), _parameters())
-def test_layer_errors(outputs: int, inputs: int, bits: int, size: int, published: float, best: float) -> None:
+def test_descent_layer_error_matches_measured(
+    outputs: int, inputs: int, bits: int, size: int, published: float, best: float
+) -> None:
     weight, gram = (tensor.float() for tensor in make_layer(outputs, inputs))
     grid = Grid(bits, size, scale_dtype=torch.float32)
     optimizer = descent(weight, gram, grid)
@@ -465,7 +477,7 @@ def test_layer_errors(outputs: int, inputs: int, bits: int, size: int, published
     assert plain == pytest.approx(published, rel=1e-3, abs=0.0005)  # the table has three decimals
 
     scale, zero_point, group_index = fit_grid(weight, Grid(bits, size), gram.diagonal())
-    start = gptq(weight, gram, scale, zero_point, bits, group_index=group_index).values
+    start = gptq(weight, gram, scale, zero_point, bits, group_index=group_index).values(group_index)
     optimizer = descent(weight, gram, Grid(bits, size), start, scale=scale, zero_point=zero_point)
     for _ in range(30):
         optimizer.step()

@@ -32,7 +32,7 @@ def row_errors(residual: Tensor, gram: Tensor) -> Tensor:
     structured=st.booleans(),
     ties=st.booleans(),
 )
-def test_support_has_exactly_its_count(
+def test_choose_support_has_exact_count(
     outputs: int, inputs: int, fraction: float, by: Any, structured: bool, ties: bool
 ) -> None:
     generator = torch.Generator().manual_seed(outputs * 13 + inputs)
@@ -48,12 +48,12 @@ def test_support_has_exactly_its_count(
         assert weight.abs()[mask].min() >= weight.abs().masked_fill(mask, 0).max()
 
 
-def test_ties_go_to_the_first() -> None:
+def test_choose_support_ties_go_to_first() -> None:
     mask = choose_support(torch.ones(2, 5), 0.3)
     assert mask.flatten().nonzero().flatten().tolist() == [0, 1, 2]
 
 
-def test_support_by_loss_takes_what_costs_most() -> None:
+def test_choose_support_by_loss_takes_costliest_weights() -> None:
     """On the range that is best without what was chosen before, three times in turn."""
     weight, gram = make_layer(12, 64, tokens=300)
     grid, second_moment = Grid(3, 32), gram.diagonal()
@@ -73,7 +73,7 @@ def test_support_by_loss_takes_what_costs_most() -> None:
 
 
 @pytest.mark.parametrize("structured", [False, True])
-def test_support_by_loss_leaves_less_than_by_magnitude(structured: bool) -> None:
+def test_choose_support_by_loss_leaves_less_error_than_by_magnitude(structured: bool) -> None:
     weight, gram = make_layer(576, 576)
     weight, grid, second_moment, left = weight[::8], Grid(3), gram.diagonal(), {}
     ways: list[Any] = ["loss", "magnitude"]
@@ -86,18 +86,18 @@ def test_support_by_loss_leaves_less_than_by_magnitude(structured: bool) -> None
     assert left["loss"] < 0.95 * left["magnitude"], left
 
 
-def test_refuses_what_cannot_work() -> None:
+def test_choose_support_invalid_arguments_are_refused() -> None:
     weight = torch.randn(4, 8)
     for fraction in (-0.1, 0.6):
         with pytest.raises(UserError, match=rf"outlier fraction {100 * fraction:g} % is outside 0\.\.50 %"):
             choose_support(weight, fraction)
-    with pytest.raises(ValueError, match="needs the importance of the inputs and the grid"):
+    with pytest.raises(ValueError, match="support by 'loss' needs second_moment and grid"):
         choose_support(weight, 0.1, by="loss")
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), inputs=st.integers(1, 40))
-def test_largest_eigenvalue(seed: int, inputs: int) -> None:
+def test_largest_eigenvalue_of_random_gram_equals_eigvalsh(seed: int, inputs: int) -> None:
     x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = x.t() @ x
     expected = float(torch.linalg.eigvalsh(gram)[-1])
@@ -107,12 +107,12 @@ def test_largest_eigenvalue(seed: int, inputs: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-25, 1e25])
-def test_inputs_of_any_size_have_a_largest_eigenvalue(size: float) -> None:
+def test_largest_eigenvalue_of_extreme_gram_is_finite(size: float) -> None:
     gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) * size
     assert float(largest_eigenvalue(gram)) == pytest.approx(3 * size)
 
 
-def test_outliers_of_a_layer_that_no_input_reaches_are_kept() -> None:
+def test_alternating_descent_with_dead_inputs_keeps_outliers() -> None:
     """Its codes leave them out, and the deployed model may have inputs there."""
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     grid, support = Grid(3), choose_support(weight, 0.1)
@@ -131,7 +131,7 @@ def test_outliers_of_a_layer_that_no_input_reaches_are_kept() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), structured=st.booleans())
-def test_threshold_step_never_raises_the_error(seed: int, structured: bool) -> None:
+def test_threshold_step_never_raises_error(seed: int, structured: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, dense = (torch.randn(6, 20, generator=generator, dtype=torch.float64) for _ in range(2))
     x = torch.randn(60, 20, generator=generator, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_threshold_step_never_raises_the_error(seed: int, structured: bool) -> N
         assert int((sparse != 0).any(0).sum() if structured else (sparse != 0).sum()) <= count
 
 
-def test_threshold_step_is_a_gradient_step() -> None:
+def test_threshold_step_without_threshold_is_gradient_step() -> None:
     """With every entry supported nothing is thresholded, and H moves by ``-grad / (2 lambda_max)``."""
     weight, gram = make_layer(6, 16, tokens=100)
     sparse = torch.zeros_like(weight, requires_grad=True)
@@ -191,7 +191,9 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "bits", "expected"), MEASURED)
-def test_layer_errors(outputs: int, inputs: int, bits: int, expected: tuple[float, ...]) -> None:
+def test_outliers_layer_error_matches_measured(
+    outputs: int, inputs: int, bits: int, expected: tuple[float, ...]
+) -> None:
     weight, gram = (tensor.float() for tensor in make_layer(outputs, inputs))
     ways = [("alternating", "magnitude", False), ("alternating", "magnitude", True)]
     ways += [("masked", "magnitude", False), ("masked", "loss", False)]
@@ -199,7 +201,7 @@ def test_layer_errors(outputs: int, inputs: int, bits: int, expected: tuple[floa
         assert solve(kind, weight, gram, bits, by, structured) <= 1.001 * most, (kind, by)  # 1.0006 at most
 
 
-def test_outliers_lower_the_error_of_the_best_recipe() -> None:
+def test_outliers_on_searched_grid_lower_error() -> None:
     """Searched grid, GPTQ start, 3 bit: 1 % by loss halves the error; 1 % of the columns by loss take a tenth."""
     weight, gram = (tensor.float() for tensor in make_layer(576, 576))
     grid, second_moment, errors = Grid(3), gram.diagonal(), {}
@@ -208,7 +210,7 @@ def test_outliers_lower_the_error_of_the_best_recipe() -> None:
             weight, fraction, by="loss", structured=structured, second_moment=second_moment, grid=grid
         )
         scale, zero_point = grid.fit(*search_range(weight.masked_fill(mask, 0), grid, second_moment))
-        start = nn.Parameter(gptq(weight, gram, scale, zero_point, 3, mask=mask).values)
+        start = nn.Parameter(gptq(weight, gram, scale, zero_point, 3, mask=mask).values())
         optimizer = CoordinateDescent([start], gram, grid, scale, zero_point, target=weight, mask=mask, sweeps=12)
         for _ in range(12):
             error = optimizer.step()
@@ -217,7 +219,7 @@ def test_outliers_lower_the_error_of_the_best_recipe() -> None:
     assert errors["entries"] < 0.56 * errors["none"]  # measured 0.53
 
 
-def test_alternating_descent_resumes_to_the_same_bits() -> None:
+def test_alternating_descent_resumed_state_gives_same_bits() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(30, 48, tokens=200))
     mask = choose_support(weight, 0.05)
     scale, zero_point, _ = fit_grid(weight.masked_fill(mask, 0), Grid(3))
@@ -238,7 +240,7 @@ def test_alternating_descent_resumes_to_the_same_bits() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_columns_of_stacked_linears_are_their_own() -> None:
+def test_alternating_descent_stacked_linears_keep_own_columns() -> None:
     """Two linears that share an input, stacked, each with columns of its own: the same as one after the other."""
     weight, gram = (tensor.double() for tensor in make_layer(30, 48, tokens=200))
     supports = [choose_support(part, 0.1, structured=True) for part in weight.split(15)]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniq.calibration.observe import input_grams
 from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import input_grams
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.cli.command import main
@@ -23,7 +23,6 @@ from omniq.quantizers.clipping import MinMax, Searched
 from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
 from omniq.stages.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
-from omniq.transforms.equivalence import QueryKey, ValueToOutput, modules_of
 from omniq.transforms.heads import Heads
 from tests.helpers.runs import SMALL, write_run
 from tests.helpers.stages import Stop, fit, fitted, tiny_task
@@ -77,7 +76,7 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
         error = power = 0.0
         for name in readers:
             weight = task.linear(name).weight.double()
-            rounded = nearest(weight * scale, task.grid.bits, task.grid.group_size)
+            rounded = nearest(weight * scale, task.grids[name].bits, task.grids[name].group_size)
             error += float(((x / scale) @ rounded.T - x @ weight.T).square().sum())
             power += float((x @ weight.T).square().sum())
         if error / power < best[2]:
@@ -89,20 +88,20 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
 @pytest.mark.parametrize(("family", "model"), MODELS)
 def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], group: int, tmp_path: Path) -> None:
     task = task_of(family, 3, A16, **model)
-    task.grid = Grid(3, group, scale_dtype=torch.float32)
+    task.grids = dict.fromkeys(task.grids, Grid(3, group, scale_dtype=torch.float32))
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-    moves = [each for each in task.layout.equivalences if not isinstance(each, QueryKey)]
-    expected = [plain_search(task, modules_of(move)[1:], share * isinstance(move, ValueToOutput)) for move in moves]
+    equivalences = [each for each in task.layout.equivalences if each.kind != "query_key"]
+    expected = [plain_search(task, each.readers, share * (each.kind == "value_output")) for each in equivalences]
     before = {name: value.double() for name, value in task.block.state_dict().items()}
     module = fitted(AWQ(), task, tmp_path)
     after = task.block.state_dict()
     found = module.state_dict()
     scales = {name: torch.ones(before[f"{name}.weight"].shape[1]) for name in task.layout.linears}
-    for place, (move, (alpha, scale, error)) in enumerate(zip(moves, expected, strict=True)):
+    for place, (equivalence, (alpha, scale, error)) in enumerate(zip(equivalences, expected, strict=True)):
         assert float(found["alphas"][place]) == pytest.approx(alpha, rel=1e-6)
         assert float(found["least"][place]) == pytest.approx(error, rel=1e-5)  # measured 2e-7
-        scales |= dict.fromkeys(modules_of(move)[1:], scale)
+        scales |= dict.fromkeys(equivalence.readers, scale)
     assert max(alpha for alpha, *_ in expected) > 0.2
     for name, scale in scales.items():
         rows = after[f"{name}.weight"].double() / (before[f"{name}.weight"] * scale)
@@ -112,11 +111,12 @@ def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], 
 @pytest.mark.parametrize("label", BLOCKS)
 def test_folded_block_is_the_same_block(label: str, tmp_path: Path) -> None:
     """In float64, on inputs with an outlier channel, for every layout of heads."""
-    family, kind, overrides = BLOCKS[label]
+    kind, overrides = BLOCKS[label]
     case = Case(kind, **overrides)
     inputs = case.hidden()
     inputs[..., 3] *= 30
-    task = BlockTask(0, family.layout(case.block, 0), case.block, Grid(4), inputs, inputs, case.kwargs)
+    grids = dict.fromkeys(case.layout.linears, Grid(4))
+    task = BlockTask(0, case.layout, case.block, grids, inputs, inputs, case.kwargs)
     before, weights = task.run(inputs), {name: value.clone() for name, value in case.tensors.items()}
     module = fit(AWQ().module(task).double(), tmp_path)  # or scales and their reciprocals are rounded to float32
     assert relative(task.run(inputs), before) < 1e-9  # measured 2e-16
@@ -149,7 +149,7 @@ def test_codes_are_those_of_the_scaled_block(tmp_path: Path) -> None:
     assert result is not None
     grams = input_grams(task)
     for name, linear in result.linears.items():
-        expected = round_to_nearest(task.linear(name).weight, task.grid, Searched("gram"), grams[name])
+        expected = round_to_nearest(task.linear(name).weight, task.grids[name], Searched("gram"), grams[name])
         assert torch.equal(linear.codes, expected.codes)
         assert torch.equal(linear.scale, expected.scale)
     for name, tensor in result.tensors.items():

@@ -14,12 +14,10 @@ from omniq.calibration.gram import GramModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.cli.command import main
-from omniq.config.run import Model, Run
-from omniq.data import Calibration, LocalText
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.quantizers.clipping import MinMax
-from omniq.stages import AWQ, GPTQ, RTN, LearnedRounding, OmniQuant, QuantEase, SmoothQuant, SpQR
+from omniq.stages import GPTQ, RTN, OmniQuant, QuantEase
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from tests.helpers.killing import Attempts
 from tests.helpers.runs import configuration, omniquant, outcome, write_config, write_run
@@ -233,56 +231,6 @@ def test_errors_of_every_sweep_are_logged(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         QuantEase(**settings)
-
-
-@pytest.mark.parametrize("settings", [{"start": "previous"}, {"grid": "previous"}])
-def test_refining_codes_that_nobody_made_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="'previous' refines the codes of the stage before it, and there is none"):
-        check(QuantEase(**settings))
-
-
-def check(*stages: Stage) -> None:
-    """As a run does with its list."""
-    Run(Model("model"), Calibration(LocalText("text")), list(stages)).check()
-
-
-@pytest.mark.parametrize(
-    "stage", [QuantEase(), QuantEase(start="previous", grid="clipping"), QuantEase(start="previous"), LearnedRounding()]
-)
-@pytest.mark.parametrize("before", [QuantEase(outliers=1.0), SpQR()])
-def test_refining_codes_without_their_outliers_is_refused(before: Stage, stage: Stage) -> None:
-    names = [type(each).__name__ for each in (stage, before)]
-    with pytest.raises(UserError, match="{} would refine the codes of {} without the outliers".format(*names)):
-        check(before, stage)
-
-
-@pytest.mark.parametrize("start", ["weights", "nearest", "gptq"])
-@pytest.mark.parametrize(
-    "before",
-    [[GPTQ()], [QuantEase()], [SpQR(threshold=0, scale_bits=0, zero_bits=0)], [RTN(), LearnedRounding()]],
-    ids=lambda before: type(before[-1]).__name__,
-)
-def test_keeping_only_the_grid_of_chosen_codes_is_refused(before: list[Stage], start: Any) -> None:
-    name = type(before[-1]).__name__
-    told = f"QuantEase with start '{start}' would keep the grid of {name} and lose the codes .* set start to 'previous'"
-    with pytest.raises(UserError, match=told):
-        check(*before, QuantEase(start=start))
-    check(*before, QuantEase(start="previous"))
-
-
-@pytest.mark.parametrize("before", [RTN(), OmniQuant(), SmoothQuant(), AWQ()], ids=lambda stage: type(stage).__name__)
-def test_a_grid_or_a_transform_may_be_all_that_is_kept(before: Stage) -> None:
-    check(before, QuantEase())
-    check(before, QuantEase(start="previous"))
-
-
-@pytest.mark.parametrize(
-    "stages", [[GPTQ(), RTN()], [QuantEase(), OmniQuant()], [RTN(), QuantEase(grid="clipping")], [RTN(), AWQ()]]
-)
-def test_losing_what_a_stage_has_found_is_refused(stages: list[Stage]) -> None:
-    names = [type(each).__name__ for each in stages]
-    with pytest.raises(UserError, match=f"{names[1]} starts from the weights and would lose what {names[0]} before it"):
-        check(*stages)
 
 
 def test_outliers_are_refused_for_a_format_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

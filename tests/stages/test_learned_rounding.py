@@ -192,17 +192,12 @@ def test_what_is_not_learned_takes_no_gradient_from_the_start(rates: dict[str, f
         (lambda: LearnedRounding(rounding_lr=-1.0), "rounding_lr -1.0 is no usable rate"),
         (lambda: LearnedRounding(rounding_lr=0.0, scale_lr=0.0), "nothing to learn with all rates 0"),
         (lambda: LearnedRounding(epochs=0), "LearnedRounding.epochs 0 is too small"),
-        (lambda: LearnedRounding().check([]), "starts from the codes of the stage before it, and there is none"),
+        (
+            lambda: LearnedRounding().check_place_in_list([]),
+            "starts from the codes of the stage before it, and there is none",
+        ),
     ],
 )
 def test_bad_settings_are_named(make: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         make()
-
-
-@pytest.mark.parametrize("settings", [{}, {"grid": "clipping", "start": "previous"}])
-def test_refining_codes_without_their_norms_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="without the norms tuned with them: set norm_lr of LearnedRounding to 0"):
-        QuantEase(**settings).check([RTN(), LearnedRounding(norm_lr=1e-3)])
-    QuantEase(start="previous").check([RTN(), LearnedRounding()])
-    QuantEase(grid="clipping").check([RTN(), LearnedRounding(norm_lr=1e-3)])

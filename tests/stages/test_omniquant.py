@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.observe import input_second_moments
 from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import input_second_moments
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import weighted_error
 from omniq.grid.affine import Grid
@@ -253,6 +253,6 @@ def test_untrained_is_not_round_to_nearest() -> None:
     task = tiny_task(Grid(3))
     start = OmniQuant().module(task).finish()
     for name, linear in start.linears.items():
-        nearest = round_to_nearest(task.linear(name).weight, task.grid)
+        nearest = round_to_nearest(task.linear(name).weight, task.grids[name])
         ratio = linear.scale.double() / nearest.scale.double()
         assert ratio.mean() == pytest.approx(torch.sigmoid(torch.tensor(4.0)).item(), abs=1e-4)

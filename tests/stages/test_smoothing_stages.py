@@ -75,7 +75,7 @@ def test_codes_are_those_of_the_smoothed_block(tmp_path: Path) -> None:
     fitted(SmoothQuant(), task, tmp_path)
     assert task.result is not None
     for name, linear in task.result.linears.items():
-        expected = round_to_nearest(task.linear(name).weight, task.grid)
+        expected = round_to_nearest(task.linear(name).weight, task.grids[name])
         assert torch.equal(linear.codes, expected.codes)
         assert torch.equal(linear.scale, expected.scale)
     for name, tensor in task.result.tensors.items():
@@ -107,7 +107,7 @@ def test_threshold_is_the_best_of_all_candidates(tmp_path: Path) -> None:
     losses, scales = [], []
     for step in range(10):
         scale = (size / (size.max() * (1 - step / 10))).clamp(min=1)
-        rounded = round_to_nearest(weight * scale, task.grid).dequantize()
+        rounded = round_to_nearest(weight * scale, task.grids["fc1"]).dequantize()
         losses.append(float((quantize_tokens(x / scale, 4) @ rounded.T - x @ weight.T).square().sum()))
         scales.append(scale)
     fitted(OutlierSuppression(candidates=10), task, tmp_path)
@@ -137,7 +137,7 @@ def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
     losses, scales = [], []
     for step in range(10):
         scale = wide((size / (size.max() * (1 - step / 10))).clamp(min=1))
-        rounded = round_to_nearest(weight * scale, task.grid).dequantize()
+        rounded = round_to_nearest(weight * scale, task.grids["self_attn.o_proj"]).dequantize()
         losses.append(float((quantize_tokens(x / scale, 4) @ rounded.T - x @ weight.T).square().sum()))
         scales.append(scale)
     fitted(OutlierSuppression(candidates=10), task, tmp_path)

@@ -24,7 +24,8 @@ from omniq.grid.affine import Grid
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.clipping import MinMax, Searched
 from omniq.solvers.gptq import gptq
-from omniq.solvers.spqr import Feedback, Solution, gains, spqr
+from omniq.solvers.solution import LayerSolution
+from omniq.solvers.spqr import Feedback, gains, spqr
 from omniq.stages import SpQR
 from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 from tests.helpers.runs import write_run
@@ -104,7 +105,9 @@ def second_level(
     return chosen
 
 
-def definition(weight: Tensor, gram: Tensor, grid: Grid, threshold: float, damping: float, act_order: bool) -> Solution:
+def definition(
+    weight: Tensor, gram: Tensor, grid: Grid, threshold: float, damping: float, act_order: bool
+) -> LayerSolution:
     """Algorithm 1 with the inverse reduced column by column, without a Cholesky factor."""
     (outputs, inputs), size = weight.shape, weight.shape[1] // grid.groups(weight.shape[1])
     diagonal = gram.diagonal()
@@ -143,7 +146,7 @@ def definition(weight: Tensor, gram: Tensor, grid: Grid, threshold: float, dampi
                 kept = float(np.float16(missed)) if missed**2 * d[j] > tau else 0.0
                 codes[o, j], sparse[o, j] = code, kept
                 w[o] -= (missed - kept) * inverses[j][0]
-    return Solution(codes.to(torch.uint8), scale, zero, sparse)
+    return LayerSolution(codes.to(torch.uint8), scale, zero, sparse)
 
 
 @st.composite
@@ -219,12 +222,11 @@ def test_gpu_and_cpu_agree() -> None:
 # -- what it is worth -----------------------------------------------------------------------------------------------
 
 
-def solved(weight: Tensor, gram: Tensor, grid: Grid, threshold: float, **settings: Any) -> tuple[float, Solution]:
+def solved(weight: Tensor, gram: Tensor, grid: Grid, threshold: float, **settings: Any) -> tuple[float, LayerSolution]:
     """Relative error, from codes, scales and the sparse part, and the solution."""
     clipping = settings.pop("clipping", MinMax())
     found = spqr(weight, Feedback.of(gram, grid.groups(len(gram)), **settings), grid, clipping, threshold)
-    approximation = grid.dequantize(found.codes, found.scale, found.zero_point) + found.sparse
-    return relative_error(weight, approximation, gram), found
+    return relative_error(weight, found.values(), gram), found
 
 
 def planted() -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +239,7 @@ def planted() -> tuple[Tensor, Tensor, Tensor]:
 def test_planted_outliers_are_kept_and_beat_gptq() -> None:
     weight, gram, where = planted()
     scale, zero_point = GRID.fit(*GRID.range(weight))
-    plain = relative_error(weight, gptq(weight, gram, scale, zero_point, 3, act_order=True).values, gram)
+    plain = relative_error(weight, gptq(weight, gram, scale, zero_point, 3, act_order=True).values(), gram)
     without, _ = solved(weight, gram, GRID, 0.0, act_order=True)
     kept, found = solved(weight, gram, GRID, 0.05, act_order=True)
     assert kept < 0.3 * min(plain, without)  # measured 0.21
@@ -262,7 +264,7 @@ def test_errors_of_earlier_groups_shape_later_grids() -> None:
     """The grid of a group is that of its weights when their turn comes: less error than with all grids chosen first."""
     weight, gram = (tensor.float() for tensor in make_layer(96, 96, tokens=1024))
     scale, zero_point = GRID.fit(*GRID.range(weight))
-    static = relative_error(weight, gptq(weight, gram, scale, zero_point, 3).values, gram)
+    static = relative_error(weight, gptq(weight, gram, scale, zero_point, 3).values(), gram)
     assert solved(weight, gram, GRID, 0.0)[0] < static
 
 
@@ -406,7 +408,7 @@ def test_a_format_that_cannot_hold_it_is_refused_before_the_run(
     assert main(write_run(tmp_path, stages=[stage])) == 2
     assert "second-level scales of this method: use format omniq" in capsys.readouterr().err
     assert not (tmp_path / "run" / "blocks" / "000.safetensors").exists()
-    assert not SpQR(threshold=0, scale_bits=0, zero_bits=0).sparse
+    assert SpQR(threshold=0, scale_bits=0, zero_bits=0).leaves == {"grid", "codes"}
 
 
 def test_a_config_that_lacks_a_part_of_the_second_level_is_refused() -> None:

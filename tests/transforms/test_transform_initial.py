@@ -7,9 +7,10 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.models.families.opt import OPT
-from omniq.transforms.equivalence import NormToLinears, Transform, ValueToOutput
+from omniq.transforms.equivalences import NormToLinears, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
-from omniq.transforms.initial import ChannelRanges, initial_values
+from omniq.transforms.initial import ChannelRanges
+from omniq.transforms.transform import Transform
 from tests.helpers.tiny import tiny_block
 
 
@@ -36,17 +37,17 @@ def test_initial_values_of_a_norm(alpha: float) -> None:
     for x in batches:
         for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1"):
             ranges.update(name, x)
-    values = initial_values(transform, tensors, ranges, alpha)
+    values = transform.initial(tensors, ranges, alpha)
     assert {name for name in transform.shapes if not name.startswith("self_attn/q_proj")} == set(values)
     weights = [tensors[f"self_attn.{name}_proj.weight"] for name in "qkv"]
     scales, shifts = channel_sizes(torch.cat(batches), weights, alpha, shift=True)
     torch.testing.assert_close(values["self_attn_layer_norm/log_scale"], torch.tensor(scales), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(values["self_attn_layer_norm/shift"], torch.tensor(shifts), rtol=1e-5, atol=1e-6)
-    plain = initial_values(transform, tensors, ranges, alpha, shift=False)
+    plain = transform.initial(tensors, ranges, alpha, shift=False)
     scales, _ = channel_sizes(torch.cat(batches), weights, alpha, shift=False)
     assert "self_attn_layer_norm/shift" not in plain
     torch.testing.assert_close(plain["self_attn_layer_norm/log_scale"], torch.tensor(scales), rtol=1e-5, atol=1e-5)
-    assert initial_values(transform, tensors, ranges, None, shift=False) == {}
+    assert transform.initial(tensors, ranges, None, shift=False) == {}
 
 
 def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
@@ -58,7 +59,7 @@ def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
     tensors["o.weight"][2, 10] = -4.0
     ranges = ChannelRanges()
     ranges.update("o", x)
-    values = initial_values(transform, tensors, ranges)
+    values = transform.initial(tensors, ranges)
     assert values["v/shift"].tolist() == [0.0, 0.0, 0.0, 0.0, 4.0, 0.0]  # the middle of -1 .. 9
     torch.testing.assert_close(values["v/log_scale"][4].exp(), torch.tensor((5.0 / 4.0) ** 0.5))
     moved = transform.apply(tensors, transform.parameters(values))
@@ -71,10 +72,28 @@ def test_a_dead_channel_gets_a_finite_scale() -> None:
     ranges = ChannelRanges()
     ranges.update("up", torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, 1.0]]))
     for alpha in (0.0, 0.5, 1.0):
-        assert initial_values(transform, tensors, ranges, alpha)["norm/log_scale"].isfinite().all()
+        assert transform.initial(tensors, ranges, alpha)["norm/log_scale"].isfinite().all()
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_alpha_outside_the_unit_interval_is_refused(alpha: float) -> None:
     with pytest.raises(UserError, match=f"alpha {alpha} is outside 0..1"):
-        initial_values(Transform((), Heads(1, 1), {}), {}, ChannelRanges(), alpha)
+        Transform((), Heads(1, 1), {}).initial({}, ChannelRanges(), alpha)
+
+
+def test_initial_scale_of_a_power_is_that_of_the_input() -> None:
+    """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the root."""
+    tensors = {"up.weight": torch.ones(3, 2), "down.weight": torch.tensor([[1.0, 2.0, 3.0]])}
+    ranges = ChannelRanges()
+    ranges.update("down", torch.tensor([[4.0, 1.0, 2.0]]))
+    once, twice = (
+        Transform((UpToDown("up", "down", power=power),), Heads(1, 1), tensors).initial(tensors, ranges)
+        for power in (1, 2)
+    )
+    torch.testing.assert_close(once["up/log_scale"], 2 * twice["up/log_scale"])
+
+
+def test_without_the_range_of_a_reader_parameters_start_at_zero() -> None:
+    tensors = {"norm.weight": torch.ones(2), "kept.weight": torch.ones(3, 2)}
+    transform = Transform((NormToLinears("norm", ("kept",)),), Heads(1, 1), tensors)
+    assert transform.initial(tensors, ChannelRanges()) == {}

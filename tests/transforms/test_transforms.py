@@ -11,25 +11,42 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omniq.models.families.llama import LLAMA
-from omniq.models.families.opt import OPT
-from omniq.models.families.qwen3 import QWEN3
-from omniq.models.family import Family
-from omniq.transforms.equivalence import Equivalence, QueryKey, Transform, UpToDown
+from omniq.models.families import family_of_type
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown
 from omniq.transforms.heads import Heads
+from omniq.transforms.linear_ref import LinearRef
+from omniq.transforms.transform import Transform
 from tests.helpers.tiny import tiny_block
 
 NINE = {"hidden_size": 72, "num_attention_heads": 9}
-BLOCKS: dict[str, tuple[Family, str, dict[str, Any]]] = {
-    "llama 1 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 1}),
-    "llama 3 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 3}),
-    "llama 9 of 9": (LLAMA, "llama", {**NINE, "num_key_value_heads": 9}),
-    "llama with biases": (LLAMA, "llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": (LLAMA, "mistral", {}),
-    "qwen2": (LLAMA, "qwen2", {}),
-    "qwen3": (QWEN3, "qwen3", {}),
-    "opt": (OPT, "opt", {}),
+HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 1 of 9": ("llama", {**NINE, "num_key_value_heads": 1}),
+    "llama 3 of 9": ("llama", {**NINE, "num_key_value_heads": 3}),
+    "llama 9 of 9": ("llama", {**NINE, "num_key_value_heads": 9}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with a partial rotary factor": ("llama", HALF_TURNED),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "phi3 that turns half of a head": ("phi3", HALF_TURNED),
+    "gemma": ("gemma", {}),
+    "gemma3": ("gemma3_text", {}),
+    "opt": ("opt", {}),
 }
+
+
+class OffsetNorm(nn.Module):
+    """Gemma's norm in float64."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight.double(), requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
 
 
 class Case:
@@ -40,16 +57,19 @@ class Case:
         self.block = block.double()
         # Hugging Face's RMSNorms compute in float32 whatever comes in; torch's is the same function and does not.
         for name, module in list(block.named_modules()):
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module).__name__.startswith("Gemma") and type(module).__name__.endswith("RMSNorm"):
+                block.set_submodule(name, OffsetNorm(module.weight, module.eps))
+            elif type(module).__name__.endswith("RMSNorm"):
                 norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon, dtype=torch.float64)
                 norm.load_state_dict(module.state_dict())
                 block.set_submodule(name, norm)
         self.kwargs = {key: _double(value) for key, value in kwargs.items()}
-        self.heads = Heads.of(block.self_attn.config)
+        self.layout = family_of_type(kind).layout(block, 0)
+        self.heads, self.equivalences = self.layout.heads, self.layout.equivalences
         self.tensors = {name: value.detach() for name, value in block.named_parameters()}
 
     def hidden(self, seed: int = 0) -> Tensor:
-        width = self.tensors["self_attn.q_proj.weight"].shape[1]
+        width = self.tensors[f"{self.layout.linears[0]}.weight"].shape[1]
         return torch.randn(2, 16, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
     def run(self, tensors: dict[str, Tensor], seed: int = 0) -> Tensor:
@@ -78,41 +98,98 @@ def random_parameters(transform: Transform, seed: int = 0) -> dict[str, Tensor]:
 _CASES: dict[str, Case] = {}
 
 
-def case(label: str) -> tuple[Family, Case]:
-    family, kind, overrides = BLOCKS[label]
+def case(label: str) -> Case:
+    kind, overrides = BLOCKS[label]
     if label not in _CASES:
         _CASES[label] = Case(kind, **overrides)
-    return family, _CASES[label]
+    return _CASES[label]
 
 
 @pytest.mark.parametrize("label", BLOCKS)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_a_random_transform_changes_nothing(label: str, seed: int) -> None:
-    family, block = case(label)
-    assert block.change(family.equivalences, seed) < 1e-9  # measured 7e-16
+    block = case(label)
+    assert block.change(block.equivalences, seed) < 1e-9  # measured 7e-16
 
 
 @pytest.mark.parametrize("label", BLOCKS)
 def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: str) -> None:
-    family, block = case(label)
-    for move in family.equivalences:
-        assert block.change((move,)) < 1e-9
-        transform = Transform((move,), block.heads, block.tensors)
-        moved = transform.apply(block.tensors, random_parameters(transform))
-        changed = {name for name, value in moved.items() if not torch.equal(value, block.tensors[name])}
-        norms = isinstance(move, QueryKey) and move.query_norm is not None
+    block = case(label)
+    for equivalence in block.equivalences:
+        assert block.change((equivalence,)) < 1e-9
+        transform = Transform((equivalence,), block.heads, block.tensors)
+        transformed = transform.apply(block.tensors, random_parameters(transform))
+        changed = {name for name, value in transformed.items() if not torch.equal(value, block.tensors[name])}
+        norms = isinstance(equivalence, QueryKey) and equivalence.query_norm is not None
         names = {"query_norm", "key_norm"} if norms else {"norm", "value", "output", "query", "key", "up", "down"}
-        ends = {value for name, value in vars(move).items() if name in names} | set(getattr(move, "linears", ()))
-        assert {name.rpartition(".")[0] for name in changed} == ends
+        ends = {LinearRef.of(value).name for name, value in vars(equivalence).items() if name in names}
+        assert {name.rpartition(".")[0] for name in changed} == ends | set(getattr(equivalence, "linears", ()))
+
+
+def test_row_slices_leave_the_other_rows_alone() -> None:
+    """Each equivalence of Phi-3 changes its own rows of the fused projections: 4 query heads and 2 KV heads of 16."""
+    block = case("phi3")
+    rows = {"value_output": range(96, 128), "query_key": range(0, 96), "up_down": range(128, 256)}
+    for equivalence in block.equivalences[2:]:
+        transform = Transform((equivalence,), block.heads, block.tensors)
+        transformed = transform.apply(block.tensors, random_parameters(transform))
+        name = f"{equivalence.divided.name}.weight"
+        changed = (transformed[name] != block.tensors[name]).any(1).nonzero().flatten()
+        assert changed.tolist() == list(rows[equivalence.kind])
+    keys = Transform(block.equivalences, block.heads, block.tensors).equivalences
+    assert {"self_attn/qkv_proj:96-128", "self_attn/qkv_proj:0-64", "mlp/gate_up_proj:128-256"} < set(keys)
+
+
+def test_a_shift_of_a_row_slice_leaves_the_other_biases_alone() -> None:
+    """As in a Phi-3 with biases: one exists, the other is created."""
+    block = case("phi3")
+    bias = torch.randn(128, dtype=torch.float64)
+    tensors = block.tensors | {"self_attn.qkv_proj.bias": bias}
+    (value,) = (each for each in block.equivalences if each.kind == "value_output")
+    transform = Transform((value,), block.heads, tensors, {"self_attn.o_proj"})
+    parameters = random_parameters(transform)
+    transformed = transform.apply(tensors, parameters)
+    created = Transform((value,), block.heads, block.tensors, {"self_attn.qkv_proj", "self_attn.o_proj"})
+    alone = created.apply(block.tensors, parameters)["self_attn.qkv_proj.bias"]
+    assert torch.equal(transformed["self_attn.qkv_proj.bias"][:96], bias[:96])
+    assert not alone[:96].any()
+    key = "self_attn/qkv_proj:96-128"
+    scale, shift = parameters[f"{key}/log_scale"].exp(), parameters[f"{key}/shift"]
+    torch.testing.assert_close(transformed["self_attn.qkv_proj.bias"][96:], (bias[96:] - shift) / scale)
+    torch.testing.assert_close(alone[96:], -shift / scale)
+    before, after = block.run(tensors), block.run(transformed)
+    assert ((after - before).norm() / before.norm()).item() < 1e-9
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_up_to_down_holds_through_powers_of_relu(power: int) -> None:
+    tensors = {"up.weight": torch.randn(12, 6).double(), "up.bias": torch.randn(12).double()}
+    tensors |= {"down.weight": torch.randn(6, 12).double()}
+    hidden = torch.randn(5, 6).double()
+
+    def run(tensors: dict[str, Tensor]) -> Tensor:
+        return (hidden @ tensors["up.weight"].T + tensors["up.bias"]).relu() ** power @ tensors["down.weight"].T
+
+    transform = Transform((UpToDown("up", "down", power=power),), Heads(1, 1), tensors)
+    transformed = transform.apply(tensors, random_parameters(transform))
+    assert not torch.equal(transformed["up.weight"], tensors["up.weight"])
+    torch.testing.assert_close(run(transformed), run(tensors), rtol=1e-9, atol=1e-12)
+
+
+def test_a_plain_norm_is_no_equivalence_of_gemma() -> None:
+    block = case("gemma")
+    norm = block.equivalences[0]
+    assert isinstance(norm, NormToLinears)
+    assert block.change((NormToLinears(norm.norm, norm.linears),)) > 1e-1
 
 
 @pytest.mark.parametrize("label", ["llama 3 of 9", "llama 9 of 9", "qwen3"])
 def test_scales_that_split_a_rotary_pair_are_no_equivalence(label: str) -> None:
     """The published transform; it shows that the tests above can fail."""
-    family, block = case(label)
-    (move,) = (each for each in family.equivalences if isinstance(each, QueryKey))
-    untied = QueryKey(move.query, move.key, None, move.query_norm, move.key_norm)
+    block = case(label)
+    (tied,) = (each for each in block.equivalences if isinstance(each, QueryKey))
+    untied = QueryKey(tied.query, tied.key, None, tied.query_norm, tied.key_norm)
     assert block.change((untied,)) > 1e-2
 
 
@@ -123,19 +200,19 @@ def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
         "llama 3 of 9": set(),
         "qwen2": set(),
     }.items():
-        family, block = case(label)
-        transform = Transform(family.equivalences, block.heads, block.tensors)
+        block = case(label)
+        transform = Transform(block.equivalences, block.heads, block.tensors)
         assert {name.removesuffix("/shift") for name in transform.shapes if name.endswith("/shift")} == shifted
         assert (
             set(transform.unshifted)
-            == {key for key, move in transform.moves.items() if not isinstance(move, QueryKey | UpToDown)} - shifted
+            == {key for key, each in transform.equivalences.items() if each.kind in ("norm", "value_output")} - shifted
         )
         assert not any(
             name.endswith("/shift")
-            for name in Transform(family.equivalences, block.heads, block.tensors, shift=False).shapes
+            for name in Transform(block.equivalences, block.heads, block.tensors, shift=False).shapes
         )
-    family, block = case("qwen2")
-    reasons = Transform(family.equivalences, block.heads, block.tensors).unshifted
+    block = case("qwen2")
+    reasons = Transform(block.equivalences, block.heads, block.tensors).unshifted
     assert reasons["self_attn/v_proj"] == "no shift from self_attn.v_proj: self_attn.o_proj cannot store a bias"
     assert "input_layernorm" in reasons["input_layernorm"]
 
@@ -143,7 +220,7 @@ def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
 def test_a_shift_creates_the_biases_it_may() -> None:
     """A LLaMA without biases, and its stock module with ``attention_bias``, which can store them."""
     bare, room = Case("llama"), Case("llama", attention_bias=True)
-    transform = Transform(LLAMA.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
+    transform = Transform(bare.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
     assert "self_attn/v_proj/shift" in transform.shapes
     moved = transform.apply(bare.tensors, random_parameters(transform))
     assert {"self_attn.v_proj.bias", "self_attn.o_proj.bias"} == set(moved) - set(bare.tensors)
@@ -201,8 +278,8 @@ def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
 
 
 def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> None:
-    family, block = case("opt")
-    transform = Transform(family.equivalences, block.heads, block.tensors)
+    block = case("opt")
+    transform = Transform(block.equivalences, block.heads, block.tensors)
     parameters = {name: value.requires_grad_() for name, value in random_parameters(transform).items()}
     moved = transform.apply(block.tensors, parameters)
     output = block.run(moved)
@@ -213,9 +290,9 @@ def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> Non
 
 
 def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
-    family, block = case("qwen3")
+    block = case("qwen3")
     half = {name: value.half() for name, value in block.tensors.items()}
-    transform = Transform(family.equivalences, block.heads, half)
+    transform = Transform(block.equivalences, block.heads, half)
     parameters = transform.parameters()
     assert isinstance(parameters, nn.ParameterDict)
     assert {name: tuple(value.shape) for name, value in parameters.items()} == transform.shapes
@@ -227,8 +304,8 @@ def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
 
 
 def test_scales_stay_positive_and_finite() -> None:
-    family, block = case("llama 3 of 9")
-    transform = Transform(family.equivalences, block.heads, block.tensors)
+    block = case("llama 3 of 9")
+    transform = Transform(block.equivalences, block.heads, block.tensors)
     for far, most in ((-1e6, -10.0), (1e6, 10.0)):
         moved = transform.apply(
             block.tensors, {name: torch.full(shape, far) for name, shape in transform.shapes.items()}
@@ -242,5 +319,6 @@ def test_heads_of_a_config() -> None:
     config = SimpleNamespace(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
     assert Heads.of(config) == Heads(9, 3)
     config.rope_parameters = {"partial_rotary_factor": 0.5}
-    assert Heads.of(config) == Heads(9, 3, 4)
+    assert Heads.of(config) == Heads(9, 3)
+    assert Heads.of(config, partial_rotary=True) == Heads(9, 3, 4)
     assert Heads.of(SimpleNamespace(hidden_size=64, num_attention_heads=4)) == Heads(4, 4)

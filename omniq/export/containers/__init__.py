@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Containers: how a whole model is laid out on disk.
 
-Read ``huggingface.py`` first.
+Read ``container.py`` first, then ``huggingface.py``.
 """

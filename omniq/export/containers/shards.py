@@ -140,8 +140,9 @@ class ShardReader:
             self._file_of = dict.fromkeys(self._file(single).keys(), single)
             return
         try:
-            self._file_of = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            found = json.loads(index.read_bytes())["weight_map"]
+            self._file_of = {str(name): str(file) for name, file in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFile(f"{index}: {error}") from error
 
     def __enter__(self) -> "ShardReader":
@@ -156,7 +157,11 @@ class ShardReader:
         return set(self._file_of)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(self._file_of[name]).get_tensor(name)
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._file(file).get_tensor(name)
+        except SafetensorError as error:
+            raise CorruptFile(f"{self._folder / file}: {error}") from error
         return tensor
 
     @property

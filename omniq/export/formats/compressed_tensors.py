@@ -25,27 +25,30 @@ Four traps, all met in transformers 5.23:
 * Asymmetric ``pack-quantized`` files fail to load by default (the zero point is expected unpacked). The key
   ``dequantize: true`` in ``config.json`` makes plain ``from_pretrained`` unpack them while loading; readers that do not
   know it ignore it. It drops integer activations, so ``int-quantized`` files never carry it.
-* That loading path reads one scheme for the whole model. Models with several grids would load silently wrong, hence one
-  grid per model.
+* That loading path reads the whole model by its first group. Asymmetric ``pack-quantized`` models with several grids
+  would load silently wrong and are refused. All others take one group for each grid, whose ``targets`` are the full
+  names of its linears. A model with one grid has the target ``Linear``, and a list of linears to ignore.
 * Where each token has its own range, an input of two dimensions gets one range for all of it. OPT flattens samples and
   tokens before its MLP; such a family needs fixed ranges, and is refused without.
 * ``format`` must also stand inside the group, or the layout is inferred from the presence of activations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.format import Written, check_scheme
+from omniq.export.formats.codec import WrittenLinear, check_middle, check_scheme, stored_under
 from omniq.export.formats.packing import pack, unpack
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import QuantizedLinear
+
+_NAME = "compressed-tensors"  # as users write it
 
 
 class PackQuantized:
@@ -111,21 +114,25 @@ class IntQuantized:
 class CompressedTensors:
     """``pack-quantized`` where only weights are integers, ``int-quantized`` where activations are too."""
 
-    name = "compressed-tensors"
     requires: tuple[str, ...] = ("compressed-tensors>=0.18",)  # older ones read other numbers from 3, 5, 6 and 7 bits
     stays_packed = False
 
-    def layout(self, scheme: Scheme) -> PackQuantized | IntQuantized:
-        """The layout that the scheme asks for."""
-        return PackQuantized() if scheme.activation_bits == 16 else IntQuantized(scheme.activation_symmetric)
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+        self._weights_only = scheme.activation_bits == 16
+        self._layout = PackQuantized() if self._weights_only else IntQuantized(scheme.activation_symmetric)
 
-    def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
-        """Refuse outliers, quantized queries, keys and values, flat inputs with integer activations, and odd dtypes.
+    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
+        """Refuse what neither the files nor transformers' reader can represent.
+
+        These are outliers, quantized queries, keys and values, flat inputs with integer activations, several grids of
+        which one is asymmetric, and odd dtypes of scales.
 
         Raises:
             UserError: names the scheme and what would fit.
         """
-        problem, flat = "", next((layout for layout in layouts if layout.flat), None)
+        scheme, problem = self._scheme, ""
+        flat = next((layout for layout in layouts if layout.flat), None)
         if outliers:
             problem = (
                 "has no place for the sparse outliers or second-level scales of this method: use format omniq, or a "
@@ -133,7 +140,7 @@ class CompressedTensors:
             )
         elif scheme.kv_bits != 16:
             problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16, or format omniq"
-        elif scheme.activation_bits != 16 and not scheme.activations.static and flat is not None:
+        elif not self._weights_only and not scheme.activations.static and flat is not None:
             problem = (
                 f"would give all tokens one range in {', '.join(flat.flat)} of {flat.model_type} when "
                 "transformers runs it, so the checkpoint would not be the optimised model: set "
@@ -141,68 +148,91 @@ class CompressedTensors:
             )
         elif scheme.queries:
             problem = "cannot hold quantized queries: set scheme.queries to false, or use format omniq"
-        check_scheme(scheme, self.name, problem)
+        elif self._weights_only and len(set(grids)) > 1 and not all(grid.symmetric for grid in grids):
+            problem = (
+                f"cannot hold {len(set(grids))} grids of which one is asymmetric, because transformers reads all "
+                "weights of such a checkpoint by one grid: use format omniq, or set scheme.symmetric to true"
+            )
+        check_scheme(scheme, _NAME, problem)
 
-    def code_bits(self, scheme: Scheme) -> int:
-        """Bits that a code takes on disk: a byte, whatever its bits, where activations are integers too."""
-        return scheme.grid.bits if scheme.activation_bits == 16 else 8
-
-    def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-        """What is stored for one linear, by full name.
+    def check_linear(self, name: str, linear: QuantizedLinear) -> None:
+        """Refuse a linear that has a part without a place in the files, or lacks one that the scheme announces.
 
         Raises:
-            UserError: the linear has outliers, or is on another grid than the model.
+            UserError: the linear has outliers, or scales that are codes themselves.
             ValueError: a symmetric linear whose zero point is not the middle of the code range, or a linear without the
                 range of its input that the scheme fixes.
         """
-        if linear.outliers is not None:
-            raise UserError(f"{name} has outliers: format {self.name} has no place for them; use format omniq")
-        if linear.grid != scheme.grid:
-            raise UserError(
-                f"{name} is on {linear.grid}, the model on {scheme.grid}: format {self.name} holds one grid; "
-                "use format omniq"
-            )
-        if linear.grid.symmetric and bool((linear.zero_point != _middle(linear.scale, linear.grid)).any()):
-            raise ValueError(f"{name}: the zero point of a symmetric grid is not {2 ** (linear.grid.bits - 1)}")
-        if scheme.activations.static and linear.input is None:
+        for part, what in ((linear.outliers, "outliers"), (linear.grid.second, "second-level scales")):
+            if part is not None:
+                raise UserError(f"{name} has {what}: format {_NAME} has no place for them; use format omniq")
+        check_middle(name, linear)
+        if self._scheme.activations.static and linear.input is None:
             raise ValueError(f"{name}: the scheme fixes the range of its input, and it has none")
-        return {f"{name}.{key}": tensor for key, tensor in self.layout(scheme).store(linear).items()}
 
-    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-        """Invert ``tensors``."""
-        prefix = f"{name}."
-        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        return self.layout(scheme).load(stored, scheme.grid)
+    def bits(self, grid: Grid) -> int:
+        """Bits that a code takes on disk: a byte, whatever its bits, where activations are integers too."""
+        return grid.bits if self._weights_only else 8
 
-    def quantization_config(
-        self, scheme: Scheme, ignore: Sequence[str], linears: Mapping[str, Written]
-    ) -> dict[str, Any]:
-        """The entry of ``config.json``; see the module's text for its traps."""
-        layout, grid = self.layout(scheme).name, scheme.grid
-        weights = {
-            "num_bits": grid.bits,
-            "type": "int",
-            "symmetric": grid.symmetric,
-            "strategy": "channel" if grid.group_size == -1 else "group",
-            "group_size": None if grid.group_size == -1 else grid.group_size,
-            "dynamic": False,
-        }
-        group = {
-            "targets": ["Linear"],
-            "format": layout,
-            "weights": weights,
-            "input_activations": _activations(scheme),
-            "output_activations": None,
+    def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of one linear by full name."""
+        return {f"{name}.{key}": tensor for key, tensor in self._layout.store(linear).items()}
+
+    def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+        """Invert ``store``."""
+        return self._layout.load(stored_under(name, tensors), grid)
+
+    def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
+        """The entry of ``config.json``: a group of linears for each grid; see the module's text for its traps."""
+        members: dict[Grid, list[str]] = {}
+        for name, linear in linears.items():
+            members.setdefault(linear.grid, []).append(name)
+        groups = {
+            f"group_{number}": {
+                "targets": ["Linear"] if len(members) == 1 else names,
+                "format": self._layout.name,
+                "weights": _weights(grid),
+                "input_activations": _activations(self._scheme),
+                "output_activations": None,
+            }
+            for number, (grid, names) in enumerate(members.items())
         }
         config = {
             "quant_method": "compressed-tensors",
-            "format": layout,
+            "format": self._layout.name,
             "quantization_status": "compressed",
             "ignore": list(ignore),
             "kv_cache_scheme": None,
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
         }
-        return config | ({"dequantize": True} if scheme.activation_bits == 16 and not grid.symmetric else {})
+        unpacked = self._weights_only and not all(grid.symmetric for grid in members)
+        return config | ({"dequantize": True} if unpacked else {})
+
+    def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
+        """Invert ``quantization_config`` for one linear.
+
+        Args:
+            dtype: of the model, which is that of scales.
+
+        Raises:
+            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+        """
+        groups = [group for group in config["config_groups"].values() if {name, "Linear"} & {*group["targets"]}]
+        if len(groups) != 1:
+            raise KeyError(name)
+        weights = groups[0]["weights"]
+        return Grid(weights["num_bits"], weights["group_size"] or -1, weights["symmetric"], dtype)
+
+
+def _weights(grid: Grid) -> dict[str, Any]:
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group_size == -1 else "group",
+        "group_size": None if grid.group_size == -1 else grid.group_size,
+        "dynamic": False,
+    }
 
 
 def _activations(scheme: Scheme) -> dict[str, Any] | None:

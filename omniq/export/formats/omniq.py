@@ -37,7 +37,7 @@ reader does the same: ``"activations": {"inputs": 4, "queries": 4, "keys_values"
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups of a row, ``b`` bits, ``n`` outliers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,15 +45,17 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
+from omniq.export.formats.codec import WrittenLinear, check_middle, check_scheme, stored_under
 from omniq.export.formats.compressed_tensors import PackQuantized
-from omniq.export.formats.format import Written, check_scheme
 from omniq.export.formats.packing import pack, unpack, words
 from omniq.grid.affine import Grid
+from omniq.grid.dtypes import dtype_name
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
+_NAME = "omniq"  # as users write it
 _SPARSE = "outlier_"  # before the fields of Outliers
 _SCALE, _ZERO, _SECOND = "weight_scale", "weight_zero_point", "weight_second_level"
 
@@ -74,7 +76,7 @@ def unpack_linear(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         KeyError: a tensor is missing.
         ValueError: one has a shape or dtype it cannot have.
     """
-    dense = _decode(stored, grid) if _SECOND in stored else PackQuantized().load(stored, grid)
+    dense = PackQuantized().load(stored, grid) if grid.second is None else _decode(stored, grid, grid.second)
     if not any(key.startswith(_SPARSE) for key in stored):
         return dense
     fields = ("row_pointer", "column", "value")
@@ -129,11 +131,8 @@ def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: Quant
     return {key: tensor for key, tensor in stored.items() if key not in replaced} | new
 
 
-def _decode(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+def _decode(stored: Mapping[str, Tensor], grid: Grid, second: QuantizedScales) -> QuantizedLinear:
     """Invert ``_encode``."""
-    second = grid.second or QuantizedScales(
-        *stored[_SECOND].tolist()
-    )  # a grid from config.json has it: no wait for a GPU
     inner = dict(stored)
     if second.scale_bits:
         codes = unpack(stored[f"{_SCALE}_codes"], second.scale_bits, int(stored["weight_shape"][0]), dim=0)
@@ -145,65 +144,88 @@ def _decode(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         codes = unpack(stored[f"{_ZERO}_codes"], second.zero_bits, len(zero_point), dim=0)
         ends = unpack(stored[f"{_ZERO}_ends"], grid.bits, 2 * second.runs(len(zero_point)), dim=0)
         zero_point = second.decode(codes, ends, second.zero_bits)
-    return QuantizedLinear(replace(grid, second=second), found.codes, found.scale, zero_point)
+    return QuantizedLinear(grid, found.codes, found.scale, zero_point)
 
 
-class OmniqFormat:
-    """Packed codes, one grid a linear, scales that may be codes themselves, and sparse outliers."""
+class Omniq:
+    """Packed codes, one grid for each linear, scales that may be codes themselves, and sparse outliers."""
 
-    name = "omniq"
     requires: tuple[str, ...] = ("omniq",)
     stays_packed = True
 
-    def check(self, scheme: Scheme, layouts: Sequence[Layout] = (), outliers: bool = False) -> None:
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
         """Refuse fixed ranges of activations, and odd dtypes.
 
         Raises:
             UserError: names the scheme and what would fit.
         """
         problem = ""
-        if scheme.activations.static:
+        if self._scheme.activations.static:
             problem = "has no place for fixed ranges: set scheme.activation_range to token, or use compressed-tensors"
-        check_scheme(scheme, self.name, problem)
+        check_scheme(self._scheme, _NAME, problem)
 
-    def code_bits(self, scheme: Scheme) -> int:
-        """Bits that a code takes on disk."""
-        return scheme.grid.bits
-
-    def tensors(self, name: str, linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
-        """What is stored for one linear, by full name.
+    def check_linear(self, name: str, linear: QuantizedLinear) -> None:
+        """Refuse scales in another dtype than the model, and contradictions.
 
         Raises:
             UserError: its scales have another dtype than the model.
             ValueError: a symmetric linear whose zero point is not the middle of the code range.
         """
-        grid, dtype = linear.grid, scheme.grid.scale_dtype
-        if grid.scale_dtype != dtype:
-            raise UserError(
-                f"{name} has scales in {grid.scale_dtype}, the model in {dtype}: format {self.name} holds one"
-            )
-        middle = 2 ** (grid.bits - 1)
-        if grid.symmetric and bool((linear.zero_point != middle).any()):
-            raise ValueError(f"{name}: the zero point of a symmetric grid is not {middle}")
+        found, dtype = linear.grid.scale_dtype, self._scheme.export_dtype
+        if found != dtype:
+            raise UserError(f"{name} has scales in {found}, the model in {dtype}: format {_NAME} holds one dtype")
+        check_middle(name, linear)
+
+    def bits(self, grid: Grid) -> int:
+        """Bits that a code takes on disk."""
+        return grid.bits
+
+    def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of one linear by full name."""
         return {f"{name}.{key}": tensor for key, tensor in pack_linear(linear).items()}
 
-    def read(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedLinear:
-        """Invert ``tensors``."""
-        prefix = f"{name}."
-        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        return unpack_linear(stored, scheme.grid)
+    def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+        """Invert ``store``."""
+        return unpack_linear(stored_under(name, tensors), grid)
 
-    def quantization_config(
-        self, scheme: Scheme, ignore: Sequence[str], linears: Mapping[str, Written]
-    ) -> dict[str, Any]:
-        """The entry of ``config.json``; linears that it does not name are plain, so ``ignore`` needs no mention."""
+    def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
+        """The entry of ``config.json``; linears that it does not name are plain, so ``ignore`` is not written."""
+        scheme = self._scheme
         return {
-            "quant_method": self.name,
+            "quant_method": "omniq",
             "version": 1,
-            "scale_dtype": str(scheme.grid.scale_dtype).removeprefix("torch."),
+            "scale_dtype": dtype_name(scheme.export_dtype),
             **({"activations": _activations(scheme)} if scheme.activations.quantized else {}),
             "linears": {name: _entry(linear) for name, linear in linears.items()},
         }
+
+    def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
+        """Invert ``quantization_config`` for one linear.
+
+        Raises:
+            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+        """
+        return entry_grid(config["linears"][name], dtype)
+
+
+def entry_grid(entry: Mapping[str, Any], dtype: torch.dtype) -> Grid:
+    """The grid of one entry of ``linears``.
+
+    Args:
+        dtype: of scales.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field has a wrong kind.
+        UserError: the grid is impossible.
+    """
+    second = entry.get("second")
+    if second is not None:
+        second = QuantizedScales(second["scale_bits"], second["zero_bits"], second["rows"])
+    return Grid(entry["bits"], entry["group_size"], entry["symmetric"], dtype, second)
 
 
 def _activations(scheme: Scheme) -> dict[str, Any]:
@@ -216,7 +238,7 @@ def _activations(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _entry(linear: Written) -> dict[str, Any]:
+def _entry(linear: WrittenLinear) -> dict[str, Any]:
     grid = linear.grid
     entry: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
     if grid.second is not None:

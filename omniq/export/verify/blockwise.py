@@ -15,25 +15,22 @@ Shapes: ``m`` windows, ``t`` tokens of a window, ``v`` vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from omniq.blocks.activation_hooks import attach
+from omniq.blocks.grids import scheme_layout
 from omniq.evaluate.streaming import stream_logits
-from omniq.export.containers.huggingface import Results
-from omniq.export.containers.shards import ShardReader
+from omniq.export.containers.container import Reader, Results
 from omniq.export.containers.target_model import TargetModel, target_model
-from omniq.export.formats.format import Format
-from omniq.export.verify.reopened import plain_config
-from omniq.grid.affine import Grid
+from omniq.grid.dtypes import dtype_name
 from omniq.grid.scheme import Scheme
 from omniq.models.checkpoint import Checkpoint, Stored
 from omniq.models.meta import meta_model
 from omniq.models.source import SourceModel
-from omniq.storage.block_result import BlockResult, QuantizedLinear
+from omniq.storage.block_result import QuantizedLinear
 
 Linear = Callable[[str, QuantizedLinear], QuantizedLinear]
 """From the full name of a linear and its finished result to what the model is to have."""
@@ -52,7 +49,7 @@ class Parts(Checkpoint):
     """
 
     def __init__(self, model: TargetModel, dtype: torch.dtype, part: Callable[[str], Tensor]) -> None:
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         super().__init__({name: Stored(tuple(shape), kind, Path()) for name, shape in model.parameters.items()}, [])
         self._part = part
 
@@ -72,7 +69,7 @@ class BlockwiseExport:
 
     def __init__(self, source: SourceModel, results: Results, scheme: Scheme, attention: str) -> None:
         self._source, self._scheme, self._attention = source, scheme, attention
-        self._result = lru_cache(maxsize=1)(lambda index: _at(results, index))
+        self._result = lru_cache(maxsize=1)(results)
 
     def finished(self, names: Iterable[str], windows: Tensor) -> Iterator[Tensor]:
         """Logits ``[1, t, v]`` of each of ``[m, t]``; nothing is read from an exported folder.
@@ -89,17 +86,12 @@ class BlockwiseExport:
 
         return self._run(target_model(self._source.config, names), lambda _, linear: linear, plain, windows)
 
-    def exported(self, path: Path, layout: Format, windows: Tensor) -> Iterator[Tensor]:
-        """The same of what lies in an exported folder; codes are read on the grids of the finished blocks."""
-        with ShardReader(path) as file:
-
-            def linear(name: str, finished: QuantizedLinear) -> QuantizedLinear:
-                return read_linear(name, stored_of(file, name), layout, self._scheme, finished.grid)
-
-            yield from self._run(TargetModel.of(plain_config(path)), linear, file.__getitem__, windows)
+    def exported(self, reader: Reader, windows: Tensor) -> Iterator[Tensor]:
+        """The same of an exported checkpoint, as omniq reads it."""
+        return self._run(reader.model, lambda name, _: reader.read(name), reader.__getitem__, windows)
 
     def _run(self, model: TargetModel, linear: Linear, plain: Plain, windows: Tensor) -> Iterator[Tensor]:
-        dtype = self._scheme.grid.scale_dtype
+        dtype = self._scheme.export_dtype
 
         def part(name: str) -> Tensor:
             index, inner = self._find(name)
@@ -111,7 +103,8 @@ class BlockwiseExport:
             return torch.zeros(model.parameters[name], dtype=dtype) if value is None else value.to(dtype)
 
         def quantized(index: int, block: nn.Module) -> nn.Module:
-            attach(block, self._source.layout(index), self._scheme.activations, self._result(index).linears)
+            layout = scheme_layout(self._source, self._scheme, index)
+            attach(block, layout, self._scheme.activations, self._result(index).linears)
             return block
 
         stock = meta_model(model.config, dtype, self._attention)
@@ -125,36 +118,3 @@ class BlockwiseExport:
             return None, name
         number, _, inner = name.removeprefix(prefix).partition(".")
         return int(number), inner
-
-
-def stored_of(file: ShardReader, name: str) -> dict[str, Tensor]:
-    """What is stored of a linear, by full name; its bias is a parameter beside the codes."""
-    stored = file.under(f"{name}.")
-    stored.pop(f"{name}.bias", None)
-    return stored
-
-
-def read_linear(name: str, stored: Mapping[str, Tensor], layout: Format, scheme: Scheme, grid: Grid) -> QuantizedLinear:
-    """A linear as an export has it.
-
-    Args:
-        scheme: of the model.
-        grid: of this linear.
-
-    Raises:
-        KeyError: a tensor is missing.
-        ValueError: one has a shape, dtype or padding it cannot have.
-    """
-    own = Scheme.of(
-        grid,
-        scheme.activation_bits,
-        scheme.activation_symmetric,
-        scheme.kv_bits,
-        scheme.queries,
-        scheme.activation_range,
-    )
-    return layout.read(name, stored, own)
-
-
-def _at(results: Results, index: int) -> BlockResult:
-    return results(index) if callable(results) else next(islice(iter(results), index, None))

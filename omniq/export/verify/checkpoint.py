@@ -9,14 +9,14 @@
    describes the file wrongly, a runtime that computes something else. Both make the same operations on the same
    numbers, so the logits agree to the bit.
 
-Where the host has not the memory for the second step (``omniq.export.verify.reopened``), what lies in the folder runs
-block by block as well: that catches a wrong config, not a wrong runtime. Leave ``windows`` out to skip it. Where
-activations are quantized too, it holds omniq's own hooks against what transformers makes of the folder.
+Where this machine lacks memory or packages for the second step (``omniq.export.verify.reopened``), omniq runs what lies
+in the folder block by block as well: that catches a wrong config, not a wrong runtime. Leave ``windows`` out to skip
+it. Where activations are quantized too, it compares omniq's own hooks with what transformers makes of the folder.
 """
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from omniq.evaluate.perplexity import CHUNK, Perplexity
-from omniq.export.containers.huggingface import Results, cast_for_export, each_result
-from omniq.export.containers.shards import ShardReader, same_bits
-from omniq.export.formats.format import Format, scheme_of
-from omniq.export.formats.registry import find_format
-from omniq.export.verify.blockwise import BlockwiseExport, read_linear, stored_of
+from omniq.export.containers.container import Reader, Results, cast_for_export
+from omniq.export.containers.shards import same_bits
+from omniq.export.formats.codec import WrittenLinear
+from omniq.export.registry import find_format
+from omniq.export.verify.blockwise import BlockwiseExport
 from omniq.export.verify.reopened import ReopenedCheckpoint
-from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import QuantizedLinear
@@ -70,37 +69,39 @@ def verify_checkpoint(
     source: SourceModel,
     results: Results,
     *,
+    scheme: Scheme,
     format: str = "compressed-tensors",
-    scheme: Scheme | None = None,
     windows: Tensor | None = None,
     tolerance: float = 1e-4,
     opened: ReopenedCheckpoint | None = None,
 ) -> Report:
-    """Compare an exported folder with the finished blocks it was made of.
+    """Compare an exported checkpoint with the finished blocks it was made of.
 
     Args:
         path: the folder.
         source: the model that was exported.
-        results: as given to ``export_checkpoint``; if not a function, it must allow several passes.
-        format, scheme: as given to ``export_checkpoint``.
+        results, scheme, format: as given to ``export_checkpoint``.
         windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to leave that out.
         tolerance: largest relative error of the logits. Measured on SmolLM2-135M and on the tiny models of the tests,
             symmetric and not, scales in float16, bfloat16 and float32: 0.0.
-        opened: the folder in transformers, if it is needed for something else as well.
+        opened: the checkpoint in its runtime, if it is needed for something else as well.
 
     Raises:
         VerificationError: something differs; names the first tensor, or both errors of the logits.
-        CorruptFile: a file of the folder is missing or damaged; names it.
+        CorruptFile: a file of the checkpoint is missing or damaged; names it.
     """
-    path, layout = Path(path), find_format(format)
-    report, scheme, names = _compare_tensors(path, source, results, layout, scheme)
-    if windows is None:
-        return report
-    opened = opened or ReopenedCheckpoint(path, layout)
-    model = opened.model
-    plain = BlockwiseExport(source, results, scheme, (source if model is None else model).config._attn_implementation)
-    found = plain.exported(path, layout, windows) if model is None else _logits(model, windows)
-    largest, relative, perplexity = _compare_logits(found, plain.finished(names, windows), windows)
+    path, chosen = Path(path), find_format(format)
+    codec, container = chosen.codec(scheme), chosen.container
+    with container.read(path, codec) as reader:
+        report, names = _compare_tensors(reader, source, results, scheme)
+        if windows is None:
+            return report
+        opened = opened or ReopenedCheckpoint(path, container, codec)
+        model = opened.model
+        attention = (source if model is None else model).config._attn_implementation
+        blockwise = BlockwiseExport(source, results, scheme, attention)
+        found = blockwise.exported(reader, windows) if model is None else _logits(model, windows)
+        largest, relative, perplexity = _compare_logits(found, blockwise.finished(names, windows), windows)
     if not relative <= tolerance:  # NaN must not pass
         raise VerificationError(
             f"{path}: its weights are right, but its logits are off by {largest:.3g} at most and {relative:.3g} "
@@ -116,49 +117,56 @@ def verify_checkpoint(
     )
 
 
-def _compare_tensors(
-    path: Path, source: SourceModel, results: Results, layout: Format, scheme: Scheme | None
-) -> tuple[Report, Scheme, set[str]]:
-    """The first step; also the scheme, and the names that a plain model has for what was compared."""
-    linears = codes = others = 0
-    names: set[str] = set()
-    with ShardReader(path) as file:
-        unseen = file.names
-        for block, result in each_result(source, results):
-            scheme = scheme or scheme_of(result)
-            for name, linear in result.linears.items():
-                names.add(f"{block}.{name}.weight")
-                stored = stored_of(file, f"{block}.{name}")
-                found = _read(f"{block}.{name}", stored, layout, scheme, linear.grid)
-                _compare_linear(f"{block}.{name}", found, linear)
-                unseen -= stored.keys()
-                linears += 1
-                codes += linear.codes.numel()
-            for name, tensor in result.tensors.items():
-                names |= _compare_plain(f"{block}.{name}", tensor, file, scheme)
-                others += 1
-        if scheme is None:
-            raise VerificationError(f"{path}: there are no blocks to compare it with")
-        for name, tensor in source.outside():
-            names |= _compare_plain(name, tensor, file, scheme)
+def _compare_tensors(reader: Reader, source: SourceModel, results: Results, scheme: Scheme) -> tuple[Report, set[str]]:
+    """The first step; also the names that a plain model has for what was compared."""
+    linears: dict[str, WrittenLinear] = {}
+    shapes: dict[str, torch.Size] = {}
+    others = 0
+    unseen = reader.names
+    for index in range(source.num_blocks):
+        block, result = source.block_name(index), results(index)
+        for name, linear in result.linears.items():
+            shapes[f"{block}.{name}.weight"] = linear.codes.shape
+            _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), linear)
+            unseen -= reader.names_of(f"{block}.{name}")
+            linears[f"{block}.{name}"] = WrittenLinear.of(linear)
+        for name, tensor in result.tensors.items():
+            shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme)
             others += 1
-        unseen -= names
-        for name in sorted(unseen):  # siblings of a new bias, which are zero
-            if not name.endswith(".bias") or file[name].any():
-                raise VerificationError(f"{name} is in the file but not in the model")
-    return Report(linears, codes, others + len(unseen)), scheme, names
+    for name, tensor in source.outside():
+        shapes |= _compare_plain(name, tensor, reader, scheme)
+        others += 1
+    unseen -= shapes.keys()
+    for name in sorted(unseen):  # siblings of a new bias, which are zero
+        if not name.endswith(".bias") or reader[name].any():
+            raise VerificationError(f"{name} is in the file but not in the model")
+    _compare_config(reader, shapes | {name: reader[name].shape for name in unseen})
+    reader.check_description(linears)
+    return Report(len(linears), sum(linear.weights for linear in linears.values()), others + len(unseen)), set(shapes)
 
 
-def _read(name: str, stored: dict[str, Tensor], layout: Format, scheme: Scheme, grid: Grid) -> QuantizedLinear:
+def _compare_config(reader: Reader, shapes: Mapping[str, torch.Size]) -> None:
+    """Make sure that the stock model of the config has the parameters that were compared."""
+    stock = reader.model
+    found = {stock.tied.get(name, name): shape for name, shape in shapes.items()}
+    for name in sorted(found.keys() | stock.parameters.keys()):
+        ours, theirs = (list(side[name]) if name in side else None for side in (found, stock.parameters))
+        if ours != theirs:
+            raise VerificationError(f"{name} has shape {ours} in the model and {theirs} by the config of the file")
+
+
+def _read(reader: Reader, name: str) -> QuantizedLinear:
     try:
-        return read_linear(name, stored, layout, scheme, grid)
+        return reader.read(name)
     except KeyError as error:
         raise VerificationError(f"{name}.{error.args[0]} is missing in the file") from error
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # shapes that do not fit each other
         raise VerificationError(f"{name} cannot be read back: {error}") from error
 
 
 def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear) -> None:
+    if found.grid != expected.grid:
+        raise VerificationError(f"{name}: the grid is {found.grid} in the file, {expected.grid} in the model")
     for part in ("codes", "scale", "zero_point"):
         _compare(f"{name}: {part}", getattr(found, part), getattr(expected, part))
     for part, what in (("outliers", "outliers are"), ("input", "the range of its input is")):
@@ -171,11 +179,11 @@ def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear
             _compare(f"{name}: {key} of {part}", getattr(ours, key), tensor)
 
 
-def _compare_plain(name: str, expected: Tensor, file: ShardReader, scheme: Scheme) -> set[str]:
-    if name not in file.names:
+def _compare_plain(name: str, expected: Tensor, reader: Reader, scheme: Scheme) -> dict[str, torch.Size]:
+    if name not in reader.names:
         raise VerificationError(f"{name} is missing in the file")
-    _compare(name, file[name], cast_for_export(name, expected, scheme).cpu())
-    return {name}
+    _compare(name, reader[name], cast_for_export(name, expected, scheme).cpu())
+    return {name: expected.shape}
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

@@ -4,12 +4,14 @@
 from transformers import PretrainedConfig
 
 from omniq.errors import NotByBlocks
+from omniq.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from omniq.models.families.llama import LLAMA
 from omniq.models.families.opt import OPT
+from omniq.models.families.phi3 import PHI3
 from omniq.models.families.qwen3 import QWEN3
 from omniq.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, OPT)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OPT)
 
 # Types that one might expect here, and why they are not.
 _ABSENT = dict.fromkeys(

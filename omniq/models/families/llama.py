@@ -2,7 +2,7 @@
 """LLaMA and the families that share its block: grouped-query attention, rotary embedding, gated MLP, RMSNorm."""
 
 from omniq.models.family import Family
-from omniq.transforms.equivalence import NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2"),

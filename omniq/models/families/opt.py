@@ -8,7 +8,7 @@ norm feeds the next residual as well as the linears, so nothing may move between
 from transformers import PretrainedConfig
 
 from omniq.models.family import Family
-from omniq.transforms.equivalence import NormToLinears, QueryKey, ValueToOutput
+from omniq.transforms.equivalences import NormToLinears, QueryKey, ValueToOutput
 
 
 def _refuse(config: PretrainedConfig) -> str | None:

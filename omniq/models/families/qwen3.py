@@ -9,14 +9,14 @@ values that is taken back there would be left standing, in a checkpoint that tra
 from dataclasses import replace
 
 from omniq.models.families.llama import LLAMA
-from omniq.transforms.equivalence import QueryKey
+from omniq.transforms.equivalences import QueryKey
 
 QWEN3 = replace(
     LLAMA,
     model_types=("qwen3",),
     new_biases=False,
     equivalences=(
-        *(equivalence for equivalence in LLAMA.equivalences if not isinstance(equivalence, QueryKey)),
+        *(equivalence for equivalence in LLAMA.equivalences if equivalence.kind != QueryKey.kind),
         QueryKey(
             "self_attn.q_proj",
             "self_attn.k_proj",

@@ -6,25 +6,18 @@
 
 An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
 after. A process killed at any moment leaves the old export or the new one; what it leaves beside them is put right by
-the next export to the same place. Whatever else lies there is the user's and stays.
-
-What tells an export of omniq is not the names of its files, which other tools give theirs (llm-compressor writes a
-``config.json`` and a ``recipe.yaml``, too), but what is in its card or its recipe; either may be damaged.
+the next export to the same place. All other files there are the user's and stay. A container tells which folders are
+exports (``is_ours``).
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-import yaml
-
-from omniq.errors import CorruptFile, UserError
-from omniq.export.containers.card import is_card
+from omniq.errors import UserError
 from omniq.export.containers.shards import writing
+from omniq.export.registry import container_of
 from omniq.storage.atomic import flush
-
-_SECTIONS = {"model", "data", "stages", "scheme"}  # there is no recipe of omniq without them
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
@@ -61,18 +54,13 @@ def check_output(out: str | os.PathLike[str]) -> None:
 
 
 def earlier_export(out: str | os.PathLike[str]) -> str | None:
-    """The format of the export that a folder holds, by its ``config.json``; None if it holds none.
+    """The format of the export that a folder holds, by the name that users type; None if it holds none.
 
     Raises:
-        CorruptFile: the file does not tell.
+        CorruptFile: the file that records it is damaged.
     """
-    out = Path(out)
-    if not _is_export(out) or not any(out.iterdir()):
-        return None
-    try:
-        return str(json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{out / 'config.json'} does not tell the format") from error
+    container = container_of(Path(out))
+    return None if container is None else container.format_of(Path(out))
 
 
 def partial_of(out: Path) -> Path:
@@ -86,26 +74,7 @@ def _previous(out: Path) -> Path:
 
 def _is_export(out: Path) -> bool:
     """An empty folder, or one that an export of omniq has filled."""
-    if not out.is_dir():
-        return False
-    if not any(out.iterdir()):
-        return True
-    own = is_card(_text(out / "README.md")) or _is_recipe(_text(out / "recipe.yaml"))
-    return own and (out / "config.json").is_file()
-
-
-def _is_recipe(text: str) -> bool:
-    """Whether it has the sections of a run of omniq."""
-    try:
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
-        return False
-    return isinstance(recipe, dict) and recipe.keys() >= _SECTIONS
-
-
-def _text(file: Path) -> str:
-    """What can be read of a file that may be missing or damaged."""
-    return file.read_text(errors="replace") if file.is_file() else ""
+    return out.is_dir() and (not any(out.iterdir()) or container_of(out) is not None)
 
 
 def replace(partial: Path, out: Path) -> None:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of the inputs of a block's linears: what a searched range and an AWQ-like clip search go by.
+
+GPTQ calls twice the sum of ``x x^T`` the Hessian; here its mean is the Gram matrix, and its diagonal the second moment.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omniq.calibration.input_statistics import InputGram, InputSquares
+from omniq.calibration.observe import observe
+from omniq.calibration.task import BlockTask
+from omniq.calibration.token_weights import TokenWeights
+from omniq.quantizers.clipping import Clipping
+
+
+def input_second_moments(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
+    """Mean square of each input over the tokens, for each linear float32 ``[i]``; ones if no token reaches it."""
+    return {name: mean.float() for name, mean in _means(task, token_weights, InputSquares()).items()}
+
+
+def input_grams(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
+    """Mean of ``x x^T`` over the tokens, for each linear float32 ``[i, i]``; the identity if no token reaches it."""
+    return _means(task, token_weights, InputGram())
+
+
+def _means(task: BlockTask, token_weights: TokenWeights, statistic: InputSquares | InputGram) -> dict[str, Tensor]:
+    seen = observe(task, [statistic], token_weights=token_weights)
+    means: dict[str, Tensor] = {}
+    unreached: list[str] = []
+    for group in task.layout.groups:
+        tokens, totals = seen[group[0]].tokens, seen[group[0]].totals
+        if tokens:
+            mean = totals[0].div_(tokens)
+        else:
+            mean = unknown_moment(task.linear(group[0]), isinstance(statistic, InputGram))
+            unreached += group
+        means |= dict.fromkeys(group, mean)
+    note_unreached(task, unreached)
+    return means
+
+
+def unknown_moment(linear: nn.Linear, gram: bool) -> Tensor:
+    """The second moment ``[i]`` or ``[i, i]`` of an input that is not known: all channels count alike."""
+    ones = torch.ones(linear.in_features, device=linear.weight.device)
+    return torch.diag(ones) if gram else ones
+
+
+def note_unreached(task: BlockTask, names: Sequence[str]) -> None:
+    """Name linears that no token reaches in the summary of the block."""
+    if names:
+        task.notes["unreached"] = f"no calibration token reaches {', '.join(names)}: rounded to nearest"
+
+
+def second_moments_for(
+    clipping: Clipping, task: BlockTask, token_weights: TokenWeights = "uniform"
+) -> dict[str, Tensor]:
+    """The statistics of each linear's inputs that a clipping needs; empty if it needs none."""
+    if clipping.needs_gram:
+        return input_grams(task, token_weights)
+    return input_second_moments(task, token_weights) if clipping.needs_second_moment else {}

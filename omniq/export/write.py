@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From finished blocks to a checkpoint: check, write beside the place, put in the place.
+
+The container writes; this module sees to it that a reader finds a whole checkpoint or none (``output_folder.py``). What
+lies beside the weights of an earlier export is compared with what would be written now (``mend_companions``).
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omniq.export.containers.container import Results
+from omniq.export.containers.shards import writing
+from omniq.export.output_folder import check_output, partial_of, replace
+from omniq.export.registry import find_format
+from omniq.grid.scheme import Scheme
+from omniq.models.source import SourceModel
+from omniq.storage.atomic import flush
+
+
+def export_checkpoint(
+    source: SourceModel,
+    results: Results,
+    out: str | os.PathLike[str],
+    *,
+    scheme: Scheme,
+    card: Mapping[str, Any],
+    format: str = "compressed-tensors",
+    max_shard_bytes: int = 2**30,
+) -> Path:
+    """Write a checkpoint that the runtime of a format opens.
+
+    Args:
+        source: gives all parameters outside the blocks, the config and the tokenizer.
+        results: fetches a finished block by its index.
+        out: the folder to make. An earlier export there is replaced once the new one is complete.
+        scheme: what the model asks of a runtime. The model is deployed in the dtype of its scales.
+        card: facts for the model card (see ``omniq.export.containers.card``); ``card["recipe"]`` also goes to
+            ``recipe.yaml``.
+        format: a name in ``FORMATS``.
+        max_shard_bytes: size of a file of weights, and of what is held in memory beside one block.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: unknown format; scheme or parameter that format or model cannot hold; a disk that cannot be written
+            or is full; an ``out`` that holds something else.
+    """
+    chosen, out = find_format(format), Path(out).resolve()
+    codec, container = chosen.codec(scheme), chosen.container
+    codec.check([source.layout(index) for index in range(source.num_blocks)])
+    check_output(out)
+    source.tokenizer()  # a missing one is found before the weights are written
+    with _partial(out) as partial:
+        facts = container.write(
+            source, results, codec, partial, format=format, scheme=scheme, max_shard_bytes=max_shard_bytes
+        )
+        about = {"name": out.name, "format": format, "requires": codec.requires}
+        container.write_companions(source, facts | about | dict(card), partial)
+        replace(partial, out)
+    return out
+
+
+def mend_companions(
+    source: SourceModel, out: str | os.PathLike[str], *, scheme: Scheme, card: Mapping[str, Any], format: str
+) -> list[str]:
+    """Compare what lies beside the weights of an export with what would be written now, and replace what differs.
+
+    Generation config, tokenizer, recipe and card are compared byte by byte: a damaged one is as unusable as a missing
+    one. Other files in the folder are left alone.
+
+    Args:
+        source, scheme, format: as given to ``export_checkpoint``.
+        out: the folder of the export.
+        card: facts for the model card, all that it should say but the size.
+
+    Returns:
+        names of the files that were replaced.
+
+    Raises:
+        UserError: the disk cannot be written or is full.
+        CorruptFile: a file of the weights is damaged.
+    """
+    chosen, out = find_format(format), Path(out).resolve()
+    codec, container = chosen.codec(scheme), chosen.container
+    check_output(out)
+    with container.read(out, codec) as weights:
+        about = {"bytes": weights.size, "name": out.name, "format": format, "requires": codec.requires}
+    with _partial(out) as partial:
+        container.write_companions(source, about | dict(card), partial)
+        with writing(out):
+            wanted = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            differing = [name for name in wanted if not _same_bytes(partial / name, out / name)]
+            for name in differing:
+                flush(partial / name)
+                (out / name).parent.mkdir(exist_ok=True)
+                (partial / name).replace(out / name)
+            for folder in {out, *((out / name).parent for name in differing)}:
+                flush(folder)
+    return [str(name) for name in differing]
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out``; removed at the end unless it was renamed."""
+    partial = partial_of(out)
+    try:
+        with writing(partial):
+            partial.mkdir()
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same_bytes(left: Path, right: Path) -> bool:
+    return right.is_file() and left.read_bytes() == right.read_bytes()

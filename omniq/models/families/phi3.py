@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phi-3 and Phi-4: LLaMA's block with fused linears: rows ``[q | k | v]`` of one, rows ``[gate | up]`` of another."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from omniq.models.family import Family, config_of
+from omniq.models.layout import Layout
+from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown, ValueToOutput
+from omniq.transforms.linear_ref import LinearRef
+
+QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+
+
+class _Phi3(Family):
+    def layout(self, block: nn.Module, index: int) -> Layout:
+        layout, config = super().layout(block, index), config_of(block)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        q, k, mlp = layout.heads.query * size, layout.heads.key * size, config.intermediate_size
+        equivalences = (
+            NormToLinears("input_layernorm", (QKV,)),
+            NormToLinears("post_attention_layernorm", (GATE_UP,)),
+            ValueToOutput(LinearRef(QKV, (q + k, q + 2 * k)), "self_attn.o_proj"),
+            QueryKey(LinearRef(QKV, (0, q)), LinearRef(QKV, (q, q + k)), rotary="half"),
+            UpToDown(LinearRef(GATE_UP, (mlp, 2 * mlp)), "mlp.down_proj"),
+        )
+        return replace(layout, equivalences=equivalences)
+
+
+PHI3 = _Phi3(
+    model_types=("phi3",),
+    blocks="model.layers",
+    groups=((QKV,), ("self_attn.o_proj",), (GATE_UP,), ("mlp.down_proj",)),
+    attention="self_attn",
+    partial_rotary=True,
+)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify, before the first block, every equivalence that the stages of a run use."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniq.blocks.grids import scheme_layout
+from omniq.calibration.fuse import concerns
+from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
+from omniq.config.run import Run
+from omniq.errors import UserError
+from omniq.models.source import SourceModel
+from omniq.transforms.equivalence import Equivalence
+
+_VERIFIED_TOKENS = 32  # on which equivalences are tried
+
+
+def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: torch.device) -> None:
+    """Try every equivalence that the stages use on the real first block of each kind.
+
+    Args:
+        tokens: int64 ``[n, t]``; a few of the first sample are embedded.
+        device: where the blocks compute.
+
+    Raises:
+        UserError: an equivalence changes the output of a block.
+    """
+    embedded, verified = None, set()
+    for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
+        layout = scheme_layout(source, run.scheme, index)
+        kinds = {kind for stage in run.stages for kind in stage.equivalence_kinds(layout, run.scheme.activations)}
+        used = tuple(each for each in layout.equivalences if each.kind in kinds and concerns(layout, each))
+        key = (used, layout.heads, layout.can_bias, source.structure(index))
+        if not used or key in verified:
+            continue
+        verified.add(key)
+        embedded = embedded or source.embed(tokens[:1, :_VERIFIED_TOKENS], device)
+        _verify_block(source, index, used, embedded[0], embedded[1][index])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the free memory decides where the streams live
+
+
+def _verify_block(
+    source: SourceModel, index: int, used: Iterable[Equivalence], hidden: Tensor, arguments: Mapping[str, Any]
+) -> None:
+    """Try these equivalences on one block, which is released on return."""
+    dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    layout = source.layout(index)
+    block = VerifiedBlock(source.block(index, hidden.device, dtype), layout, hidden, arguments, dtype)
+    for equivalence in used:
+        if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
+            raise UserError(
+                f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
+                f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: leave "
+                f"{equivalence.kind!r} out of the equivalences of the stage, or correct how the family of "
+                f"{layout.model_type} declares it"
+            )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learnable equivalent transformation (LET): the equivalences of one block with learnable parameters.
+
+A ``Transform`` turns the equivalences that a layout declares into parameters, and ``apply`` rewrites the tensors of the
+block. The same call serves training, where it is differentiated, and fusing, where its result is stored: what is
+optimised is what is exported (the published code has two, and its OPT one differs).
+
+``theta`` is clamped to +-10, so a scale stays within 4.5e-5 .. 2.2e4: positive and finite, without the published
+truncation at 1e-2. The order of the equivalences does not matter: each holds for whatever tensors the others leave.
+
+Tensors are promoted to the dtype of the parameters (float32), so that no value is rounded between what is learned and
+the grid. A transform that is fused into a block in half precision is rounded there, once.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omniq.kernels.scaled_weight import ScaledWeight, materialize
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.heads import Heads
+from omniq.transforms.initial import LIMIT, ChannelRanges, check_alpha
+from omniq.transforms.transformed_tensors import TransformedTensors
+
+
+class Transform:
+    """The equivalences of one block, ready to learn and to apply.
+
+    Args:
+        equivalences: those to use: all that the layout declares, or a selection.
+        heads: of the attention of the block.
+        tensors: the parameters of the block by name, for their shapes and for which biases exist.
+        can_bias: modules without a bias for which one may be created (then new among the tensors).
+        shift: learn shifts where they can be stored.
+
+    Attributes:
+        equivalences: by key: the module that is divided, ``/`` for ``.``.
+        shapes: of the parameters by name, ``<key>/log_scale`` and, where there is one, ``<key>/shift``.
+        unshifted: why an equivalence has no shift, by key.
+    """
+
+    def __init__(
+        self,
+        equivalences: Sequence[Equivalence],
+        heads: Heads,
+        tensors: Mapping[str, Tensor],
+        can_bias: Collection[str] = (),
+        shift: bool = True,
+    ) -> None:
+        self.heads = heads
+        self.equivalences = {each.divided.key: each for each in equivalences}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.unshifted: dict[str, str] = {}
+        for key, equivalence in self.equivalences.items():
+            shapes = equivalence.shapes(tensors, heads)
+            self.shapes[f"{key}/log_scale"] = shapes["log_scale"]
+            if not shift or "shift" not in shapes:
+                continue
+            modules = equivalence.modules
+            bare = [name for name in modules if f"{name}.bias" not in tensors and name not in can_bias]
+            if bare:
+                self.unshifted[key] = f"no shift from {modules[0]}: {', '.join(bare)} cannot store a bias"
+            else:
+                self.shapes[f"{key}/shift"] = shapes["shift"]
+
+    def parameters(self, values: Mapping[str, Tensor] | None = None) -> nn.ParameterDict:
+        """Learnable parameters, float32: these initial values, and zero, the identity, where there are none."""
+        given = values or {}
+        start = {name: given[name] if name in given else torch.zeros(shape) for name, shape in self.shapes.items()}
+        return nn.ParameterDict({name: nn.Parameter(value.detach().float().clone()) for name, value in start.items()})
+
+    def initial(
+        self, tensors: Mapping[str, Tensor], ranges: ChannelRanges, alpha: float | None = 0.5, shift: bool = True
+    ) -> dict[str, Tensor]:
+        """Initial values by SmoothQuant and Outlier Suppression+ (``omniq.transforms.initial``), for ``parameters``.
+
+        Args:
+            tensors: the parameters of the block by name.
+            ranges: of the inputs of the linears of the block.
+            alpha: how much of the size of activations moves into the weights: 0 none, 1 all. None: scales start at one.
+            shift: start shifts at the middle of the range, where the transform has them; else at zero.
+
+        Raises:
+            UserError: alpha outside 0..1.
+        """
+        check_alpha(alpha)
+        values = {}
+        for key, equivalence in self.equivalences.items():
+            shifted = shift and f"{key}/shift" in self.shapes
+            for name, value in equivalence.initial(tensors, ranges, self.heads, alpha, shifted).items():
+                values[f"{key}/{name}"] = value
+        return values
+
+    def apply(
+        self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | nn.ParameterDict
+    ) -> dict[str, Tensor]:
+        """The tensors of the block after the transform.
+
+        Args:
+            tensors: the parameters of the block by name, linears ``[o, i]``; not changed.
+            parameters: by the names of ``shapes``; differentiable in them. A shift may be missing.
+
+        Returns:
+            every tensor by name: those that changed are new, and biases that shifts create are added.
+        """
+        return {name: materialize(value) for name, value in self.apply_factored(tensors, parameters).items()}
+
+    def apply_factored(
+        self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | nn.ParameterDict
+    ) -> dict[str, Tensor | ScaledWeight]:
+        """As ``apply``, but weights of linears that changed keep the factors of their rows and columns beside them."""
+        linears = [name for equivalence in self.equivalences.values() for name in equivalence.factored]
+        transformed = TransformedTensors(tensors, linears, self.heads)
+        for key, equivalence in self.equivalences.items():
+            scale = parameters[f"{key}/log_scale"].clamp(-LIMIT, LIMIT).exp()
+            equivalence.apply(transformed, scale, parameters.get(f"{key}/shift"))
+        return transformed.factored()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of inputs of any length against float64, and what becomes of linears that no token reaches."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omniq.calibration.fuse import input_ranges
+from omniq.calibration.gram import GramModule
+from omniq.calibration.input_statistics import (
+    InputGram,
+    InputMagnitudes,
+    InputRange,
+    InputRows,
+    InputSquares,
+    Statistic,
+)
+from omniq.calibration.observe import Observation, observe
+from omniq.calibration.rounding import round_to_nearest
+from omniq.calibration.second_moments import input_grams, input_second_moments
+from omniq.calibration.stage import Stage
+from omniq.calibration.static_ranges import calibrate_static_ranges
+from omniq.calibration.task import BlockTask
+from omniq.errors import UserError
+from omniq.quantizers.clipping import MinMax, Searched
+from omniq.stages import GPTQ, RTN, QuantEase, SpQR
+from omniq.storage.block_result import BlockResult
+from tests.helpers.routed import GROUPS, SIZE, RoutedBlock, routed_task
+from tests.helpers.stages import fitted
+
+ALL, SOME, NONE = -torch.inf, 0.5, torch.inf
+EXPERT = "expert.up"
+REFERENCES: dict[type[Statistic], Callable[[Tensor], Tensor]] = {
+    InputGram: lambda x: x.t() @ x,
+    InputSquares: lambda x: x.square().sum(0),
+    InputMagnitudes: lambda x: x.abs().sum(0),
+    InputRange: lambda x: torch.stack([x.amin(0), x.amax(0)]),
+    InputRows: lambda x: x,
+}
+
+
+def reference_inputs(task: BlockTask) -> dict[str, Tensor]:
+    """What the first linear of each group reads, ``[tokens, i]`` in float64."""
+    block = task.block
+    assert isinstance(block, RoutedBlock)
+    hidden = task.inputs.double().flatten(0, 1)
+    x = hidden @ block.first.weight.double().t()
+    seen = x[hidden[:, 0] > block.threshold]
+    up, gate = (each.weight.double() for each in (block.expert.up, block.expert.gate))
+    y = x.clone()
+    y[hidden[:, 0] > block.threshold] += torch.tanh(seen @ gate.t()) * (seen @ up.t())
+    return {"first": hidden, EXPERT: seen, "last": y}
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("threshold", [ALL, SOME, NONE])
+@pytest.mark.parametrize("statistic", REFERENCES)
+def test_observe_any_number_of_tokens_equals_float64(statistic: type[Statistic], threshold: float, skips: bool) -> None:
+    task = routed_task(threshold, skips)
+    expected = reference_inputs(task)
+    seen = observe(task, [statistic()])
+    assert list(seen) == [group[0] for group in GROUPS]
+    for name, x in expected.items():
+        assert seen[name].tokens == len(x)
+        if not len(x):
+            assert seen[name].totals == ()
+            continue
+        (total,) = seen[name].totals
+        torch.testing.assert_close(total.double(), REFERENCES[statistic](x), rtol=1e-5, atol=1e-5)  # measured 2e-6
+
+
+def test_observe_expert_sees_another_number_of_tokens_in_each_batch() -> None:
+    """Else the tests above could pass with the tokens of one sample at a time."""
+    task = routed_task(SOME)
+    counts = [(batch[..., 0] > SOME).sum().item() for batch in task.inputs.split(4)]
+    assert len(set(counts)) == len(counts)
+    assert all(count % task.inputs.shape[1] for count in counts)
+
+
+@pytest.mark.parametrize("moments", [input_second_moments, input_grams])
+def test_second_moments_are_means_over_the_tokens_that_a_linear_sees(moments: Callable[..., Any]) -> None:
+    task = routed_task(SOME)
+    for name, x in reference_inputs(task).items():
+        gram = x.t() @ x / len(x)
+        wanted = gram if moments is input_grams else gram.diagonal()
+        torch.testing.assert_close(moments(task)[name].double(), wanted, rtol=1e-5, atol=1e-6)  # measured 1e-6
+    assert "unreached" not in task.notes
+
+
+def test_second_moments_unreached_linear_counts_all_inputs_alike_and_is_noted() -> None:
+    task = routed_task(NONE)
+    assert torch.equal(input_second_moments(task)["expert.gate"], torch.ones(SIZE))
+    assert torch.equal(input_grams(task)[EXPERT], torch.eye(SIZE))
+    assert task.notes["unreached"].startswith("no calibration token reaches expert.up, expert.gate:")
+
+
+def test_observe_relative_weights_of_all_tokens_equal_float64() -> None:
+    task = routed_task(ALL)
+    task.layout = replace(task.layout, flat=GROUPS[1])
+    weights = task.targets.double().square().mean(-1).flatten().reciprocal()
+    for name, x in reference_inputs(task).items():
+        (total,) = observe(task, [InputGram()], token_weights="relative")[name].totals
+        torch.testing.assert_close(total.double(), (x * weights[:, None]).t() @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("threshold", "flat"), [(SOME, ()), (SOME, GROUPS[1]), (ALL, ())])
+def test_observe_relative_weights_of_unknown_rows_are_refused(threshold: float, flat: tuple[str, ...]) -> None:
+    """An expert may see all tokens in another order: their number alone does not tell."""
+    task = routed_task(threshold)
+    task.layout = replace(task.layout, flat=flat)
+    with pytest.raises(UserError, match="block/000 expert.up: token_weights 'relative' .* set token_weights to 'unif"):
+        observe(task, [InputGram()], token_weights="relative")
+
+
+def test_observe_not_finite_tokens_of_an_expert_are_counted() -> None:
+    task = routed_task(SOME)
+    task.inputs[0, 0, 0] = 1.0  # this token and the next one reach the expert
+    task.inputs[0, 1, 0] = 1.0
+    tokens = int((task.inputs[..., 0] > SOME).sum())
+    task.inputs[0, :2, 1] = torch.nan
+    with pytest.raises(UserError, match=f"expert.up: the Gram matrix is not finite, 2 of {tokens} tokens have inputs"):
+        observe(task, [InputGram()], [EXPERT])
+    with pytest.raises(UserError, match="first: the range of its inputs is not finite, 1 of 6 samples have inputs"):
+        observe(task, [InputRange()])
+
+
+def completed(threshold: float, skips: bool, batches: int) -> int:
+    """How many of some batches, of which all but the first have no token for the expert, run to the end."""
+    task = routed_task(threshold, skips)
+    task.inputs[1:, :, 0] = -9.0
+    observation = Observation(task, [InputGram()], [EXPERT])
+    for sample in range(batches):
+        observation.run_batch(slice(sample, sample + 1))
+    assert isinstance(task.block, RoutedBlock)
+    return task.block.completed
+
+
+def test_observation_stops_once_all_inputs_are_seen() -> None:
+    task = routed_task(ALL)
+    Observation(task, [InputGram()], ["first", EXPERT]).run_batch(slice(0, 4))
+    observe(task, [InputGram()])  # up to the input of the last linear
+    assert isinstance(task.block, RoutedBlock)
+    assert task.block.completed == 0
+
+
+def test_observation_linear_on_no_rows_does_not_defeat_the_early_stop() -> None:
+    assert completed(NONE, skips=False, batches=4) == 0
+
+
+def test_observation_linear_not_called_stops_where_a_later_group_begins() -> None:
+    assert completed(-9.0, skips=True, batches=4) == 0
+
+
+def test_observation_linear_never_called_is_waited_for() -> None:
+    """Nothing but whole forwards can tell that no token reaches it."""
+    assert completed(NONE, skips=True, batches=4) == 4
+
+
+def test_observation_linear_called_after_a_later_group_is_still_observed() -> None:
+    """A layout in another order than the block's costs time, and no tokens."""
+    task = routed_task(SOME)
+    groups = (("last",), *GROUPS[:2])
+    task.layout = replace(task.layout, groups=groups)
+    seen = observe(task, [InputGram()], ["last"])
+    assert seen["last"].tokens == 30
+
+
+def test_input_ranges_leave_unreached_linears_out() -> None:
+    assert input_ranges(routed_task(NONE)).lo.keys() == {"first", "last"}
+    assert input_ranges(routed_task(SOME)).lo.keys() == {"first", "last", "expert.up", "expert.gate"}
+
+
+def test_static_range_of_an_unreached_linear_is_refused() -> None:
+    task = routed_task(NONE)
+    linears = {name: round_to_nearest(task.linear(name).weight, task.grids[name]) for name in task.layout.linears}
+    with pytest.raises(UserError, match="expert.up: no calibration token reaches .* set scheme.activation_range to"):
+        calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("threshold", [SOME, NONE])
+@pytest.mark.parametrize("make", [GPTQ, SpQR, lambda: QuantEase(sweeps=3)], ids=["GPTQ", "SpQR", "QuantEase"])
+def test_gram_stage_unreached_linear_is_rounded_to_nearest_and_noted(
+    make: Callable[[], Any], threshold: float, sequential: bool, skips: bool, tmp_path: Path
+) -> None:
+    task, stage = routed_task(threshold, skips), make()
+    stage.true_sequential = sequential
+    result = fitted(stage, task, tmp_path).task.result
+    assert result is not None
+    assert result.linears.keys() == set(task.layout.linears)
+    clipping = MinMax() if isinstance(stage, SpQR) else Searched()
+    for name in GROUPS[1]:
+        nearest = round_to_nearest(task.linear(name).weight, task.grids[name], clipping, torch.ones(SIZE))
+        assert torch.equal(result.linears[name].codes, nearest.codes) == (threshold == NONE)
+    assert ("unreached" in task.notes) == (threshold == NONE)
+    if threshold == NONE:
+        assert "expert.up, expert.gate" in task.notes["unreached"]
+
+
+def test_gram_stage_unreached_linear_keeps_the_codes_that_the_stage_takes(tmp_path: Path) -> None:
+    task = routed_task(NONE)
+    before = fitted(RTN(), task, tmp_path / "rtn").task.result
+    after = fitted(QuantEase(sweeps=3, start="previous"), task, tmp_path / "quantease").task.result
+    assert before is not None
+    assert after is not None
+    for name in GROUPS[1]:
+        assert torch.equal(before.linears[name].codes, after.linears[name].codes)
+    assert not torch.equal(before.linears["first"].codes, after.linears["first"].codes)
+
+
+@pytest.mark.parametrize("make", [lambda: RTN(Searched()), lambda: RTN(Searched("gram"))], ids=["diagonal", "gram"])
+def test_rtn_unreached_linear_is_searched_with_equal_weights(make: Callable[[], Stage], tmp_path: Path) -> None:
+    task = routed_task(NONE)
+    result = fitted(make(), task, tmp_path).task.result
+    assert result is not None
+    nearest = round_to_nearest(task.linear(EXPERT).weight, task.grids[EXPERT], Searched(), torch.ones(SIZE))
+    assert torch.equal(result.linears[EXPERT].codes, nearest.codes)
+    assert "expert.up, expert.gate" in task.notes["unreached"]
+
+
+def gram_module(task: BlockTask) -> GramModule:
+    module = GPTQ().module(task)
+    assert isinstance(module, GramModule)
+    return module
+
+
+def test_gram_stage_saved_for_other_groups_is_not_resumed() -> None:
+    checkpoint: dict[str, Any] = {}
+    gram_module(routed_task(SOME)).on_save_checkpoint(checkpoint)
+    assert gram_module(routed_task(SOME)).can_resume(checkpoint)
+    regrouped = routed_task(SOME)
+    regrouped.layout = regrouped.layout.keep(["first"], "by the test")
+    assert not gram_module(regrouped).can_resume(checkpoint)
+
+
+def test_gram_stage_saved_by_1b67ee7_has_every_token_in_each_gram_matrix() -> None:
+    saved = {"gram stage": {"grams": {0: torch.eye(SIZE)}, "bad": {}, "found": {}, "solvers": {}}}
+    module = gram_module(routed_task(ALL))
+    assert module.can_resume(saved)
+    module.on_load_checkpoint(saved)
+    assert module.tokens == {0: 30, 1: 30, 2: 30}
+    assert torch.equal(module.second_moment(0), torch.ones(SIZE) / 30)
+
+
+TWO = """
+import sys
+import torch
+import torch.distributed as dist
+from omniq.calibration.input_statistics import InputGram, InputRange, InputRows
+from omniq.calibration.observe import observe
+from omniq.calibration.second_moments import input_grams
+from omniq.distributed import collectives
+from omniq.errors import UserError
+from omniq.stages import GPTQ
+from tests.helpers.routed import routed_task
+
+def task(threshold, share):
+    task = routed_task(threshold)
+    task.inputs[1::2, :, 0] = -9.0  # the second process has no token for the expert
+    if share:
+        task.inputs, task.targets = (collectives.local_shard(each) for each in (task.inputs, task.targets))
+    return task
+
+statistics = [InputGram(), InputRange()]
+whole = {threshold: observe(task(threshold, False), statistics) for threshold in (0.5, torch.inf)}
+dist.init_process_group("gloo")
+for threshold, expected in whole.items():
+    mine = task(threshold, True)
+    seen = observe(mine, statistics)
+    for name, (tokens, totals) in ((name, (each.tokens, each.totals)) for name, each in expected.items()):
+        assert seen[name].tokens == tokens, name
+        for ours, theirs in zip(seen[name].totals, totals, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    input_grams(mine)
+    assert ("unreached" in mine.notes) == (threshold == torch.inf)
+rows = observe(task(0.5, True), [InputRows()], samples=1 - collectives.rank())["first"]
+assert rows.tokens == 5 and len(rows.totals[0]) == 5 * (1 - collectives.rank())
+try:
+    observe(task(0.5, True), [InputGram()], token_weights="relative")
+except UserError as error:
+    assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
+else:
+    raise AssertionError("not refused")
+collectives.finish_on_rank0()
+"""
+
+
+def test_observe_processes_agree_where_one_of_them_sees_no_token(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
