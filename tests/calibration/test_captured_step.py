@@ -37,7 +37,7 @@ def batch(size: int) -> Any:
 
 
 @pytest.mark.parametrize("position", range(1, 6))
-def test_a_smaller_batch_is_never_captured(position: int) -> None:
+def test_captured_step_smaller_batch_runs_eagerly(position: int) -> None:
     """Passes whose last batch is smaller, so that it comes first, second … and where the capture would be."""
     step = Counted()
     for turn in range(3):
@@ -52,7 +52,7 @@ def test_a_smaller_batch_is_never_captured(position: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_with_a_smaller_batch_after_each_pass() -> None:
+def test_captured_step_with_smaller_batches_equals_eager() -> None:
     """The numbers of eager steps, whatever the order of sizes."""
     inputs = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)).cuda()
     found: list[Tensor] = []

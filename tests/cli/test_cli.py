@@ -50,7 +50,7 @@ def resolved(folder: Path, *layers: str, options: Sequence[str] = ()) -> dict[st
     return yaml.safe_load(shown)
 
 
-def test_print_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_complete_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything is shown, defaults included, and what is shown is itself a configuration."""
     with pytest.raises(SystemExit) as caught:
         main(["quantize", "--config", str(folder / "run.yaml"), "--print_config"])
@@ -65,7 +65,7 @@ def test_print_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_run([folder / "shown.yaml"])[1] == parse_run([folder / "run.yaml"])[1]
 
 
-def test_files_compose_and_options_override(folder: Path) -> None:
+def test_parse_run_composes_files_and_options_override(folder: Path) -> None:
     """Later files win key by key, lists are replaced, ``stages+`` appends, options have the last word."""
     (folder / "data.yaml").write_text("data: {samples: 7, seed: 5}")
     (folder / "stages.yaml").write_text("stages: [{class_path: omniq.stages.RTN}]")
@@ -88,7 +88,7 @@ def test_files_compose_and_options_override(folder: Path) -> None:
         "stages: [{class_path: omniq.stages.RTN}, {class_path: omniq.stages.LearnedRounding}]",
     ],
 )
-def test_a_later_list_of_stages_starts_afresh(folder: Path, later: str) -> None:
+def test_later_file_list_of_stages_replaces_earlier_list(folder: Path, later: str) -> None:
     """Whatever was there; an option after it sets the last stage."""
     assert resolved(folder, LEARNED)["stages"][0]["init_args"]["epochs"] == 13
     last = resolved(folder, "stages: []", later)["stages"][-1]
@@ -98,7 +98,7 @@ def test_a_later_list_of_stages_starts_afresh(folder: Path, later: str) -> None:
     assert changed == {**last, "init_args": {**last["init_args"], "epochs": 5}}
 
 
-def test_a_later_file_that_gives_no_list_of_stages_keeps_it(folder: Path) -> None:
+def test_later_file_without_list_of_stages_keeps_earlier_list(folder: Path) -> None:
     before = resolved(folder, LEARNED)["stages"]
     assert resolved(folder, LEARNED, "scheme: {name: W4A16}\ntrainer: {precision: 32-true}")["stages"] == before
     more = resolved(folder, LEARNED, "stages+: [{class_path: omniq.stages.RTN}]\ndata: {source: Stdlib}")["stages"]
@@ -107,13 +107,13 @@ def test_a_later_file_that_gives_no_list_of_stages_keeps_it(folder: Path) -> Non
     assert changed["init_args"] == {**before[0]["init_args"], "clipping_lr": 0.02}
 
 
-def test_an_entry_of_a_later_list_names_its_class(folder: Path) -> None:
+def test_later_file_list_entry_without_class_is_refused(folder: Path) -> None:
     (folder / "unnamed.yaml").write_text("stages: [{init_args: {epochs: 3}}]")
     with pytest.raises(UserError, match="Not a valid subclass of Stage"):
         parse_run([folder / "run.yaml", folder / "unnamed.yaml"])
 
 
-def test_class_in_a_later_file_replaces_the_earlier_one_whole(folder: Path) -> None:
+def test_later_file_class_replaces_earlier_class_whole(folder: Path) -> None:
     """The same class too; settings without a class change the one that is there."""
     text = f"data: {{{HUB}}}\nevaluation: {{{HUB}, length: 9}}"
     stdlib = {"class_path": "omniq.data.Stdlib", "init_args": {"split": "calibration"}}
@@ -130,7 +130,7 @@ def test_class_in_a_later_file_replaces_the_earlier_one_whole(folder: Path) -> N
         assert (given["path"], given["split"]) == ("mine", "held-out")
 
 
-def test_trainer_and_its_loggers_in_later_files_follow_the_same_rule(folder: Path) -> None:
+def test_later_file_trainer_and_loggers_compose_by_same_rule(folder: Path) -> None:
 
     def trainer(*layers: str) -> dict[str, Any]:
         return resolved(folder, *layers)["trainer"]["init_args"]
@@ -155,14 +155,14 @@ def test_trainer_and_its_loggers_in_later_files_follow_the_same_rule(folder: Pat
     assert found["accelerator"] == "auto"
 
 
-def test_the_demo_on_a_text_of_the_hub() -> None:
+def test_demo_with_text_of_hub_uses_its_split() -> None:
     """Its own text has a split of another name."""
     for text in ("c4", "wikitext2"):
         run, _ = parse_run([ROOT / "configs/demo.yaml", ROOT / f"configs/data/{text}.yaml"])
         assert run.data.source.split == "train"
 
 
-def test_options_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_quantize_options_on_command_line_set_nested_keys(folder: Path, tmp_path: Path) -> None:
     """Nested keys, keys of the last stage, and another class in place of the one in the file."""
     args = ["quantize", "--config", str(folder / "run.yaml"), "--out", str(tmp_path / "run")]
     args += ["--scheme.name", "W4A16", "--data.samples=2", "--stages.init_args.epochs", "1"]
@@ -176,7 +176,9 @@ def test_options_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert "Searched" in str(settings["stages"][0])
 
 
-def test_evaluate_export_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_evaluate_and_report_repeat_measured_perplexity(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run without a checkpoint is exported later; what is measured on it is what the run measured."""
     run, out = tmp_path / "run", tmp_path / "exported"
     args = write_config(
@@ -203,7 +205,7 @@ def test_evaluate_export_report(folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert str(round(measured[name]["perplexity"], 3))[:6] in json.dumps(found)
 
 
-def test_export_over_an_earlier_one(
+def test_export_over_earlier_export_replaces_different_one_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is there of another format or another run is replaced, and that is said; the same export is kept."""
@@ -233,7 +235,7 @@ def test_export_over_an_earlier_one(
     assert f"{out} is not what this run writes there (" in caplog.text
 
 
-def test_export_refuses_before_it_opens_the_model(
+def test_export_to_unusable_place_or_format_is_refused_before_opening_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK))
@@ -248,12 +250,14 @@ def test_export_refuses_before_it_opens_the_model(
     assert "export format 'none' is not known: choose one of compressed-tensors, omniq" in capsys.readouterr().err
 
 
-def test_parse_run_refuses_in_one_line(folder: Path) -> None:
+def test_parse_run_unknown_option_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="wbits"):
         parse_run([folder / "run.yaml"], {"scheme": {"wbits": 3}})
 
 
-def test_report_changes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_damaged_record_names_it_and_changes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not a damaged record either: it is named, after what can be shown."""
     run = tmp_path / "run"
     args = write_config(tmp_path / "run.yaml", configuration(folder, export={"format": "none"}))
@@ -270,7 +274,7 @@ def test_report_changes_nothing(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("command", ["quantize", "evaluate", "export", "report"])
-def test_interruption(
+def test_command_interrupted_says_so_in_one_line(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only a run is continued by the same command."""
@@ -297,9 +301,7 @@ def test_interruption(
     assert capsys.readouterr().err == f"omniq: interrupted{continues}\n"
 
 
-def test_only_own_warnings_are_said_in_its_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_prefixes_own_warnings_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     root, own = logging.getLogger(), logging.getLogger("omniq")
     monkeypatch.setattr(root, "handlers", [])  # pytest has one there
     monkeypatch.setattr(own, "handlers", [])
@@ -312,7 +314,7 @@ def test_only_own_warnings_are_said_in_its_name(
     assert not root.handlers
 
 
-def test_no_line_for_every_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_silences_devices_line_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning tells which devices it sees whenever a Trainer begins."""
     log, told = logging.getLogger(CUDAAccelerator.__module__), Mock(level=logging.NOTSET)
     monkeypatch.setattr(log, "handlers", [told])
@@ -336,7 +338,7 @@ def test_no_line_for_every_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 @pytest.mark.parametrize("command", ["quantize", "evaluate"])
-def test_a_config_that_cannot_be_read_is_named(
+def test_command_config_with_bad_content_is_named(
     command: str, content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.yaml"
@@ -352,6 +354,8 @@ def test_a_config_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("config", "reason"), [("-", "does not exist: give"), (".", "cannot be read ("), ("a\0b", "is not UTF-8 text (")]
 )
-def test_config_that_is_no_file_is_refused(config: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_config_that_is_no_file_is_refused(
+    config: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["quantize", "--config", config]) == 2
     assert f"omniq: config {config} {reason}" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_omniq_store_then_load_keeps_second_levels(second: QuantizedScales) -> N
 
 
 @pytest.mark.parametrize("codec", [CompressedTensors, Omniq])
-def test_grid_of_refuses_linears_that_the_config_does_not_name(codec: Any) -> None:
+def test_grid_of_linear_missing_in_config_is_refused(codec: Any) -> None:
     made = codec(scheme_of(Grid(4, 8, True)))
     linears = {
         name: WrittenLinear.of(random_linear(Grid(bits, 8, True), 2, 2, 0)) for name, bits in (("x", 4), ("y", 3))

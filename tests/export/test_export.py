@@ -57,7 +57,9 @@ GRIDS = [
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bool, tmp_path: Path) -> None:
+def test_compressed_tensors_export_opened_by_transformers_has_our_logits(
+    grid: Grid, tied: bool, tmp_path: Path
+) -> None:
     source = opened(tmp_path / "source", grid, tie_word_embeddings=tied)
     results = rounded(source, grid)
     out = export(source, results, tmp_path / "out")
@@ -83,7 +85,7 @@ def test_plain_from_pretrained_computes_the_optimised_model(grid: Grid, tied: bo
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: torch.dtype) -> None:
+def test_compressed_tensors_decompressor_gives_our_bits(symmetric: bool, dtype: torch.dtype) -> None:
     """Its own decompressor on our tensors, with scales down to subnormal: the same bits as ours."""
     grid = Grid(3, 32, symmetric, dtype)
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +110,9 @@ def test_compressed_tensors_decompresses_to_our_weights(symmetric: bool, dtype: 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("activation_symmetric", [False, True])
-def test_integer_activations(symmetric: bool, activation_symmetric: bool, source: SourceModel, tmp_path: Path) -> None:
+def test_export_with_integer_activations_verifies_and_quantizes_inputs(
+    symmetric: bool, activation_symmetric: bool, source: SourceModel, tmp_path: Path
+) -> None:
     grid = Grid(4, 32, symmetric)
     results = rounded(source, grid)
     scheme = scheme_of(grid, 8, activation_symmetric=activation_symmetric)
@@ -126,7 +130,7 @@ def test_integer_activations(symmetric: bool, activation_symmetric: bool, source
     assert 1e-4 < error < 0.1  # they really are quantized; measured 0.0106 to 0.0133
 
 
-def test_shards_hold_the_same_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_export_in_shards_holds_same_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     single = export(source, results, tmp_path / "single")
     sharded = export(source, results, tmp_path / "sharded", max_shard_bytes=20_000)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
@@ -144,7 +148,7 @@ def test_shards_hold_the_same_tensors(source: SourceModel, results: list[BlockRe
     verify(sharded, source, results, windows=WINDOWS, tolerance=0.0)
 
 
-def test_folder_is_complete_and_says_nothing_of_this_machine(
+def test_export_folder_is_complete_without_machine_paths(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     (source.folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
@@ -164,7 +168,7 @@ def test_folder_is_complete_and_says_nothing_of_this_machine(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
 
 
-def test_a_source_with_code_of_its_own_becomes_a_stock_model(tmp_path: Path) -> None:
+def test_export_of_source_with_own_code_becomes_stock_model(tmp_path: Path) -> None:
     """Its files stay where they are, so a reader that allows code must not look for them."""
     folder = save_tiny(tmp_path / "source", dtype=torch.float16)
     config = json.loads((folder / "config.json").read_text())
@@ -191,7 +195,7 @@ def test_a_source_with_code_of_its_own_becomes_a_stock_model(tmp_path: Path) -> 
     ],
     ids=lambda rope: rope["rope_type"],
 )
-def test_rotary_embedding_under_the_names_of_transformers_4(rope: dict[str, Any], tmp_path: Path) -> None:
+def test_export_writes_rotary_keys_of_transformers_4(rope: dict[str, Any], tmp_path: Path) -> None:
     """Which vLLM may run on: it takes the base 10000 where it finds no ``rope_theta``, and says nothing."""
     source = opened(tmp_path / "source", Grid(4, 32), rope_parameters=rope)
     results = rounded(source, Grid(4, 32))
@@ -204,9 +208,7 @@ def test_rotary_embedding_under_the_names_of_transformers_4(rope: dict[str, Any]
     verify(out, source, results, windows=WINDOWS, tolerance=0.0)
 
 
-def test_files_have_the_mode_of_the_users_umask(
-    source: SourceModel, results: list[BlockResult], tmp_path: Path
-) -> None:
+def test_export_files_have_mode_of_umask(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         out = export(source, results, tmp_path / "out", max_shard_bytes=50_000)
@@ -218,7 +220,7 @@ def test_files_have_the_mode_of_the_users_umask(
 # -- biases that the source does not have ---------------------------------------------------------------------------
 
 
-def test_new_biases_switch_the_config_and_zero_their_siblings(
+def test_export_with_new_biases_switches_config_and_zeros_siblings(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     added = {"self_attn.o_proj.bias": torch.linspace(-1, 1, 64), "mlp.up_proj.bias": torch.linspace(-1, 1, 128)}
@@ -236,7 +238,7 @@ def test_new_biases_switch_the_config_and_zero_their_siblings(
     assert report.others == 7 + 2 * 7  # embedding, head, norms; a bias for each linear
 
 
-def test_biases_of_the_source_are_kept(tmp_path: Path) -> None:
+def test_export_keeps_biases_of_source(tmp_path: Path) -> None:
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, attention_bias=True)
     results = rounded(source, grid)
@@ -245,7 +247,7 @@ def test_biases_of_the_source_are_kept(tmp_path: Path) -> None:
     assert load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.bias"].any()
 
 
-def test_bias_without_a_place_is_refused(tmp_path: Path) -> None:
+def test_export_bias_without_place_is_refused(tmp_path: Path) -> None:
     source = opened(tmp_path / "source", Grid(4, 32), family="mistral")
     bias = "model.layers.0.mlp.up_proj.bias"
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.bias has no place in MistralForCausalLM"):
@@ -258,7 +260,7 @@ def test_bias_without_a_place_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt"])
-def test_other_families(family: str, tmp_path: Path) -> None:
+def test_export_of_other_families_verifies(family: str, tmp_path: Path) -> None:
     grid = Grid(3, 32)
     source = opened(tmp_path / "source", grid, family=family)
     results = rounded(source, grid)
@@ -267,14 +269,14 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_deployment_in_another_dtype_than_the_source(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_export_in_dtype_other_than_source_verifies(dtype: torch.dtype, tmp_path: Path) -> None:
     source = opened(tmp_path / "source", Grid(4, 32, scale_dtype=torch.bfloat16))
     results = rounded(source, Grid(4, 32, scale_dtype=dtype))
     out = export(source, results, tmp_path / "out")
     verify(out, source, results, windows=WINDOWS, tolerance=0.0)  # measured: 0.0
 
 
-def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
+def test_export_of_source_with_one_of_two_tied_tables_verifies(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "source", dtype=torch.float16, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
@@ -288,7 +290,7 @@ def test_source_that_stores_only_one_of_two_tied_tables(tmp_path: Path) -> None:
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_unsupported_schemes_are_refused_by_name(
+def test_compressed_tensors_unsupported_scheme_is_refused_by_name(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     grid = Grid(4, 32)
@@ -316,7 +318,7 @@ def test_unsupported_schemes_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_outliers_and_wrong_zero_points_are_refused() -> None:
+def test_compressed_tensors_outliers_and_wrong_zero_points_are_refused() -> None:
     grid = Grid(4, -1, symmetric=True)
     codec = CompressedTensors(scheme_of(grid))
     codes, scale, middle = torch.zeros(4, 8), torch.ones(4, 1), torch.full((4, 1), 8)

@@ -70,7 +70,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("weight_scale", lambda t: t.float(), r"q_proj: scale is torch\.float32 \[64, 2\] in the file"),
     ],
 )
-def test_verifier_names_the_first_difference(
+def test_verify_changed_tensor_names_first_difference(
     name: str, change: Any, message: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out")
@@ -80,7 +80,9 @@ def test_verifier_names_the_first_difference(
         verify(out, source, results)
 
 
-def test_verifier_sees_everything_else(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_changed_config_norm_or_missing_tensor_is_found(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
     out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     text = config.read_text()
@@ -97,7 +99,7 @@ def test_verifier_sees_everything_else(source: SourceModel, results: list[BlockR
         verify(out, source, results)
 
 
-def test_verifier_refuses_surplus_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_surplus_tensor_is_refused(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     out = export(source, results, tmp_path / "out")
     file = out / "model.safetensors"
     save_file(load_file(file) | {"model.extra.weight": torch.zeros(2)}, file)
@@ -105,7 +107,7 @@ def test_verifier_refuses_surplus_tensors(source: SourceModel, results: list[Blo
         verify(out, source, results)
 
 
-def test_damaged_files_are_named(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_damaged_file_is_named(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     out = export(source, results, tmp_path / "out", max_shard_bytes=20_000)
     index = out / "model.safetensors.index.json"
     shard = next(out.glob("model-00002-*"))
@@ -122,7 +124,7 @@ def test_damaged_files_are_named(source: SourceModel, results: list[BlockResult]
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-*.safetensors"])
-def test_random_damage_raises_no_other_errors(
+def test_verify_random_damage_raises_only_own_errors(
     name: str, format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     """A resume catches these two and nothing else."""
@@ -153,7 +155,7 @@ def test_random_damage_raises_no_other_errors(
         ("omniq", Scheme("W4A4KV4g32")),
     ],
 )
-def test_what_does_not_fit_is_compared_block_by_block(
+def test_verify_checkpoint_that_does_not_fit_runs_block_by_block(
     no_memory: None, format: str, scheme: Scheme, tmp_path: Path
 ) -> None:
     source = opened(tmp_path / "source", scheme.grid, tie_word_embeddings=True)
@@ -173,7 +175,7 @@ def test_what_does_not_fit_is_compared_block_by_block(
     assert report.perplexity == pytest.approx(expected, rel=1e-6)  # measured: 0.0
 
 
-def test_a_wrong_config_shows_block_by_block(
+def test_verify_wrong_config_block_by_block_is_found(
     no_memory: None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out")
@@ -183,7 +185,9 @@ def test_a_wrong_config_shows_block_by_block(
         verify(out, source, results, windows=WINDOWS)
 
 
-def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_block_by_block_holds_one_block(
+    no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of either side, and of blocks and results alike."""
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, num_hidden_layers=4)
@@ -205,7 +209,7 @@ def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
-def test_needed_memory(
+def test_reopened_checkpoint_opens_model_where_memory_suffices(
     format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights in the dtype of deployment and as they are stored; or as stored, and one linear in the making."""

@@ -23,7 +23,9 @@ from tests.helpers.opening import SMOL, needs_smol, refused, stream
 
 @needs_smol
 @pytest.mark.slow
-def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_model_equals_transformers_and_is_parsed_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And is parsed once, for config, weights and tokenizer together."""
     reader = Mock(wraps=gguf.GGUFReader)
     monkeypatch.setattr(gguf, "GGUFReader", reader)
@@ -48,7 +50,7 @@ def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str], monkeypatch
     assert len(source.digest()) == 64
 
 
-def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"no such format" * 10)
     refused(file, r"x.gguf cannot be read as a GGUF model \(.*\): get the file again")
@@ -59,14 +61,14 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_smol
 @pytest.mark.parametrize("size", [1000, pytest.param(1 << 22, marks=pytest.mark.slow)])
-def test_a_truncated_gguf_file(tmp_path: Path, size: int) -> None:
+def test_gguf_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     folder, name = locate.locate(SMOL)
     with (folder / str(name)).open("rb") as complete:
         (tmp_path / "x.gguf").write_bytes(complete.read(size))
     refused(tmp_path / "x.gguf", r"x.gguf cannot be read as a GGUF model \(.*\): get the file again")
 
 
-def test_bars_are_hidden_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_bars_hides_bars_inside_only(capfd: pytest.CaptureFixture[str]) -> None:
     """Inside, nested or not; afterwards, and after an error, bars are shown as before."""
 
     def bar() -> str:
@@ -89,7 +91,7 @@ def test_bars_are_hidden_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> 
     assert "reading" in bar()
 
 
-def test_threads_leave_the_package_as_it_was(tmp_path: Path) -> None:
+def test_reading_gguf_in_overlapping_threads_restores_package(tmp_path: Path) -> None:
     """Also one that begins before another ends, and ends after it."""
     plain, begun, end = gguf.GGUFReader, threading.Event(), threading.Event()
 

@@ -53,7 +53,7 @@ def _beside_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_beside_a_reader")
 @pytest.mark.parametrize("path", [*DOCUMENTS, *RECIPES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_are_understood(path: Path) -> None:
+def test_documented_commands_are_understood(path: Path) -> None:
     given = commands(path)
     if path in RECIPES:
         given += [[*given[0], *options] for options in overrides(path)]

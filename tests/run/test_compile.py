@@ -47,7 +47,7 @@ def run(folder: Path, **sections: Any) -> list[str]:
     ],
     ids=["clipping", "rounding", "transform"],
 )
-def test_equal_to_the_plain_loss(
+def test_compiled_run_losses_equal_plain_run(
     tmp_path: Path, stages: list[dict[str, Any]], sections: dict[str, Any], graphs: int | None, rtol: float
 ) -> None:
     """A graph for each shape of a batch, none of its own for the second block."""
@@ -63,7 +63,7 @@ def test_equal_to_the_plain_loss(
 
 
 @pytest.mark.gpu
-def test_inside_our_graph(tmp_path: Path) -> None:
+def test_compiled_run_in_cuda_graph_losses_equal_plain_run(tmp_path: Path) -> None:
     """Both blocks, whose steps are captured after three."""
     args = run(tmp_path, stages=[omniquant()], trainer={"accelerator": "gpu"}, matmul="ieee")
     for name in ("plain", "compiled"):
@@ -74,7 +74,7 @@ def test_inside_our_graph(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_run_resumed_gives_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second of two passes, each of a full batch and a smaller one."""
     args = [*run(tmp_path, stages=[omniquant(batch_size=3)]), "--compile", "true", "--export.format", "omniq"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -96,13 +96,13 @@ def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert outcome(resumed) == outcome(whole)
 
 
-def test_runs_from_before_it_go_on() -> None:
+def test_fingerprint_without_compile_key_equals_compile_false() -> None:
     """Their settings have no such key."""
     assert fingerprint("seed: 2\ncompile: false") == fingerprint("seed: 2")
     assert fingerprint("seed: 2\ncompile: true") != fingerprint("seed: 2")
 
 
-def test_where_nothing_compiles(
+def test_compile_without_working_compiler_is_refused_before_first_block(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said before the first block."""

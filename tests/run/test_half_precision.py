@@ -51,7 +51,7 @@ def massive_task(family: str, bits: int, static: bool, dtype: torch.dtype) -> Bl
     return BlockTask(0, layout, block.to(dtype), grids, inputs.to(dtype), targets.to(dtype), kwargs, activations=given)
 
 
-def test_two_targets_near_the_end_of_float16_have_a_mean() -> None:
+def test_omniquant_targets_near_float16_maximum_have_finite_mean() -> None:
     task = massive_task("llama", 4, False, torch.float16)
     task.inputs[:, 0, 3], task.targets[:, 0, 3] = 40000.0, 41000.0
     module = OmniQuant(augmented_loss=True).module(task)
@@ -63,7 +63,9 @@ def test_two_targets_near_the_end_of_float16_have_a_mean() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-def test_massive_activations_stay_finite(family: str, precision: Any, bits: int, static: bool, tmp_path: Path) -> None:
+def test_omniquant_massive_activations_in_half_precision_stay_finite(
+    family: str, precision: Any, bits: int, static: bool, tmp_path: Path
+) -> None:
     half = precision == "16-mixed"
     scaler = torch.amp.GradScaler("cpu") if half else None
     task = massive_task(family, bits, static, torch.float16 if half else torch.bfloat16)
@@ -91,7 +93,7 @@ STAGES: dict[str, tuple[Callable[[], Stage], ...]] = {
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES.keys())
-def test_layer_wise_stages_are_not_rounded(
+def test_layerwise_stage_under_mixed_precision_gives_same_codes(
     stages: tuple[Callable[[], Stage], ...], family: str, precision: Any, tmp_path: Path
 ) -> None:
     """Only the block is: the Trainer's precision changes neither codes nor errors."""
@@ -118,7 +120,7 @@ def test_layer_wise_stages_are_not_rounded(
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_matrices_under_autocast(dtype: torch.dtype, weighted: bool, device: str) -> None:
+def test_gram_of_under_autocast_equals_float64(dtype: torch.dtype, weighted: bool, device: str) -> None:
     """Entries beyond the range of float16, to the precision of float32."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)

@@ -60,7 +60,7 @@ def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtyp
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W2A16g32"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, scheme: str, tmp_path: Path) -> None:
+def test_quantize_each_family_exports_and_measures(family: str, scheme: str, tmp_path: Path) -> None:
     """Learned clipping from the command line to the reopened checkpoint."""
     asked = {"name": scheme, "dtype": "float32"}
     assert main(write_run(tmp_path, family, SIZES[family], scheme=asked, stages=[omniquant(epochs=1)])) == 0
@@ -86,7 +86,7 @@ def test_every_family(family: str, scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
+def test_quantize_in_half_precision_exports_that_dtype(dtype: str, tmp_path: Path) -> None:
     """The dtype of deployment: in the file, in the config, and in the scales that codes were chosen on."""
     assert main(write_run(tmp_path, model=SMALL, scheme={"name": "W3A16g16", "dtype": dtype, "symmetric": True})) == 0
     run = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
     assert {scale.dtype for scale in scales} == {getattr(torch, dtype)}
 
 
-def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) -> None:
+def test_quantize_learned_loss_is_below_round_to_nearest(tmp_path: Path) -> None:
     """Per-channel at 2 bits with enough steps: each block's error as deployed is below that of round to nearest."""
     learned = omniquant(epochs=12, clipping={"initial": {"class_path": "omniq.quantizers.clipping.Searched"}})
     quick = {"scheme": {"name": "W2A16"}, **QUICK}
@@ -113,7 +113,7 @@ def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) ->
         assert mine.summary["loss"] < 0.9 * plain.summary["loss"]
 
 
-def test_round_to_nearest(tmp_path: Path) -> None:
+def test_rtn_run_equals_formula_and_baseline(tmp_path: Path) -> None:
     """The stage, the evaluation's baseline and the formula agree."""
     assert main(write_run(tmp_path, model=SMALL, stages=[{"class_path": "omniq.stages.RTN"}])) == 0
     source = SourceModel.open(tmp_path / "source")
@@ -133,7 +133,7 @@ def test_round_to_nearest(tmp_path: Path) -> None:
     assert models["full precision"]["perplexity"] != models["omniq"]["perplexity"]
 
 
-def test_the_loss_as_deployed(tmp_path: Path) -> None:
+def test_block_summary_loss_equals_recomputed_error(tmp_path: Path) -> None:
     """Summaries tell the error of the streams, on calibration and on held-out windows, recomputed here."""
     assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     source = SourceModel.open(tmp_path / "source")
@@ -155,7 +155,7 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
             assert result.summary[f"relative_{key}"] == pytest.approx(error / power, rel=1e-4)
 
 
-def test_losses_on_disk(tmp_path: Path) -> None:
+def test_losses_of_run_are_in_csv_tensorboard_and_summary(tmp_path: Path) -> None:
     """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary.
 
     The last stage also has what became of the block, on calibration and on held-out samples.
@@ -196,7 +196,7 @@ def test_losses_on_disk(tmp_path: Path) -> None:
     assert (event.step, event.value) == (4, pytest.approx(mean["held_out_loss"], rel=1e-6))
 
 
-def test_losses_of_a_stage_without_steps(tmp_path: Path) -> None:
+def test_losses_of_stage_without_steps_are_deployed_only(tmp_path: Path) -> None:
     """Rounding tracks nothing; its blocks have losses all the same. Without held-out samples there is one."""
     for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
         data = configuration(tmp_path)["data"] | {"held_out": held_out}
@@ -210,7 +210,7 @@ def test_losses_of_a_stage_without_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted", [1, 6, 7, 11])
-def test_seconds_of_a_block_add_up_over_processes(
+def test_seconds_of_block_over_resumed_processes_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
     """On a clock that advances ten seconds a step; what was lost since the last save is not counted."""
@@ -233,7 +233,7 @@ def test_seconds_of_a_block_add_up_over_processes(
 
 
 @pytest.mark.parametrize("moment", ["save", "finalize", "log_metrics", "held_out_loss"])
-def test_a_disk_that_fills_up_while_a_logger_writes(
+def test_run_with_disk_full_in_logger_stops_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
 ) -> None:
     """One line, and the same command goes on when there is room again."""
@@ -259,7 +259,7 @@ def test_a_disk_that_fills_up_while_a_logger_writes(
     ]
 
 
-def test_summary_and_card(tmp_path: Path) -> None:
+def test_summary_and_card_hold_facts_of_run(tmp_path: Path) -> None:
     assert main(write_run(tmp_path, model=SMALL, seed=11)) == 0
     run = tmp_path / "run"
     facts = json.loads((run / "summary.json").read_text())
@@ -281,7 +281,7 @@ def test_summary_and_card(tmp_path: Path) -> None:
     assert facts["data"]["digest"] in card
 
 
-def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
+def test_recorded_configuration_repeats_run(tmp_path: Path) -> None:
     assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     again = ["quantize", "--config", str(tmp_path / "run/config.yaml"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
@@ -290,7 +290,7 @@ def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
             assert torch.equal(linear.codes, theirs.linears[name].codes)
 
 
-def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
+def test_finished_run_with_other_evaluation_is_measured_again(tmp_path: Path) -> None:
     """Settings of the evaluation may change; perplexities are then measured again, not repeated from the old text."""
     args = write_run(tmp_path, model=SMALL, export={"format": "none"})
     assert main(args) == 0
@@ -304,7 +304,7 @@ def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
     assert after["text"].startswith("the first 7 ")
 
 
-def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_failing_in_later_block_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any error in a block leaves the finished ones; the same command goes on."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     with monkeypatch.context() as patch:
@@ -315,7 +315,7 @@ def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: p
     assert main(args) == 0
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_with_nonfinite_weights_names_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The block is named before anything is calibrated on what it computes."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     weights = tmp_path / "source/model.safetensors"
@@ -329,7 +329,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in (tmp_path / "run/blocks").iterdir()) == ["000.0.csv", "000.safetensors"]
 
 
-def test_from_python(tmp_path: Path) -> None:
+def test_quantize_and_load_from_python_give_model(tmp_path: Path) -> None:
     write_run(tmp_path, model=SMALL, evaluation=None)
     run = omniq.quantize(tmp_path / "source", config=tmp_path / "run.yaml", out=str(tmp_path / "run"))
     model = omniq.load(run)

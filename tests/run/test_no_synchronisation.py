@@ -54,7 +54,7 @@ def quiet_again() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-def test_a_wait_is_an_error_then() -> None:
+def test_sync_debug_mode_makes_wait_an_error() -> None:
     value = torch.ones(1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
@@ -64,7 +64,7 @@ def test_a_wait_is_an_error_then() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", ["device", "host"])
 @pytest.mark.parametrize("graph", [True, False])
-def test_no_step_of_an_epoch_waits_for_the_gpu(tmp_path: Path, streams: str, graph: bool) -> None:
+def test_training_step_does_not_wait_for_gpu(tmp_path: Path, streams: str, graph: bool) -> None:
     """Weights and activations in 4 bits, clipping and transform, two targets, a decaying rate, scaled gradients."""
     sections = {
         "scheme": {"name": "W4A4KV4", "queries": True},

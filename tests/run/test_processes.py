@@ -80,7 +80,7 @@ def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> Non
             assert one.summary[key] == pytest.approx(other.summary[key], rel=1e-12)  # measured: 3e-16
 
 
-def test_exact_sums_give_equal_codes(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
+def test_rtn_of_two_processes_has_codes_of_one(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
     """Importances are exact sums, so that rounding on the searched range does not depend on the number of processes."""
     args = prepared(tmp_path, [RTN], **where)
     alone(args, tmp_path / "one")
@@ -88,7 +88,9 @@ def test_exact_sums_give_equal_codes(pair: Pair, tmp_path: Path, where: dict[str
     assert_same_codes(blocks(tmp_path / "two"), blocks(tmp_path / "one"))
 
 
-def test_batches_add_up(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
+def test_omniquant_of_two_processes_equals_one_with_larger_batch(
+    pair: Pair, tmp_path: Path, where: dict[str, Any]
+) -> None:
     """Two processes with one sample a step are one process with two: DDP averages the gradients, the CSV the losses."""
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, **LEARNED)], **where), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, **LEARNED)], **where), tmp_path / "two")
@@ -102,7 +104,9 @@ def test_batches_add_up(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("norm_lr", [0.0, 1e-3])
-def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]) -> None:
+def test_learned_rounding_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]
+) -> None:
     """Also what DDP must not wait for: the norms, when they are not learned."""
     runs = {}
     for name, batch_size in (("one", 2), ("two", 1)):
@@ -117,7 +121,9 @@ def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float
 
 
 @pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])
-def test_transforms_add_up(pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]) -> None:
+def test_let_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]
+) -> None:
     sections = {"scheme": scheme} | where
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, transform={})], **sections), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, transform={})], **sections), tmp_path / "two")
@@ -142,7 +148,7 @@ TENSOR = {"scheme": {"name": "W3A4", "activation_range": "tensor"}}
         ("GPTQ", {}, TENSOR | {"family": "opt"}),  # whose MLP gets no samples of its own
     ],
 )
-def test_gram_matrices_add_up(
+def test_gram_stage_of_two_processes_is_near_one(
     pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any], where: dict[str, Any]
 ) -> None:
     """And what other stages without gradients find in the samples. Not to the bit: sums over tokens are not exact."""
@@ -155,7 +161,7 @@ def test_gram_matrices_add_up(
         assert ours.summary["loss"] == pytest.approx(theirs.summary["loss"], rel=0.02)
 
 
-def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
+def test_stages_of_two_processes_killed_between_resume_to_same_codes(pair: Pair, tmp_path: Path) -> None:
     """What one stage leaves for the next is in the run directory once, and all processes find it there."""
     args = prepared(tmp_path, [omniquant(**LEARNED, transform={"alpha": 0.5}), {"class_path": "omniq.stages.GPTQ"}])
     together(pair, args, tmp_path / "whole")
@@ -166,7 +172,7 @@ def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
     assert_same_codes(blocks(out), blocks(tmp_path / "whole"))
 
 
-def test_descent_goes_on(pair: Pair, tmp_path: Path) -> None:
+def test_quantease_of_two_processes_killed_resumes_to_same_codes(pair: Pair, tmp_path: Path) -> None:
     """Killed as soon as there is a checkpoint: behind the first gathering, while each process sweeps its own rows."""
     args = prepared(tmp_path, [{"class_path": "omniq.stages.QuantEase", "init_args": {"sweeps": 20}}])
     together(pair, args, tmp_path / "whole")
@@ -179,7 +185,7 @@ def test_descent_goes_on(pair: Pair, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [1, 2])
-def test_killed_and_continued(pair: Pair, tmp_path: Path, then: int) -> None:
+def test_run_of_two_processes_killed_continues_with_one_or_two(pair: Pair, tmp_path: Path, then: int) -> None:
     """One of two processes is killed in the second block; the other fails at once, and one or two go on.
 
     Two end as if nothing had happened; one starts the second block over, from the streams of both.
@@ -205,7 +211,7 @@ def test_killed_and_continued(pair: Pair, tmp_path: Path, then: int) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
+def test_torchrun_script_quantizes_and_loads_on_each_process(tmp_path: Path) -> None:
     """As a user starts it, from Python; all processes find the checkpoint. The second time all is done already."""
     args = [*prepared(tmp_path, [RTN]), "--export.format", "omniq"]
     script = tmp_path / "script.py"
@@ -222,7 +228,7 @@ def test_torchrun(tmp_path: Path) -> None:
     alone(args, tmp_path / "run")
 
 
-def test_mistakes_that_only_the_first_can_see_are_told_once(pair: Pair, tmp_path: Path) -> None:
+def test_processes_error_of_first_is_printed_once(pair: Pair, tmp_path: Path) -> None:
     args = prepared(tmp_path, [RTN])
     together(pair, args, tmp_path / "run")
     ends = pair.run([*args, "--out", str(tmp_path / "run"), "--seed", "5"])
@@ -232,7 +238,7 @@ def test_mistakes_that_only_the_first_can_see_are_told_once(pair: Pair, tmp_path
 
 
 @pytest.mark.parametrize("stage", ["QuantEase", "AWQ", "RTN"])
-def test_what_all_meet_is_told_once(pair: Pair, tmp_path: Path, stage: str) -> None:
+def test_processes_error_of_all_is_printed_once(pair: Pair, tmp_path: Path, stage: str) -> None:
     """Values that a model can have, and their squares not, in float32."""
     clipping = {"init_args": {"clipping": SEARCHED}} if stage == "RTN" else {}
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"} | clipping])
@@ -248,7 +254,7 @@ def test_what_all_meet_is_told_once(pair: Pair, tmp_path: Path, stage: str) -> N
     assert "Gram" not in ends.outputs[1]
 
 
-def test_too_few_tokens_of_both_are_told_once(pair: Pair, tmp_path: Path) -> None:
+def test_processes_too_few_tokens_warning_is_printed_once(pair: Pair, tmp_path: Path) -> None:
     args = prepared(tmp_path, [{"class_path": "omniq.stages.GPTQ"}], samples=2)
     ends = pair.run([*args, "--data.length", "12", "--out", str(tmp_path / "run")])
     assert ends.statuses == [0, 0]
@@ -256,7 +262,7 @@ def test_too_few_tokens_of_both_are_told_once(pair: Pair, tmp_path: Path) -> Non
     assert "tokens for" not in ends.outputs[1]
 
 
-def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
+def test_processes_error_at_export_is_printed_once(pair: Pair, tmp_path: Path) -> None:
     """The first process exports by itself; the others wait for what comes of it."""
     args = [*prepared(tmp_path, [RTN]), "--out", str(tmp_path / "run")]
     assert pair.run([*args, "--export.format", "omniq"]).statuses == [0, 0]
@@ -277,14 +283,16 @@ def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_of_several_processes(pair: Pair, tmp_path: Path, options: list[str], message: str) -> None:
+def test_processes_uneven_shares_are_refused_before_run(
+    pair: Pair, tmp_path: Path, options: list[str], message: str
+) -> None:
     ends = pair.run([*prepared(tmp_path, [RTN]), *options, "--out", str(tmp_path / "run")])
     assert ends.statuses == [2, 2]
     assert message in ends.outputs[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_devices_without_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_devices_without_launcher_are_refused_with_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = prepared(tmp_path, [RTN])
     capsys.readouterr()
     assert main([*args, "--trainer.devices", "2"]) == 2
@@ -293,7 +301,7 @@ def test_devices_without_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "trainer.devices 2 means 2 process(es), but one was started: run torchrun --nproc-per-node 2" in message
 
 
-def test_one_process_needs_no_group() -> None:
+def test_collectives_of_one_process_need_no_group() -> None:
     tensor = torch.arange(3.0)
     assert collectives.all_reduce_sum(tensor) is tensor
     assert collectives.all_reduce_max(tensor) is tensor
@@ -355,7 +363,7 @@ print(f"process {rank} is done")
 """
 
 
-def test_collectives(tmp_path: Path) -> None:
+def test_collectives_of_two_processes_exchange_values(tmp_path: Path) -> None:
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)
     command = [*TORCHRUN, str(script), str(tmp_path / "written")]
@@ -365,7 +373,7 @@ def test_collectives(tmp_path: Path) -> None:
     assert "process 1 is done" in done.stdout
 
 
-def test_a_snapshot_is_a_copy() -> None:
+def test_streams_snapshot_is_copy() -> None:
     stream = torch.zeros(5, 2, 3)
     streams = Streams.start(stream)
     snapshot = streams.snapshot()

@@ -23,9 +23,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempts]:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_run_killed_at_each_stage_boundary_has_the_bits_of_a_whole_run(
-    name: str, attempts: Attempts, tmp_path: Path
-) -> None:
+def test_run_killed_at_each_stage_boundary_resumes_to_same_bits(name: str, attempts: Attempts, tmp_path: Path) -> None:
     command = write_run(tmp_path, model=SMALL, **LISTS[name], **QUICK)
     whole = attempts.run(command, tmp_path / "whole")
     assert whole.status == 0, whole.output

@@ -59,7 +59,7 @@ def kept_all_but(task: BlockTask, *names: str) -> BlockTask:
 
 
 @pytest.mark.parametrize("label", STAGES)
-def test_stage_with_mixed_grids_puts_each_linear_on_its_grid(label: str, tmp_path: Path) -> None:
+def test_stage_with_mixed_grids_puts_linears_on_their_grids(label: str, tmp_path: Path) -> None:
     task = mixed_task()
     before = task.block.get_parameter(f"{KEPT}.weight").clone()
     result = run_all(STAGES[label](), task, tmp_path).result
@@ -80,7 +80,7 @@ def test_stage_with_mixed_grids_puts_each_linear_on_its_grid(label: str, tmp_pat
 
 
 @pytest.mark.parametrize("label", STAGES)
-def test_stage_with_kept_readers_leaves_an_equivalent_block(label: str, tmp_path: Path) -> None:
+def test_stage_with_kept_readers_leaves_equivalent_block(label: str, tmp_path: Path) -> None:
     """Only the value projection is quantized: no reader of a scaled input is, and what was read is not lost."""
     task = kept_all_but(mixed_task(), "self_attn.v_proj")
     output = task.run(task.inputs)
@@ -139,7 +139,7 @@ def assert_same(ours: QuantizedLinear, theirs: QuantizedLinear) -> None:
 
 @pytest.mark.parametrize("step", [2, 3, 5, 8, 11])
 @pytest.mark.parametrize("label", ["GPTQ", "QuantEase", "QuantEase with outliers"])
-def test_layerwise_stage_with_mixed_grids_resumes_to_the_same_bits(
+def test_layerwise_stage_with_mixed_grids_resumes_to_same_bits(
     label: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (stage,) = STAGES[label]()
@@ -156,7 +156,7 @@ def test_layerwise_stage_with_mixed_grids_resumes_to_the_same_bits(
             assert torch.equal(resumed.linears[name].dequantize(), linear.dequantize())
 
 
-def test_stacks_of_one_group_have_one_grid_each() -> None:
+def test_split_by_grid_gives_stacks_of_one_grid() -> None:
     task = mixed_task()
     names = task.layout.groups[0]
     parts = split_by_grid(names, task.grids)
@@ -167,7 +167,7 @@ def test_stacks_of_one_group_have_one_grid_each() -> None:
         StackedLinears.of(task, names)
 
 
-def test_learned_rounding_does_not_take_kept_linears_for_norms(tmp_path: Path) -> None:
+def test_learned_rounding_with_kept_linears_learns_norms_only(tmp_path: Path) -> None:
     task = run_all([RTN()], mixed_task(), tmp_path)
     module = LearnedRounding(norm_lr=1e-3).module(task)
     assert sorted(module.norms) == ["input_layernorm/weight", "post_attention_layernorm/weight"]

@@ -172,7 +172,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=50, deadline=None)
 @given(case=layers())
-def test_equals_the_definition(case: dict[str, Any]) -> None:
+def test_spqr_equals_definition(case: dict[str, Any]) -> None:
     expected, grid = definition(**case), case["grid"]
     groups = grid.groups(case["weight"].shape[1])
     feedback = Feedback.of(case["gram"], groups, damping=case["damping"], act_order=case["act_order"])
@@ -193,7 +193,7 @@ def test_equals_the_definition(case: dict[str, Any]) -> None:
     seed=st.integers(0, 2**31), size=st.integers(1, 6), symmetric=st.booleans(), signs=st.sampled_from([None, 1, -1]),
     ties=st.booleans(),
 )  # fmt: skip
-def test_gains_are_those_of_leaving_each_weight_out(
+def test_gains_equal_leaving_each_weight_out(
     seed: int, size: int, symmetric: bool, signs: int | None, ties: bool
 ) -> None:
     generator, grid = torch.Generator().manual_seed(seed), Grid(3, symmetric=symmetric)
@@ -206,7 +206,7 @@ def test_gains_are_those_of_leaving_each_weight_out(
 
 
 @pytest.mark.gpu
-def test_gpu_and_cpu_agree() -> None:
+def test_spqr_on_cuda_equals_cpu() -> None:
     """In float64: the same codes, scales, zero points and outliers, and levels of a second level to the bit."""
     weight, gram = make_layer(96, 96, tokens=1024)
     grid = Grid(4, 16, second=QuantizedScales(3, 3))
@@ -236,7 +236,7 @@ def planted() -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(where, weight.sign() * 10 * weight.abs().max(), weight), gram, where
 
 
-def test_planted_outliers_are_kept_and_beat_gptq() -> None:
+def test_spqr_keeps_planted_outliers_and_error_is_below_gptq() -> None:
     weight, gram, where = planted()
     scale, zero_point = GRID.fit(*GRID.range(weight))
     plain = relative_error(weight, gptq(weight, gram, scale, zero_point, 3, act_order=True).values(), gram)
@@ -249,7 +249,7 @@ def test_planted_outliers_are_kept_and_beat_gptq() -> None:
     assert torch.equal(found.sparse.half().float(), found.sparse)
 
 
-def test_second_level_chosen_by_cost_loses_nothing() -> None:
+def test_spqr_second_level_does_not_raise_error() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(192, 192, tokens=2048))
     first, _ = solved(weight, gram, GRID, 0.0)
     second, found = solved(weight, gram, Grid(3, 16, second=QuantizedScales(3, 0)), 0.0)
@@ -260,7 +260,7 @@ def test_second_level_chosen_by_cost_loses_nothing() -> None:
     assert max(distinct) <= 8
 
 
-def test_errors_of_earlier_groups_shape_later_grids() -> None:
+def test_spqr_error_is_below_gptq_with_grids_chosen_first() -> None:
     """The grid of a group is that of its weights when their turn comes: less error than with all grids chosen first."""
     weight, gram = (tensor.float() for tensor in make_layer(96, 96, tokens=1024))
     scale, zero_point = GRID.fit(*GRID.range(weight))
@@ -268,7 +268,7 @@ def test_errors_of_earlier_groups_shape_later_grids() -> None:
     assert solved(weight, gram, GRID, 0.0)[0] < static
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spqr_in_blocks_of_columns_gives_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = make_layer(12, 40, tokens=200)
     _, whole = solved(weight, gram, Grid(3), 0.2)
     monkeypatch.setattr("omniq.solvers.spqr._BLOCK", 7)
@@ -283,7 +283,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     (4, False, QuantizedScales(3, 3), 4 + 3 / 16 + 2 * 16 / 256 + 3 / 16 + 2 * 4 / 256),
     (2, True, QuantizedScales(4, 0, 32), 2 + 4 / 16 + 2 * 16 / 512),
 ])  # fmt: skip
-def test_bits_are_those_that_are_stored(
+def test_bits_per_weight_equal_stored_bits(
     bits: int, symmetric: bool, second: QuantizedScales | None, expected: float
 ) -> None:
     weight, gram = (tensor.float() for tensor in make_layer(256, 32, tokens=200))
@@ -297,7 +297,7 @@ def test_bits_are_those_that_are_stored(
             assert linear.bits_per_weight() == pytest.approx(expected)
 
 
-def test_a_row_of_zeros_does_not_spoil_the_levels_of_its_neighbours() -> None:
+def test_spqr_row_of_zeros_keeps_levels_of_neighbours() -> None:
     weight, gram = (tensor.float() for tensor in make_layer(16, 96, tokens=1024))
     weight[5] = 0
     grid = Grid(3, 16, second=QuantizedScales(3, 0))
@@ -310,7 +310,7 @@ def test_a_row_of_zeros_does_not_spoil_the_levels_of_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_block_in_its_hands(tmp_path: Path, symmetric: bool) -> None:
+def test_spqr_stage_summary_counts_outliers_and_error_is_lower(tmp_path: Path, symmetric: bool) -> None:
     grid, errors = Grid(3, 16, symmetric), {}
     for name, method in (("spqr", SpQR()), ("bare", SpQR(0, 0, 0))):
         task = tiny_task(grid, samples=8)
@@ -337,7 +337,7 @@ def test_a_block_in_its_hands(tmp_path: Path, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.0, "act_order": False, "clipping": Searched()}])
 @pytest.mark.parametrize("step", [1, 5, 9])
-def test_resumes_to_the_same_bits(
+def test_spqr_stage_killed_resumes_to_same_bits(
     tmp_path: Path, options: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GramModule, "save_interval", 0.0)
@@ -361,7 +361,7 @@ def test_resumes_to_the_same_bits(
     assert (tmp_path / "cut" / "losses.csv").read_text() == (tmp_path / "whole" / "losses.csv").read_text()
 
 
-def test_a_run_is_exported_and_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_spqr_run_exported_is_read_back_to_same_bits(tmp_path: Path) -> None:
     stage = {"class_path": "omniq.stages.SpQR", "init_args": {"zero_bits": 2}}
     assert main(write_run(tmp_path, stages=[stage], export={"format": "omniq"})) == 0  # it verifies codes and logits
     out = tmp_path / "run" / "model"
@@ -395,13 +395,13 @@ def test_a_run_is_exported_and_read_back_to_the_bit(tmp_path: Path) -> None:
         ({"clipping": Searched("gram")}, "clipping of SpQR with weighting 'gram'"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], told: str) -> None:
+def test_spqr_invalid_settings_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         SpQR(**wrong)
 
 
 @pytest.mark.parametrize("settings_", [{}, {"threshold": 0}])
-def test_a_format_that_cannot_hold_it_is_refused_before_the_run(
+def test_spqr_in_format_without_place_is_refused_before_run(
     tmp_path: Path, settings_: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = {"class_path": "omniq.stages.SpQR", "init_args": settings_}
@@ -411,7 +411,7 @@ def test_a_format_that_cannot_hold_it_is_refused_before_the_run(
     assert SpQR(threshold=0, scale_bits=0, zero_bits=0).leaves == {"grid", "codes"}
 
 
-def test_a_config_that_lacks_a_part_of_the_second_level_is_refused() -> None:
+def test_omniq_config_with_incomplete_second_level_is_refused() -> None:
     from omniq.runtime.quantizer import OmniqConfig
 
     entry = {"bits": 3, "group_size": 16, "symmetric": False, "second": {"scale_bits": 3, "zero_bits": 0}}

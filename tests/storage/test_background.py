@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 PLACES: list[Location] = ["device", "host", "disk"]
 
 
-def test_two_blocks_are_alive_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_holds_at_most_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that trains and the one that is read: a spy counts the blocks that nobody has let go of."""
     args = write_run(tmp_path, model={**SMALL, "num_hidden_layers": 6}, stages=[omniquant()], evaluation=None)
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -51,9 +51,7 @@ def test_two_blocks_are_alive_at_most(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_a_block_is_written_while_the_next_one_is_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool
-) -> None:
+def test_run_writes_block_while_next_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool) -> None:
     """Its file waits here for the stage of the next block to begin, and steps by gradients wait for the file."""
     stage = omniquant() if learns else {"class_path": "omniq.stages.RTN"}
     args = write_run(tmp_path, model=SMALL, stages=[stage], evaluation=None, export={"format": "none"})
@@ -82,7 +80,7 @@ def test_a_block_is_written_while_the_next_one_is_prepared(
     assert file.exists()
 
 
-def test_a_block_that_cannot_be_written_ends_the_run(
+def test_run_with_unwritable_block_ends_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], evaluation=None, export={"format": "none"})
@@ -100,7 +98,7 @@ def test_a_block_that_cannot_be_written_ends_the_run(
     assert main(args) == 0
 
 
-def test_blocks_are_read_ahead() -> None:
+def test_blocks_ahead_reads_next_block_in_thread() -> None:
     class Slow:
         num_blocks = 3
 
@@ -120,7 +118,7 @@ def test_blocks_are_read_ahead() -> None:
     assert len(source.read) == 2
 
 
-def test_reading_fails_where_the_block_is_wanted() -> None:
+def test_blocks_ahead_reading_error_is_raised_where_block_is_needed() -> None:
     class Broken:
         num_blocks = 2
 
@@ -135,7 +133,7 @@ def test_reading_fails_where_the_block_is_wanted() -> None:
         next(blocks)
 
 
-def test_the_writer_keeps_the_order_and_tells_of_errors() -> None:
+def test_writer_keeps_order_and_raises_errors() -> None:
     done: list[int] = []
 
     def work(number: int) -> None:
@@ -164,7 +162,9 @@ def test_the_writer_keeps_the_order_and_tells_of_errors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", PLACES)
-def test_blocks_are_written_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_run_on_cuda_writes_blocks_from_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """From host memory alone: the writer must not call CUDA while the next block captures its graph."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], trainer={"accelerator": "gpu", "devices": 1})
     plain = RunDir.save_block

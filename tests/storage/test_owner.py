@@ -43,12 +43,12 @@ def test_block_result_stores_contiguous_tensors() -> None:
 
 
 @pytest.mark.parametrize(("found", "strict", "accepted"), [("a", True, True), ("b", False, False), ("", False, True)])
-def test_owner_accepts_its_own_files_and_old_ones(found: str, strict: bool, accepted: bool) -> None:
+def test_owner_accepts_own_and_old_files_only(found: str, strict: bool, accepted: bool) -> None:
     assert Owner("a", strict).accepts(found) == accepted
     assert not Owner("a", strict=True).accepts("")
 
 
-def test_state_of_another_place_is_refused(tmp_path: Path) -> None:
+def test_load_state_of_another_place_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"x": 1}, Owner("run/current/000.0.block", strict=True))
     assert load_state(tmp_path / "state", owner=Owner("run/current/000.0.block", strict=True)) == {"x": 1}
     for name in ("run/current/001.0.block", "other/current/000.0.block"):
@@ -82,7 +82,7 @@ def test_run_dir_refuses_streams_of_another_run(tmp_path: Path) -> None:
         assert run.load_streams(torch.clone) is None
 
 
-def test_run_of_an_earlier_version_reads_files_without_owner(tmp_path: Path) -> None:
+def test_run_dir_of_earlier_version_reads_files_without_owner(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     (tmp_path / "run/fingerprint.json").write_text('{"seed": 1}')
@@ -93,14 +93,14 @@ def test_run_of_an_earlier_version_reads_files_without_owner(tmp_path: Path) -> 
     assert identity(tmp_path / "run")[1] is False
 
 
-def test_fingerprint_read_back_has_the_settings_only(tmp_path: Path) -> None:
+def test_read_fingerprint_has_settings_only(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     assert read_fingerprint(tmp_path / "run") == {"seed": 1}
     assert identity(tmp_path / "run")[1] is True
 
 
-def test_swapped_blocks_are_calibrated_again(tmp_path: Path) -> None:
+def test_run_with_swapped_blocks_calibrates_again(tmp_path: Path) -> None:
     command = write_run(tmp_path, model=SMALL)
     assert main(command) == 0
     run = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_swapped_blocks_are_calibrated_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_lock_missing_on_the_filesystem_is_a_warning(
+def test_lock_on_filesystem_without_locks_warns(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(handle: int, operation: int) -> None:
@@ -153,7 +153,7 @@ def test_lock_refused_for_another_reason_says_so(tmp_path: Path, monkeypatch: py
         ("perplexity.json", "a link"),
     ],
 )
-def test_folder_or_link_in_the_place_of_a_file_is_refused(
+def test_run_with_folder_or_link_for_file_is_refused(
     name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = write_run(tmp_path, model=SMALL, **QUICK)
@@ -173,7 +173,7 @@ def test_folder_or_link_in_the_place_of_a_file_is_refused(
 
 
 @pytest.mark.parametrize("name", ["blocks", "current", "tensorboard"])
-def test_link_in_the_place_of_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_run_dir_with_link_for_folder_is_refused(name: str, tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     (tmp_path / "mine").mkdir()

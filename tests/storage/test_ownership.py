@@ -19,7 +19,7 @@ def files(folder: Path) -> dict[Path, bytes | None]:
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_a_folder_of_the_user_is_refused_and_left_alone(
+def test_run_in_folder_of_user_is_refused_and_left_unchanged(
     name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "project"
@@ -40,7 +40,7 @@ def test_a_folder_of_the_user_is_refused_and_left_alone(
     assert files(out) == before
 
 
-def test_the_working_directory_is_refused(
+def test_run_in_working_directory_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It is what an empty ``out`` means, such as that of a shell variable without a value."""
@@ -51,7 +51,7 @@ def test_the_working_directory_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_run_has_made_before_its_fingerprint_is_its_own(tmp_path: Path) -> None:
+def test_run_dir_without_fingerprint_owns_its_files(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run"):
         pass
     (tmp_path / "run/.fingerprint.json.partial").write_text('{"seed"')
@@ -69,7 +69,7 @@ def test_what_a_run_has_made_before_its_fingerprint_is_its_own(tmp_path: Path) -
     check_own(tmp_path / "nothing")
 
 
-def test_only_own_leftovers_are_swept(tmp_path: Path) -> None:
+def test_run_dir_removes_own_leftovers_only(tmp_path: Path) -> None:
     """In a run's folder, too: a name that omniq never writes is the user's."""
     with RunDir(tmp_path) as run:
         run.claim({}, "")
@@ -83,7 +83,7 @@ def test_only_own_leftovers_are_swept(tmp_path: Path) -> None:
         assert all((tmp_path / name).exists() for name in theirs)
 
 
-def test_files_beside_a_run_outlive_it(folder: Path, tmp_path: Path) -> None:
+def test_run_keeps_files_of_user(folder: Path, tmp_path: Path) -> None:
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[{"class_path": "RTN"}]))
     args += ["--out", str(tmp_path / "run")]
     assert main(args) == 0

@@ -54,7 +54,7 @@ def equal(left: Tensor, right: Tensor) -> bool:
     st.dictionaries(st.text(min_size=1, max_size=8), tensors(), max_size=4),
     st.dictionaries(st.text(), st.text(), max_size=3),
 )
-def test_tensors_round_trip(tmp_path: Path, content: dict[str, Tensor], head: dict[str, str]) -> None:
+def test_save_tensors_are_loaded_back(tmp_path: Path, content: dict[str, Tensor], head: dict[str, str]) -> None:
     content.pop("__metadata__", None)  # a name that safetensors keeps for itself
     head.pop("sha256", None)
     save_tensors(tmp_path / "file", content, head)
@@ -66,7 +66,7 @@ def test_tensors_round_trip(tmp_path: Path, content: dict[str, Tensor], head: di
 
 @in_one_folder
 @given(st.data())
-def test_no_altered_byte_goes_unnoticed(tmp_path: Path, data: st.DataObject) -> None:
+def test_load_of_altered_file_is_refused_or_equal(tmp_path: Path, data: st.DataObject) -> None:
     """Any byte of a result or of a state, and any cut: refused by name, or of no consequence."""
     result, state = tmp_path / "result", {"x": torch.arange(3), "n": 2}
     example().save(result)
@@ -90,7 +90,7 @@ def test_no_altered_byte_goes_unnoticed(tmp_path: Path, data: st.DataObject) -> 
         assert_same(loaded, example())  # such as a blank of the header that became another blank
 
 
-def test_files_that_never_were_any(tmp_path: Path) -> None:
+def test_load_of_garbage_is_refused_by_name(tmp_path: Path) -> None:
     for content in (b"", b"x", b"\0" * 100, os.urandom(200)):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(CorruptFile, match=str(tmp_path / "file")):
@@ -99,7 +99,7 @@ def test_files_that_never_were_any(tmp_path: Path) -> None:
             load_state(tmp_path / "file")
 
 
-def test_state_round_trip(tmp_path: Path) -> None:
+def test_save_state_is_loaded_back(tmp_path: Path) -> None:
     state = {"tensor": torch.randn(3), "numbers": [1, 2.5, None, True], "nested": {"a": ("b", torch.float16)}}
     save_state(tmp_path / "state", state)
     found = load_state(tmp_path / "state")
@@ -107,14 +107,16 @@ def test_state_round_trip(tmp_path: Path) -> None:
     assert found == state
 
 
-def test_state_with_objects_is_refused_when_read(tmp_path: Path) -> None:
+def test_load_state_with_objects_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"object": SimpleNamespace(a=1)})
     with pytest.raises(CorruptFile, match="state: it holds objects that are not read back safely"):
         load_state(tmp_path / "state")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_atomic_write_on_full_disk_keeps_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     path = tmp_path / "file"
     atomic_write(path, b"old")
 
@@ -128,7 +130,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_new_name_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_write_flushes_folder_after_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a power cut could keep what was written later, such as that the work before it was removed."""
     real, seen = os.fsync, []
 
@@ -144,7 +146,7 @@ def test_the_new_name_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: p
     assert seen == [(False, False), (True, True)]
 
 
-def test_records_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+def test_write_json_nonfinite_numbers_become_null(tmp_path: Path) -> None:
     with RunDir(tmp_path) as run:
         run.write_json("summary.json", {"perplexity": {"rtn": math.inf}, "blocks": [{"loss": math.nan}, {"loss": 0.5}]})
 
@@ -155,14 +157,14 @@ def test_records_are_json_whatever_the_numbers(tmp_path: Path) -> None:
     assert found == {"perplexity": {"rtn": None}, "blocks": [{"loss": None}, {"loss": 0.5}]}
 
 
-def test_copies_beside_blocks_are_not_blocks(tmp_path: Path) -> None:
+def test_finished_ignores_copies_beside_blocks(tmp_path: Path) -> None:
     for name in ("000.safetensors", "1000.safetensors", "000 (copy).safetensors"):
         (tmp_path / "blocks").mkdir(exist_ok=True)
         (tmp_path / "blocks" / name).touch()
     assert RunDir(tmp_path).finished() == [0, 1000]
 
 
-def test_a_filesystem_that_became_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_write_on_read_only_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the half file cannot be removed either, which must not hide why."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -176,7 +178,7 @@ def test_a_filesystem_that_became_read_only(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_others_on_a_disk_that_takes_no_more(tmp_path: Path, number: int, wrapped: bool) -> None:
+def test_others_writing_on_full_disk_is_refused(tmp_path: Path, number: int, wrapped: bool) -> None:
     error, outer = OSError(number, os.strerror(number)), ValueError("you tried to log 1.0")
     outer.__cause__ = error  # as TensorBoard's logger does
     said = f"cannot write into {tmp_path}: {os.strerror(number)}; free the disk"
@@ -185,13 +187,13 @@ def test_others_on_a_disk_that_takes_no_more(tmp_path: Path, number: int, wrappe
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no"), UserError("as it was")])
-def test_other_errors_of_others_are_theirs(tmp_path: Path, error: Exception) -> None:
+def test_others_writing_other_error_is_passed_on(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error.args[-1])) as caught, others_writing(tmp_path):
         raise error
     assert caught.value is error
 
 
-def test_parts_are_joined_and_replaced(tmp_path: Path) -> None:
+def test_atomic_write_joins_parts_and_replaces_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic_write(path, b"a much longer content")
     atomic_write(path, b"one", b"", b"two")
@@ -234,14 +236,14 @@ def assert_same(found: BlockResult, expected: BlockResult) -> None:
             assert all(equal(value, vars(theirs.outliers)[key]) for key, value in vars(ours.outliers).items())
 
 
-def test_result_round_trip(tmp_path: Path) -> None:
+def test_block_result_saved_is_loaded_back(tmp_path: Path) -> None:
     example().save(tmp_path / "block")
     assert_same(BlockResult.load(tmp_path / "block"), example())
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.floats(0, 1))
-def test_outliers_round_trip(seed: int, share: float) -> None:
+def test_outliers_from_dense_round_trip(seed: int, share: float) -> None:
     """Any pattern, empty rows included; values are rounded to float16 once."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(5, 7, generator=generator) * (torch.rand(5, 7, generator=generator) < share)
@@ -252,7 +254,7 @@ def test_outliers_round_trip(seed: int, share: float) -> None:
     assert kinds == (torch.int32, torch.int16, torch.float16)
 
 
-def test_outliers_of_a_wide_layer() -> None:
+def test_outliers_of_wide_layer_have_32_bit_columns() -> None:
     """Columns that 16 bits do not count are stored in 32."""
     dense = torch.zeros(2, 2**15 + 1)
     dense[1, -1] = 0.5
@@ -262,7 +264,7 @@ def test_outliers_of_a_wide_layer() -> None:
     assert Outliers.from_dense(dense[:, 1:]).column.dtype == torch.int16
 
 
-def test_dequantized_weight_and_bits() -> None:
+def test_quantized_linear_dequantize_and_bits_equal_formula() -> None:
     sparse = linear(Grid(3, 4), outliers=True)
     assert sparse.outliers is not None
     scale, zero = sparse.scale.float().repeat_interleave(4, 1), sparse.zero_point.float().repeat_interleave(4, 1)
@@ -275,7 +277,7 @@ def test_dequantized_weight_and_bits() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_deploy_gives_a_module_the_deployed_weights(device: str) -> None:
+def test_load_quantized_weights_sets_deployed_weights(device: str) -> None:
     """On its own device, and there the same bits as on the CPU."""
     block = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 6), "norm": torch.nn.LayerNorm(16, bias=False)}).to(device)
     parts = {"q.bias": torch.ones(6), "norm.weight": torch.zeros(16)}
@@ -287,7 +289,7 @@ def test_deploy_gives_a_module_the_deployed_weights(device: str) -> None:
     assert result.with_summary(seconds=1).summary == {"seconds": 1}
 
 
-def test_run_directory_keeps_streams_and_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_dir_keeps_streams_and_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with RunDir(tmp_path / "run") as folder:
         streams = (torch.randn(2, 4, 8).bfloat16(), torch.randn(2, 4, 8).bfloat16())
         assert folder.load_streams(torch.clone) is None
@@ -306,7 +308,7 @@ def test_run_directory_keeps_streams_and_records(tmp_path: Path, caplog: pytest.
             assert "x.json: the checksum does not match its content; removed" in caplog.messages[-1]
 
 
-def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_writable_unusable_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"out .* cannot be written: {tmp_path / 'file'} is a file; choose"):
         check_writable(tmp_path / "file/run")

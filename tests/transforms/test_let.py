@@ -70,7 +70,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_fused_block_is_the_transformed_one(family: str, model: dict[str, Any]) -> None:
+def test_let_fused_block_equals_transformed_block(family: str, model: dict[str, Any]) -> None:
     """Weights of training and of the fused block, and the full-precision output before and after."""
     task = task_of(family, **model)
     before = task.run(task.inputs)
@@ -89,7 +89,7 @@ def test_fused_block_is_the_transformed_one(family: str, model: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_deployed_block_is_the_trained_one(family: str, model: dict[str, Any]) -> None:
+def test_let_deployed_block_equals_trained_block(family: str, model: dict[str, Any]) -> None:
     task = task_of(family, **model)
     module = perturbed(task)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_deployed_block_is_the_trained_one(family: str, model: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_gradients_reach_everything_that_is_learned(family: str, model: dict[str, Any]) -> None:
+def test_let_gradients_reach_all_parameters(family: str, model: dict[str, Any]) -> None:
     task = task_of(family, **model)
     module = OmniQuant(transform=LET()).module(task)
     module.loss(task.inputs, task.targets).backward()
@@ -116,7 +116,7 @@ def test_gradients_reach_everything_that_is_learned(family: str, model: dict[str
         assert value.grad.abs().sum() > 0, name
 
 
-def test_learning_lowers_the_loss_and_beats_clipping_alone(tmp_path: Path) -> None:
+def test_let_learning_lowers_loss_below_clipping_alone(tmp_path: Path) -> None:
     last = {}
     for name, transform in (("LWC", None), ("LET", LET())):
         (tmp_path / name).mkdir()
@@ -129,7 +129,7 @@ def test_learning_lowers_the_loss_and_beats_clipping_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("clipping", [PACT(), LSQ(), MinMax(), PACT(Searched())])
 @pytest.mark.parametrize("transform", [None, LET()])
-def test_every_clipping_learns(clipping: Any, transform: LET | None, tmp_path: Path) -> None:
+def test_omniquant_each_clipping_lowers_loss(clipping: Any, transform: LET | None, tmp_path: Path) -> None:
     fixed = isinstance(clipping, MinMax)
     if fixed and transform is None:
         with pytest.raises(UserError, match="OmniQuant has nothing to learn with clipping .*: give it one that learns"):
@@ -144,7 +144,7 @@ def test_every_clipping_learns(clipping: Any, transform: LET | None, tmp_path: P
     assert set(task.result.linears) == set(task.layout.linears)
 
 
-def test_initial_values_are_smoothquant_on_every_reader() -> None:
+def test_let_initial_scales_equal_smoothquant() -> None:
     """Fused initial scales against the formula, for the norm before attention."""
     task = task_of("llama")
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -158,7 +158,7 @@ def test_initial_values_are_smoothquant_on_every_reader() -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_shift_that_cannot_be_stored_is_off_and_said(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_let_shift_without_place_for_bias_is_off_with_warning(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """Qwen3's config has a switch for biases, but vLLM builds its output projection without one and drops it."""
     let.warn_once.cache_clear()
     task = task_of(family, head_dim=16)
@@ -168,7 +168,7 @@ def test_shift_that_cannot_be_stored_is_off_and_said(family: str, caplog: pytest
     assert "no shift from self_attn.v_proj: self_attn.v_proj, self_attn.o_proj cannot store a bias" in caplog.text
 
 
-def test_selection_of_equivalences() -> None:
+def test_let_equivalences_select_moves() -> None:
     module = OmniQuant(transform=LET(equivalences=["query_key"])).module(task_of())
     assert module.moves is not None
     assert list(module.moves) == ["self_attn/q_proj/log_scale"]
@@ -179,7 +179,9 @@ def test_selection_of_equivalences() -> None:
 
 
 @pytest.mark.parametrize("given", [Activations(), Activations(4)])
-def test_a_scale_that_changes_nothing_is_off_and_said(given: Activations, caplog: pytest.LogCaptureFixture) -> None:
+def test_let_query_key_scale_without_quantization_is_off_with_warning(
+    given: Activations, caplog: pytest.LogCaptureFixture
+) -> None:
     """Between queries and keys that nothing quantizes; where that leaves nothing to learn, it is refused."""
     let.warn_once.cache_clear()
     module = OmniQuant(transform=LET()).module(task_of(activations=given))
@@ -194,7 +196,7 @@ def test_a_scale_that_changes_nothing_is_off_and_said(given: Activations, caplog
 
 
 @pytest.mark.parametrize("given", [Activations(4, 4), Activations(4, 16, 4)])
-def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
+def test_let_query_key_scale_with_queries_or_keys_quantized_is_learned(given: Activations) -> None:
     module = OmniQuant(transform=LET()).module(task_of(activations=given))
     assert module.moves is not None
     assert "self_attn/q_proj/log_scale" in module.moves
@@ -212,12 +214,12 @@ def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
         ({"equivalences": ["norm", "norm"]}, "transform.equivalences: 'norm' is there more than once: give each once"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], words: str) -> None:
+def test_let_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         LET(**settings)
 
 
-def test_family_without_an_equivalence_is_refused() -> None:
+def test_let_family_without_equivalence_is_refused() -> None:
     bare = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
     with pytest.raises(UserError, match="bloom has no 'norm'; it has none: use a method without a transform"):
         OmniQuant(transform=LET()).check_layout(bare)
@@ -228,7 +230,7 @@ def test_family_without_an_equivalence_is_refused() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-def test_no_precision_goes_non_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
+def test_let_in_each_precision_stays_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
     """8-bit steps are small: the published code overflows in half precision there."""
     task = task_of(family, bits, Activations(bits, bits, bits))
     if precision == "bf16-mixed":
@@ -245,7 +247,7 @@ def test_no_precision_goes_non_finite(bits: int, precision: Any, family: str, tm
     assert all(value.isfinite().all() for _, value in task.result.dequantized())
 
 
-def test_abandoned_stage_returns_to_its_start() -> None:
+def test_let_abandoned_returns_to_start() -> None:
     task = task_of()
     start = copy.deepcopy(task)
     module = perturbed(task)
@@ -255,7 +257,7 @@ def test_abandoned_stage_returns_to_its_start() -> None:
 
 
 @pytest.mark.parametrize("killed_at", [3, 5])
-def test_killed_stage_goes_on_where_it_was(killed_at: int, tmp_path: Path) -> None:
+def test_let_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -272,7 +274,7 @@ def test_killed_stage_goes_on_where_it_was(killed_at: int, tmp_path: Path) -> No
     torch.testing.assert_close(dict(found.result.dequantized()), dict(expected.result.dequantized()), rtol=0, atol=0)
 
 
-def test_a_later_stage_takes_up_the_transformed_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_let_before_killed_gptq_resumes_to_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the stage after: the block, with biases its checkpoint never had, comes back from the run directory."""
     stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
     sections: dict[str, Any] = {"scheme": {"name": "W4A8"}, "stages": stages}
@@ -294,7 +296,7 @@ def test_a_later_stage_takes_up_the_transformed_block(tmp_path: Path, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_captured_step_of_lwc_and_let_equals_eager(family: str) -> None:
+def test_let_captured_step_equals_eager(family: str) -> None:
     losses = []
     for graph in (False, True):
         task = task_of(family)

@@ -108,13 +108,13 @@ def case(label: str) -> Case:
 @pytest.mark.parametrize("label", BLOCKS)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_a_random_transform_changes_nothing(label: str, seed: int) -> None:
+def test_transform_random_keeps_output(label: str, seed: int) -> None:
     block = case(label)
     assert block.change(block.equivalences, seed) < 1e-9  # measured 7e-16
 
 
 @pytest.mark.parametrize("label", BLOCKS)
-def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: str) -> None:
+def test_transform_single_equivalence_keeps_output_and_moves_its_tensors(label: str) -> None:
     block = case(label)
     for equivalence in block.equivalences:
         assert block.change((equivalence,)) < 1e-9
@@ -127,7 +127,7 @@ def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: st
         assert {name.rpartition(".")[0] for name in changed} == ends | set(getattr(equivalence, "linears", ()))
 
 
-def test_row_slices_leave_the_other_rows_alone() -> None:
+def test_transform_of_row_slice_changes_its_rows_only() -> None:
     """Each equivalence of Phi-3 changes its own rows of the fused projections: 4 query heads and 2 KV heads of 16."""
     block = case("phi3")
     rows = {"value_output": range(96, 128), "query_key": range(0, 96), "up_down": range(128, 256)}
@@ -141,7 +141,7 @@ def test_row_slices_leave_the_other_rows_alone() -> None:
     assert {"self_attn/qkv_proj:96-128", "self_attn/qkv_proj:0-64", "mlp/gate_up_proj:128-256"} < set(keys)
 
 
-def test_a_shift_of_a_row_slice_leaves_the_other_biases_alone() -> None:
+def test_transform_shift_of_row_slice_changes_its_biases_only() -> None:
     """As in a Phi-3 with biases: one exists, the other is created."""
     block = case("phi3")
     bias = torch.randn(128, dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_a_shift_of_a_row_slice_leaves_the_other_biases_alone() -> None:
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_up_to_down_holds_through_powers_of_relu(power: int) -> None:
+def test_up_to_down_with_power_of_relu_keeps_output(power: int) -> None:
     tensors = {"up.weight": torch.randn(12, 6).double(), "up.bias": torch.randn(12).double()}
     tensors |= {"down.weight": torch.randn(6, 12).double()}
     hidden = torch.randn(5, 6).double()
@@ -177,7 +177,7 @@ def test_up_to_down_holds_through_powers_of_relu(power: int) -> None:
     torch.testing.assert_close(run(transformed), run(tensors), rtol=1e-9, atol=1e-12)
 
 
-def test_a_plain_norm_is_no_equivalence_of_gemma() -> None:
+def test_transform_plain_norm_of_gemma_changes_output() -> None:
     block = case("gemma")
     norm = block.equivalences[0]
     assert isinstance(norm, NormToLinears)
@@ -185,7 +185,7 @@ def test_a_plain_norm_is_no_equivalence_of_gemma() -> None:
 
 
 @pytest.mark.parametrize("label", ["llama 3 of 9", "llama 9 of 9", "qwen3"])
-def test_scales_that_split_a_rotary_pair_are_no_equivalence(label: str) -> None:
+def test_transform_scale_splitting_rotary_pair_changes_output(label: str) -> None:
     """The published transform; it shows that the tests above can fail."""
     block = case(label)
     (tied,) = (each for each in block.equivalences if isinstance(each, QueryKey))
@@ -193,7 +193,7 @@ def test_scales_that_split_a_rotary_pair_are_no_equivalence(label: str) -> None:
     assert block.change((untied,)) > 1e-2
 
 
-def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
+def test_transform_shifts_exist_where_bias_can_be_stored() -> None:
     for label, shifted in {
         "opt": {"self_attn_layer_norm", "final_layer_norm", "self_attn/v_proj"},
         "llama with biases": {"self_attn/v_proj"},
@@ -217,7 +217,7 @@ def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
     assert "input_layernorm" in reasons["input_layernorm"]
 
 
-def test_a_shift_creates_the_biases_it_may() -> None:
+def test_transform_shift_creates_storable_biases() -> None:
     """A LLaMA without biases, and its stock module with ``attention_bias``, which can store them."""
     bare, room = Case("llama"), Case("llama", attention_bias=True)
     transform = Transform(bare.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
@@ -231,7 +231,7 @@ def test_a_shift_creates_the_biases_it_may() -> None:
 
 @pytest.mark.parametrize("layout", ["half", "interleaved", None])
 @pytest.mark.parametrize("rotary", [None, 4])
-def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary: int | None) -> None:
+def test_tied_channels_scale_commutes_with_rotary_embedding(layout: str | None, rotary: int | None) -> None:
     channels, turned = 8, rotary or 8
     tied = Heads(1, 1, rotary).tied_channels(channels, layout)
     assert sorted(set(tied.tolist())) == list(range(int(tied.max()) + 1))
@@ -253,7 +253,7 @@ def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
+def test_query_key_with_norms_scales_norms(wide: bool) -> None:
     """A norm over one head (Qwen3) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
     heads, size = Heads(4, 2), 6
     names = {"q": 4 * size, "k": 2 * size}
@@ -277,7 +277,7 @@ def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
     torch.testing.assert_close(scores(moved), scores(tensors), rtol=1e-9, atol=1e-12)
 
 
-def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> None:
+def test_transform_has_gradient_in_weights_but_not_in_output() -> None:
     block = case("opt")
     transform = Transform(block.equivalences, block.heads, block.tensors)
     parameters = {name: value.requires_grad_() for name, value in random_parameters(transform).items()}
@@ -289,7 +289,7 @@ def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> Non
         assert small.norm() < 1e-9 * large.norm(), name  # measured 1e-13
 
 
-def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
+def test_transform_parameters_start_at_identity_in_float32() -> None:
     block = case("qwen3")
     half = {name: value.half() for name, value in block.tensors.items()}
     transform = Transform(block.equivalences, block.heads, half)
@@ -303,7 +303,7 @@ def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
     again.load_state_dict(parameters.state_dict())
 
 
-def test_scales_stay_positive_and_finite() -> None:
+def test_transform_scales_stay_positive_and_finite() -> None:
     block = case("llama 3 of 9")
     transform = Transform(block.equivalences, block.heads, block.tensors)
     for far, most in ((-1e6, -10.0), (1e6, 10.0)):
@@ -315,7 +315,7 @@ def test_scales_stay_positive_and_finite() -> None:
         torch.testing.assert_close(kept.log(), torch.full_like(kept, most))
 
 
-def test_heads_of_a_config() -> None:
+def test_heads_of_config_reads_counts_and_rotary() -> None:
     config = SimpleNamespace(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
     assert Heads.of(config) == Heads(9, 3)
     config.rope_parameters = {"partial_rotary_factor": 0.5}
