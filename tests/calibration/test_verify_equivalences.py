@@ -11,9 +11,8 @@ from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.models.families import FAMILIES, family_of_type
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, UpToDown
-from tests.helpers.tiny import tiny_block
+from tests.helpers.tiny import HALF_TURNED, tiny_block
 
-HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 DECLARED: list[tuple[str, dict[str, Any]]] = [(name, {}) for family in FAMILIES for name in family.model_types]
 
 

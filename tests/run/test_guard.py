@@ -25,10 +25,10 @@ from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.let import LET
+from tests.helpers.outlier_task import outlier_task
 from tests.helpers.plain_omniquant import Plain, Rates, assert_losses
 from tests.helpers.runs import omniquant, write_run
 from tests.helpers.stages import Stop, fit, losses, on_cuda, tiny_task
-from tests.transforms.test_let import task_of
 
 
 class Broken(OmniQuantModule):
@@ -182,7 +182,7 @@ def halved(task: BlockTask) -> BlockTask:
 
 def test_omniquant_unstorable_norm_falls_back_to_start(tmp_path: Path) -> None:
     """Finite in training, in float32; the norm that a tiny scale divides is not, in float16."""
-    task, start = (halved(task_of("opt")) for _ in range(2))
+    task, start = (halved(outlier_task("opt")) for _ in range(2))
     for each in (task, start):
         each.block.get_submodule("self_attn_layer_norm").weight[0] = 3000.0
     expected = OmniQuant(transform=LET()).module(start).finish()

@@ -15,9 +15,9 @@ from omniq.models.families.llama import LLAMA
 from omniq.models.family import Family
 from omniq.transforms.equivalences import QueryKey
 from tests.helpers.runs import QUICK, SMALL, omniquant, write_run
+from tests.helpers.tiny import HALF_TURNED
 
 SIZES: dict[str, dict[str, Any]] = {"phi3": SMALL, "gemma": SMALL | {"head_dim": 16}}
-HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 W4A4KV4 = {"name": "W4A4KV4", "queries": True}
 EVERY: dict[str, Any] = {"equivalences": ["norm", "value_output", "query_key", "up_down"]}
 

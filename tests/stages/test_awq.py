@@ -24,12 +24,11 @@ from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
 from omniq.stages.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.heads import Heads
+from tests.helpers.float64_block import BLOCKS, Float64Block
+from tests.helpers.outlier_task import deployed_error, outlier_task, relative
 from tests.helpers.runs import SMALL, write_run
 from tests.helpers.stages import Stop, fit, fitted, tiny_task
 from tests.helpers.tiny import tiny_layout
-from tests.stages.test_smoothing_stages import deployed_error
-from tests.transforms.test_let import relative, task_of
-from tests.transforms.test_transforms import BLOCKS, Case
 
 A16 = Activations()
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -87,7 +86,7 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
 @pytest.mark.parametrize("group", [-1, 16])
 @pytest.mark.parametrize(("family", "model"), MODELS)
 def test_awq_scales_equal_plain_search(family: str, model: dict[str, Any], group: int, tmp_path: Path) -> None:
-    task = task_of(family, 3, A16, **model)
+    task = outlier_task(family, 3, A16, **model)
     task.grids = dict.fromkeys(task.grids, Grid(3, group, scale_dtype=torch.float32))
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -112,7 +111,7 @@ def test_awq_scales_equal_plain_search(family: str, model: dict[str, Any], group
 def test_awq_folded_block_computes_same_output(label: str, tmp_path: Path) -> None:
     """In float64, on inputs with an outlier channel, for every layout of heads."""
     kind, overrides = BLOCKS[label]
-    case = Case(kind, **overrides)
+    case = Float64Block(kind, **overrides)
     inputs = case.hidden()
     inputs[..., 3] *= 30
     grids = dict.fromkeys(case.layout.linears, Grid(4))
@@ -130,21 +129,21 @@ def test_awq_folded_block_computes_same_output(label: str, tmp_path: Path) -> No
 def test_awq_error_is_below_rounding(family: str, bits: int, tmp_path: Path) -> None:
     errors = {}
     for name, stage in {"rtn": RTN(), "scaled": AWQ(clipping=MinMax()), "clipped": AWQ()}.items():
-        errors[name] = deployed_error([stage], task_of(family, bits, A16), tmp_path / name)
+        errors[name] = deployed_error([stage], outlier_task(family, bits, A16), tmp_path / name)
     assert errors["scaled"] < 0.9 * errors["rtn"]  # measured 0.65 to 0.84
     assert errors["clipped"] < 0.8 * errors["scaled"]  # measured 0.60 to 0.72
 
 
 def test_awq_with_quantized_activations_lowers_error(tmp_path: Path) -> None:
     plain, scaled = (
-        deployed_error([stage], task_of("llama", 4, Activations(8, 8, 8)), tmp_path / type(stage).__name__)
+        deployed_error([stage], outlier_task("llama", 4, Activations(8, 8, 8)), tmp_path / type(stage).__name__)
         for stage in (RTN(), AWQ())
     )
     assert scaled < 0.8 * plain  # measured 0.55
 
 
 def test_awq_codes_are_those_of_scaled_block(tmp_path: Path) -> None:
-    task = task_of("llama", 4, A16)
+    task = outlier_task("llama", 4, A16)
     result = fitted(AWQ(), task, tmp_path).task.result
     assert result is not None
     grams = input_grams(task)
@@ -158,7 +157,7 @@ def test_awq_codes_are_those_of_scaled_block(tmp_path: Path) -> None:
 
 def test_awq_before_other_stages_lowers_error(tmp_path: Path) -> None:
     def error(name: str, *stages: Stage) -> float:
-        return deployed_error(list(stages), task_of("llama", 3, A16), tmp_path / name)
+        return deployed_error(list(stages), outlier_task("llama", 3, A16), tmp_path / name)
 
     alone = error("alone", AWQ())
     assert error("gptq", AWQ(), GPTQ()) < 0.9 * alone  # measured 0.78
@@ -170,7 +169,7 @@ def test_awq_before_other_stages_lowers_error(tmp_path: Path) -> None:
 
 def test_awq_of_bfloat16_block_searches_in_float32(tmp_path: Path) -> None:
     """The search is in float32 whatever the block is in."""
-    task = task_of("opt", 3, A16)
+    task = outlier_task("opt", 3, A16)
     task.block.to(torch.bfloat16)
     task.inputs = task.inputs.bfloat16()
     before = task.run(task.inputs).float()
@@ -242,7 +241,7 @@ def test_awq_run_summary_has_errors_and_alphas(tmp_path: Path) -> None:
 def test_awq_equivalences_default_to_family(tmp_path: Path) -> None:
     assert AWQ().kinds(tiny_layout("llama")) == ["norm", "value_output", "up_down"]
     assert AWQ().kinds(tiny_layout("opt")) == ["norm", "value_output"]
-    task = task_of("llama", 4, A16)
+    task = outlier_task("llama", 4, A16)
     weights = {name: task.linear(name).weight.clone() for name in task.layout.linears}
     fitted(AWQ(equivalences=["up_down"]), task, tmp_path)
     moved = [name for name, weight in weights.items() if not torch.equal(weight, task.linear(name).weight)]

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.stage import Stage
-from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.grid.scheme import Activations
@@ -22,32 +20,21 @@ from omniq.stages import GPTQ, RTN, OmniQuant, OutlierSuppression, SmoothQuant
 from omniq.storage.block_result import QuantizedLinear
 from omniq.transforms.heads import Heads
 from omniq.transforms.let import LET
+from tests.helpers.outlier_task import deployed_error, outlier_task, relative
 from tests.helpers.stages import fitted
-from tests.transforms.test_let import relative, task_of
 
 A4 = Activations(4)
-
-
-def deployed_error(stages: list[Stage], task: BlockTask, folder: Path) -> float:
-    """Relative error of the block's output after these stages, activations quantized."""
-    for number, stage in enumerate(stages):
-        (folder / str(number)).mkdir(parents=True)
-        fitted(stage, task, folder / str(number))
-    assert task.result is not None
-    load_quantized_weights(task.block, task.result)
-    with task.quantized_activations():
-        return relative(task.run(task.inputs), task.targets)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("stage", [SmoothQuant(), SmoothQuant(0.8, ("norm", "value_output")), OutlierSuppression()])
 def test_smoothing_keeps_block_output_and_lowers_error(family: str, stage: Stage, tmp_path: Path) -> None:
-    plain = deployed_error([RTN()], task_of(family, 4, A4), tmp_path / "plain")
-    task = task_of(family, 4, A4)
+    plain = deployed_error([RTN()], outlier_task(family, 4, A4), tmp_path / "plain")
+    task = outlier_task(family, 4, A4)
     (tmp_path / "one").mkdir()
     fitted(stage, task, tmp_path / "one")
     assert relative(task.run(task.inputs), task.targets) < 2e-6  # measured 4e-7
-    smoothed = deployed_error([stage], task_of(family, 4, A4), tmp_path / "smoothed")
+    smoothed = deployed_error([stage], outlier_task(family, 4, A4), tmp_path / "smoothed")
     assert smoothed < 0.9 * plain
 
 
@@ -65,13 +52,13 @@ def test_outlier_suppression_search_makes_no_codes(tmp_path: Path, monkeypatch: 
     """They are made on the host: each candidate would fetch them from the GPU and send the weight back."""
     made, of = [], QuantizedLinear.of
     monkeypatch.setattr(QuantizedLinear, "of", lambda *args: made.append(args) or of(*args))
-    task = task_of("llama", 4, A4)
+    task = outlier_task("llama", 4, A4)
     fitted(OutlierSuppression(candidates=3), task, tmp_path)
     assert len(made) == len(task.layout.linears)
 
 
 def test_smoothquant_codes_are_those_of_smoothed_block(tmp_path: Path) -> None:
-    task = task_of("llama", 4, A4)
+    task = outlier_task("llama", 4, A4)
     fitted(SmoothQuant(), task, tmp_path)
     assert task.result is not None
     for name, linear in task.result.linears.items():
@@ -83,16 +70,16 @@ def test_smoothquant_codes_are_those_of_smoothed_block(tmp_path: Path) -> None:
 
 
 def test_smoothing_before_other_stages_lowers_error(tmp_path: Path) -> None:
-    alone = deployed_error([RTN(Searched())], task_of("llama", 3, A4), tmp_path / "alone")
-    then_rtn = deployed_error([SmoothQuant(), RTN(Searched())], task_of("llama", 3, A4), tmp_path / "rtn")
-    then_gptq = deployed_error([OutlierSuppression(), GPTQ()], task_of("llama", 3, A4), tmp_path / "gptq")
+    alone = deployed_error([RTN(Searched())], outlier_task("llama", 3, A4), tmp_path / "alone")
+    then_rtn = deployed_error([SmoothQuant(), RTN(Searched())], outlier_task("llama", 3, A4), tmp_path / "rtn")
+    then_gptq = deployed_error([OutlierSuppression(), GPTQ()], outlier_task("llama", 3, A4), tmp_path / "gptq")
     assert then_rtn < alone
     assert then_gptq < alone
 
 
 def test_outlier_suppression_threshold_is_best_candidate(tmp_path: Path) -> None:
     """Against a search written out for the norm before the MLP of an OPT block."""
-    task = task_of("opt", 4, A4)
+    task = outlier_task("opt", 4, A4)
     weight, bias = task.linear("fc1").weight.clone(), task.linear("fc1").bias.clone()
     norm = task.block.get_submodule("final_layer_norm")
     before = norm.weight.clone()
@@ -118,7 +105,7 @@ def test_outlier_suppression_threshold_is_best_candidate(tmp_path: Path) -> None
 
 def test_outlier_suppression_readers_of_kv_head_share_threshold(tmp_path: Path) -> None:
     """Against the same search for the output projection of a LLaMA block: 4 query heads of 8 channels, 2 KV heads."""
-    task = task_of("llama", 4, A4, num_attention_heads=4, num_key_value_heads=2)
+    task = outlier_task("llama", 4, A4, num_attention_heads=4, num_key_value_heads=2)
     output, seen = task.linear("self_attn.o_proj"), []
     task.linear("self_attn.v_proj").weight[[3, 6, 12]] *= 9.0
     weight = output.weight.clone()
@@ -170,7 +157,7 @@ def test_smoothing_invalid_settings_are_refused(make: Any, words: str) -> None:
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_smoothing_nonfinite_inputs_are_refused(value: float, stage: Stage, tmp_path: Path) -> None:
     """Before scales are made of them: the block stays what it was."""
-    task = task_of("opt", 4, A4)
+    task = outlier_task("opt", 4, A4)
     task.inputs[1, 5, 3] = value
     told = r"block/000 self_attn.q_proj: the range of its inputs is not finite, 1 of 3 samples have .*; use trainer"
     with pytest.raises(UserError, match=told):
