@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of a running block: who quantizes what and how often; decoding computes what a full forward does."""
+"""Activations of a running block: which inputs are quantized and how often; decoding equals a full forward."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from omniq.data import Evaluation, LocalText
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Activations, Scheme
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_tokens
 from omniq.storage.block_result import QuantizedLinear
@@ -186,34 +186,6 @@ def test_quantized_block_under_autocast_quantizes_in_dtype_of_product() -> None:
     assert seen == [torch.bfloat16]
 
 
-def test_scheme_name_gives_activations() -> None:
-    assert Scheme("W6A6").activations == Activations(6)
-    assert Scheme("W4A4KV8", queries=True, activation_symmetric=True).activations == Activations(4, 4, 8, True)
-    assert Scheme("W8A8", activation_range="tensor").activations == Activations(8, static=True)
-    assert not Scheme("W3A16g128").activations.quantized
-    assert Scheme("W4A16KV4").activations == Activations(16, 16, 4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"name": "W4A12"}, "scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"),
-        ({"name": "W4A4KV1"}, "scheme.name 'W4A4KV1': keys and values of 1 bits are not possible"),
-        ({"name": "W4A16", "activation_symmetric": True}, "activation_symmetric: 'W4A16' quantizes no activations"),
-        (
-            {"name": "W4A16KV4", "activation_range": "tensor"},
-            "scheme.activation_range: 'W4A16KV4' quantizes no inputs of linears; use a name such as W8A8",
-        ),
-        ({"name": "W4A16", "queries": True}, "scheme.queries: 'W4A16' has no activation bits to give to queries"),
-        ({"name": "W9A16"}, "weight bits 9 are outside 2..8"),
-        ({"name": "int4"}, "scheme 'int4' is not understood"),
-    ],
-)
-def test_scheme_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=re.escape(words)):
-        Scheme(**settings)
-
-
 def test_check_attention_of_unreachable_family_is_refused() -> None:
     bloom = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
     check_attention(bloom, Activations(8))
@@ -297,7 +269,3 @@ def test_real_model_reloaded_has_measured_perplexity(tmp_path: Path) -> None:
     assert main(["evaluate", *given, "--device", "cpu", "--out", str(tmp_path / "theirs.json")]) == 0
     (theirs,) = json.loads((tmp_path / "theirs.json").read_text())["results"].values()
     assert theirs["perplexity"] == pytest.approx(ours, rel=1e-5)  # measured 0.0; in float32 it is 12 % off
-
-
-def test_scheme_name_gives_grid() -> None:
-    assert Scheme("W3A16g64", symmetric=True, dtype="bfloat16").grid == Grid(3, 64, True, torch.bfloat16)

@@ -187,3 +187,14 @@ def test_free_host_memory_counts_pinned_memory_as_allocated(tmp_path: Path) -> N
     memory.free_host_memory()
     if hasattr(torch.accelerator, "empty_host_cache"):
         assert pinned("allocated") == before
+
+
+def test_streams_snapshot_is_copy() -> None:
+    stream = torch.zeros(5, 2, 3)
+    streams = Streams.start(stream)
+    snapshot = streams.snapshot()
+    assert snapshot is not None
+    stream += 1
+    streams.quantized += 2
+    assert not snapshot.full_precision.any()
+    assert not snapshot.quantized.any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omniq.calibration.gram import GramModule, PlanLoader
-from omniq.calibration.input_statistics import gram_of
+from omniq.calibration.input_statistics import gram_of, power_of
 from omniq.calibration.observe import Observation
 from omniq.calibration.stage import Stage
 from omniq.errors import UserError
@@ -216,3 +216,24 @@ def test_gram_stage_under_reduced_matmul_precision_solves_in_float32(
 def test_gram_stage_invalid_settings_are_refused(stage: type[Stage], settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told.format(stage.__name__)):
         stage(**settings)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_of_under_autocast_equals_float64(dtype: torch.dtype, weighted: bool, device: str) -> None:
+    """Entries beyond the range of float16, to the precision of float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)
+    tokens = torch.rand(200, generator=generator) + 0.5 if weighted else None
+    wide = x.double() if tokens is None else x.double() * tokens.double().sqrt().unsqueeze(1)
+    expected = wide.t() @ wide
+    given = None if tokens is None else tokens.to(device)
+    for low in (torch.float16, torch.bfloat16):
+        with torch.autocast(device, low), matmul_precision("float32", torch.device(device)):
+            gram = gram_of(x.to(device), given)
+            power = power_of(weight.to(device), gram)
+        assert gram.dtype == power.dtype == torch.float32
+        torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+        carried = (weight.double() @ expected * weight.double()).sum()
+        torch.testing.assert_close(power.cpu().double(), carried, rtol=1e-5, atol=0)

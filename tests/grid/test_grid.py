@@ -9,7 +9,6 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
-from omniq.grid.name import parse_scheme
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTH = 12
@@ -204,32 +203,3 @@ def test_grid_check_width_offers_sizes_that_fit_all_widths(widths: list[int], si
     offered = [int(number) for number in text.partition(" are ")[2].partition(", or -1")[0].split(", ")]
     assert offered == [n for n in range(16, min(widths) + 1, 16) if all(width % n == 0 for width in widths)]
     assert ("that do so everywhere are" in text) == any(w % offending for w in widths)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("W4A16", (4, 16, 16, -1)),
-        ("W3A16g128", (3, 16, 16, 128)),
-        ("w2a16G64", (2, 16, 16, 64)),
-        ("W8A8", (8, 8, 16, -1)),
-        ("W4A4KV8", (4, 4, 8, -1)),
-        ("W4A4KV4g128", (4, 4, 4, 128)),
-    ],
-)
-def test_parse_scheme_name_gives_bits_and_group_size(name: str, expected: tuple[int, int, int, int]) -> None:
-    assert parse_scheme(name) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["", "W4", "4A16", "W4A16 g128", "W4A16g", "W4A16g-1", "W-4A16", "W4A16g128x", "W4A16G64KV8"]
-)
-def test_parse_scheme_malformed_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"scheme {name!r} is not understood: write W<bits>A<bits>"):
-        parse_scheme(name)
-
-
-def test_parse_scheme_group_size_zero_is_refused() -> None:
-    """It is not taken for per-channel."""
-    with pytest.raises(UserError, match="group size 0 is not usable"):
-        Grid(4, parse_scheme("W4A16g0")[3])

@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from omniq.calibration.reconstruction import ReconstructionModule
 from omniq.cli.command import main
 from omniq.models.source import SourceModel
-from omniq.run.fingerprint import fingerprint
 from tests.helpers.runs import SMALL, configuration, losses, omniquant, outcome, write_run
 
 RTN = {"class_path": "omniq.stages.RTN"}
@@ -94,12 +93,6 @@ def test_compiled_run_resumed_gives_same_bits(tmp_path: Path, monkeypatch: pytes
     torch._dynamo.reset()
     assert main([*args, "--out", str(resumed)]) == 0
     assert outcome(resumed) == outcome(whole)
-
-
-def test_fingerprint_without_compile_key_equals_compile_false() -> None:
-    """Their settings have no such key."""
-    assert fingerprint("seed: 2\ncompile: false") == fingerprint("seed: 2")
-    assert fingerprint("seed: 2\ncompile: true") != fingerprint("seed: 2")
 
 
 def test_compile_without_working_compiler_is_refused_before_first_block(

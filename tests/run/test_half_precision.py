@@ -15,12 +15,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from omniq.blocks.forward import call_block
-from omniq.calibration.input_statistics import gram_of, power_of
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
-from omniq.kernels.matmul_precision import matmul_precision
 from omniq.models.families import family_of_type
 from omniq.quantizers.clipping import Searched
 from omniq.stages import AWQ, GPTQ, RTN, QuantEase, SpQR
@@ -115,24 +113,3 @@ def test_layerwise_stage_under_mixed_precision_gives_same_codes(
     for name, linear in plain.items():
         for part in ("codes", "scale", "zero_point"):
             assert torch.equal(getattr(linear, part), getattr(mixed_[name], part)), (name, part)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_of_under_autocast_equals_float64(dtype: torch.dtype, weighted: bool, device: str) -> None:
-    """Entries beyond the range of float16, to the precision of float32."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)
-    tokens = torch.rand(200, generator=generator) + 0.5 if weighted else None
-    wide = x.double() if tokens is None else x.double() * tokens.double().sqrt().unsqueeze(1)
-    expected = wide.t() @ wide
-    given = None if tokens is None else tokens.to(device)
-    for low in (torch.float16, torch.bfloat16):
-        with torch.autocast(device, low), matmul_precision("float32", torch.device(device)):
-            gram = gram_of(x.to(device), given)
-            power = power_of(weight.to(device), gram)
-        assert gram.dtype == power.dtype == torch.float32
-        torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
-        carried = (weight.double() @ expected * weight.double()).sum()
-        torch.testing.assert_close(power.cpu().double(), carried, rtol=1e-5, atol=0)

@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 from omniq.cli import main
-from omniq.run.fingerprint import fingerprint
 from omniq.storage.block_result import BlockResult
 from tests.helpers.killing import Attempts
 from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, outcome, write_config, write_run
@@ -113,11 +112,6 @@ def test_run_with_rules_writes_group_for_each_grid(scheme: dict[str, Any], tmp_p
     config = json.loads((tmp_path / "run/model/config.json").read_text())["quantization_config"]
     groups = config["config_groups"].values()
     assert [(group["weights"]["num_bits"], len(group["targets"])) for group in groups] == [(4, 12), (6, 2)]
-
-
-def test_fingerprint_has_rules_unless_empty(tmp_path: Path) -> None:
-    assert fingerprint("scheme: {name: W4A16, rules: []}") == fingerprint("scheme: {name: W4A16}")
-    assert fingerprint(yaml.safe_dump({"scheme": SCHEME})) != fingerprint("scheme: {name: W3A16g16}")
 
 
 def test_run_resumed_with_other_rules_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing of the user's is written over or removed: what counts as a run's own folder, and what a run sweeps there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,14 @@ def test_run_keeps_files_of_user(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run/blocks/001.safetensors").unlink()
     assert main(args) == 0
     assert (tmp_path / "run/notes").read_text() == (tmp_path / "run/sub/.other.partial").read_text() == "mine"
+
+
+def test_check_writable_unusable_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"out .* cannot be written: {tmp_path / 'file'} is a file; choose"):
+        check_writable(tmp_path / "file/run")
+    check_writable(tmp_path / "new/run")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"out .* cannot be written: no permission in {tmp_path}; choose"):
+        check_writable(tmp_path / "new/run")

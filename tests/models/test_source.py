@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening models block by block: every family equals transformers' whole model; only what is asked for is read."""
+"""Models opened block by block equal the whole model of transformers; only requested tensors are read."""
 
 import shutil
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from omniq.errors import UserError
 from omniq.models import checkpoint
-from omniq.models.families import FAMILIES, family_of
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
 from omniq.models.weight_files import INDEX
@@ -242,30 +241,6 @@ def test_source_model_tokenizer_is_read_or_refused(tmp_path: Path) -> None:
         SourceModel.open(folder).tokenizer()
 
 
-@pytest.mark.parametrize("family", [name for family in FAMILIES for name in family.model_types])
-def test_family_layout_names_modules_of_its_blocks(family: str) -> None:
-    model = tiny_model(family)
-    described = family_of(model.config)
-    block = model.get_submodule(described.blocks)[0]
-    known = described.layout(block, 0)
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert set(known.linears) == linears
-    assert {equivalence.kind for equivalence in known.equivalences} >= {"norm", "value_output", "query_key"}
-    for equivalence in known.equivalences:
-        assert linears.issuperset(equivalence.readers)
-        assert linears.issuperset(equivalence.factored)
-        if equivalence.kind == "norm":
-            assert equivalence.readers in known.groups
-            assert not isinstance(block.get_submodule(equivalence.modules[0]), nn.Linear)
-        elif equivalence.kind == "query_key":
-            assert bool(equivalence.factored) != hasattr(block.self_attn, "q_norm")
-
-
-def test_family_model_types_are_claimed_once() -> None:
-    names = [name for family in FAMILIES for name in family.model_types]
-    assert len(names) == len(set(names))
-
-
 def test_fill_uninitialised_buffer_is_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -287,9 +262,3 @@ def test_source_model_on_cuda_equals_whole_model(tmp_path: Path, family: str) ->
     logits = stream(source, tokens(), "cuda")
     assert logits.device.type == "cuda"
     assert torch.equal(logits, whole(folder, tokens(), device="cuda"))
-
-
-def test_family_of_post_norm_opt_is_refused() -> None:
-    config = AutoConfig.for_model("opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: take another size of OPT"):
-        family_of(config)
