@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: how configurations compose, and the commands beside quantize."""
+"""The command line: its options, the commands beside quantize, and what reaches the terminal."""
 
 import json
 import logging
@@ -15,8 +15,6 @@ from omniq.cli.quiet import quiet
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from tests.helpers.runs import QUICK, configuration, write_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_print_config_shows_complete_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of text and the windows cut out of them. Run with ``pytest tests/data/test_data.py``."""
+"""Sources of text: the documentation of Python, local files and the Hub."""
 
 import hashlib
 import json
@@ -213,9 +213,3 @@ def test_hub_text_of_local_folder_reads_documents(tmp_path, offline):
         HubText(folder, split="mine", streaming=True).documents()
     with pytest.raises(UserError, match=r"holds no text in split 'train'; name another split"):
         HubText(folder, max_documents=1, streaming=True).documents()
-
-
-# --- windows
-
-
-# --- configuration fragments

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verifier passes what is right (tests/export/test_export.py) and names what is not."""
+"""The verifier names what differs in a checkpoint; tests/export/test_export.py shows that it accepts a right one."""
 
 import random
 import re
