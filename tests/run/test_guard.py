@@ -267,7 +267,9 @@ def test_check_callbacks_internal_callback_is_refused_by_name(kind: type[Callbac
 def test_run_with_internal_callback_in_configuration_is_refused_before_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])) == 2
+    command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
+    capsys.readouterr()
+    assert main(command) == 2
     assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
     assert not (tmp_path / "run").exists()
 
