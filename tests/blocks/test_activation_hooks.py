@@ -53,7 +53,7 @@ def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Ac
 
 
 def test_shared_input_after_last_linear_is_released() -> None:
-    """Of a whole model that would be every linear's input at once."""
+    """Otherwise the inputs of all linears of a model would stay in memory at once."""
     first, last = nn.Linear(8, 8), nn.Linear(8, 8)
     shared = SharedInput(Activations(8), None, last, SampleLength())
     x = torch.randn(3, 8)
@@ -141,7 +141,7 @@ def test_attached_model_with_cache_token_by_token_equals_full_forward(family: st
 @pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
 @torch.no_grad()
 def test_attention_implementation_chosen_later_gives_same_logits(family: str, first: str, then: str) -> None:
-    """Masks are made for what the model's config says now; a token must not see the ones after it."""
+    """The mask depends on the config of the model at the time of the call; it must stay causal."""
     logits = []
     tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(4))
     for start in (first, then):
@@ -160,7 +160,7 @@ def test_attention_implementation_chosen_later_gives_same_logits(family: str, fi
 
 @torch.no_grad()
 def test_attention_implementation_registered_sees_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention looks for it in the config of the module."""
+    """Flash attention reads this name from the config of the module."""
     seen: list[str] = []
 
     def known(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -177,7 +177,7 @@ def test_attention_implementation_registered_sees_own_name(monkeypatch: pytest.M
 
 @torch.no_grad()
 def test_quantized_block_under_autocast_quantizes_in_dtype_of_product() -> None:
-    """A LayerNorm under autocast hands over float32; a deployed bfloat16 model would not."""
+    """Under autocast a LayerNorm returns float32; in a deployed bfloat16 model it returns bfloat16."""
     block, kwargs = tiny_block("opt")
     seen: list[torch.dtype] = []
     with quantized_activations(block, tiny_layout("opt"), Activations(8)), torch.autocast("cpu", torch.bfloat16):
@@ -209,7 +209,7 @@ SCHEMES: list[dict[str, Any]] = [
 def test_exported_model_reloaded_has_measured_perplexity(
     scheme: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """With a transform: learned, exported, verified, and opened by plain transformers."""
+    """The model is learned with a transform, exported, verified, and opened by transformers alone."""
     evaluation = configuration(tmp_path)["evaluation"] | {"max_windows": 100}
     stages = [omniquant(transform={"alpha": 0.5})]
     assert main(write_run(tmp_path, scheme=scheme, stages=stages, evaluation=evaluation)) == 0
@@ -252,7 +252,7 @@ def test_quantize_with_queries_and_keys_quantized_runs_without_export(family: st
 
 
 def test_quantize_some_blocks_leaves_others_in_full_precision(tmp_path: Path) -> None:
-    """As they do in a runtime, which quantizes the inputs of quantized linears only: the export is verified."""
+    """The run verifies its export: a runtime quantizes the inputs of quantized linears only."""
     assert main(write_run(tmp_path, scheme={"name": "W4A4"}, blocks=1)) == 0
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def test_run_holds_at_most_two_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that trains and the one that is read: a spy counts the blocks that nobody has let go of."""
+    """One block trains and one is being read; a weak set counts the blocks that are alive."""
     args = write_run(tmp_path, model={**SMALL, "num_hidden_layers": 6}, stages=[omniquant()], evaluation=None)
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     most: list[int] = []

@@ -107,7 +107,7 @@ def test_placement_counts_streams_of_all_processes_and_saved_copy(
     place: str,
     copy_on_disk: bool,
 ) -> None:
-    """All streams of the processes of a machine as they are allocated, then the copy that is written."""
+    """The allocated streams of all processes of a machine count, then the copy that is saved."""
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
     monkeypatch.setattr(placement, "_free_device_memory", lambda device: 0)
     home = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
@@ -171,7 +171,7 @@ def test_quantize_with_each_stream_placement_gives_same_outcome(
 
 @pytest.mark.gpu
 def test_free_host_memory_counts_pinned_memory_as_allocated(tmp_path: Path) -> None:
-    """Three quarters of a power of two take all of it, and what was freed is given back before free memory is read."""
+    """Pinned memory is allocated in powers of two; cached memory is returned before free memory is read."""
 
     def pinned(kind: str) -> int:
         return int(torch.cuda.host_memory_stats()[f"{kind}_bytes.current"])

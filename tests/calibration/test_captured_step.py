@@ -38,7 +38,7 @@ def batch(size: int) -> Any:
 
 @pytest.mark.parametrize("position", range(1, 6))
 def test_captured_step_smaller_batch_runs_eagerly(position: int) -> None:
-    """Passes whose last batch is smaller, so that it comes first, second … and where the capture would be."""
+    """The smaller last batch of a pass comes at each position, also at the one of the capture."""
     step = Counted()
     for turn in range(3):
         for number in range(position + 1):
@@ -53,7 +53,6 @@ def test_captured_step_smaller_batch_runs_eagerly(position: int) -> None:
 
 @pytest.mark.gpu
 def test_captured_step_with_smaller_batches_equals_eager() -> None:
-    """The numbers of eager steps, whatever the order of sizes."""
     inputs = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)).cuda()
     found: list[Tensor] = []
     for graph in (False, True):

@@ -100,7 +100,7 @@ def test_gptq_with_fewer_tokens_than_inputs_warns(tmp_path: Path, caplog: pytest
 def test_gram_stage_with_all_zero_linear_has_finite_result(
     stage: Callable[[], Stage], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values of zero leave the inputs of the output projection dead, too."""
+    """Values of zero also make the inputs of the output projection zero."""
     monkeypatch.setattr(GramModule, "save_interval", 0.0)
     task = tiny_task(GRID, samples=6)
     task.linear(name).weight.data.zero_()
@@ -129,7 +129,7 @@ def test_gram_stage_logged_errors_equal_errors_of_result(stage: Callable[[], Sta
 
 
 def test_gptq_gram_matrix_is_summed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 28672 inputs it has 3 GiB: the sum, what is added and no third one."""
+    """For 28672 inputs a Gram matrix has 3 GiB, so a third copy beside the sum and the summand is too many."""
     places: dict[str, set[int]] = {}
     run_batch = Observation.run_batch
 
@@ -147,7 +147,7 @@ def test_gptq_gram_matrix_is_summed_in_place(tmp_path: Path, monkeypatch: pytest
 def test_gram_stage_on_cuda_dequantizes_on_gpu_and_returns_cpu_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the host that takes longer than the descent; and what other processes are told lies on no GPU."""
+    """On the host, dequantizing takes longer than the descent. Other processes receive tensors of the CPU."""
     devices, dequantize = [], QuantizedLinear.dequantize
 
     def watched(linear: QuantizedLinear, *args: Any, **options: Any) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_gram_stage_on_cuda_dequantizes_on_gpu_and_returns_cpu_result(
 def test_plan_loader_passes_end_where_state_can_be_saved(
     processes: int, ends: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not between the sweeps of several processes, each of which has rows of its own."""
+    """Between the sweeps of several processes the state cannot be saved: each process has its own rows."""
     monkeypatch.setattr("omniq.distributed.collectives.world_size", lambda: processes)
     loader = PlanLoader(samples=5, batch_size=2, rounds=2, work=3)
     assert len(loader) == 12
@@ -222,7 +222,7 @@ def test_gram_stage_invalid_settings_are_refused(stage: type[Stage], settings: d
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gram_of_under_autocast_equals_float64(dtype: torch.dtype, weighted: bool, device: str) -> None:
-    """Entries beyond the range of float16, to the precision of float32."""
+    """The entries exceed the range of float16; the error is that of float32."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)
     tokens = torch.rand(200, generator=generator) + 0.5 if weighted else None

@@ -78,7 +78,7 @@ def test_observe_any_number_of_tokens_equals_float64(statistic: type[Statistic],
 
 
 def test_routed_task_expert_token_count_differs_between_batches() -> None:
-    """Else the tests above could pass with the tokens of one sample at a time."""
+    """With equal counts, code that mixes up the tokens of batches could pass the tests above."""
     task = routed_task(SOME)
     counts = [(batch[..., 0] > SOME).sum().item() for batch in task.inputs.split(4)]
     assert len(set(counts)) == len(counts)
@@ -113,7 +113,7 @@ def test_observe_relative_weights_of_all_tokens_equal_float64() -> None:
 
 @pytest.mark.parametrize(("threshold", "flat"), [(SOME, ()), (SOME, GROUPS[1]), (ALL, ())])
 def test_observe_relative_weights_of_unknown_rows_are_refused(threshold: float, flat: tuple[str, ...]) -> None:
-    """An expert may see all tokens in another order: their number alone does not tell."""
+    """An expert may receive all tokens in another order, so the number of tokens does not identify them."""
     task = routed_task(threshold)
     task.layout = replace(task.layout, flat=flat)
     with pytest.raises(UserError, match="block/000 expert.up: token_weights 'relative' .* set token_weights to 'unif"):
@@ -160,12 +160,12 @@ def test_observation_linear_not_called_stops_where_a_later_group_begins() -> Non
 
 
 def test_observation_linear_never_called_is_waited_for() -> None:
-    """Nothing but whole forwards can tell that no token reaches it."""
+    """Only whole forward passes show that no token reaches the linear."""
     assert completed(NONE, skips=True, batches=4) == 4
 
 
 def test_observation_linear_called_after_a_later_group_is_still_observed() -> None:
-    """A layout in another order than the block's costs time, and no tokens."""
+    """A layout whose order differs from that of the block costs time but loses no tokens."""
     task = routed_task(SOME)
     groups = (("last",), *GROUPS[:2])
     task.layout = replace(task.layout, groups=groups)

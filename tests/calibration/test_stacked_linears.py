@@ -42,7 +42,7 @@ def test_stacked_linears_of_one_process_has_all_rows() -> None:
 
 
 def test_quantease_start_from_codes_of_other_grid_is_their_weights(tmp_path: Path) -> None:
-    """The start is what the stage before made of the weights, not its codes read on a grid that they do not mean."""
+    """The start is the weights that the earlier stage made, not its codes read on the new grid."""
     grid, task = Grid(3, 16), tiny_task(Grid(3, 16), samples=6)
     previous = fitted(RTN(clipping=MinMax()), task, tmp_path / "rtn").task.result
     assert previous is not None
@@ -115,9 +115,9 @@ collectives.finish_on_rank0()
 
 
 def test_solvers_with_rows_shared_by_processes_equal_one_process(tmp_path: Path) -> None:
-    """From the same Gram matrix the same codes and scales, however many solve the rows; in float32 but for ties.
+    """The same Gram matrix gives the same codes and scales; float32 may differ at ties.
 
-    Each of three processes solves everything alone first, then its share; some shares are a row longer than others.
+    Each of three processes first solves all rows alone, then its share; the shares differ by one row.
     """
     script = tmp_path / "shares.py"
     script.write_text(SHARES)

@@ -57,9 +57,9 @@ def finished_with(layout: Layout, fixed: StaticGrid) -> Finished:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_activations_quantize_all_tokens_on_shared_range(family: str, symmetric: bool) -> None:
-    """The sample's while the block is calibrated, the fixed one when it is finished; none where it is not quantized.
+    """Calibration uses the range of the sample, a finished block its fixed range; kept linears are not quantized.
 
-    Also where OPT hands over all tokens of a batch in one row.
+    OPT passes the tokens of a whole batch as rows of one matrix; the range is the same there.
     """
     block, kwargs = tiny_block(family)
     form, given = tiny_layout(family), Activations(6, symmetric=symmetric, static=True)
@@ -77,7 +77,7 @@ def test_static_activations_quantize_all_tokens_on_shared_range(family: str, sym
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibrate_static_ranges_measures_deployed_block(family: str) -> None:
-    """Against hooks of our own on a block with the rounded weights."""
+    """The reference is measured with hooks of this test on a block with rounded weights."""
     block, kwargs = tiny_block(family)
     form, given, grid = tiny_layout(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
     task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
@@ -93,7 +93,7 @@ def test_calibrate_static_ranges_measures_deployed_block(family: str) -> None:
 
 
 def test_calibrate_static_ranges_with_infinite_input_is_refused() -> None:
-    """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
+    """Otherwise the scale would be the largest possible one, and nearly all inputs would silently become zero."""
     block, kwargs = tiny_block("llama")
     form, given, grid = tiny_layout("llama"), Activations(8, static=True), Grid(8)
     task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
@@ -145,7 +145,7 @@ def test_exported_static_ranges_are_used_by_transformers(
 
 
 def test_quantize_with_static_ranges_keeps_and_exports_ranges_of_last_stage(tmp_path: Path) -> None:
-    """OPT, whose MLP gets no tokens of its own; the range is that of the last stage, and a resume reads it."""
+    """A resumed run reads the ranges. The MLP of OPT receives tokens without a batch dimension."""
     stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
     scheme = {"name": "W8A8", "activation_range": "tensor"}
     command = write_run(tmp_path, "opt", scheme=scheme, stages=stages)

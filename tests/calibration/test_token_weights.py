@@ -100,7 +100,7 @@ def test_quantease_gram_matrix_is_weighted_by_tokens(tmp_path: Path) -> None:
 
 
 def test_omniquant_relative_weights_lower_error_of_ordinary_tokens(tmp_path: Path) -> None:
-    """With one token a hundred times larger, the uniform loss forgets the others."""
+    """One token is a hundred times larger than the others and dominates the uniform loss."""
     errors = {}
     for kind in ("uniform", "relative"):
         task = with_a_massive_token()

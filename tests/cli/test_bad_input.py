@@ -194,7 +194,7 @@ def test_main_unknown_command_is_refused_in_one_line(args: list[str], capsys: py
 def test_quantize_hub_names_while_offline_are_refused(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model's and the text's: each message says how a local path is given."""
+    """The messages for the model and for the text both say how to give a local path."""
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -291,7 +291,7 @@ def test_quantize_without_permission_to_write_is_refused(
 def test_quantize_on_disk_without_room_is_refused_before_run(
     scheme: str, format: str, bits: int, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """Of the tiny model 18,432 codes, a byte each; their bits once more, and table, head and norm in float16."""
+    """The model has 18,432 codes: a byte each, their packed bits, and table, head and norm in float16."""
     needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     said = refused("--scheme.name", scheme, "--export.format", format)
@@ -301,7 +301,7 @@ def test_quantize_on_disk_without_room_is_refused_before_run(
 def test_quantize_on_disk_that_fills_up_stops_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of a run: one line, nothing half-written under its final name, and the run can go on."""
+    """The error is one line, no partial file remains, and the run can continue."""
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[omniquant()]))
     args += ["--out", str(tmp_path / "run")]
     real, left = os.fsync, [5]

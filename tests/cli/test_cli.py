@@ -18,7 +18,7 @@ from tests.helpers.runs import QUICK, configuration, write_config
 
 
 def test_print_config_shows_complete_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything is shown, defaults included, and what is shown is itself a configuration."""
+    """The output includes all defaults and is itself a configuration."""
     with pytest.raises(SystemExit) as caught:
         main(["quantize", "--config", str(folder / "run.yaml"), "--print_config"])
     assert caught.value.code == 0
@@ -33,7 +33,7 @@ def test_print_config_shows_complete_configuration(folder: Path, capsys: pytest.
 
 
 def test_quantize_options_on_command_line_set_nested_keys(folder: Path, tmp_path: Path) -> None:
-    """Nested keys, keys of the last stage, and another class in place of the one in the file."""
+    """Options set nested keys, keys of the last stage, and another class than that of the file."""
     args = ["quantize", "--config", str(folder / "run.yaml"), "--out", str(tmp_path / "run")]
     args += ["--scheme.name", "W4A16", "--data.samples=2", "--stages.init_args.epochs", "1"]
     args += ["--export.format", "none", "--evaluation", "null"]
@@ -49,7 +49,7 @@ def test_quantize_options_on_command_line_set_nested_keys(folder: Path, tmp_path
 def test_export_evaluate_and_report_repeat_measured_perplexity(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run without a checkpoint is exported later; what is measured on it is what the run measured."""
+    """A run without a checkpoint is exported later; the export has the perplexity that the run measured."""
     run, out = tmp_path / "run", tmp_path / "exported"
     args = write_config(
         tmp_path / "run.yaml",
@@ -78,7 +78,7 @@ def test_export_evaluate_and_report_repeat_measured_perplexity(
 def test_export_over_earlier_export_replaces_different_one_only(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is there of another format or another run is replaced, and that is said; the same export is kept."""
+    """An export of another format or run is replaced with a warning; an identical export is kept."""
     run, out = tmp_path / "run", tmp_path / "exported"
 
     def export(*options: str, run: Path = run) -> str:
@@ -123,7 +123,7 @@ def test_export_to_unusable_place_or_format_is_refused_before_opening_model(
 def test_report_of_damaged_record_names_it_and_changes_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not a damaged record either: it is named, after what can be shown."""
+    """The report first shows the undamaged records, then names the damaged one."""
     run = tmp_path / "run"
     args = write_config(tmp_path / "run.yaml", configuration(folder, export={"format": "none"}))
     assert main([*args, "--out", str(run)]) == 0
@@ -142,7 +142,7 @@ def test_report_of_damaged_record_names_it_and_changes_nothing(
 def test_command_interrupted_says_so_in_one_line(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only a run is continued by the same command."""
+    """Only an interrupted ``quantize`` can be continued by the same command."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def test_quiet_prefixes_own_warnings_only(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_quiet_silences_devices_line_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning tells which devices it sees whenever a Trainer begins."""
+    """Lightning logs the visible devices for each Trainer, that is, for each block."""
     log, told = logging.getLogger(CUDAAccelerator.__module__), Mock(level=logging.NOTSET)
     monkeypatch.setattr(log, "handlers", [told])
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

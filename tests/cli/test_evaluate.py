@@ -99,7 +99,7 @@ def save_gpt2(folder: Path) -> Path:
 def test_evaluate_family_unknown_to_omniq_equals_transformers(
     dtype: str, place: Path, tmp_path: Path, evaluate: Callable[..., dict[str, Any]]
 ) -> None:
-    """On a CPU in float32, whatever the checkpoint is stored in."""
+    """On a CPU the evaluation runs in float32, whatever the dtype of the checkpoint."""
     folder = save_gpt2(tmp_path / "gpt2")
     AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(folder)
     found = evaluate(folder)
@@ -120,7 +120,7 @@ def test_evaluate_quantized_model_uses_its_own_dtype(place: Path, evaluate: Call
 def test_evaluate_hub_name_downloads_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., dict[str, Any]]
 ) -> None:
-    """A quantized model too; it is looked up once."""
+    """This holds for models with and without quantization."""
     asked = []
 
     def download(name: str, **options: Any) -> str:
@@ -246,7 +246,6 @@ def test_load_truncated_file_is_named(broken: Callable[[Callable[[Path], Any]], 
 def test_evaluate_impossible_options_are_refused_before_measuring(
     name: str, options: str, part: str, place: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before anything is measured."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(evaluate_command, "evaluate_model", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(evaluate_command, "evaluate_streamed", lambda *_: pytest.fail("measured"))

@@ -78,7 +78,7 @@ def test_evaluate_mistake_imports_no_torch() -> None:
 
 
 def test_report_imports_no_torch_and_no_class_of_configuration(tmp_path: Path) -> None:
-    """It shows what the run has recorded, whatever its configuration names."""
+    """The report reads the records of the run and no class that its configuration names."""
     args = write_run(tmp_path, **QUICK)
     assert main(args) == 0
     config = tmp_path / "run/config.yaml"
@@ -125,7 +125,7 @@ def test_report_damaged_block_is_named(tmp_path: Path, damage: str, capsys: pyte
 def test_evaluate_config_of_quantize_reads_own_sections_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``out`` and ``batch`` of the recipe are those of the run."""
+    """``out`` and ``batch`` in the file belong to the run, not to the evaluation."""
     args = write_run(tmp_path, batch=3, **QUICK)
     content = configuration(tmp_path)
     write_config(tmp_path / "run.yaml", {**content, "out": str(tmp_path / "run"), "batch": 3})

@@ -94,7 +94,7 @@ def test_lightning_run_help_is_printed(calls: list[object], capsys: pytest.Captu
 
 
 def test_lightning_run_script_reaches_fabric_with_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real command line of Fabric parses what we pass; only its launch is replaced."""
+    """Fabric's own command line parses the arguments; only its launch is replaced."""
     seen: list[tuple[Namespace, list[str]]] = []
     monkeypatch.setattr("lightning.fabric.cli.main", lambda args, script_args: seen.append((args, script_args)))
     script = tmp_path / "train.py"

@@ -124,7 +124,7 @@ def test_class_path_of_users_package_is_imported_when_allowed(
 
 @pytest.mark.parametrize("name", ["Other", "unsaid", "make"])
 def test_class_path_of_users_class_of_another_type_is_refused(package: str, name: str) -> None:
-    """A function with arguments is not a factory either: it would be called while the configuration is read."""
+    """A function with arguments is refused too: parsing the configuration would call it."""
     with pytest.raises(UserError):
         parse_run([], {**RUN, "trainer": named(f"{package}.{name}")}, allow_import=[package])
 

@@ -52,7 +52,7 @@ def resolved(folder: Path, *layers: str, options: Sequence[str] = ()) -> dict[st
 
 
 def test_parse_run_composes_files_and_options_override(folder: Path) -> None:
-    """Later files win key by key, lists are replaced, ``stages+`` appends, options have the last word."""
+    """Later files replace keys and lists, ``stages+`` appends, and options override files."""
     (folder / "data.yaml").write_text("data: {samples: 7, seed: 5}")
     (folder / "stages.yaml").write_text("stages: [{class_path: omniq.stages.RTN}]")
     (folder / "more.yaml").write_text("stages+: [{class_path: omniq.stages.OmniQuant, init_args: {epochs: 9}}]")
@@ -75,7 +75,7 @@ def test_parse_run_composes_files_and_options_override(folder: Path) -> None:
     ],
 )
 def test_later_file_list_of_stages_replaces_earlier_list(folder: Path, later: str) -> None:
-    """Whatever was there; an option after it sets the last stage."""
+    """The whole list is replaced; an option after it sets the last stage."""
     assert resolved(folder, LEARNED)["stages"][0]["init_args"]["epochs"] == 13
     last = resolved(folder, "stages: []", later)["stages"][-1]
     assert last["init_args"]["epochs"] in (10, 20)  # the defaults of LearnedRounding and OmniQuant
@@ -100,7 +100,7 @@ def test_later_file_list_entry_without_class_is_refused(folder: Path) -> None:
 
 
 def test_later_file_class_replaces_earlier_class_whole(folder: Path) -> None:
-    """The same class too; settings without a class change the one that is there."""
+    """This holds for the same class too; settings without a class change the existing one."""
     text = f"data: {{{HUB}}}\nevaluation: {{{HUB}, length: 9}}"
     stdlib = {"class_path": "omniq.data.Stdlib", "init_args": {"split": "calibration"}}
     for later in ("source: {class_path: omniq.data.Stdlib}", "source: Stdlib"):
@@ -142,7 +142,7 @@ def test_later_file_trainer_and_loggers_compose_by_same_rule(folder: Path) -> No
 
 
 def test_demo_with_text_of_hub_uses_its_split() -> None:
-    """Its own text has a split of another name."""
+    """The demo's own text has a split of another name."""
     for text in ("c4", "wikitext2"):
         run, _ = parse_run([ROOT / "configs/demo.yaml", ROOT / f"configs/data/{text}.yaml"])
         assert run.data.source.split == "train"

@@ -172,7 +172,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_text_offline_is_refused_at_once(offline, streaming, monkeypatch):
-    """Without a try, and without the waiting between tries."""
+    """No connection is tried, so there is no wait between retries."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("something was waited for"))
     source = HubText("Salesforce/no-such-text", "wikitext-2-raw-v1", streaming=streaming)

@@ -45,7 +45,7 @@ def test_launch_arguments_follow_launcher(
 
 
 def test_block_parallel_does_not_synchronize_buffers() -> None:
-    """They come from the weights, and those of learned rounding are as large."""
+    """All processes compute equal buffers; those of learned rounding are as large as the weights."""
 
     class Learned(L.LightningModule):
         def __init__(self) -> None:

@@ -45,7 +45,7 @@ def test_model_card_shows_all_facts() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_model_card_requirements_are_those_of_omniq(name: str) -> None:
-    """An older compressed-tensors reads other numbers from the same file, and says nothing."""
+    """An older compressed-tensors silently reads other numbers from the same file."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     ours = {package.partition(",")[0] for package in project["dependencies"]} | {project["name"]}

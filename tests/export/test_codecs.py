@@ -98,7 +98,7 @@ def test_omniq_store_then_load_is_identity(grid: Grid, outputs: int, groups: int
 
 @pytest.mark.parametrize("second", [QuantizedScales(3, 0, 4), QuantizedScales(0, 2, 4), QuantizedScales(3, 2, 4)])
 def test_omniq_store_then_load_keeps_second_levels(second: QuantizedScales) -> None:
-    """Two values in each run of rows: both are ends, so they lie on the levels."""
+    """Each run of rows has two values. Both are ends of the run, so they lie on its levels."""
     grid = Grid(3, 8, second=second)
     rows = torch.arange(10)[:, None] % 2
     linear = QuantizedLinear.of(grid, torch.ones(10, 16), (1.0 + rows).expand(10, 2), (2 * rows).expand(10, 2))

@@ -86,7 +86,7 @@ def test_compressed_tensors_export_opened_by_transformers_has_our_logits(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_compressed_tensors_decompressor_gives_our_bits(symmetric: bool, dtype: torch.dtype) -> None:
-    """Its own decompressor on our tensors, with scales down to subnormal: the same bits as ours."""
+    """The scales go down to subnormal numbers."""
     grid = Grid(3, 32, symmetric, dtype)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (40, 96), generator=generator)
@@ -169,7 +169,7 @@ def test_export_folder_is_complete_without_machine_paths(
 
 
 def test_export_of_source_with_own_code_becomes_stock_model(tmp_path: Path) -> None:
-    """Its files stay where they are, so a reader that allows code must not look for them."""
+    """The code files are not copied, so the config must not refer to them."""
     folder = save_tiny(tmp_path / "source", dtype=torch.float16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
@@ -196,7 +196,7 @@ def test_export_of_source_with_own_code_becomes_stock_model(tmp_path: Path) -> N
     ids=lambda rope: rope["rope_type"],
 )
 def test_export_writes_rotary_keys_of_transformers_4(rope: dict[str, Any], tmp_path: Path) -> None:
-    """Which vLLM may run on: it takes the base 10000 where it finds no ``rope_theta``, and says nothing."""
+    """vLLM may run on transformers 4. Without ``rope_theta`` it silently uses the base 10000."""
     source = opened(tmp_path / "source", Grid(4, 32), rope_parameters=rope)
     results = rounded(source, Grid(4, 32))
     out = export(source, results, tmp_path / "out")

@@ -170,7 +170,7 @@ def test_check_output_recognizes_own_export_by_card_or_recipe(
 def test_export_flushes_files_before_rename(
     source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those in folders as well: a tokenizer with several chat templates makes one for them."""
+    """This includes files in folders, such as those of a tokenizer with several chat templates."""
     tokenizer = source.tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)

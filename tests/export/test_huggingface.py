@@ -67,7 +67,7 @@ def test_earlier_export_of_renamed_format_gives_name_of_user(
 def test_earlier_export_of_older_version_is_recognized(
     name: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """They recorded ``quant_method`` only, which was the user's name."""
+    """Older versions recorded only ``quant_method``, which was the format's name."""
     out = export(source, results, tmp_path / "out", format=name)
     edit(out, lambda content: content.pop("omniq_format"))
     assert earlier_export(out) == name
@@ -107,7 +107,7 @@ def test_earlier_export_with_damaged_config_is_named(
 def test_verify_config_not_describing_weights_is_named(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """Before transformers opens the folder, so that its errors need not be understood."""
+    """The check precedes transformers, whose errors would be harder to understand."""
     out = export(source, results, tmp_path / "out")
     whole = (out / "config.json").read_text()
 

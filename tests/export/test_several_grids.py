@@ -75,7 +75,7 @@ def test_compressed_tensors_writes_group_for_each_grid(tmp_path: Path) -> None:
 def test_export_with_several_grids_and_integer_activations_verifies(
     format: str, symmetric: bool, tmp_path: Path
 ) -> None:
-    """Kept linears get floating-point inputs, in transformers as in omniq's own evaluation."""
+    """Kept linears receive floating-point inputs in transformers and in omniq's own evaluation."""
     grid = Grid(4, 32, symmetric)
     source = opened(tmp_path / "source", grid)
     results = mixed(source, grid, {**OWN, "mlp.down_proj": Grid(6, -1, symmetric)})
@@ -98,7 +98,7 @@ def test_omniq_export_with_asymmetric_grids_verifies(tmp_path: Path) -> None:
 
 
 def test_compressed_tensors_several_asymmetric_grids_are_refused(tmp_path: Path) -> None:
-    """transformers would unpack all of them by the first grid, and say nothing."""
+    """transformers would silently unpack all of them by the first grid."""
     grid, other = Grid(4, 32), Grid(8, -1, symmetric=True)
     words = (
         "scheme W4A16g32: .* cannot hold 2 grids of which one is asymmetric, .*: use format omniq, or set scheme.sym"

@@ -127,7 +127,7 @@ def test_verify_damaged_file_is_named(source: SourceModel, results: list[BlockRe
 def test_verify_random_damage_raises_only_own_errors(
     name: str, format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """A resume catches these two and nothing else."""
+    """A resumed run catches ``CorruptFile`` and ``VerificationError`` only."""
     out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=40_000)
     file, generator, caught = next(out.glob(name)), random.Random(0), 0
     whole = file.read_bytes()
@@ -188,7 +188,7 @@ def test_verify_wrong_config_block_by_block_is_found(
 def test_verify_block_by_block_holds_one_block(
     no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of either side, and of blocks and results alike."""
+    """This holds for source and checkpoint, and for blocks and results."""
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, num_hidden_layers=4)
     results = rounded(source, grid)
@@ -212,7 +212,7 @@ def test_verify_block_by_block_holds_one_block(
 def test_reopened_checkpoint_opens_model_where_memory_suffices(
     format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights in the dtype of deployment and as they are stored; or as stored, and one linear in the making."""
+    """compressed-tensors needs stored and deployed weights; omniq needs the stored ones and one linear."""
     out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=20_000)
     chosen, stored = find_format(format), sum(path.stat().st_size for path in out.glob("*.safetensors"))
     weights = sum(value.numel() for value in open_checkpoint(tmp_path / "source").parameters())

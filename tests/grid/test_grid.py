@@ -84,7 +84,7 @@ def test_grid_error_inside_range_is_at_most_half_step(grid: Grid, weight: Tensor
 @settings(max_examples=60, deadline=None)
 @given(grids(), weights())
 def test_grid_rounding_equals_float64(grid: Grid, weight: Tensor) -> None:
-    """Scale from the extremes, then zero point and codes from the scale as stored; ties aside."""
+    """The scale comes from the extremes, zero point and codes from the stored scale. Ties are skipped."""
     scale, zero_point, codes, back = rounded(grid, weight)
     for row in range(3):
         parts = weight[row].double().reshape(scale.shape[1], -1)
@@ -115,13 +115,13 @@ def test_grid_of_float64_weight_computes_in_float64() -> None:
 
 
 def test_grid_quantize_ties_round_to_even() -> None:
-    """0.5 and 2.5 steps go down, 1.5 and 3.5 up."""
+    """0.5 and 2.5 steps are rounded down, 1.5 and 3.5 up."""
     grid, scale, zero = Grid(4, scale_dtype=torch.float32), torch.ones(1, 1), torch.zeros(1, 1)
     assert grid.quantize(torch.tensor([[0.5, 1.5, 2.5, 3.5]]), scale, zero).tolist() == [[0, 2, 2, 4]]
 
 
 def test_grid_groups_are_consecutive_inputs() -> None:
-    """A group sees its own weights only; per-channel is one group."""
+    """The range of a group depends on its own weights only; a per-channel grid has one group."""
     weight = torch.tensor([[1.0, -1, 2, -2, 4, -4], [8, 0, 0, -8, 16, 0]])
     grid = Grid(8, 2)
     lo, hi = grid.range(weight)
@@ -135,7 +135,7 @@ def test_grid_groups_are_consecutive_inputs() -> None:
 
 
 def test_grid_symmetric_has_zero_in_middle() -> None:
-    """Zero in the middle, the scale from the larger side: the extreme lands half a step beyond the last code."""
+    """The scale comes from the larger side, whose extreme lies half a step beyond the last code."""
     grid = Grid(4, symmetric=True, scale_dtype=torch.float32)
     scale, zero_point, codes, _ = rounded(grid, torch.tensor([[-3.0, 0, 7.5]]))
     assert scale.item() == 1.0
@@ -149,7 +149,7 @@ def test_grid_fit_stretches_range_to_zero() -> None:
 
 
 def test_grid_fit_zero_point_of_subnormal_scale_stays_inside() -> None:
-    """Among the subnormals of float16 the stored scale may be a third too small."""
+    """A stored scale that is subnormal in float16 may be a third too small."""
     scale, zero_point = Grid(4).fit(torch.tensor([[-15 * 1.4 * 2.0**-24]]), torch.zeros(1, 1))
     assert scale.item() == 2.0**-24
     assert zero_point.item() == 15
@@ -157,7 +157,7 @@ def test_grid_fit_zero_point_of_subnormal_scale_stays_inside() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grid_store_extreme_scales_stay_positive_and_finite(dtype: torch.dtype) -> None:
-    """Weights too small or too large for the storage dtype still get a positive, finite scale that it holds."""
+    """Weights too small or too large for the storage dtype get a positive, finite scale that it can hold."""
     grid = Grid(2, scale_dtype=dtype)
     for size in (0.0, 1e-44, 1e-30, 1e30, 3e38):
         scale = grid.store(torch.tensor([size]))
@@ -193,7 +193,7 @@ def test_grid_check_width_names_sizes_that_divide() -> None:
 @given(st.lists(st.integers(1, 40).map(lambda n: 16 * n), min_size=1, max_size=4), st.integers(1, 200))
 @settings(max_examples=50)
 def test_grid_check_width_offers_sizes_that_fit_all_widths(widths: list[int], size: int) -> None:
-    """SmolLM2-135M, say: 576 inputs, but 1536 in ``down_proj``."""
+    """SmolLM2-135M, for example, has 576 inputs in most linears and 1536 in ``down_proj``."""
     if all(width % size == 0 for width in widths):
         return
     offending = next(width for width in widths if width % size)

@@ -28,7 +28,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 def test_quantized_scales_of_values_on_levels_round_trip(
     seed: int, outputs: int, groups: int, rows: int, bits: int, dtype: torch.dtype, close: bool
 ) -> None:
-    """Also where the ends of a run are neighbours in the storage dtype, so that levels fall together."""
+    """Levels coincide where the ends of a run are neighbours in the storage dtype."""
     generator, second = torch.Generator().manual_seed(seed), QuantizedScales(rows=rows)
     values = torch.rand(outputs, groups, generator=generator)
     if dtype == torch.uint8:

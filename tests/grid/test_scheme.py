@@ -69,6 +69,6 @@ def test_parse_scheme_malformed_name_is_refused(name: str) -> None:
 
 
 def test_parse_scheme_group_size_zero_is_refused() -> None:
-    """It is not taken for per-channel."""
+    """A group size of 0 does not mean per-channel."""
     with pytest.raises(UserError, match="group size 0 is not usable"):
         Grid(4, parse_scheme("W4A16g0")[3])

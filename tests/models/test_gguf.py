@@ -26,7 +26,7 @@ from tests.helpers.opening import SMOL, needs_smol, refused, stream
 def test_gguf_model_equals_transformers_and_is_parsed_once(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is parsed once, for config, weights and tokenizer together."""
+    """Config, weights and tokenizer come from one parse of the file."""
     reader = Mock(wraps=gguf.GGUFReader)
     monkeypatch.setattr(gguf, "GGUFReader", reader)
     source = SourceModel.open(SMOL)
@@ -69,7 +69,7 @@ def test_gguf_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_without_bars_hides_bars_inside_only(capfd: pytest.CaptureFixture[str]) -> None:
-    """Inside, nested or not; afterwards, and after an error, bars are shown as before."""
+    """Contexts may be nested. Bars appear again afterwards, also after an error."""
 
     def bar() -> str:
         assert list(tqdm(range(3), desc="reading", disable=False)) == [0, 1, 2]
@@ -92,7 +92,7 @@ def test_without_bars_hides_bars_inside_only(capfd: pytest.CaptureFixture[str]) 
 
 
 def test_reading_gguf_in_overlapping_threads_restores_package(tmp_path: Path) -> None:
-    """Also one that begins before another ends, and ends after it."""
+    """One thread begins before another one ends, and ends after it."""
     plain, begun, end = gguf.GGUFReader, threading.Event(), threading.Event()
 
     def read() -> None:

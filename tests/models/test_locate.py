@@ -59,7 +59,7 @@ def test_open_hub_name_that_fails_is_refused_with_remedy(
 
 
 def test_public_name_of_local_folder_is_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the card it would be a link to a stranger's model."""
+    """Otherwise the card would link to a model of somebody else."""
     monkeypatch.chdir(tmp_path)
     assert locate.public_name("someone/tiny") == "someone/tiny"
     (tmp_path / "someone/tiny").mkdir(parents=True)

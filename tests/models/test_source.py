@@ -99,7 +99,7 @@ def test_embed_recorded_arguments_serve_any_batch(tmp_path: Path) -> None:
 
 
 def test_embed_for_flash_attention_omits_positions(tmp_path: Path) -> None:
-    """It would look into them in every call for several samples in a row, and the host would wait for the answer."""
+    """With several samples flash attention would read the positions in each call, and the host would wait."""
     for attention in ("sdpa", "flash_attention_2"):
         source = SourceModel.open(save_tiny(tmp_path / attention))
         source.config._attn_implementation = attention

@@ -68,7 +68,7 @@ def test_rates_floor_is_larger_of_arithmetic_and_bytes(machine: ModuleType) -> N
 
 
 def test_peak_bytes_on_cpu_counts_what_is_alive_at_once(machine: ModuleType) -> None:
-    """What is alive at once, not what is allocated in all, nor what was there before."""
+    """The peak excludes tensors that are freed in between and tensors that existed before."""
     before = torch.ones(2**20)
 
     def work() -> None:

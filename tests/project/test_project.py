@@ -73,10 +73,7 @@ def test_configs_begin_with_their_purpose(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_configs_parse_over_the_demo(path: Path, tmp_path: Path) -> None:
-    """Recipes, models and data compose: each file is understood on top of a complete run, the demo.
-
-    What a run records as its config.yaml is that run again.
-    """
+    """Each file composes with a complete run, the demo; the recorded config.yaml parses to the same run."""
     from omniq.config.parse import parse_run
 
     run, resolved = parse_run([ROOT / "configs" / "demo.yaml", path])
@@ -101,7 +98,7 @@ def test_dependencies_are_pinned_within_their_ranges() -> None:
 
 
 def test_imports_are_declared_dependencies() -> None:
-    """Not something that happens to be there because another package needs it."""
+    """A package that another package happens to install is not enough."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}

@@ -54,7 +54,7 @@ def display(clock: Clock) -> Display:
 def test_display_time_left_follows_seconds_per_block(
     display: Display, clock: Clock, seconds: float, stages: int
 ) -> None:
-    """From the first block on, however long one takes."""
+    """The estimate exists from the first block on, for short and for long blocks."""
     with display:
         assert display.progress.tasks[0].time_remaining is None
         for index in range(10):
@@ -75,7 +75,7 @@ def test_display_of_resumed_run_counts_calibrated_blocks_only(display: Display, 
 
 
 def test_display_resumed_from_streams_starts_at_later_block(display: Display, clock: Clock) -> None:
-    """Its first block is not the first of the model, and none before it is shown."""
+    """No earlier block is shown."""
     with display:
         clock.now += 7.0
         calibrate(display, clock, 9, 20.0)

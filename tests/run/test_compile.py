@@ -49,7 +49,7 @@ def run(folder: Path, **sections: Any) -> list[str]:
 def test_compiled_run_losses_equal_plain_run(
     tmp_path: Path, stages: list[dict[str, Any]], sections: dict[str, Any], graphs: int | None, rtol: float
 ) -> None:
-    """A graph for each shape of a batch, none of its own for the second block."""
+    """There is one graph for each shape of a batch, and no further graph for the second block."""
     args = run(tmp_path, stages=stages, **sections)
     assert main([*args, "--out", str(tmp_path / "plain")]) == 0
     assert not counters["stats"]
@@ -63,7 +63,7 @@ def test_compiled_run_losses_equal_plain_run(
 
 @pytest.mark.gpu
 def test_compiled_run_in_cuda_graph_losses_equal_plain_run(tmp_path: Path) -> None:
-    """Both blocks, whose steps are captured after three."""
+    """The steps of both blocks are captured after three warm-up steps."""
     args = run(tmp_path, stages=[omniquant()], trainer={"accelerator": "gpu"}, matmul="ieee")
     for name in ("plain", "compiled"):
         assert main([*args, "--out", str(tmp_path / name), "--compile", str(name == "compiled").lower()]) == 0
@@ -74,7 +74,7 @@ def test_compiled_run_in_cuda_graph_losses_equal_plain_run(tmp_path: Path) -> No
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_run_resumed_gives_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second of two passes, each of a full batch and a smaller one."""
+    """The run stops in the second of two passes; each pass has a full batch and a smaller one."""
     args = [*run(tmp_path, stages=[omniquant(batch_size=3)]), "--compile", "true", "--export.format", "omniq"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert main([*args, "--out", str(whole)]) == 0
@@ -98,8 +98,6 @@ def test_compiled_run_resumed_gives_same_bits(tmp_path: Path, monkeypatch: pytes
 def test_compile_without_working_compiler_is_refused_before_first_block(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said before the first block."""
-
     def broken(function: Any, **options: Any) -> Any:
         raise RuntimeError("no working C++ compiler\nfound")
 

@@ -53,7 +53,7 @@ def no_compressed_tensors(name: str) -> str:
 def test_finish_opens_checkpoint_once(
     openings: list[Path], verify: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For its logits, the perplexity of a window, and the prompt."""
+    """Logits, perplexity of a window and the prompt use the same opened model."""
     args = write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN)
     args += ["--export.prompt", "Once upon", "--export.verify", str(verify)]
     assert main(args) == 0
@@ -78,7 +78,7 @@ def test_finish_without_evaluation_verifies_on_own_text(
 def test_finish_checkpoint_that_does_not_fit_is_verified_block_by_block(
     openings: list[Path], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """It is verified all the same, and one line says what could not be done."""
+    """One line says which checks were not possible."""
     monkeypatch.setattr(folder_reader, "free_host_memory", lambda: 1000)
     args = write_run(tmp_path, scheme={"name": scheme}, stages=RTN)
     assert main([*args, "--export.prompt", "Once upon"]) == 0
@@ -132,7 +132,7 @@ def test_run_with_values_that_format_cannot_store_ends_at_their_block(
 def test_resume_replaces_damaged_export_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """An error of the machine is no damage: it ends the run, and the export stays."""
+    """An error of the machine is not damage: it ends the run and keeps the export."""
     args = write_run(tmp_path, stages=RTN, evaluation=None)
     assert main(args) == 0
     before = (tmp_path / "run/model/model.safetensors").stat().st_ino
@@ -150,7 +150,7 @@ def test_resume_replaces_damaged_export_only(
 
 
 def test_resume_keeps_export_of_older_version(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Its config.json has no name of the format but the method's."""
+    """Its config.json names the method only, and not the format."""
     args = write_run(tmp_path, stages=RTN, evaluation=None, export={"format": "omniq"})
     assert main(args) == 0
     config, weights = tmp_path / "run/model/config.json", tmp_path / "run/model/model.safetensors"
@@ -175,7 +175,7 @@ def test_finish_other_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_evaluation_of_run_places_activations_as_calibration_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """The activations of all three variants live where those of the calibration do, and nothing is left of them."""
+    """This holds for all three variants, and no file remains afterwards."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], export={"format": "none"})
     rooms: list[tuple[str, int]] = []
     plain = placement.ActivationPlacement.empty
@@ -191,7 +191,7 @@ def test_evaluation_of_run_places_activations_as_calibration_does(
 
 
 def test_evaluation_of_run_too_large_for_host_goes_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three activations of this size do not fit here; those of the calibration are smaller."""
+    """The three activations of the evaluation do not fit; the smaller ones of the calibration do."""
     longer = configuration(tmp_path)["evaluation"] | {"max_windows": 40}
     args = write_run(tmp_path, model=SMALL, stages=RTN, evaluation=longer, export={"format": "none"})
     one = 4 * 24 * SMALL["hidden_size"] * 4  # bytes of a stream

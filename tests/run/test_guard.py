@@ -71,7 +71,7 @@ class Captured(Callback):
 
 @pytest.mark.parametrize("gradient_only", [False, True])
 def test_guard_after_bad_pass_returns_to_last_good_pass_at_half_rate(tmp_path: Path, gradient_only: bool) -> None:
-    """Pass 2 of 4 goes wrong: passes 3 and 4 go on from the end of pass 1, optimizer state included."""
+    """Pass 2 of 4 fails: passes 3 and 4 start from the end of pass 1, with its optimizer state."""
     task, rates = tiny_task(Grid(3, 16)), Rates()
     plain = Plain(task)
     module = fit(Broken(task, OmniQuant(epochs=4), {5}, gradient_only), tmp_path, rates)
@@ -83,7 +83,7 @@ def test_guard_after_bad_pass_returns_to_last_good_pass_at_half_rate(tmp_path: P
 
 
 def test_guard_module_with_empty_buffer_is_accepted(tmp_path: Path) -> None:
-    """A part without elements has no largest one."""
+    """A tensor without elements has no maximum."""
     module = OmniQuant(epochs=2).module(tiny_task(Grid(3, 16)))
     module.register_buffer("nothing", torch.empty(0))
     fit(module, tmp_path)
@@ -91,7 +91,7 @@ def test_guard_module_with_empty_buffer_is_accepted(tmp_path: Path) -> None:
 
 
 def test_guard_after_return_calls_restored_once(tmp_path: Path) -> None:
-    """Once for each return, with the state and the rate of the next step in place."""
+    """The call comes when the state and the rate of the next step are in place."""
     module, seen = Broken(tiny_task(Grid(3, 16)), OmniQuant(epochs=4), {5}), []
 
     def restored() -> None:
@@ -105,7 +105,7 @@ def test_guard_after_return_calls_restored_once(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_guard_under_captured_step_returns_as_under_eager_step(tmp_path: Path) -> None:
-    """The graph of the bad passes reads moments and a rate that are not the optimizer's any more."""
+    """The graph of the bad passes reads moments and a rate that the optimizer no longer has."""
     found = []
     for graph in (False, True):
         task = on_cuda(tiny_task(Grid(3, 16)))
@@ -119,7 +119,7 @@ def test_guard_under_captured_step_returns_as_under_eager_step(tmp_path: Path) -
 
 
 def test_guard_after_bad_pass_keeps_to_schedule(tmp_path: Path) -> None:
-    """Under a decaying rate, half of what the schedule says now, not of what it said before the bad pass."""
+    """The rate is half of what the schedule gives for the current step."""
     rates = Rates()
     fit(Broken(tiny_task(Grid(3)), OmniQuant(epochs=3, schedule="cosine"), {5}), tmp_path, rates)
     expected = [1e-2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
@@ -127,7 +127,7 @@ def test_guard_after_bad_pass_keeps_to_schedule(tmp_path: Path) -> None:
 
 
 def test_guard_after_three_bad_passes_keeps_initial_grid(tmp_path: Path) -> None:
-    """The block gets the grid it started with, and its summary says so; the remaining passes are not made."""
+    """The summary says so, and the remaining passes are skipped."""
     task = tiny_task(Grid(3, 16))
     start = OmniQuant().module(task).finish()
     module = fit(Broken(task, OmniQuant(epochs=9), {4, 7, 12}), tmp_path)
@@ -142,7 +142,7 @@ def test_guard_after_three_bad_passes_keeps_initial_grid(tmp_path: Path) -> None
 @pytest.mark.parametrize("killed_at", [4, 7, 10])
 @pytest.mark.parametrize("bad", [{5}, {5, 8}, {2, 5, 8}])
 def test_guard_resumed_gives_same_bits_and_notes(tmp_path: Path, bad: set[int], killed_at: int) -> None:
-    """What it did before an interruption still holds, and is still told."""
+    """Notes and rates of the guard survive an interruption."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tasks = []
     for folder in (whole, parts):
@@ -181,7 +181,7 @@ def halved(task: BlockTask) -> BlockTask:
 
 
 def test_omniquant_unstorable_norm_falls_back_to_start(tmp_path: Path) -> None:
-    """Finite in training, in float32; the norm that a tiny scale divides is not, in float16."""
+    """Training is finite in float32, but a norm divided by a tiny scale overflows in float16."""
     task, start = (halved(outlier_task("opt")) for _ in range(2))
     for each in (task, start):
         each.block.get_submodule("self_attn_layer_norm").weight[0] = 3000.0
@@ -231,7 +231,7 @@ def test_check_deployable_nonfinite_block_is_refused(tensors: dict, summary: dic
 def test_run_with_nonfinite_block_does_not_write_it(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that another attempt does not take it for finished."""
+    """Otherwise the next attempt would take the block for finished."""
     args = write_run(tmp_path, "opt", scheme={"name": "W4A8"}, stages=[omniquant(transform={})], evaluation=None)
     with monkeypatch.context() as patch:
         patch.setattr("omniq.run.loop._mean_squares", lambda *_: (math.nan, 1.0))

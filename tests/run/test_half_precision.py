@@ -94,7 +94,7 @@ STAGES: dict[str, tuple[Callable[[], Stage], ...]] = {
 def test_layerwise_stage_under_mixed_precision_gives_same_codes(
     stages: tuple[Callable[[], Stage], ...], family: str, precision: Any, tmp_path: Path
 ) -> None:
-    """Only the block is: the Trainer's precision changes neither codes nor errors."""
+    """The Trainer's precision applies to the block only; codes and errors stay the same."""
     half = precision == "16-mixed"
     found = []
     for mixed in (False, True):

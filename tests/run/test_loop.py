@@ -61,7 +61,7 @@ def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtyp
 @pytest.mark.parametrize("scheme", ["W4A16", "W2A16g32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantize_each_family_exports_and_measures(family: str, scheme: str, tmp_path: Path) -> None:
-    """Learned clipping from the command line to the reopened checkpoint."""
+    """Learned clipping runs from the command line to the reopened checkpoint."""
     asked = {"name": scheme, "dtype": "float32"}
     assert main(write_run(tmp_path, family, SIZES[family], scheme=asked, stages=[omniquant(epochs=1)])) == 0
     run, (bits, group) = tmp_path / "run", (4, -1) if scheme == "W4A16" else (2, 32)
@@ -87,7 +87,7 @@ def test_quantize_each_family_exports_and_measures(family: str, scheme: str, tmp
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_quantize_in_half_precision_exports_that_dtype(dtype: str, tmp_path: Path) -> None:
-    """The dtype of deployment: in the file, in the config, and in the scales that codes were chosen on."""
+    """The file, the config and the scales have the dtype of deployment."""
     assert main(write_run(tmp_path, model=SMALL, scheme={"name": "W3A16g16", "dtype": dtype, "symmetric": True})) == 0
     run = tmp_path / "run"
     assert json.loads((run / "model/config.json").read_text())["dtype"] == dtype
@@ -100,7 +100,7 @@ def test_quantize_in_half_precision_exports_that_dtype(dtype: str, tmp_path: Pat
 
 
 def test_quantize_learned_loss_is_below_round_to_nearest(tmp_path: Path) -> None:
-    """Per-channel at 2 bits with enough steps: each block's error as deployed is below that of round to nearest."""
+    """At 2 bits per channel the deployed error of each block is lower on the calibration windows."""
     learned = omniquant(epochs=12, clipping={"initial": {"class_path": "omniq.quantizers.clipping.Searched"}})
     quick = {"scheme": {"name": "W2A16"}, **QUICK}
     args = write_run(tmp_path, model=SMALL, stages=[learned], **quick)
@@ -114,7 +114,7 @@ def test_quantize_learned_loss_is_below_round_to_nearest(tmp_path: Path) -> None
 
 
 def test_rtn_run_equals_formula_and_baseline(tmp_path: Path) -> None:
-    """The stage, the evaluation's baseline and the formula agree."""
+    """The stage, the baseline of the evaluation and the formula agree."""
     assert main(write_run(tmp_path, model=SMALL, stages=[{"class_path": "omniq.stages.RTN"}])) == 0
     source = SourceModel.open(tmp_path / "source")
     for index, result in enumerate(blocks_of(tmp_path / "run")):
@@ -134,7 +134,7 @@ def test_rtn_run_equals_formula_and_baseline(tmp_path: Path) -> None:
 
 
 def test_block_summary_loss_equals_recomputed_error(tmp_path: Path) -> None:
-    """Summaries tell the error of the streams, on calibration and on held-out windows, recomputed here."""
+    """The test recomputes the error of the streams on calibration and held-out windows."""
     assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     source = SourceModel.open(tmp_path / "source")
     from omniq.data import Calibration, LocalText
@@ -156,9 +156,9 @@ def test_block_summary_loss_equals_recomputed_error(tmp_path: Path) -> None:
 
 
 def test_losses_of_run_are_in_csv_tensorboard_and_summary(tmp_path: Path) -> None:
-    """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary.
+    """CSV has a row for each step, TensorBoard the same numbers under sorted names, the summary their means.
 
-    The last stage also has what became of the block, on calibration and on held-out samples.
+    The last stage adds the losses of the deployed block on calibration and held-out samples.
     """
     stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
     assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
@@ -197,7 +197,7 @@ def test_losses_of_run_are_in_csv_tensorboard_and_summary(tmp_path: Path) -> Non
 
 
 def test_losses_of_stage_without_steps_are_deployed_only(tmp_path: Path) -> None:
-    """Rounding tracks nothing; its blocks have losses all the same. Without held-out samples there is one."""
+    """Without held-out samples there is one loss, else there are two."""
     for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
         data = configuration(tmp_path)["data"] | {"held_out": held_out}
         stages = [{"class_path": "omniq.stages.RTN"}]
@@ -213,7 +213,7 @@ def test_losses_of_stage_without_steps_are_deployed_only(tmp_path: Path) -> None
 def test_seconds_of_block_over_resumed_processes_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
-    """On a clock that advances ten seconds a step; what was lost since the last save is not counted."""
+    """The clock advances ten seconds a step; steps lost since the last save do not count."""
     now, seen, track = [0.0], [0], BlockModule.track
 
     def step(module: BlockModule, name: str, value: Tensor) -> None:
@@ -236,7 +236,7 @@ def test_seconds_of_block_over_resumed_processes_add_up(
 def test_run_with_disk_full_in_logger_stops_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
 ) -> None:
-    """One line, and the same command goes on when there is room again."""
+    """The error is one line, and the same command continues once there is room again."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     write = getattr(TensorBoardLogger, "log_metrics" if moment == "held_out_loss" else moment)
 
@@ -291,7 +291,7 @@ def test_recorded_configuration_repeats_run(tmp_path: Path) -> None:
 
 
 def test_finished_run_with_other_evaluation_is_measured_again(tmp_path: Path) -> None:
-    """Settings of the evaluation may change; perplexities are then measured again, not repeated from the old text."""
+    """The evaluation may change; the perplexities then come from the new text."""
     args = write_run(tmp_path, model=SMALL, export={"format": "none"})
     assert main(args) == 0
     path = tmp_path / "run/perplexity.json"
@@ -305,7 +305,7 @@ def test_finished_run_with_other_evaluation_is_measured_again(tmp_path: Path) ->
 
 
 def test_run_failing_in_later_block_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any error in a block leaves the finished ones; the same command goes on."""
+    """The finished blocks remain, and the same command continues."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(BlockModule, "track", lambda module, *_: 1 / 0 if module.task.index else None)
@@ -316,7 +316,7 @@ def test_run_failing_in_later_block_continues(tmp_path: Path, monkeypatch: pytes
 
 
 def test_run_with_nonfinite_weights_names_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The block is named before anything is calibrated on what it computes."""
+    """The run stops before it calibrates anything on the outputs of this block."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     weights = tmp_path / "source/model.safetensors"
     tensors = load_file(weights)

@@ -65,7 +65,7 @@ def test_sync_debug_mode_makes_wait_an_error() -> None:
 @pytest.mark.parametrize("streams", ["device", "host"])
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_step_does_not_wait_for_gpu(tmp_path: Path, streams: str, graph: bool) -> None:
-    """Weights and activations in 4 bits, clipping and transform, two targets, a decaying rate, scaled gradients."""
+    """4-bit weights and activations, clipping, transform, two targets, a decaying rate, and scaled gradients."""
     sections = {
         "scheme": {"name": "W4A4KV4", "queries": True},
         "stages": [omniquant(transform={"alpha": 0.5}, augmented_loss=True, schedule="cosine")],

@@ -79,7 +79,7 @@ def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> Non
 
 
 def test_rtn_of_two_processes_has_codes_of_one(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Importances are exact sums, so that rounding on the searched range does not depend on the number of processes."""
+    """Second moments are exact sums, so the searched range does not depend on the number of processes."""
     args = prepared(tmp_path, [RTN], **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
@@ -89,7 +89,7 @@ def test_rtn_of_two_processes_has_codes_of_one(pair: Pair, tmp_path: Path, where
 def test_omniquant_of_two_processes_equals_one_with_larger_batch(
     pair: Pair, tmp_path: Path, where: dict[str, Any]
 ) -> None:
-    """Two processes with one sample a step are one process with two: DDP averages the gradients, the CSV the losses."""
+    """DDP averages the gradients and the CSV file the losses of two processes with one sample a step."""
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, **LEARNED)], **where), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, **LEARNED)], **where), tmp_path / "two")
     for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
@@ -105,7 +105,7 @@ def test_omniquant_of_two_processes_equals_one_with_larger_batch(
 def test_learned_rounding_of_two_processes_equals_one(
     pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]
 ) -> None:
-    """Also what DDP must not wait for: the norms, when they are not learned."""
+    """DDP must not wait for the gradients of norms that are not learned."""
     runs = {}
     for name, batch_size in (("one", 2), ("two", 1)):
         learned = {"epochs": 2, "shuffle": False, "norm_lr": norm_lr, "batch_size": batch_size}
@@ -149,7 +149,7 @@ TENSOR = {"scheme": {"name": "W3A4", "activation_range": "tensor"}}
 def test_gram_stage_of_two_processes_is_near_one(
     pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any], where: dict[str, Any]
 ) -> None:
-    """And what other stages without gradients find in the samples. Not to the bit: sums over tokens are not exact."""
+    """This includes other stages without gradients. Sums over tokens are not exact, so bits may differ."""
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}", "init_args": settings}], **sections, **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
@@ -160,7 +160,7 @@ def test_gram_stage_of_two_processes_is_near_one(
 
 
 def test_stages_of_two_processes_killed_between_resume_to_same_codes(pair: Pair, tmp_path: Path) -> None:
-    """What one stage leaves for the next is in the run directory once, and all processes find it there."""
+    """The result of a stage is stored once in the run directory, where all processes read it."""
     args = prepared(tmp_path, [omniquant(**LEARNED, transform={"alpha": 0.5}), {"class_path": "omniq.stages.GPTQ"}])
     together(pair, args, tmp_path / "whole")
     out = tmp_path / "run"
@@ -171,7 +171,7 @@ def test_stages_of_two_processes_killed_between_resume_to_same_codes(pair: Pair,
 
 
 def test_quantease_of_two_processes_killed_resumes_to_same_codes(pair: Pair, tmp_path: Path) -> None:
-    """Killed as soon as there is a checkpoint: behind the first gathering, while each process sweeps its own rows."""
+    """The kill follows the first checkpoint, while each process sweeps its own rows."""
     args = prepared(tmp_path, [{"class_path": "omniq.stages.QuantEase", "init_args": {"sweeps": 20}}])
     together(pair, args, tmp_path / "whole")
     out = tmp_path / "run"
@@ -184,9 +184,9 @@ def test_quantease_of_two_processes_killed_resumes_to_same_codes(pair: Pair, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [1, 2])
 def test_run_of_two_processes_killed_continues_with_one_or_two(pair: Pair, tmp_path: Path, then: int) -> None:
-    """One of two processes is killed in the second block; the other fails at once, and one or two go on.
+    """One of two processes is killed in the second block, and the other one fails at once.
 
-    Two end as if nothing had happened; one starts the second block over, from the streams of both.
+    Two processes then give the result of a whole run. One process repeats the second block from the saved streams.
     """
     args, out = prepared(tmp_path, [omniquant(epochs=40, **LEARNED)]), tmp_path / "run"
     ends = pair.run([*args, "--out", str(out)], kill_at=out / "current/001.0.last.ckpt")
@@ -210,7 +210,7 @@ def test_run_of_two_processes_killed_continues_with_one_or_two(pair: Pair, tmp_p
 
 @pytest.mark.slow
 def test_torchrun_script_quantizes_and_loads_on_each_process(tmp_path: Path) -> None:
-    """As a user starts it, from Python; all processes find the checkpoint. The second time all is done already."""
+    """All processes find the checkpoint; the second start has nothing left to do."""
     args = [*prepared(tmp_path, [RTN]), "--export.format", "omniq"]
     script = tmp_path / "script.py"
     script.write_text(
@@ -237,7 +237,7 @@ def test_processes_error_of_first_is_printed_once(pair: Pair, tmp_path: Path) ->
 
 @pytest.mark.parametrize("stage", ["QuantEase", "AWQ", "RTN"])
 def test_processes_error_of_all_is_printed_once(pair: Pair, tmp_path: Path, stage: str) -> None:
-    """Values that a model can have, and their squares not, in float32."""
+    """The values are finite in float32, but their squares are not."""
     clipping = {"init_args": {"clipping": SEARCHED}} if stage == "RTN" else {}
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"} | clipping])
     file = tmp_path / "source/model.safetensors"
@@ -261,7 +261,7 @@ def test_processes_too_few_tokens_warning_is_printed_once(pair: Pair, tmp_path: 
 
 
 def test_processes_error_at_export_is_printed_once(pair: Pair, tmp_path: Path) -> None:
-    """The first process exports by itself; the others wait for what comes of it."""
+    """The first process exports alone while the other ones wait for its outcome."""
     args = [*prepared(tmp_path, [RTN]), "--out", str(tmp_path / "run")]
     assert pair.run([*args, "--export.format", "omniq"]).statuses == [0, 0]
     ends = pair.run([*args, "--export.format", "compressed-tensors"])

@@ -79,7 +79,7 @@ def test_run_repeated_gives_same_files(reference: Reference, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stage", ["OmniQuant", "RTN", "GPTQ"])
 def test_run_prints_own_lines_only(reference: Reference, tmp_path: Path, stage: str) -> None:
-    """Nothing from Lightning, transformers, datasets or warnings reaches the terminal."""
+    """No output of Lightning, transformers, datasets or warnings reaches the terminal."""
     run = reference.first
     if stage != "OmniQuant":
         args = write_run(tmp_path, model=SMALL, stages=[{"class_path": f"omniq.stages.{stage}"}])
@@ -90,7 +90,7 @@ def test_run_prints_own_lines_only(reference: Reference, tmp_path: Path, stage: 
 
 
 def test_run_killed_at_random_moments_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
-    """Twenty SIGKILLs at random moments; a run that ends in between is checked, and the next one begins."""
+    """There are twenty SIGKILLs; a run that ends in between is checked, and another one begins."""
     draw = random.Random(0)
     kills, runs, steps, out = 0, 0, Counter[tuple[str, int]](), tmp_path / "run"
     killed_here = 0
@@ -112,7 +112,7 @@ def test_run_killed_at_random_moments_resumes_to_same_bits(reference: Reference,
 
 
 def test_run_killed_at_each_save_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
-    """One run that dies in the middle of each of its files, then just before and just after it has its name."""
+    """A run dies in the middle of each of its files, and just before and just after the file gets its name."""
     out, steps, kills = tmp_path / "run", Counter[tuple[str, int]](), 0
     for name in FILES:
         moments = ("before", "after") if name == "model" else ("torn", "before", "after")
@@ -127,7 +127,7 @@ def test_run_killed_at_each_save_resumes_to_same_bits(reference: Reference, tmp_
 
 
 def test_run_killed_before_late_block_is_written_repeats_one_pass(reference: Reference, tmp_path: Path) -> None:
-    """The next block waits with its first step until it is there: a kill before costs one pass of the two blocks."""
+    """The next block waits for the file before its first step, so the kill costs one pass."""
     out = tmp_path / "run"
     killed = reference.attempts.run(reference.args, out, aim=("late", "blocks/000.safetensors"))
     assert killed.killed
@@ -139,7 +139,7 @@ def test_run_killed_before_late_block_is_written_repeats_one_pass(reference: Ref
 
 
 def test_run_killed_after_checkpoint_writes_losses_once(reference: Reference, tmp_path: Path) -> None:
-    """Rows, and half rows, that were written after the last checkpoint are written again, not twice."""
+    """Rows and half rows behind the last checkpoint are replaced."""
     for aim in (("torn", "blocks/000.0.csv"), ("before", "current/000.0.last.ckpt"), ("torn", "blocks/001.1.csv")):
         assert reference.attempts.run(reference.args, tmp_path / "run", aim=aim).killed
     assert (tmp_path / "run/blocks/001.1.csv").read_text()[-1] != "\n"
@@ -156,7 +156,7 @@ def test_run_resumed_without_losses_repeats_stage(reference: Reference, tmp_path
 
 
 def test_run_resumed_by_fresh_process_gives_same_bits(reference: Reference, tmp_path: Path) -> None:
-    """Nothing depends on how the helper starts its children."""
+    """The result does not depend on how the helper starts its children."""
     out = tmp_path / "run"
     assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(out)]
@@ -166,7 +166,7 @@ def test_run_resumed_by_fresh_process_gives_same_bits(reference: Reference, tmp_
 
 
 def test_run_with_bf16_products_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
-    """``matmul: bf16`` takes another library on most CPUs, which has to give the same bits twice as well."""
+    """On most CPUs ``matmul: bf16`` uses another library, which must be deterministic too."""
     args = [*reference.args, "--matmul", "bf16"]
     assert reference.attempts.run(args, tmp_path / "run", aim=("after", "current/001.1.last.ckpt")).killed
     for name in ("run", "whole"):
@@ -220,7 +220,7 @@ def test_run_resumed_with_damaged_export_replaces_it(reference: Reference, tmp_p
 
 
 def test_run_interrupted_from_keyboard_continues(reference: Reference, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a fit: one line, status 130, and the run goes on from there."""
+    """Ctrl-C in a fit prints one line and gives status 130; the run continues from there."""
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
     code = (
         "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
@@ -268,7 +268,7 @@ def test_run_with_other_export_settings_is_refused(
 
 
 def test_run_resumed_with_moved_text_continues(reference: Reference, tmp_path: Path) -> None:
-    """What was read counts, not where it lay."""
+    """The content of the text counts, not its path."""
     shutil.copytree(reference.folder / "reference", tmp_path / "run")
     moved = shutil.copy(reference.folder / "text.txt", tmp_path / "text.txt")
     reference.finish(tmp_path / "run", ("--data.source.init_args.path", str(moved)))
@@ -294,7 +294,7 @@ def test_run_resumed_with_changed_settings_is_refused(reference: Reference, caps
 def test_run_resumed_with_changed_text_is_refused(
     reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file has the same name; its content does not."""
+    """The file has the same name and another content."""
     shutil.copytree(reference.folder / "reference", tmp_path / "run")
     text = reference.folder / "text.txt"
     original = text.read_text()

@@ -72,7 +72,7 @@ def test_run_with_rules_resumes_after_kills_between_stages(tmp_path: Path) -> No
 
 
 def test_run_with_rules_keeping_whole_block_leaves_it_unchanged(tmp_path: Path) -> None:
-    """Its queries, keys and values are not quantized either; transformers computes the same with the checkpoint."""
+    """Queries, keys and values of the block are not quantized either; the export is verified."""
     scheme = {"name": "W4A8KV8", "rules": [{"layers": "model.layers.0.*", "name": "none"}]}
     args = write_run(tmp_path, model=SMALL, scheme=scheme, stages=[omniquant()], export=OMNIQ)
     assert main(args) == 0
@@ -86,7 +86,7 @@ def test_run_with_rules_keeping_whole_block_leaves_it_unchanged(tmp_path: Path) 
 
 @pytest.mark.parametrize("range", ["token", "tensor"])
 def test_run_with_kept_linears_does_not_quantize_their_inputs(tmp_path: Path, range: str) -> None:
-    """With integer activations: what omniq measured is what transformers computes, in either format."""
+    """The runs verify their exports: transformers computes with integer activations what omniq measured."""
     scheme = {"name": "W8A8", "activation_range": range, "rules": [{"layers": "*.up_proj", "name": "none"}]}
     stages = [{"class_path": "omniq.stages.RTN"}]
     export = {"format": "compressed-tensors" if range == "tensor" else "omniq"}

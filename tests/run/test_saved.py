@@ -59,7 +59,7 @@ def finished(original: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
 
 
 def test_run_without_fingerprint_is_not_continued(finished: Finished) -> None:
-    """Nobody knows which settings the blocks there were made with."""
+    """The settings of the existing blocks are unknown."""
     (finished.run / "fingerprint.json").unlink()
     before = (finished.run / "config.yaml").read_bytes()
     assert main([*finished.args, "--data.samples", "2"]) == 2
@@ -87,7 +87,7 @@ def test_run_start_writes_configuration_again(finished: Finished, damage: str) -
 
 
 def test_run_recorded_recipe_has_last_settings(finished: Finished, tmp_path: Path) -> None:
-    """Of keys that are free to change, too: the record repeats the run as it is now, and ``omniq export`` works."""
+    """This includes settings that may change; the record repeats the run, and ``omniq export`` works."""
     moved = shutil.copytree(finished.run.parent / "source", tmp_path / "moved")
     assert main([*finished.args, "--model.path", str(moved), "--evaluation.max_windows", "2"]) == 0
     assert "README.md, recipe.yaml" in finished.said()
@@ -102,7 +102,7 @@ def test_run_recorded_recipe_has_last_settings(finished: Finished, tmp_path: Pat
 @pytest.mark.parametrize("verify", ["true", "false"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_run_damaged_file_beside_weights_is_written_again(finished: Finished, damage: str, verify: str) -> None:
-    """What a user needs to open the checkpoint is held against what this run would write, not only the codes."""
+    """The run compares all files that a user needs to open the checkpoint, not only the weights."""
     names = ["README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     before = finished.text()
     for name in names:
@@ -133,7 +133,7 @@ def test_export_of_run_with_damaged_summary_is_refused(finished: Finished, conte
 
 
 def test_export_of_run_with_changed_model_is_refused(finished: Finished, tmp_path: Path) -> None:
-    """Everything outside the blocks would come from another model, silently."""
+    """Otherwise all tensors outside the blocks would silently come from another model."""
     weights = finished.run.parent / "source/model.safetensors"
     original = weights.read_bytes()
     tensors = load_file(weights)
@@ -163,7 +163,7 @@ def test_export_of_run_with_changed_configuration_is_refused(finished: Finished,
 def test_export_of_outliers_in_format_without_place_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Said before the model is opened and read from end to end."""
+    """The check precedes the opening of the model, which is then read completely."""
     stages = [{"class_path": "omniq.stages.QuantEase", "init_args": {"outliers": 1.0, "sweeps": 2}}]
     args = write_run(tmp_path, model=SMALL, stages=stages, export={"format": "omniq"}, evaluation=None)
     assert main(args) == 0
@@ -177,7 +177,7 @@ def test_export_of_outliers_in_format_without_place_is_refused(
 def test_run_paths_with_tilde_are_in_home_folder(
     original: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no shell has seen it; a folder of that name would one day be removed with ``rm -r ~``."""
+    """A shell does not always expand it, and removing a folder named ``~`` is dangerous."""
     _, args = original
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
@@ -195,7 +195,6 @@ def test_run_paths_with_tilde_are_in_home_folder(
 
 
 def test_run_with_taken_export_folder_is_refused_at_once(finished: Finished) -> None:
-    """Said at once, not when all blocks are done."""
     shutil.rmtree(finished.run / "model")
     (finished.run / "blocks/001.safetensors").unlink()
     (finished.run / "model").mkdir()

@@ -43,7 +43,7 @@ def test_run_of_gemma_declared_with_plain_norm_is_refused_by_name(
 
 
 def test_run_does_not_verify_unused_equivalences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the kinds that are not chosen, nor query_key while queries and keys stay at 16 bits."""
+    """These are kinds that are not selected, and query_key while queries and keys stay at 16 bits."""
     untied = tuple(replace(each, rotary=None) if isinstance(each, QueryKey) else each for each in LLAMA.equivalences)
     declare(monkeypatch, replace(LLAMA, equivalences=untied))
     rows: list[tuple[dict[str, Any], dict[str, Any], int]] = [
@@ -59,7 +59,7 @@ def test_run_does_not_verify_unused_equivalences(tmp_path: Path, monkeypatch: py
 
 
 def test_run_of_llama_with_partial_rotary_factor_succeeds(tmp_path: Path) -> None:
-    """transformers' LLaMA turns whole heads whatever that key says: the scale of query and key ties all pairs."""
+    """LLaMA in transformers ignores this key and turns whole heads, so the scale ties all pairs."""
     stages = [omniquant(epochs=1, transform={"equivalences": ["query_key"]})]
     args = write_run(tmp_path, "llama", SMALL | HALF_TURNED, stages=stages, scheme=W4A4KV4, **QUICK)
     assert main(args) == 0

@@ -83,7 +83,7 @@ def test_packed_model_on_cuda_equals_cpu(out: Path) -> None:
 
 
 def test_packed_linear_on_meta_makes_weights_there() -> None:
-    """Beside the inputs, whatever device that is."""
+    """The weights are made on the device of the codes."""
     packed = PackedLinear(nn.Linear(64, 16, device="meta"), Grid(3, 32), None)
     assert packed(torch.zeros(2, 64, device="meta")).device.type == "meta"
     assert packed.plain(torch.float16).weight.device.type == "meta"
@@ -130,7 +130,7 @@ def test_packed_model_dequantized_while_loading_has_plain_linears(out: Path) -> 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_packed_model_with_quantized_activations_equals_hooks(family: str, tmp_path: Path) -> None:
-    """The paper's W4A4, queries, keys and values included: as omniq's hooks, token by token, and off again."""
+    """W4A4 of the paper with queries, keys and values; also token by token, and switched off again."""
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, family=family)
     results = [rounded(source, grid)[0], unquantized(source, 1)]

@@ -93,7 +93,7 @@ def test_inverse_factor_equals_cholesky_of_inverse() -> None:
 
 
 def test_gptq_indefinite_gram_raises_damping(caplog: pytest.LogCaptureFixture) -> None:
-    """A float32 sum of products can be indefinite; one per cent on the diagonal does not save this one, ten do."""
+    """A float32 sum of products can be indefinite; here 1 % of damping is too little and 10 % suffices."""
     weight, gram = make_layer(8, 24, tokens=100)
     gram = gram - 0.05 * gram.diagonal().mean() * torch.eye(24)
     assert torch.linalg.eigvalsh(gram + 0.01 * gram.diagonal().mean() * torch.eye(24))[0] < 0

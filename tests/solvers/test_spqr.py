@@ -81,7 +81,7 @@ def test_gains_equal_leaving_each_weight_out(
 
 @pytest.mark.gpu
 def test_spqr_on_cuda_equals_cpu() -> None:
-    """In float64: the same codes, scales, zero points and outliers, and levels of a second level to the bit."""
+    """In float64 codes, scales, zero points, outliers and second levels are the same."""
     weight, gram = make_layer(96, 96, tokens=1024)
     grid = Grid(4, 16, second=QuantizedScales(3, 3))
     here = spqr(weight, Feedback.of(gram, 6, act_order=True), grid, MinMax(), 0.2)
@@ -132,7 +132,7 @@ def test_spqr_second_level_does_not_raise_error() -> None:
 
 
 def test_spqr_error_is_below_gptq_with_grids_chosen_first() -> None:
-    """The grid of a group is that of its weights when their turn comes: less error than with all grids chosen first."""
+    """SpQR fits the grid of a group to the weights that earlier groups have corrected."""
     weight, gram = (tensor.float() for tensor in make_layer(96, 96, tokens=1024))
     scale, zero_point = GRID.fit(*GRID.range(weight))
     static = relative_error(weight, gptq(weight, gram, scale, zero_point, 3).values(), gram)

@@ -109,7 +109,7 @@ def test_awq_scales_equal_plain_search(family: str, model: dict[str, Any], group
 
 @pytest.mark.parametrize("label", BLOCKS)
 def test_awq_folded_block_computes_same_output(label: str, tmp_path: Path) -> None:
-    """In float64, on inputs with an outlier channel, for every layout of heads."""
+    """In float64, on inputs with an outlier channel, for all layouts of heads."""
     kind, overrides = BLOCKS[label]
     case = Float64Block(kind, **overrides)
     inputs = case.hidden()
@@ -168,7 +168,6 @@ def test_awq_before_other_stages_lowers_error(tmp_path: Path) -> None:
 
 
 def test_awq_of_bfloat16_block_searches_in_float32(tmp_path: Path) -> None:
-    """The search is in float32 whatever the block is in."""
     task = outlier_task("opt", 3, A16)
     task.block.to(torch.bfloat16)
     task.inputs = task.inputs.bfloat16()
@@ -225,7 +224,7 @@ def test_awq_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path, monkeyp
 
 
 def test_awq_run_summary_has_errors_and_alphas(tmp_path: Path) -> None:
-    """From the command line: exported, verified, and in the summary of each block errors that have not risen."""
+    """The run exports and verifies; the summaries show errors that did not rise."""
     stage = {"class_path": "omniq.stages.AWQ", "init_args": {"candidates": 5}}
     assert main(write_run(tmp_path, model=SMALL, stages=[stage])) == 0
     assert (tmp_path / "run" / "model" / "config.json").exists()

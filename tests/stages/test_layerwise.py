@@ -245,7 +245,7 @@ def test_quantease_outliers_in_format_without_place_are_refused(
 
 
 def test_quantease_outliers_exported_are_evaluated_from_disk(tmp_path: Path) -> None:
-    """By another command, on the exported folder alone: as the run has measured its block results."""
+    """``omniq evaluate`` on the exported folder repeats the perplexity of the run."""
     stages, scheme = [stage("QuantEase", sweeps=2, outliers=2.0)], {"name": "W3A16g16", "dtype": "float32"}
     assert main(write_run(tmp_path, stages=stages, scheme=scheme, export={"format": "omniq"})) == 0
     measured = json.loads((tmp_path / "run" / "perplexity.json").read_text())["models"]["omniq"]["perplexity"]

@@ -164,7 +164,7 @@ def test_learned_rounding_killed_resumes_to_same_bits(killed_at: int, schedule: 
 
 @pytest.mark.gpu
 def test_learned_rounding_captured_step_from_disk_equals_eager(tmp_path: Path) -> None:
-    """A graph cannot fetch from the host what a resumed run has read from its directory."""
+    """A captured graph cannot copy from the host what a resumed run has read from its directory."""
     found = []
     for graph in (False, True):
         (tmp_path / str(graph)).mkdir()
@@ -180,7 +180,7 @@ def test_learned_rounding_captured_step_from_disk_equals_eager(tmp_path: Path) -
 
 @pytest.mark.parametrize("rates", [{}, {"rounding_lr": 0.0}, {"scale_lr": 0.0, "norm_lr": 1e-3}])
 def test_learned_rounding_unlearned_parameters_require_no_gradient(rates: dict[str, float], tmp_path: Path) -> None:
-    """DDP looks before there is an optimizer, and waits for the gradient of everything that asks for one."""
+    """DDP waits for the gradient of each parameter that requires one before there is an optimizer."""
     module = LearnedRounding(**rates).module(rounded(tmp_path))
     asking = [id(value) for value in module.parameters() if value.requires_grad]
     assert sorted(asking) == sorted(id(value) for group in module.learned() for value in group["params"])

@@ -81,7 +81,7 @@ def test_stage_with_mixed_grids_puts_linears_on_their_grids(label: str, tmp_path
 
 @pytest.mark.parametrize("label", STAGES)
 def test_stage_with_kept_readers_leaves_equivalent_block(label: str, tmp_path: Path) -> None:
-    """Only the value projection is quantized: no reader of a scaled input is, and what was read is not lost."""
+    """Only the value projection is quantized, so no reader of a scaled input is; kept weights are stored."""
     task = kept_all_but(mixed_task(), "self_attn.v_proj")
     output = task.run(task.inputs)
     result = run_all(STAGES[label](), task, tmp_path).result
@@ -104,7 +104,7 @@ EXACT: dict[str, Any] = {"sweeps": 5, "precision": "float64", "true_sequential":
     ],
 )
 def test_quantease_with_mixed_grids_equals_one_run_for_each_grid(settings: dict[str, Any], tmp_path: Path) -> None:
-    """In float64: a stack with part of the rows of a group, on a Gram matrix that others share, finds what it would."""
+    """In float64, a stack with some rows of a group gives the result of the whole group."""
     mixed = fitted(QuantEase(**EXACT, **settings), mixed_task(), tmp_path / "mixed").task.result
     assert mixed is not None
     for number, grid in enumerate((NARROW, WIDE, CHANNEL)):
@@ -115,7 +115,7 @@ def test_quantease_with_mixed_grids_equals_one_run_for_each_grid(settings: dict[
 
 
 def test_gptq_with_mixed_grids_equals_one_run_for_each_grid(tmp_path: Path) -> None:
-    """In float32, in which products of fewer rows may round otherwise."""
+    """In float32 products of fewer rows may be rounded differently."""
     stage = GPTQ(true_sequential=False)
     mixed = fitted(stage, mixed_task(), tmp_path / "mixed").task.result
     assert mixed is not None

@@ -41,7 +41,7 @@ def test_omniquant_equals_paper_step_by_step(grid: Grid, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("grid", GRIDS[:3], ids=name_of)
 def test_omniquant_augmented_loss_equals_two_terms(grid: Grid, tmp_path: Path) -> None:
-    """One averaged target and a constant: the same losses, gradients and so the same path."""
+    """One averaged target and a constant give the same losses and gradients, hence the same path."""
     task = tiny_task(grid)
     plain = Plain(task)
     plain.targets.append(torch.cat([_run(task, sample) for sample in range(3)]).double())
@@ -59,7 +59,7 @@ def test_omniquant_augmented_loss_equals_two_terms(grid: Grid, tmp_path: Path) -
 
 @pytest.mark.gpu
 def test_omniquant_targets_of_host_streams_are_averaged_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step takes of it stays beside the streams, from where no step has to wait for it."""
+    """The averaged targets stay beside the streams, so that no step waits for them."""
     plain = OmniQuant(augmented_loss=True).module(tiny_task(GRIDS[0]))
     devices, task = [], on_cuda(tiny_task(GRIDS[0]))
     task.inputs, task.targets = task.inputs.cpu().pin_memory(), task.targets.cpu().pin_memory()
@@ -86,7 +86,7 @@ def _run(task: BlockTask, sample: int) -> Tensor:
 
 @pytest.mark.parametrize("grid", [Grid(2, 16), Grid(2, -1, symmetric=True)], ids=name_of)
 def test_omniquant_searched_start_begins_at_search_result(grid: Grid, tmp_path: Path) -> None:
-    """The logits begin where the search ended, no wider than the published start, and then follow the same path."""
+    """The logits start at the searched range, no wider than the published start, and follow the same path."""
     task = tiny_task(grid)
     second_moment, start = input_second_moments(task), {}
     for name in task.layout.linears:
@@ -109,7 +109,7 @@ def test_omniquant_searched_start_begins_at_search_result(grid: Grid, tmp_path: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, -1, symmetric=True)], ids=name_of)
 def test_omniquant_final_codes_follow_from_stored_scales(grid: Grid, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Scales are those learned, rounded once; codes and zero points follow from the stored scales, in float64."""
+    """Learned scales are rounded once; codes and zero points follow from the stored scales in float64."""
     grid = Grid(grid.bits, grid.group_size, grid.symmetric, dtype)
     task = tiny_task(grid)
     module = fitted(OmniQuant(epochs=2), task, tmp_path)
@@ -171,7 +171,7 @@ def test_omniquant_cosine_schedule_sets_rates(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_omniquant_resumed_on_cuda_keeps_to_schedule(tmp_path: Path) -> None:
-    """The rate of the checkpoint comes from the CPU; a captured step reads it on the device, or never again."""
+    """The checkpoint gives the rate as a number; a captured step reads the rate from the device."""
     stage, whole, parts = OmniQuant(epochs=6, schedule="cosine"), tmp_path / "whole", tmp_path / "parts"
     cuda = {"accelerator": "gpu", "devices": 1}
     expected = fit(stage.module(on_cuda(tiny_task(Grid(3, 16)))), whole, **cuda)
@@ -187,7 +187,7 @@ def test_omniquant_resumed_on_cuda_keeps_to_schedule(tmp_path: Path) -> None:
 
 
 def test_omniquant_end_of_fit_moves_nothing_to_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning would move there what was learned, its gradient and moments: of learned rounding four weights each."""
+    """Lightning would move parameters, gradients and moments: for learned rounding four weights each."""
     left, moved = [], []
 
     def counted(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
@@ -206,7 +206,7 @@ def test_omniquant_end_of_fit_moves_nothing_to_host(tmp_path: Path, monkeypatch:
 
 
 def test_omniquant_shuffle_trains_in_new_order_each_pass(tmp_path: Path) -> None:
-    """Each pass is a permutation of its own, drawn from seed and block; the stage trains in that order."""
+    """Each pass is a new permutation, drawn from seed and block; the stage trains in that order."""
     task = tiny_task(Grid(3), samples=5)
     module = OmniQuant(epochs=4, shuffle=True).module(task)
     order = [int(index) for index in torch.cat(list(module.loader()))]
@@ -249,7 +249,7 @@ def test_omniquant_batches_in_each_precision_lower_loss(precision: str, tmp_path
 
 
 def test_omniquant_untrained_scales_are_shrunk_range() -> None:
-    """The published start shrinks the range by 1.8 %; spec: LLaMA-7B W3A16 24.04 against 25.73."""
+    """The published start shrinks the range by 1.8 %; LLaMA-7B W3A16 then has perplexity 24.04, not 25.73."""
     task = tiny_task(Grid(3))
     start = OmniQuant().module(task).finish()
     for name, linear in start.linears.items():

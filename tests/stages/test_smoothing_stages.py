@@ -49,7 +49,7 @@ def test_rounded_to_nearest_equals_dequantized_codes(grid: Grid, device: str) ->
 
 
 def test_outlier_suppression_search_makes_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are made on the host: each candidate would fetch them from the GPU and send the weight back."""
+    """Codes are made on the host: each candidate would move the weight from the GPU and back."""
     made, of = [], QuantizedLinear.of
     monkeypatch.setattr(QuantizedLinear, "of", lambda *args: made.append(args) or of(*args))
     task = outlier_task("llama", 4, A4)
@@ -78,7 +78,7 @@ def test_smoothing_before_other_stages_lowers_error(tmp_path: Path) -> None:
 
 
 def test_outlier_suppression_threshold_is_best_candidate(tmp_path: Path) -> None:
-    """Against a search written out for the norm before the MLP of an OPT block."""
+    """The reference is a search written out for the norm before the MLP of an OPT block."""
     task = outlier_task("opt", 4, A4)
     weight, bias = task.linear("fc1").weight.clone(), task.linear("fc1").bias.clone()
     norm = task.block.get_submodule("final_layer_norm")
@@ -104,7 +104,7 @@ def test_outlier_suppression_threshold_is_best_candidate(tmp_path: Path) -> None
 
 
 def test_outlier_suppression_readers_of_kv_head_share_threshold(tmp_path: Path) -> None:
-    """Against the same search for the output projection of a LLaMA block: 4 query heads of 8 channels, 2 KV heads."""
+    """The reference is the same search for ``o_proj`` of LLaMA: 4 query heads of 8 channels, 2 KV heads."""
     task = outlier_task("llama", 4, A4, num_attention_heads=4, num_key_value_heads=2)
     output, seen = task.linear("self_attn.o_proj"), []
     task.linear("self_attn.v_proj").weight[[3, 6, 12]] *= 9.0
@@ -156,7 +156,7 @@ def test_smoothing_invalid_settings_are_refused(make: Any, words: str) -> None:
 @pytest.mark.parametrize("stage", [SmoothQuant(), OutlierSuppression(), OmniQuant(transform=LET())])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_smoothing_nonfinite_inputs_are_refused(value: float, stage: Stage, tmp_path: Path) -> None:
-    """Before scales are made of them: the block stays what it was."""
+    """The stage refuses them before it makes scales of them, so the block is unchanged."""
     task = outlier_task("opt", 4, A4)
     task.inputs[1, 5, 3] = value
     told = r"block/000 self_attn.q_proj: the range of its inputs is not finite, 1 of 3 samples have .*; use trainer"

@@ -29,7 +29,7 @@ def test_atomic_write_on_full_disk_keeps_earlier_file(
 
 
 def test_atomic_write_flushes_folder_after_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a power cut could keep what was written later, such as that the work before it was removed."""
+    """Otherwise a power cut could keep a later write, such as a removal, and lose this file."""
     real, seen = os.fsync, []
 
     def flush(handle: int) -> None:
@@ -45,7 +45,7 @@ def test_atomic_write_flushes_folder_after_rename(tmp_path: Path, monkeypatch: p
 
 
 def test_atomic_write_on_read_only_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the half file cannot be removed either, which must not hide why."""
+    """The partial file cannot be removed either, which must not hide the reason."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

@@ -25,7 +25,7 @@ def equal(left: Tensor, right: Tensor) -> bool:
 @in_one_folder
 @given(st.data())
 def test_load_of_altered_file_is_refused_or_equal(tmp_path: Path, data: st.DataObject) -> None:
-    """Any byte of a result or of a state, and any cut: refused by name, or of no consequence."""
+    """Each changed byte and each cut of a result or a state is refused by name, or changes nothing."""
     result, state = tmp_path / "result", {"x": torch.arange(3), "n": 2}
     example().save(result)
     save_state(tmp_path / "state", state)
@@ -92,7 +92,7 @@ def test_block_result_saved_is_loaded_back(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.floats(0, 1))
 def test_outliers_from_dense_round_trip(seed: int, share: float) -> None:
-    """Any pattern, empty rows included; values are rounded to float16 once."""
+    """The pattern is arbitrary and may have empty rows; values are rounded to float16 once."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(5, 7, generator=generator) * (torch.rand(5, 7, generator=generator) < share)
     sparse = Outliers.from_dense(dense)
@@ -103,7 +103,7 @@ def test_outliers_from_dense_round_trip(seed: int, share: float) -> None:
 
 
 def test_outliers_of_wide_layer_have_32_bit_columns() -> None:
-    """Columns that 16 bits do not count are stored in 32."""
+    """16 bits cannot count these columns."""
     dense = torch.zeros(2, 2**15 + 1)
     dense[1, -1] = 0.5
     sparse = Outliers.from_dense(dense)
@@ -126,7 +126,7 @@ def test_quantized_linear_dequantize_and_bits_equal_formula() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_load_quantized_weights_sets_deployed_weights(device: str) -> None:
-    """On its own device, and there the same bits as on the CPU."""
+    """The module stays on its device and has the same bits as on the CPU."""
     block = torch.nn.ModuleDict({"q": torch.nn.Linear(16, 6), "norm": torch.nn.LayerNorm(16, bias=False)}).to(device)
     parts = {"q.bias": torch.ones(6), "norm.weight": torch.zeros(16)}
     result = BlockResult({"q": linear(Grid(3, 4), outliers=True)}, parts)

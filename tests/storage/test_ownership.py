@@ -44,7 +44,7 @@ def test_run_in_folder_of_user_is_refused_and_left_unchanged(
 def test_run_in_working_directory_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is what an empty ``out`` means, such as that of a shell variable without a value."""
+    """An empty ``out`` means the working directory, for example from an unset shell variable."""
     monkeypatch.chdir(tmp_path)
     for out in ("", ".", "./"):
         assert main(["quantize", "--config", str(folder / "run.yaml"), "--out", out]) == 2
@@ -71,7 +71,7 @@ def test_run_dir_without_fingerprint_owns_its_files(tmp_path: Path) -> None:
 
 
 def test_run_dir_removes_own_leftovers_only(tmp_path: Path) -> None:
-    """In a run's folder, too: a name that omniq never writes is the user's."""
+    """A name that omniq never writes belongs to the user, also in a run directory."""
     with RunDir(tmp_path) as run:
         run.claim({}, "")
     ours = [".streams.safetensors.partial", ".summary.json.partial", "blocks/.000.safetensors.partial"]

@@ -22,7 +22,7 @@ PLACES: list[Location] = ["device", "host", "disk"]
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_run_writes_block_while_next_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool) -> None:
-    """Its file waits here for the stage of the next block to begin, and steps by gradients wait for the file."""
+    """The write of a block waits here for the next stage; gradient steps wait for the write."""
     stage = omniquant() if learns else {"class_path": "omniq.stages.RTN"}
     args = write_run(tmp_path, model=SMALL, stages=[stage], evaluation=None, export={"format": "none"})
     begun, file = threading.Event(), tmp_path / "run/blocks/000.safetensors"
@@ -100,7 +100,7 @@ def test_writer_keeps_order_and_raises_errors() -> None:
 def test_run_on_cuda_writes_blocks_from_host_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """From host memory alone: the writer must not call CUDA while the next block captures its graph."""
+    """The writing thread must not call CUDA while the next block captures its graph."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], trainer={"accelerator": "gpu", "devices": 1})
     plain = RunDir.save_block
     seen: list[int] = []

@@ -83,7 +83,7 @@ def test_initial_alpha_outside_unit_interval_is_refused(alpha: float) -> None:
 
 
 def test_initial_of_power_is_root_of_scale() -> None:
-    """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the root."""
+    """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the square root."""
     tensors = {"up.weight": torch.ones(3, 2), "down.weight": torch.tensor([[1.0, 2.0, 3.0]])}
     ranges = ranges_of(torch.tensor([[4.0, 1.0, 2.0]]), "down")
     once, twice = (

@@ -47,7 +47,7 @@ def perturbed(task: BlockTask, **settings: Any) -> OmniQuantModule:
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
 def test_let_fused_block_equals_transformed_block(family: str, model: dict[str, Any]) -> None:
-    """Weights of training and of the fused block, and the full-precision output before and after."""
+    """The test compares the weights of training and fusion, and the full-precision output before and after."""
     task = outlier_task(family, **model)
     before = task.run(task.inputs)
     module = perturbed(task)
@@ -121,7 +121,7 @@ def test_omniquant_each_clipping_lowers_loss(clipping: Any, transform: LET | Non
 
 
 def test_let_initial_scales_equal_smoothquant() -> None:
-    """Fused initial scales against the formula, for the norm before attention."""
+    """The formula is applied to the norm before attention."""
     task = outlier_task("llama")
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     norm = task.block.get_submodule("input_layernorm").weight.clone()
@@ -135,7 +135,7 @@ def test_let_initial_scales_equal_smoothquant() -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_let_shift_without_place_for_bias_is_off_with_warning(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Qwen3's config has a switch for biases, but vLLM builds its output projection without one and drops it."""
+    """Qwen3's config has a switch for biases, but vLLM builds its output projection without a bias."""
     let.warn_once.cache_clear()
     task = outlier_task(family, head_dim=16)
     module = OmniQuant(transform=LET()).module(task)
@@ -158,7 +158,7 @@ def test_let_equivalences_select_moves() -> None:
 def test_let_query_key_scale_without_quantization_is_off_with_warning(
     given: Activations, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between queries and keys that nothing quantizes; where that leaves nothing to learn, it is refused."""
+    """If nothing is left to learn, the stage is refused."""
     let.warn_once.cache_clear()
     module = OmniQuant(transform=LET()).module(outlier_task(activations=given))
     assert module.moves is not None
@@ -207,7 +207,7 @@ def test_let_family_without_equivalence_is_refused() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 def test_let_in_each_precision_stays_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
-    """8-bit steps are small: the published code overflows in half precision there."""
+    """At 8 bits steps are small, and the published code overflows in half precision."""
     task = outlier_task(family, bits, Activations(bits, bits, bits))
     if precision == "bf16-mixed":
         task.block.to(torch.bfloat16)
@@ -251,7 +251,7 @@ def test_let_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path) -> None
 
 
 def test_let_before_killed_gptq_resumes_to_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the stage after: the block, with biases its checkpoint never had, comes back from the run directory."""
+    """After the kill the block, with its new biases, is read from the run directory."""
     stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
     sections: dict[str, Any] = {"scheme": {"name": "W4A8"}, "stages": stages}
     for name in ("whole", "parts"):

@@ -39,7 +39,7 @@ def test_transform_single_equivalence_keeps_output_and_moves_its_tensors(label: 
 
 
 def test_transform_of_row_slice_changes_its_rows_only() -> None:
-    """Each equivalence of Phi-3 changes its own rows of the fused projections: 4 query heads and 2 KV heads of 16."""
+    """The fused projections of Phi-3 have slices for 4 query heads and 2 KV heads of 16 channels."""
     block = float64_block("phi3")
     rows = {"value_output": range(96, 128), "query_key": range(0, 96), "up_down": range(128, 256)}
     for equivalence in block.equivalences[2:]:
@@ -53,7 +53,7 @@ def test_transform_of_row_slice_changes_its_rows_only() -> None:
 
 
 def test_transform_shift_of_row_slice_changes_its_biases_only() -> None:
-    """As in a Phi-3 with biases: one exists, the other is created."""
+    """As in a Phi-3 with biases: one bias exists, the other one is created."""
     block = float64_block("phi3")
     bias = torch.randn(128, dtype=torch.float64)
     tensors = block.tensors | {"self_attn.qkv_proj.bias": bias}
@@ -97,7 +97,7 @@ def test_transform_plain_norm_of_gemma_changes_output() -> None:
 
 @pytest.mark.parametrize("label", ["llama 3 of 9", "llama 9 of 9", "qwen3"])
 def test_transform_scale_splitting_rotary_pair_changes_output(label: str) -> None:
-    """The published transform; it shows that the tests above can fail."""
+    """This is the published transform; it shows that the tests above can fail."""
     block = float64_block(label)
     (tied,) = (each for each in block.equivalences if isinstance(each, QueryKey))
     untied = QueryKey(tied.query, tied.key, None, tied.query_norm, tied.key_norm)
@@ -129,7 +129,7 @@ def test_transform_shifts_exist_where_bias_can_be_stored() -> None:
 
 
 def test_transform_shift_creates_storable_biases() -> None:
-    """A LLaMA without biases, and its stock module with ``attention_bias``, which can store them."""
+    """A LLaMA without biases gets them; its stock module with ``attention_bias`` can store them."""
     bare, room = Float64Block("llama"), Float64Block("llama", attention_bias=True)
     transform = Transform(bare.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
     assert "self_attn/v_proj/shift" in transform.shapes
@@ -165,7 +165,7 @@ def test_tied_channels_scale_commutes_with_rotary_embedding(layout: str | None, 
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_query_key_with_norms_scales_norms(wide: bool) -> None:
-    """A norm over one head (Qwen3) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
+    """The norm spans one head (Qwen3) or all channels (OLMo 2); there are 4 query heads and 2 KV heads."""
     heads, size = Heads(4, 2), 6
     names = {"q": 4 * size, "k": 2 * size}
     tensors = {f"{name}.weight": torch.randn(width, 10).double() for name, width in names.items()}
