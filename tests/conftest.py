@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test (``gpu`` ones run where there is one), and what several files of tests start from."""
+"""Fixtures of several test files. Tests marked ``gpu`` run only where a GPU exists."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams in every place, and what decides where they live."""
+"""Streams on a device, in host memory and on disk, and the choice between these places."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batches become a CUDA graph: those of the first one's size, whatever comes in between."""
+"""Batches of the size of the first batch become a CUDA graph; other batches run eagerly."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layer-wise stages share: how Gram matrices are summed, what is refused or told about them, and logged."""
+"""What the layer-wise stages share: sums of Gram matrices, refused inputs, warnings and logged errors."""
 
 from collections.abc import Callable
 from pathlib import Path

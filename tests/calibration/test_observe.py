@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of inputs of any length against float64, and what becomes of linears that no token reaches."""
+"""Statistics of inputs of any length against float64, and the treatment of linears that no token reaches."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears with one input as one matrix, of which several processes solve some rows each."""
+"""Linears with one input as one matrix, whose rows several processes share."""
 
 import os
 import subprocess

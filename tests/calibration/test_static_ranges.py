@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed ranges of inputs: found when a block is finished, kept with it, and what a runtime computes with."""
+"""Fixed ranges of inputs: how they are measured, stored, exported and used by a runtime."""
 
 import shutil
 from pathlib import Path

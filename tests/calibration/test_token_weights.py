@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that count relative to their own size, in losses, searches and Gram matrices."""
+"""Weights of tokens relative to their size, in losses, searches and Gram matrices."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification of equivalences: every declared one passes on its family's block, wrong ones do not."""
+"""Verification accepts the declared equivalences of each family and refuses wrong ones."""
 
 from dataclasses import replace
 from typing import Any

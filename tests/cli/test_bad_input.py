@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input on the command line: one line with status 2, before anything is written."""
+"""Bad input on the command line gives one line and status 2 before anything is written."""
 
 import errno
 import json

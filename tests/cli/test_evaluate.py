@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``omniq evaluate``: which models it measures and how, and what it refuses in one line before it measures anything."""
+"""``omniq evaluate``: the models that it measures, and the input that it refuses before it measures anything."""
 
 import json
 import os

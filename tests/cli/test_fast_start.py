@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Help, mistakes and reports come without torch: importing it, transformers and Lightning takes seconds."""
+"""Help, input errors and reports do not import torch, transformers or Lightning, which takes seconds."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``lightning`` command: each command line reaches the program it means, as a list, with ``sys.argv`` untouched."""
+"""The ``lightning`` command passes each command line to the right program and leaves ``sys.argv`` unchanged."""
 
 import subprocess
 import sys

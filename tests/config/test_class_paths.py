@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class paths of a configuration: refused before they are imported, or before they are instantiated."""
+"""Class paths of a configuration are refused before they are imported or instantiated."""
 
 import sys
 from pathlib import Path

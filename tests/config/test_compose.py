@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How configuration files compose, and which YAML texts are refused."""
+"""Rules by which configuration files compose, and YAML texts that are refused."""
 
 from pathlib import Path
 from typing import Any

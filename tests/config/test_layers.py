@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration files on top of each other: what a later file replaces, and what it keeps."""
+"""Configuration files on top of each other: the parts that a later file replaces or keeps."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that are null, and settings of earlier releases."""
+"""Settings that are null, settings of earlier releases, and options of named stages."""
 
 import logging
 from argparse import ArgumentError

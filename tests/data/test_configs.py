@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of configs/data: each is a complete section, and a later one replaces an earlier one."""
+"""Each file of configs/data is a complete section, and a later file replaces an earlier one."""
 
 from pathlib import Path
 

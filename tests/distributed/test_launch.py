@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Trainer is told of the processes that a launcher has started, and what is refused."""
+"""Arguments of the Trainer under a launcher, and combinations that are refused."""
 
 from types import SimpleNamespace
 from typing import Any

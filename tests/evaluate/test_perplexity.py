@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity: exact, the same streamed as whole, and mergeable."""
+"""Perplexity equals its definition, the streamed one equals that of the whole model, and states merge."""
 
 import json
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: a pure function, every section from its facts."""
+"""The model card shows the facts that it is given and no local paths."""
 
 import shlex
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every codec: what is stored of a linear comes back bit for bit, and what it cannot store is refused."""
+"""Each codec stores a linear without loss and refuses what it cannot store."""
 
 from typing import Any
 

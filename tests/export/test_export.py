@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: what is written is what was optimised, and a stranger's ``from_pretrained`` computes with it."""
+"""Exported checkpoints hold the optimised model, and ``from_pretrained`` of transformers computes with it."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
+"""An export that is killed, fails or finds no room leaves the old checkpoint or the new one, never a mixture."""
 
 import errno
 import os

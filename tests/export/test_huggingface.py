@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of Hugging Face as a container: omniq reads it back by itself, knows its own, and says what is lacking."""
+"""The Hugging Face folder as a container: reading it back, recognizing earlier exports, missing packages."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""omniq's own format: codes with outliers beside them, written as they were optimised, each linear on its own grid."""
+"""omniq's own format stores codes and outliers without loss, and a grid for each linear."""
 
 import json
 from dataclasses import replace

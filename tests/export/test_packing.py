@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense bitstreams: against an integer of arbitrary size, against compressed-tensors, and there and back."""
+"""Dense bitstreams equal integers of arbitrary size and those of compressed-tensors, and are unpacked again."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears on grids of their own, and linears that stay in floating point: as transformers reads them, or refused."""
+"""Exports with several grids and linears in floating point are read by transformers, or refused."""
 
 import json
 from collections.abc import Mapping

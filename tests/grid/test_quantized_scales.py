@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and zero points as codes: found again from their values alone, packed and unpacked, refused where none fit."""
+"""Scales and zero points on a second level: recovered from their values, packed, and unpacked."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a scheme: the grid of each linear equals a naive reading of them, and bad rules are refused by name."""
+"""Rules of a scheme: the grid of each linear equals a naive reading, and bad rules are refused by name."""
 
 import fnmatch
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schemes: what a name says of weights and activations, and which names and settings are refused."""
+"""Schemes: the bits and grids that a name stands for, and names and settings that are refused."""
 
 import re
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpQR by its definition: numbers, one weight at a time."""
+"""SpQR by its definition in plain numbers, one weight at a time."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are stored quantized, while the config does not say so, are refused by the name of a tensor."""
+"""Weights that are stored quantized without a word in the config are refused by the name of a tensor."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families: what they name exists in the blocks of their models."""
+"""The modules and equivalences that families name exist in their blocks."""
 
 import pytest
 from torch import nn

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: the same model as transformers makes of them, without its bar; those that cannot be read."""
+"""GGUF files give the same model as transformers, without its progress bars; unreadable files are refused."""
 
 import importlib.util
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model is: a folder, a file, a name on the hub, a file inside a package; what is not there is said."""
+"""A model is found as a folder, a file, a name on the Hub or a file of a package; other paths are refused."""
 
 import sys
 from pathlib import Path

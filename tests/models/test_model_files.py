@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a model: read as they are asked for; what is wrong with them is one line with file and remedy."""
+"""Model files are read on demand; damaged or missing ones are refused in one line with file and remedy."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared checkpoints: folding norms moves no logits, of the whole model and block by block; the digest stays."""
+"""Prepared checkpoints: folded norms keep logits and block outputs, and the digest stays."""
 
 from pathlib import Path
 from typing import Any

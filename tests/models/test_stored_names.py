@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored names become the model's names by transformers' own table; tensors that it merges are refused by name."""
+"""Stored names become names of the model by transformers' table; tensors that it merges are refused."""
 
 from pathlib import Path
 from typing import Any

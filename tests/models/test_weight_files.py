@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that omniq reads are those that transformers reads; ambiguous and foreign files are refused by name."""
+"""omniq reads the weight files that transformers reads, and refuses ambiguous and foreign ones by name."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: what they measure by is right, and each writes its figure with a floor, a ratio and its memory."""
+"""The benchmarks: their counts of work are right, and each writes a figure, its floor, ratio and memory."""
 
 import json
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that a reader copies, from the documents and the heads of recipes: each is one that omniq understands."""
+"""omniq understands the commands in the documents and in the heads of recipes."""
 
 import re
 import shlex

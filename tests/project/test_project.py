@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project as a package: where things lie, what a wheel holds, whether the pins and the ranges agree."""
+"""The project as a package: its layout, its wheel, its pinned versions and its dependencies."""
 
 import ast
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the display says of a run on a clock of the test: time left, rate, losses, memory."""
+"""The display of a run on a simulated clock: time left, rate, losses and memory."""
 
 import io
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses by torch.compile: the same up to rounding, one graph for all blocks, and the same bits when resumed."""
+"""Losses by torch.compile are equal up to rounding, need one graph for all blocks, and resume to the same bits."""
 
 import shutil
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings decide whether a run may be continued."""
+"""The settings that decide whether a run may be continued."""
 
 import yaml
 

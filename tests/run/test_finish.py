@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the last block: where the evaluation's activations live, how often the checkpoint is opened, what is said."""
+"""The end of a run: evaluation, export, verification, and the messages about them."""
 
 import json
 import re

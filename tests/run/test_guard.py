@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard: after a non-finite loss or gradient a block goes back, slows down, and in the end keeps its first grid."""
+"""After a non-finite loss or gradient the guard returns to a good state, lowers the rate, and at last gives up."""
 
 import math
 from dataclasses import replace

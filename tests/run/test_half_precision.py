@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning in float16 on a block with massive activations, as large models have them: nothing goes non-finite.
+"""Learning in float16 on a block with massive activations, as in large models, stays finite.
 
 The published code overflows at 8 bits, where steps are small. Here one token of each sample carries values of thousands
 into the block, and one channel of the MLP makes more of them. The Trainer's own float16 needs a GPU; its plugin with a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs on tiny models of every family: what they leave on disk, and that the checkpoint is what was optimised."""
+"""Whole runs on tiny models of all families: their files, and the model in the checkpoint."""
 
 import csv
 import errno

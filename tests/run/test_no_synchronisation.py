@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inside an epoch the host only launches: it waits for the GPU where a pass ends, and nowhere else."""
+"""Inside an epoch the host only launches work; it waits for the GPU at the end of a pass only."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed and started again ends as if nothing had happened, to the bit.
+"""A run that is killed and started again ends with the bits of an uninterrupted run.
 
 One tiny run (two blocks, two stages of two epochs each, evaluation, export) is the measure; others are killed at random
 and at each of their saves, have files damaged, or save their streams more rarely. ``tests/helpers/killing.py`` kills.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs with ``scheme.rules``: several grids, linears in floating point, resume, export, and what is refused."""
+"""Whole runs with ``scheme.rules``: several grids, linears in floating point, resume, export and refusals."""
 
 import json
 from collections.abc import Callable

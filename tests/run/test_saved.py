@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished run that is taken up again: its records, when they are missing, damaged or of other settings."""
+"""A finished run that is started again, with records that are missing, damaged or of other settings."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run killed between two stages ends in the bits of an uninterrupted run, for the stage list of every recipe.
+"""A run killed between two stages ends with the bits of an uninterrupted run, for each recipe's stage list.
 
 Whatever a later stage sees of an earlier one is read from a file after a kill.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of omniq's format: ``from_pretrained`` once omniq is imported, what the model can do, what is refused."""
+"""The reader of omniq's format: ``from_pretrained`` after ``import omniq``, the opened model, and refusals."""
 
 import json
 import subprocess

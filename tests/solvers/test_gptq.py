@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ equals its definition, the inverse reduced by elimination column by column, and the measured layer errors."""
+"""GPTQ equals elimination column by column and has the measured layer errors."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ: the scales of the paper's search, folded exactly, better than rounding alone, composable and resumable."""
+"""AWQ finds the scales of the paper's search, folds them exactly, lowers the error, and resumes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages that solve each layer from its Gram matrix: GPTQ and QuantEase, as stages of a run."""
+"""GPTQ and QuantEase, which solve each layer from its Gram matrix, as stages of a run."""
 
 import json
 from pathlib import Path

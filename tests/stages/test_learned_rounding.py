@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes, scales and norms tuned against the block's output."""
+"""Learned rounding trains codes, scales and norms against the output of the block."""
 
 import copy
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every stage on a block with several grids and a linear in floating point."""
+"""All stages on a block with several grids and a linear in floating point."""
 
 from collections.abc import Callable
 from dataclasses import replace

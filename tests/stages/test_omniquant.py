@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned clipping: the stage, in float32 as for users, equals a plain float64 implementation of the paper."""
+"""Learned clipping, in float32 as users run it, equals a plain float64 implementation of the paper."""
 
 import math
 from pathlib import Path

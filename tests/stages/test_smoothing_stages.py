@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant and Outlier Suppression+: exact in full precision, better than rounding alone, composable."""
+"""SmoothQuant and Outlier Suppression+ keep the output in full precision and lower the quantized error."""
 
 from pathlib import Path
 from typing import Any

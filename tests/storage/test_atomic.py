@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, also on a disk that takes no more."""
+"""Files are complete or absent, also on a disk that takes no more."""
 
 import errno
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing of the user's is written over or removed: what counts as a run's own folder, and what a run sweeps there."""
+"""A run writes into its own folder only, and removes nothing of the user."""
 
 import os
 from pathlib import Path

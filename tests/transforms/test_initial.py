@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial values of a transform, against SmoothQuant and Outlier Suppression+ written channel by channel."""
+"""Initial values of a transform against SmoothQuant and Outlier Suppression+, channel by channel."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned transform inside a stage: equal in training and when fused, exact in full precision, resumable."""
+"""The learned transform in a stage: training equals fusion, full precision stays exact, fits resume."""
 
 import copy
 from pathlib import Path

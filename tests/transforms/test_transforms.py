@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivalent transformations: a random one leaves what a block computes unchanged in float64."""
+"""Equivalent transforms with random parameters keep the output of a block in float64."""
 
 from types import SimpleNamespace
 
