@@ -33,7 +33,7 @@ FAMILIES = ["llama", "qwen3", "opt"]
 
 
 def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Activations) -> Tensor:
-    """A LLaMA block written out in float32 torch, every quantizer in its place."""
+    """A LLaMA block written out in float32 torch, with all quantizers in place."""
     attention = block.self_attn
     q8 = lambda value, bits: value if bits == 16 else quantize_tokens(value, bits, given.symmetric)  # noqa: E731
     hidden = q8(block.input_layernorm(x), given.inputs)

@@ -210,7 +210,7 @@ def test_quantize_hub_names_while_offline_are_refused(
 
 
 def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
-    """A copy of the model with something wrong."""
+    """A copy of the model after a change that breaks it."""
     path = tmp_path / "broken"
     shutil.copytree(folder / "source", path)
     change(path)

@@ -31,7 +31,7 @@ from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, ``source``, the same with codes of four bits, ``quantized``, and a text."""
+    """A folder with a model ``source``, the same model with codes of four bits ``quantized``, and a text."""
     place = tmp_path_factory.mktemp("evaluate")
     source = opened(place / "source", Grid(4, 32))
     export(source, rounded(source, Grid(4, 32)), place / "quantized")

@@ -50,7 +50,7 @@ def bomb() -> str:
 
 
 def keyed_bomb() -> str:
-    """The same with mappings in place of lists."""
+    """The same text with mappings in place of lists."""
     text = "a: &a {p: 1, q: 1, r: 1, s: 1, t: 1, u: 1}\n"
     for new, old in zip("bcdefghij", "abcdefghi", strict=True):
         text += f"{new}: &{new} {{p: *{old}, q: *{old}, r: *{old}, s: *{old}, t: *{old}, u: *{old}}}\n"

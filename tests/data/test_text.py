@@ -160,7 +160,7 @@ def test_local_text_parquet_without_field_or_text_is_refused(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """As if HF_HUB_OFFLINE=1 had been set before Python started."""
+    """The state after ``HF_HUB_OFFLINE=1`` was set before Python started."""
     import datasets.config
     import huggingface_hub.constants
 

@@ -50,7 +50,7 @@ def assert_same(found: QuantizedLinear, expected: QuantizedLinear) -> None:
 
 
 def round_trip(codec: Any, linear: QuantizedLinear) -> QuantizedLinear:
-    """Through tensors among those of another linear, and through the grid that the config tells."""
+    """A linear stored among the tensors of another one, and loaded with the grid that the config gives."""
     codec.check_linear("a.x", linear)
     tensors = codec.store("a.x", linear)
     assert all(key.startswith("a.x.") for key in tensors)

@@ -32,7 +32,7 @@ from tests.helpers.tiny import save_tiny
 
 @torch.no_grad()
 def dequantized_logits(source: SourceModel, results: list[BlockResult], dtype: torch.dtype) -> Tensor:
-    """Of the source model with the optimised weights, by transformers' own whole-model code."""
+    """Logits of the source model with the optimised weights, by the code of transformers."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
     for index, result in enumerate(results):
         model.get_submodule(source.block_name(index)).load_state_dict(dict(result.dequantized(dtype)))

@@ -24,7 +24,7 @@ GIVEN = {"card": CARD, "scheme": scheme_of(Grid(4, 32))}
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody handles it by accident."""
+    """Like SIGKILL: it is no ``Exception``, so no handler catches it."""
 
 
 def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockResult]:

@@ -38,7 +38,7 @@ def altered(out: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> 
 
 
 def flipped(tensor: Tensor) -> Tensor:
-    """The lowest bit of the element in the middle, flipped."""
+    """A copy with the lowest bit of the middle element flipped."""
     integers = tensor.flatten().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     integers[len(integers) // 2] ^= 1
     return integers.view(tensor.dtype).view(tensor.shape)
@@ -46,7 +46,7 @@ def flipped(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be opened in transformers, and nothing is tried."""
+    """No checkpoint can be opened in transformers; a try fails the test."""
 
     def refuse(path: Any) -> Any:
         raise AssertionError(f"{path} was opened")

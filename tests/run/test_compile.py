@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 
 @pytest.fixture(autouse=True)
 def as_before() -> Any:
-    """Forget what was compiled."""
+    """Clear compiled graphs and counters before and after each test."""
     torch._dynamo.reset()
     counters.clear()
     yield

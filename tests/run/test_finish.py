@@ -25,13 +25,13 @@ RTN = [{"class_path": "omniq.stages.RTN"}]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """All of it in one line."""
+    """The captured output in one line."""
     return re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 @pytest.fixture
 def openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every checkpoint that is opened in transformers."""
+    """The checkpoints that transformers opens, in order."""
     paths: list[Path] = []
     plain = huggingface.open_checkpoint
 

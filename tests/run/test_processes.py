@@ -37,7 +37,7 @@ def prepared(
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def where(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The sections that say where: processes meet over gloo, or over NCCL on a GPU each."""
+    """Sections for two processes over gloo, or over NCCL with a GPU each."""
     if request.param == "gpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     return {"trainer": {"accelerator": request.param}, "matmul": "ieee"}  # TF32 makes much of a last bit
