@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs on tiny models of all families: their files, and the model in the checkpoint."""
 
-import csv
-import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -38,11 +34,6 @@ WINDOW = torch.arange(20)[None] % VOCAB_SIZE
 
 def blocks_of(run: Path) -> list[BlockResult]:
     return [BlockResult.load(path) for path in sorted((run / "blocks").glob("*.safetensors"))]
-
-
-def rows_of(run: Path, name: str) -> list[dict[str, str]]:
-    with (run / "blocks" / name).open() as file:
-        return list(csv.DictReader(file))
 
 
 def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtype) -> Tensor:
@@ -155,60 +146,6 @@ def test_block_summary_loss_equals_recomputed_error(tmp_path: Path) -> None:
             assert result.summary[f"relative_{key}"] == pytest.approx(error / power, rel=1e-4)
 
 
-def test_losses_of_run_are_in_csv_tensorboard_and_summary(tmp_path: Path) -> None:
-    """CSV has a row for each step, TensorBoard the same numbers under sorted names, the summary their means.
-
-    The last stage adds the losses of the deployed block on calibration and held-out samples.
-    """
-    stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
-    assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
-    run = tmp_path / "run"
-    assert sorted(path.name for path in (run / "blocks").glob("*.csv")) == [
-        "000.0.csv",
-        "000.1.csv",
-        "001.0.csv",
-        "001.1.csv",
-    ]
-    rows = rows_of(run, "001.0.csv")
-    assert [list(row.values())[:4] for row in rows] == [
-        ["OmniQuant", str(step + 1), str(step // 3), "loss"] for step in range(9)
-    ]
-    *steps, deployed, held_out = rows_of(run, "001.1.csv")
-    assert [row["pass"] for row in steps] == ["0", "0", "1", "1"]  # batches of two of three samples
-    events = EventAccumulator(str(run / "tensorboard/001.0"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["block/001/loss"]
-    logged = events.Scalars("block/001/loss")
-    assert [event.step for event in logged] == list(range(1, 10))
-    values = [float(row["value"]) for row in rows]
-    assert [event.value for event in logged] == pytest.approx(values, rel=1e-6)
-    assert all(value == float(torch.tensor(value)) for value in values)  # written so that they read back exactly
-    mean = BlockResult.load(run / "blocks/001.safetensors").summary
-    last = [float(row["value"]) for row in steps[-2:]]
-    assert mean["OmniQuant 2.loss.last"] == pytest.approx(sum(last) / 2)
-    assert mean["OmniQuant 1.loss.first"] == pytest.approx(sum(values[:3]) / 3)
-    assert list(deployed.values()) == ["OmniQuant", "4", "1", "deployed_loss", repr(mean["loss"])]
-    assert list(held_out.values()) == ["OmniQuant", "4", "1", "held_out_loss", repr(mean["held_out_loss"])]
-    events = EventAccumulator(str(run / "tensorboard/001.1"))
-    events.Reload()
-    assert events.Tags()["scalars"] == [f"block/001/{name}" for name in ("loss", "deployed_loss", "held_out_loss")]
-    (event,) = events.Scalars("block/001/held_out_loss")
-    assert (event.step, event.value) == (4, pytest.approx(mean["held_out_loss"], rel=1e-6))
-
-
-def test_losses_of_stage_without_steps_are_deployed_only(tmp_path: Path) -> None:
-    """Without held-out samples there is one loss, else there are two."""
-    for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
-        data = configuration(tmp_path)["data"] | {"held_out": held_out}
-        stages = [{"class_path": "omniq.stages.RTN"}]
-        out = tmp_path / f"run{held_out}"
-        assert main([*write_run(tmp_path, model=SMALL, stages=stages, data=data, **QUICK), "--out", str(out)]) == 0
-        for number in ("000", "001"):
-            summary = BlockResult.load(out / f"blocks/{number}.safetensors").summary
-            found = {row["name"]: float(row["value"]) for row in rows_of(out, f"{number}.0.csv")}
-            assert found == {name: summary[name.removeprefix("deployed_")] for name in names}
-
-
 @pytest.mark.parametrize("interrupted", [1, 6, 7, 11])
 def test_seconds_of_block_over_resumed_processes_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
@@ -230,33 +167,6 @@ def test_seconds_of_block_over_resumed_processes_add_up(
         main(args)
     assert main(args) == 0
     assert [result.summary["seconds"] for result in blocks_of(tmp_path / "run")] == [120.0, 120.0]
-
-
-@pytest.mark.parametrize("moment", ["save", "finalize", "log_metrics", "held_out_loss"])
-def test_run_with_disk_full_in_logger_stops_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
-) -> None:
-    """The error is one line, and the same command continues once there is room again."""
-    args = write_run(tmp_path, model=SMALL, **QUICK)
-    write = getattr(TensorBoardLogger, "log_metrics" if moment == "held_out_loss" else moment)
-
-    def full(logger: TensorBoardLogger, *given: Any) -> None:
-        if moment != "held_out_loss" or "block/001/held_out_loss" in given[0]:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(logger, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TensorBoardLogger, write.__name__, full)
-        assert main(args) == 2
-    said = capfd.readouterr().err
-    assert said.startswith(f"omniq: cannot write into {tmp_path / 'run'}")
-    assert "No space left on device; free the disk or choose another folder" in said
-    assert said.count("\n") == 1
-    assert main(args) == 0
-    assert [row["name"] for row in rows_of(tmp_path / "run", "001.0.csv")] == 6 * ["loss"] + [
-        "deployed_loss",
-        "held_out_loss",
-    ]
 
 
 def test_summary_and_card_hold_facts_of_run(tmp_path: Path) -> None:
