@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which lists of stages are accepted, and what is said about the others.
+"""Lists of stages that are accepted, and the messages for the other ones.
 
 ``PAIRS`` is the table of commit 1b67ee7, which decided by five flags of a stage: what it accepted stays accepted, and
 what it refused stays refused. A row is the earlier stage, a column the later one, in the order of ``STAGES``; ``.``

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input on the command line: one line with status 2, before anything is written."""
+"""Bad input on the command line gives one line and status 2 before anything is written."""
 
 import errno
 import json
@@ -142,7 +142,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_options(
+def test_quantize_bad_options_are_refused_with_reason(
     options: str, parts: list[str], folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "EMPTY.txt").write_text("")
@@ -162,18 +162,20 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
-def test_absent_gpu(accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_on_absent_gpu_is_refused(
+    accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refused("--trainer.accelerator", accelerator)
     assert f"trainer.accelerator '{accelerator}': no GPU is present; use cpu or auto" in message
 
 
-def test_unknown_section_in_a_file(refused: Callable[..., str]) -> None:
+def test_quantize_file_with_unknown_section_is_refused(refused: Callable[..., str]) -> None:
     assert "quantizer" in refused(config={"quantizer": {"bits": 3}})
     assert "lenght" in refused(config={"data": {"lenght": 3}})
 
 
-def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_without_required_sections_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -182,15 +184,17 @@ def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("args", [[], ["quantise"], ["--config", "x.yaml"]])
-def test_unknown_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_unknown_command_is_refused_in_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     message = capsys.readouterr().err
     assert message.startswith("omniq: ")
     assert message.count("\n") == 1
 
 
-def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's and the text's: each message says how a local path is given."""
+def test_quantize_hub_names_while_offline_are_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The messages for the model and for the text both say how to give a local path."""
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -206,7 +210,7 @@ def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytes
 
 
 def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
-    """A copy of the model with something wrong."""
+    """A copy of the model after a change that breaks it."""
     path = tmp_path / "broken"
     shutil.copytree(folder / "source", path)
     change(path)
@@ -259,7 +263,7 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         "falcon",
     ],
 )
-def test_broken_models(
+def test_quantize_broken_model_is_refused_with_reason(
     change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     message = refused("--model.path", source_with(folder, tmp_path, change))
@@ -267,12 +271,14 @@ def test_broken_models(
         assert part in message
 
 
-def test_a_pickle_file_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_quantize_pickle_file_is_refused_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     path = source_with(folder, tmp_path, only_pickle)
     assert "pytorch_model.bin is a pickle file" in refused("--model.path", f"{path}/pytorch_model.bin")
 
 
-def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+def test_quantize_without_permission_to_write_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, *rest, **more: not Path(path).is_dir() and real(path, *rest, **more))
     assert "cannot be written: no permission in" in refused()
@@ -282,20 +288,20 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: C
     ("scheme", "format", "bits"),
     [("W3A16", "compressed-tensors", 3), ("W3A4", "compressed-tensors", 8), ("W3A4", "omniq", 3)],
 )
-def test_a_disk_without_room(
+def test_quantize_on_disk_without_room_is_refused_before_run(
     scheme: str, format: str, bits: int, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """Of the tiny model 18,432 codes, a byte each; their bits once more, and table, head and norm in float16."""
+    """The model has 18,432 codes: a byte each, their packed bits, and table, head and norm in float16."""
     needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     said = refused("--scheme.name", scheme, "--export.format", format)
     assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
 
 
-def test_full_disk(
+def test_quantize_on_disk_that_fills_up_stops_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of a run: one line, nothing half-written under its final name, and the run can go on."""
+    """The error is one line, no partial file remains, and the run can continue."""
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[omniquant()]))
     args += ["--out", str(tmp_path / "run")]
     real, left = os.fsync, [5]

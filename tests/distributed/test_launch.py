@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Trainer is told of the processes that a launcher has started, and what is refused."""
+"""Arguments of the Trainer under a launcher, and combinations that are refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from omniq.run.checks import check_shares
         ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {}, {"devices": 2}),
     ],
 )
-def test_the_launcher_decides(
+def test_launch_arguments_follow_launcher(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME"):
@@ -44,8 +44,8 @@ def test_the_launcher_decides(
     assert isinstance(strategy, BlockParallel) or strategy == "auto"
 
 
-def test_ddp_sends_no_buffers_round() -> None:
-    """They come from the weights, and those of learned rounding are as large."""
+def test_block_parallel_does_not_synchronize_buffers() -> None:
+    """All processes compute equal buffers; those of learned rounding are as large as the weights."""
 
     class Learned(L.LightningModule):
         def __init__(self) -> None:
@@ -66,7 +66,7 @@ def test_ddp_sends_no_buffers_round() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_arguments_other_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
     with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
@@ -77,7 +77,7 @@ def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             launch_arguments({"strategy": strategy})
 
 
-def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_join_devices_other_than_launched_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class OneProcess:
         num_devices = num_nodes = 1
 
@@ -94,7 +94,7 @@ def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         (4, 2, "trainer.num_nodes 2 of 4 devices means 8", "torchrun --nnodes 2 --nproc-per-node 4 -m"),
     ],
 )
-def test_processes_that_nobody_has_started(
+def test_join_processes_not_started_are_refused_with_command(
     monkeypatch: pytest.MonkeyPatch, devices: int, nodes: int, asked: str, start: str
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -108,7 +108,7 @@ def test_processes_that_nobody_has_started(
     ("samples", "held_out", "message"),
     [(9, 4, "data.samples 9 .* 4 processes: give 8"), (8, 2, "data.held_out 2 is not divisible by the 4 processes")],
 )
-def test_shares_that_do_not_come_out_even(
+def test_check_shares_uneven_shares_are_refused(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
 ) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
+"""An export that is killed, fails or finds no room leaves the old checkpoint or the new one, never a mixture."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ GIVEN = {"card": CARD, "scheme": scheme_of(Grid(4, 32))}
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody handles it by accident."""
+    """Like SIGKILL: it is no ``Exception``, so no handler catches it."""
 
 
 def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockResult]:
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_failed_export_leaves_nothing_or_the_old_one(
+def test_export_killed_leaves_nothing_or_earlier_export(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
@@ -59,7 +59,7 @@ def test_a_failed_export_leaves_nothing_or_the_old_one(
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
-def test_what_a_killed_process_leaves_is_put_right(
+def test_check_output_after_kill_between_renames_restores_export(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
@@ -82,7 +82,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["weights", "config", "tokenizer"])
-def test_full_disk_is_one_line_and_leaves_nothing(
+def test_export_on_full_disk_is_refused_and_leaves_nothing(
     where: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rust(*_: Any, **__: Any) -> None:
@@ -102,7 +102,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert not list(place.iterdir())
 
 
-def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_export_beyond_file_size_limit_is_refused_and_leaves_nothing(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -115,7 +117,7 @@ def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResu
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
+def test_export_to_unusable_place_is_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
@@ -138,7 +140,9 @@ FOREIGN = {  # what others write under the same names
 
 
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
-def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source: SourceModel, tmp_path: Path) -> None:
+def test_export_over_folder_of_another_tool_is_refused(
+    files: dict[str, str], source: SourceModel, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name, content in {"config.json": "{}", **files}.items():
@@ -151,7 +155,7 @@ def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source
 
 @pytest.mark.parametrize("damaged", ["README.md", "recipe.yaml"])
 @pytest.mark.parametrize("content", [None, b"\xff\x00"])
-def test_an_own_export_is_known_by_its_card_or_its_recipe(
+def test_check_output_recognizes_own_export_by_card_or_recipe(
     damaged: str, content: bytes | None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
@@ -163,10 +167,10 @@ def test_an_own_export_is_known_by_its_card_or_its_recipe(
         check_output(out)
 
 
-def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
+def test_export_flushes_files_before_rename(
     source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those in folders as well: a tokenizer with several chat templates makes one for them."""
+    """This includes files in folders, such as those of a tokenizer with several chat templates."""
     tokenizer = source.tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
@@ -189,7 +193,7 @@ def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
     assert {template.stat().st_ino, template.parent.stat().st_ino, out.stat().st_ino} <= flushed
 
 
-def test_a_folder_of_the_user_beside_an_export_stays(
+def test_export_beside_folder_of_user_leaves_it(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     mine = tmp_path / "place/out.partial/mine"

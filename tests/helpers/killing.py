@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed by SIGKILL: after a while, or at a chosen moment of a chosen file.
+"""Runs that SIGKILL ends after a delay, or at a chosen moment of a chosen file.
 
 Each attempt is an ordinary run of the command line in a forked child (``forking``).
 
