@@ -9,6 +9,7 @@ before anything is touched. In a run's folder only the names below are ever writ
 """
 
 import os
+import re
 from pathlib import Path
 
 from omniq.errors import UserError
@@ -18,6 +19,8 @@ _RECORDS = (
     *(FINGERPRINT, "config.yaml", "environment.json", "streams.safetensors"),
     *("perplexity.json", "summary.json", "export.json"),
 )
+_FOLDERS = ("blocks", "current", "tensorboard")
+_BLOCK_FILE = re.compile(r"\d{3,}\..+")  # such as 007.safetensors, 007.0.csv and 007.0.last.ckpt
 # What there is of a run that was killed before it had a fingerprint; the folders are empty then.
 _FIRST = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
 
@@ -34,12 +37,46 @@ def check_writable(path: Path) -> None:
             "out is empty or '.', the working directory: give the run a folder of its own, such as checkpoints/run"
         )
     path = path.absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        place = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for a ring of links, ValueError for NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"out {path} cannot be written: {reason}; choose another folder") from error
     if not there.is_dir():
         raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"out {path} cannot be written: no permission in {there}; choose another folder")
+    if not is_run(place):
+        check_outside_runs("out", place)
     check_own(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's, by its fingerprint."""
+    return (path / FINGERPRINT).is_file()
+
+
+def check_outside_runs(field: str, path: Path) -> None:
+    """Refuse a run directory, and the places in one that a run keeps for itself; ``model`` may hold an export.
+
+    Args:
+        field: what the user calls the path.
+
+    Raises:
+        UserError: names the run directory.
+    """
+    for run in (path, *path.parents):
+        inside = path.relative_to(run).parts
+        name = re.sub(r"\.(.+)\.(partial|previous)", r"\1", inside[0]) if inside else ""
+        own = not inside or name in (*_RECORDS, *_FOLDERS, "lock") or (name == "model" and inside != ("model",))
+        if own and is_run(run):
+            raise UserError(f"{field} {path}: it belongs to the run in {run}; choose a folder of its own")
+
+
+def is_block_file(path: Path) -> bool:
+    """Whether a file in ``blocks`` or ``current`` has a name that a run gives."""
+    return _BLOCK_FILE.fullmatch(path.name) is not None
 
 
 def check_own(path: Path) -> None:
@@ -67,7 +104,7 @@ def check_entries(path: Path) -> None:
     Raises:
         UserError: names the entry.
     """
-    for name in ("blocks", "current", "tensorboard"):
+    for name in _FOLDERS:
         entry = path / name
         if entry.is_symlink() or (entry.exists() and not entry.is_dir()):
             raise UserError(f"{entry} is {_kind(entry)}, and the run keeps a folder there: move it away")
@@ -95,5 +132,5 @@ def remove_partial_files(path: Path) -> None:
     for name in _RECORDS:
         (path / f".{name}.partial").unlink(missing_ok=True)
     for folder in ("blocks", "current"):
-        for leftover in (path / folder).glob(".*.partial"):
+        for leftover in (path / folder).glob(".[0-9][0-9][0-9].*.partial"):
             leftover.unlink()

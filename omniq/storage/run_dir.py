@@ -41,7 +41,7 @@ from omniq.storage.atomic import atomic_write
 from omniq.storage.block_result import BlockResult
 from omniq.storage.claim import claim, identity
 from omniq.storage.lock import lock
-from omniq.storage.ownership import check_entries, check_own, remove_partial_files
+from omniq.storage.ownership import check_entries, check_own, is_block_file, remove_partial_files
 from omniq.storage.sealed import Owner, load_state, load_tensors, save_state, save_tensors
 from omniq.storage.writer import Writer
 
@@ -238,7 +238,7 @@ class RunDir:
         """Remove what is there of other blocks: it belongs to a finished one, or stands on one that was damaged."""
         if self.writes:
             for path in (self.path / "current").iterdir():
-                if not path.name.startswith(f"{but:03d}."):
+                if is_block_file(path) and not path.name.startswith(f"{but:03d}."):
                     path.unlink()
 
     # -- streams ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import transformers
 from omniq.errors import UserError
 from omniq.export import check_output, export_checkpoint, mend_companions
 from omniq.export.containers import shards
+from omniq.export.manifest import MANIFEST
 from omniq.grid.affine import Grid
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
@@ -37,7 +38,7 @@ def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockRe
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_export_killed_leaves_nothing_or_earlier_export(
@@ -59,22 +60,62 @@ def test_export_killed_leaves_nothing_or_earlier_export(
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
-def test_check_output_after_kill_between_renames_restores_export(
+def copying_before(change: Callable[..., Any], place: Path, kept: Path) -> Callable[..., Any]:
+    """A change of the disk that first copies ``place`` into a new folder in ``kept``."""
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        if not any(str(argument).startswith(str(kept)) for argument in args) and place.exists():
+            shutil.copytree(place, kept / f"{len(list(kept.iterdir())):03d}/place", symlinks=True)
+        return change(*args, **kwargs)
+
+    return changed
+
+
+def test_export_killed_at_any_change_of_the_disk_is_put_right(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is copied before each change of a name, which is what a kill there would leave."""
+    place, kept = tmp_path / "place", tmp_path / "kept"
+    tokenizer = source.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}  # makes a folder
+    monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
+    before = contents(export(source, results, place / "out"))
+    after = contents(export(source, rounded(source, Grid(2, 32)), tmp_path / "other/out"))
+    assert before.keys() == after.keys()
+    kept.mkdir()
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, copying_before(getattr(os, name), place, kept))
+        export(source, rounded(source, Grid(2, 32)), place / "out")
+    left = sorted(kept.iterdir())
+    assert len(left) > 20
+    for folder in left:
+        out = folder / "place/out"
+        check_output(out)
+        assert contents(out) in (before, after), folder
+        assert [path.name for path in out.parent.iterdir()] == ["out"], folder
+    for folder in left[:: len(left) // 4]:
+        assert contents(export(source, results, folder / "place/out")) == before
+
+
+def test_leftovers_of_version_0_1_are_put_right_in_a_run(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    place = tmp_path / "place"
-    out = export(source, results, place / "out")
+    """They carry no mark; the run directory says whose they are."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "fingerprint.json").write_text("{}")
+    out = export(source, results, run / "model")
+    (out / MANIFEST).unlink()
     before = contents(out)
-    out.rename(place / ".out.previous")  # killed between the two renames, the new one still beside
-    shutil.copytree(place / ".out.previous", place / ".out.partial")
+    out.rename(run / ".model.previous")  # killed between the two renames
+    shutil.copytree(run / ".model.previous", run / ".model.partial")
+    (run / ".model.partial/model.safetensors").rename(run / ".model.partial/shard-00000.safetensors")
     check_output(out)
     assert contents(out) == before
-    assert [path.name for path in place.iterdir()] == ["out"]
-    shutil.copytree(out, place / ".out.previous")  # killed after both
-    (place / ".out.partial").mkdir()
-    export(source, results, out)
-    assert contents(out) == before
-    assert [path.name for path in place.iterdir()] == ["out"]
+    assert sorted(path.name for path in run.iterdir()) == ["fingerprint.json", "model"]
+    export(source, rounded(source, Grid(2, 32)), out)
+    assert (out / MANIFEST).is_file()
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -161,6 +202,8 @@ def test_check_output_recognizes_own_export_by_card_or_recipe(
     recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
     out = export(source, results, tmp_path / "out", card={**CARD, "recipe": recipe})
     (out / damaged).unlink() if content is None else (out / damaged).write_bytes(content)
+    check_output(out)
+    (out / MANIFEST).unlink()  # as in a folder of version 0.1
     check_output(out)
     (out / "config.json").unlink()
     with pytest.raises(UserError, match="it holds something that omniq did not export"):
