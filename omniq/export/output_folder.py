@@ -17,16 +17,17 @@ from pathlib import Path
 from omniq.errors import UserError
 from omniq.export.containers.shards import writing
 from omniq.export.registry import container_of
-from omniq.storage.atomic import flush
+from omniq.storage.atomic import check_possible, flush
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
     """Refuse a place that a checkpoint cannot take; nothing is touched, so any process may ask at any time.
 
     Raises:
-        UserError: a file is in the way, or ``out`` holds something other than an export.
+        UserError: a file is in the way, ``out`` holds something other than an export, or its path is too long.
     """
     out = Path(out).resolve()
+    check_possible(_previous(out))
     if in_the_way := next((parent for parent in out.parents if parent.is_file()), None):
         raise UserError(f"cannot write {out}: {in_the_way} is a file; choose another folder")
     if out.exists() and not _is_export(out):

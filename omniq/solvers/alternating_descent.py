@@ -38,7 +38,7 @@ class AlternatingDescent(CoordinateDescent):
         params: one parameter ``[o, i]`` that holds the original weights W; it becomes W - H.
         gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
         support: where H starts, bool ``[o, i]``, from ``omniq.solvers.outliers.choose_support``; H starts as W there.
-        rows: output features of each stacked linear; each keeps as many entries (or columns) as its part of the support.
+        rows: output features of each stacked linear, which keeps as many entries (or columns) as its support has.
         structured: the support of each linear is whole columns.
         settings: the other settings of ``CoordinateDescent``, except target and mask.
     """

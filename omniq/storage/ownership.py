@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from omniq.errors import UserError
+from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
 _RECORDS = (
@@ -19,6 +20,7 @@ _RECORDS = (
     *("perplexity.json", "summary.json", "export.json"),
 )
 # What there is of a run that was killed before it had a fingerprint; the folders are empty then.
+_LONGEST = "current/." + 50 * "x"  # no shorter than any file of a run, temporary names included
 _FIRST = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
 
 
@@ -27,13 +29,14 @@ def check_writable(path: Path) -> None:
 
     Raises:
         UserError: the working directory itself, which an empty ``out`` means too; a file is in the way; there is no
-            permission; or it holds files, but no run.
+            permission; its files would have paths that are too long; or it holds files, but no run.
     """
     if path == Path():
         raise UserError(
             "out is empty or '.', the working directory: give the run a folder of its own, such as checkpoints/run"
         )
     path = path.absolute()
+    check_possible(path / _LONGEST)
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
         raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
