@@ -155,7 +155,7 @@ def install(clock: Clock) -> None:
         (OmniQuant, "module", "statistics"),
         (OmniQuantModule, "finish", "finish"),
         (loop, "propagate", "propagate"),
-        (loop, "deploy", "deploy"),
+        (loop, "load_quantized_weights", "deploy"),
         (loop, "summarize", "summary"),
         (RunDir, "keep_block", "write"),
         (RunDir, "keep_streams", "write"),
