@@ -57,7 +57,9 @@ def _open(run: Run) -> SourceModel:
     except UserError as error:
         if expanded(run.model.path).exists():
             raise
-        raise UserError(f"{error}; if the model of this run is elsewhere now, name its place by --model.path") from error
+        raise UserError(
+            f"{error}; if the model of this run is elsewhere now, name its place by --model.path"
+        ) from error
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -37,15 +37,18 @@ class Slow(L.LightningModule):
     def training_step(self, batch, number):
         print("ready", flush=True)
         time.sleep(60)
+
     def configure_optimizers(self):
         return None
-    def on_exception(self, error):
+
+class Hangs(L.Callback):
+    def on_exception(self, trainer, module, error):
         print("joins", flush=True)
         threading.Event().wait(60)
 
 def fit(arguments):
     options = {"logger": False, "enable_checkpointing": False,
-               "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+               "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "callbacks": [Hangs()]}
     L.Trainer(max_epochs=1, **options).fit(Slow(), torch.utils.data.DataLoader(torch.zeros(2, 1)))
 
 command.COMMANDS["report"] = (fit, "")

@@ -12,8 +12,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from omniq.distributed import collectives
-from omniq.distributed import launch
+from omniq.distributed import collectives, launch
 from omniq.distributed.launch import BlockParallel, check_launcher, join, launch_arguments
 from omniq.errors import UserError
 from omniq.run.checks import check_shares
@@ -182,7 +181,8 @@ def test_processes_that_nobody_has_started(
     ("samples", "held_out", "message"),
     [
         (2, 0, "data.samples 2 is not divisible by the 4 processes: give 4"),
-        (9, 4, "data.samples 9 .* 4 processes: give 8"), (8, 2, "data.held_out 2 is not divisible by the 4 processes"),
+        (9, 4, "data.samples 9 .* 4 processes: give 8"),
+        (8, 2, "data.held_out 2 is not divisible by the 4 processes"),
     ],
 )
 def test_shares_that_do_not_come_out_even(
