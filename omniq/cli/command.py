@@ -18,13 +18,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from omniq.cli.interrupt import Interrupted, interruptible
 from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
 from omniq.config.parse import Arguments, instantiate, parse, run_of
-from omniq.config.run import EvaluatedModel, Export, Run
+from omniq.config.run import EvaluatedModel, Export, MovedModel, Run
 from omniq.data import Evaluation
 from omniq.errors import CorruptFile, ErrorOnRank0, UserError
+from omniq.report.streams import replace_unencodable
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -37,13 +39,14 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for an error that the user can fix, 130 for an interruption from the keyboard.
     """
     quiet()
+    replace_unencodable()
     args = list(sys.argv[1:] if args is None else args)
     name = args[0] if args else None
     try:
         if name not in COMMANDS:
             name = _commands().parse_args(args).subcommand
         arguments = Arguments.sort(args[1:])
-        with allowed_imports(arguments.packages):
+        with interruptible(), allowed_imports(arguments.packages):
             COMMANDS[name][0](arguments)
     except ErrorOnRank0:
         return 2
@@ -56,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except CorruptFile as error:
         print(f"omniq: {error}; run the quantize command again, which computes it anew", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print(f"omniq: interrupted{CONTINUES if name == 'quantize' else ''}", file=sys.stderr)
         return 130
     return 0
@@ -106,18 +109,24 @@ def evaluate(
     evaluate_checkpoint(model, evaluation, device, batch, out)
 
 
-def export(run: Path, out: Path, export: Export = Export()) -> None:  # noqa: B008 (frozen)
+def export(
+    run: Path,
+    out: Path,
+    export: Export = Export(),  # noqa: B008 (frozen)
+    model: MovedModel = MovedModel(),  # noqa: B008 (frozen)
+) -> None:
     """Write another checkpoint of a finished run.
 
     Args:
         run: its run directory.
         out: folder of the checkpoint.
         export: format and details.
+        model: where the model of the run is now; its content must be the same.
     """
     quiet_transformers()
     from omniq.run.saved import export_run
 
-    export_run(run, out, export)
+    export_run(run, out, export, model.path)
 
 
 def report(run: Path) -> None:

@@ -24,7 +24,7 @@ from omniq.models.transformers_io import open_checkpoint, open_tokenizer
 from omniq.models.weight_files import read_json, weight_file
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table, write_results
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import check_possible, expanded, temporary_of
 
 
 def evaluate_checkpoint(
@@ -50,11 +50,15 @@ def check_file(out: Path) -> None:
     """Refuse a file that could not be written, before anything is measured.
 
     Raises:
-        UserError: a folder is in its place, its own folder is missing, or there is no permission.
+        UserError: a folder or a device is in its place, its own folder is missing, its path is too long, or there is no
+            permission.
     """
     folder = out.absolute().parent
+    check_possible(temporary_of(out))
     if out.is_dir():
         raise UserError(f"out {out} cannot be written: it is a folder; give the name of a file in it")
+    if out.exists() and not out.is_file():  # a rename would put a file in the place of the device
+        raise UserError(f"out {out} cannot be written: it is no regular file; give the name of a JSON file")
     if not folder.is_dir():
         raise UserError(f"out {out} cannot be written: {folder} is no folder; make it, or choose another")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -58,6 +58,17 @@ class EvaluatedModel(Model):
 
 
 @dataclass(frozen=True)
+class MovedModel:
+    """The model of a finished run.
+
+    Args:
+        path: where it is now, in any form that ``omniq quantize`` takes; the path that the run records if not given.
+    """
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
 class Export:
     """The checkpoint to write.
 

@@ -8,8 +8,11 @@ that number unless it was given one; another number is refused, because Lightnin
 them, all of which write to the same folder. omniq starts no processes itself.
 """
 
+import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
 from typing import Any
@@ -25,6 +28,9 @@ from omniq.errors import UserError
 
 # The longest wait for a peer: the first process digests the whole model file before the others may go on.
 PATIENCE = timedelta(minutes=30)
+_TELL_AFTER = 5.0  # seconds of waiting until a process says for whom
+
+log = logging.getLogger("omniq")
 
 
 class BlockParallel(DDPStrategy):
@@ -53,6 +59,30 @@ def started() -> tuple[int, int]:
     # process would be a run of its own.
     total = max(collectives.world_size(), int(os.environ.get("WORLD_SIZE", 1)))
     return total, int(os.environ.get("LOCAL_WORLD_SIZE", total))
+
+
+def check_launcher() -> None:
+    """Refuse an environment that announces processes which nobody has started: this one would wait for them.
+
+    Raises:
+        UserError: a batch script of SLURM runs omniq without ``srun``, or ``WORLD_SIZE`` is left from another program.
+    """
+    total, _ = started()
+    if total == 1 or collectives.world_size() > 1:
+        return
+    if "SLURM_NTASKS" in os.environ and not {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys():
+        if not {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys():
+            raise UserError(
+                f"SLURM_NTASKS {total}: the batch script runs this one process, and the others are not started: write "
+                "`srun omniq …` in it, or ask SLURM for one task (--ntasks 1)"
+            )
+        return
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking:
+        raise UserError(
+            f"WORLD_SIZE {total} is set without {', '.join(lacking)}, so no launcher has started this process: unset "
+            f"WORLD_SIZE, or run torchrun --nproc-per-node {total} -m omniq quantize …"
+        )
 
 
 def launch_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,4 +132,27 @@ def join(trainer: L.Trainer, given: Mapping[str, Any]) -> None:
         start = (f"--nnodes {nodes} " if nodes > 1 else "") + f"--nproc-per-node {trainer.num_devices}"
         raise UserError(f"{means}, but one was started: run torchrun {start} -m omniq quantize …, or set it to 1")
     if total > 1:
-        trainer.strategy.setup_environment()
+        with _telling_of_wait(total):
+            trainer.strategy.setup_environment()
+
+
+@contextmanager
+def _telling_of_wait(total: int) -> Iterator[None]:
+    """Warn if the other processes have not come after a few seconds."""
+
+    def tell() -> None:
+        number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+        place = f"{os.environ.get('MASTER_ADDR', 'this machine')}:{os.environ.get('MASTER_PORT', '?')}"
+        log.warning(
+            "process %s waits at %s for the other %d of %d processes: start them too, or, if there are none, unset "
+            "WORLD_SIZE and RANK; it gives up after %d minutes",
+            number, place, total - 1, total, PATIENCE.total_seconds() // 60,
+        )  # fmt: skip
+
+    timer = threading.Timer(_TELL_AFTER, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -29,7 +29,7 @@ from omniq.export.manifest import (
     write_manifest,
 )
 from omniq.export.registry import container_of
-from omniq.storage.atomic import flush
+from omniq.storage.atomic import check_possible, flush
 from omniq.storage.ownership import check_outside_runs, is_run
 
 
@@ -54,10 +54,11 @@ def check_free(out: str | os.PathLike[str]) -> None:
     """Refuse a place that a checkpoint cannot take; nothing is touched, so any process may ask at any time.
 
     Raises:
-        UserError: a file is in the way, ``out`` holds something other than an export or belongs to a run, or something
-            of the user's stands where omniq keeps an unfinished export.
+        UserError: a file is in the way, ``out`` holds something other than an export or belongs to a run, its path is
+            too long, or something of the user's stands where omniq keeps an unfinished export.
     """
     out = resolved(out)
+    check_possible(_previous(out))
     if in_the_way := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
         kind = "a file" if in_the_way.is_file() else "not a folder"
         raise UserError(f"cannot write {out}: {in_the_way} is {kind}; choose another folder")

@@ -4,9 +4,9 @@
 rich would read ``[/INST]`` in a prompt, or brackets in a name, as markup.
 """
 
-import sys
-
 from rich.console import Console
+
+from omniq.report.streams import replace_unencodable
 
 
 def plain_console(quiet: bool = False) -> Console:
@@ -15,7 +15,5 @@ def plain_console(quiet: bool = False) -> Console:
     Args:
         quiet: print nothing.
     """
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
+    replace_unencodable()
     return Console(quiet=quiet, markup=False, emoji=False)

@@ -100,7 +100,7 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         "base_model": public_name(plan.run.model.path),
         "scheme": str(plan.run.scheme),
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
-        "recipe": (folder.path / "config.yaml").read_text(),
+        "recipe": (folder.path / "config.yaml").read_text(encoding="utf-8"),
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,

@@ -15,7 +15,7 @@ from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
 from omniq.distributed import collectives
-from omniq.distributed.launch import join, launch_arguments, started
+from omniq.distributed.launch import check_launcher, join, launch_arguments, started
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
@@ -90,6 +90,7 @@ def prepare(run: Run, settings: str) -> Plan:
         UserError: the first thing that cannot work, in one line.
     """
     run.check()
+    check_launcher()
     check_trainer(run.trainer)
     check_callbacks(run)
     check_writable(run.out)

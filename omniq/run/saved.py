@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from omniq.config.run import Export, Run
 from omniq.config.saved import RUN_AGAIN, open_run
 from omniq.errors import UserError
 from omniq.export import check_output, find_format
+from omniq.models.source import SourceModel
 from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
 from omniq.run.checks import check_format, check_reader
@@ -20,8 +22,14 @@ from omniq.storage.claim import read_fingerprint
 from omniq.storage.run_dir import RunDir
 
 
-def export_run(path: Path, out: Path, export: Export) -> None:
+def export_run(path: Path, out: Path, export: Export, model: str | None = None) -> None:
     """Write another checkpoint of a finished run.
+
+    Args:
+        path: the run directory.
+        out: folder of the checkpoint.
+        export: format and details.
+        model: where the model of the run is now; by default where it was.
 
     Raises:
         UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
@@ -29,15 +37,29 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     """
     path, out = expanded(path), expanded(out)
     run, settings = open_run(path)
+    if model is not None:
+        run.model = replace(run.model, path=model)
     facts = _facts(path)
     find_format(export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
     check_output(out)
     with RunDir(path) as folder:
-        source = open_model(run)
+        source = _open(run)
         check_format(export.format, run.scheme, source)
         check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
+
+
+def _open(run: Run) -> SourceModel:
+    """The model of the run; a run may name it by a path that was relative to another folder."""
+    try:
+        return open_model(run)
+    except UserError as error:
+        if expanded(run.model.path).exists():
+            raise
+        raise UserError(
+            f"{error}; if the model of this run is elsewhere now, name its place by --model.path"
+        ) from error
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -63,8 +85,8 @@ def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
     changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
     if changed == ["model digest"]:
         raise UserError(
-            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: put that back, or give "
-            "its new place to the quantize command, which records it"
+            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: put that back, or "
+            "name the place of that model by --model.path"
         )
     if changed:
         config = folder.path / "config.yaml"

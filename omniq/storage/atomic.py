@@ -17,12 +17,43 @@ def expanded(path: str | Path) -> Path:
     """A path with the home folder in the place of its ``~``, which a shell may not have seen.
 
     Raises:
-        UserError: it names a user who has none here.
+        UserError: it names a user who has none here, or no file can have this path.
     """
     try:
-        return Path(path).expanduser()
+        place = Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: there is no home folder of that user; give the path without ~") from error
+    check_possible(place)
+    return place
+
+
+def check_possible(path: Path) -> None:
+    """Refuse a path that no file can have, whether or not one exists there.
+
+    Raises:
+        UserError: a name in it or the whole path is too long for the filesystem, or it holds characters
+            that no name can have here.
+    """
+    try:
+        path.lstat()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} cannot be a file name in the encoding {error.encoding} of this environment: set PYTHONUTF8=1"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} holds a null character: give another path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            text = str(path)
+            raise UserError(
+                f"{text if len(text) <= 100 else text[:100] + '…'}: a path of {len(text)} characters, or one of its "
+                "names, is too long for this filesystem; choose a shorter one"
+            ) from error
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
@@ -31,7 +62,7 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing is left beside ``path``.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             for part in parts:

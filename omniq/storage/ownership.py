@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from omniq.errors import UserError
+from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
 _RECORDS = (
@@ -22,6 +23,7 @@ _RECORDS = (
 _FOLDERS = ("blocks", "current", "tensorboard")
 _BLOCK_FILE = re.compile(r"\d{3,}\..+")  # such as 007.safetensors, 007.0.csv and 007.0.last.ckpt
 # What there is of a run that was killed before it had a fingerprint; the folders are empty then.
+_LONGEST = "current/." + 50 * "x"  # no shorter than any file of a run, temporary names included
 _FIRST = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
 
 
@@ -30,7 +32,7 @@ def check_writable(path: Path) -> None:
 
     Raises:
         UserError: the working directory itself, which an empty ``out`` means too; a file is in the way; there is no
-            permission; or it holds files, but no run.
+            permission; its files would have paths that are too long; or it holds files, but no run.
     """
     if path == Path():
         raise UserError(
@@ -43,6 +45,7 @@ def check_writable(path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for a ring of links, ValueError for NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"out {path} cannot be written: {reason}; choose another folder") from error
+    check_possible(path / _LONGEST)
     if not there.is_dir():
         raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -226,12 +226,55 @@ def holding(name: str, value: float) -> Callable[[Path], None]:
     return change
 
 
-def retyped(model_type: str) -> Callable[[Path], None]:
+def with_config(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        (path / "config.json").write_text(json.dumps({**config, **changes}))
 
     return change
+
+
+def retyped(model_type: str) -> Callable[[Path], None]:
+    return with_config(model_type=model_type)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/".join(["b" * 200] * 25)], ids=["name", "path"])
+def test_paths_beyond_the_limits_are_refused(
+    name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, run = str(tmp_path / name), ["--config", str(folder / "run.yaml")]
+    (tmp_path / "text.yaml").write_text(json.dumps({"evaluation": configuration(folder)["evaluation"]}))
+    evaluate = ["evaluate", "--config", str(tmp_path / "text.yaml"), "--model.path"]
+    for args in (
+        ["quantize", *run, "--out", place],
+        ["quantize", *run, "--model.path", place],
+        ["export", "--run", str(tmp_path), "--out", place],
+        ["report", "--run", place],
+        [*evaluate, str(folder / "source"), "--out", place],
+    ):
+        assert main(args) == 2, args
+        errors = capfd.readouterr().err
+        assert f"a path of {len(place)} characters, or one of its names, is too long for this filesystem" in errors
+        assert errors.count("\n") == 1
+
+
+def test_out_whose_files_would_exceed_the_limit_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    """The folder itself could be made; a name of 250 characters leaves no room for the temporary name of an export."""
+    place = tmp_path / "/".join(["b" * 200] * ((4060 - len(str(tmp_path))) // 201))
+    place = place / ("c" * (4085 - len(str(place)) - 1))
+    assert "is too long for this filesystem" in refused("--out", str(place))
+
+
+def test_evaluate_out_that_is_a_device_is_refused(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is renamed there would take the place of the device: a pipe stands for /dev/full."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.yaml").write_text(json.dumps({"evaluation": configuration(folder)["evaluation"]}))
+    args = ["evaluate", "--config", str(tmp_path / "text.yaml"), "--model.path", str(folder / "source")]
+    assert main([*args, "--out", str(tmp_path / "pipe")]) == 2
+    assert "pipe cannot be written: it is no regular file; give the name of a JSON file" in capfd.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +288,10 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
         (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),
         (only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
+        (with_config(hidden_act="nope"), ["config.json describes (KeyError: 'nope'): correct this value"]),
+        (with_config(rope_parameters={"rope_type": "nope", "rope_theta": 1e4}), ["(KeyError: 'nope'): correct this"]),
+        (with_config(num_hidden_layers=0), ["config.json: the model has no blocks: correct the number of layers"]),
+        (with_config(num_hidden_layers=-1), ["config.json: the model has no blocks: correct the number of layers"]),
         (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
         (retyped("bloom"), ["'bloom' is not supported: it attends in code of its own", *FAMILIES[0].model_types]),
         (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
@@ -258,6 +305,10 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         "large",
         "NaN",
         "pickle",
+        "activation",
+        "rope",
+        "no blocks",
+        "negative blocks",
         "type",
         "bloom",
         "falcon",

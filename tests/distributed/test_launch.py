@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of the Trainer under a launcher, and combinations that are refused."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from omniq.distributed import collectives
-from omniq.distributed.launch import BlockParallel, join, launch_arguments
+from omniq.distributed import collectives, launch
+from omniq.distributed.launch import BlockParallel, check_launcher, join, launch_arguments
 from omniq.errors import UserError
 from omniq.run.checks import check_shares
 
@@ -42,6 +43,78 @@ def test_launch_arguments_follow_launcher(
     assert found == expected
     assert isinstance(strategy, BlockParallel) == (len(environment) > 0 and "devices" in found and found["devices"] > 1)
     assert isinstance(strategy, BlockParallel) or strategy == "auto"
+
+
+VARIABLES = (
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME", "SLURM_STEP_ID", "SLURM_STEPID"),
+)
+BATCH = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
+MET = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without the variables of any launcher."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (BATCH, "SLURM_NTASKS 4: the batch script runs this one process.*write `srun omniq"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE 4 is set without RANK, MASTER_ADDR, MASTER_PORT, .*unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE 2 is set without MASTER_ADDR, MASTER_PORT, .*unset WORLD_SIZE"),
+        (BATCH | {"WORLD_SIZE": "4"}, "WORLD_SIZE 4 is set without RANK"),
+    ],
+)
+def test_check_launcher_without_other_processes_is_refused(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        check_launcher()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "4", **MET},
+        BATCH | {"SLURM_NTASKS": "1"},
+        BATCH | {"SLURM_STEP_ID": "0"},
+        BATCH | {"SLURM_JOB_NAME": "interactive"},
+        BATCH | {"WORLD_SIZE": "4", **MET},
+    ],
+)
+def test_check_launcher_with_started_processes_passes(
+    environment: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    check_launcher()
+
+
+def test_join_without_the_others_tells_for_whom_it_waits(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"WORLD_SIZE": "3", **MET}.items():
+        environment.setenv(name, value)
+    environment.setattr(launch, "_TELL_AFTER", 0.05)
+
+    def wait(seconds: float) -> str:
+        caplog.clear()
+        strategy = SimpleNamespace(setup_environment=lambda: time.sleep(seconds))
+        trainer: Any = SimpleNamespace(num_devices=3, num_nodes=1, strategy=strategy)
+        join(trainer, {})
+        return caplog.text
+
+    assert "process 0 waits at 127.0.0.1:29500 for the other 2 of 3 processes: start them" in wait(0.5)
+    assert wait(0) == ""
 
 
 def test_block_parallel_does_not_synchronize_buffers() -> None:
@@ -106,7 +179,11 @@ def test_join_processes_not_started_are_refused_with_command(
 
 @pytest.mark.parametrize(
     ("samples", "held_out", "message"),
-    [(9, 4, "data.samples 9 .* 4 processes: give 8"), (8, 2, "data.held_out 2 is not divisible by the 4 processes")],
+    [
+        (2, 0, "data.samples 2 is not divisible by the 4 processes: give 4"),
+        (9, 4, "data.samples 9 .* 4 processes: give 8"),
+        (8, 2, "data.held_out 2 is not divisible by the 4 processes"),
+    ],
 )
 def test_check_shares_uneven_shares_are_refused(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str

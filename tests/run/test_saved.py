@@ -147,6 +147,60 @@ def test_export_of_run_with_changed_model_is_refused(finished: Finished, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_export_from_another_folder_takes_the_place_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run names its model by a relative path; what lies at the new place must be the same model."""
+    args = write_run(tmp_path, model=SMALL, stages=RTN, evaluation=None, export={"format": "none"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([*args, "--model.path", "./source"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capfd.readouterr()
+    export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(export) == 2
+    said = capfd.readouterr().err
+    assert "model.path './source' does not exist" in said
+    assert "name its place by --model.path" in said
+    shutil.copytree(tmp_path / "source", tmp_path / "other")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 2)
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert main([*export, "--model.path", "../other"]) == 2
+    assert "model.path '../other' is not the model that" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*export, "--model.path", "../source"]) == 0
+    assert "read back equal" in capfd.readouterr().out
+
+
+def test_report_and_export_of_hostile_run_import_no_class_it_names(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither trainer, callbacks and texts, which nobody needs, nor a stage of a foreign package."""
+    mark = tmp_path / "mark"
+    (tmp_path / "hostile_package.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = finished.run / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    command = {"class_path": "os.system", "init_args": {"command": f"touch {mark}"}}
+    evil = {"class_path": "hostile_package.Evil"}
+    changes: list[dict[str, object]] = [
+        {"trainer": command},
+        {"trainer": content["trainer"] | {"class_path": "hostile_package.Evil"}},
+        {"callbacks": [evil]},
+        {"data": content["data"] | {"source": evil}},
+        {"stages": [evil]},
+        {"model": evil},
+        {"scheme": evil},
+    ]
+    for change in changes:
+        path.write_text(yaml.safe_dump(content | change))
+        assert main(["report", "--run", str(finished.run)]) == 0
+        main(["export", "--run", str(finished.run), "--out", str(tmp_path / "out")])
+        assert "Traceback" not in finished.said()
+        assert not mark.exists(), change
+
+
 def test_export_of_run_with_changed_configuration_is_refused(finished: Finished, tmp_path: Path) -> None:
     path = finished.run / "config.yaml"
     path.write_text(path.read_text().replace("W3A16g16", "W3A8g16"))
