@@ -15,7 +15,7 @@ from omniq.calibration.stage import Part, Stage, check_stages
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
 from omniq.grid.scheme import Scheme
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -132,7 +132,7 @@ class Run:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self.out = expanded(self.out)  # a shell leaves ~ alone in --out=~/run, and YAML does always
+        self.out = expand_home(self.out)  # a shell leaves ~ alone in --out=~/run, and YAML does always
 
     @property
     def stored_beside_codes(self) -> frozenset[Part]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omniq.errors import UserError, one_line
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 
 READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The reader of a local file, by its extension."""
@@ -116,7 +116,7 @@ class LocalText(TextSource):
         Raises:
             UserError: the file is missing, empty or damaged, has an unknown extension, or lacks the field.
         """
-        path = expanded(self.path)
+        path = expand_home(self.path)
         kind = READERS.get(path.suffix.lower())
         if not path.is_file():
             reason = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -141,7 +141,7 @@ class LocalText(TextSource):
 
     def describe(self) -> str:
         """The name of the file and the digest of its content."""
-        path = expanded(self.path)
+        path = expand_home(self.path)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return f"{path.name} (SHA-256 {content[:16]}{_first(self.max_documents)})"
 

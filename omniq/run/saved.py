@@ -15,7 +15,7 @@ from omniq.run.checkpoint import write_checkpoint
 from omniq.run.checks import check_format, check_reader
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 from omniq.storage.claim import read_fingerprint
 from omniq.storage.run_dir import RunDir
 
@@ -27,7 +27,7 @@ def export_run(path: Path, out: Path, export: Export) -> None:
         UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
             the format cannot hold it, or ``out`` holds something else.
     """
-    path, out = expanded(path), expanded(out)
+    path, out = expand_home(path), expand_home(out)
     run, settings = open_run(path)
     facts = _facts(path)
     find_format(export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))

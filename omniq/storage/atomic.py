@@ -13,7 +13,7 @@ from omniq.errors import UserError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """A path with the home folder in the place of its ``~``, which a shell may not have seen.
 
     Raises:
