@@ -133,5 +133,6 @@ def _open_errors_in_one_line(folder: Path, model: EvaluatedModel) -> Iterator[No
     except Exception as error:
         raise UserError(
             f"transformers cannot open {folder} ({one_line(error)}): correct the named setting, such as "
-            f"model.attention {model.attention!r} or model.trust_remote_code {model.trust_remote_code}, or give another model"
+            f"model.attention {model.attention!r} or model.trust_remote_code {model.trust_remote_code}, "
+            "or give another model"
         ) from error

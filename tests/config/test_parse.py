@@ -54,7 +54,7 @@ def test_null_is_the_default_of_optional_settings_and_refused_by_name_elsewhere(
         return
     with pytest.raises(UserError) as caught:
         parse_run([], with_null(key))
-    assert str(caught.value) == f"{key}: null is not a value of this setting: give one, or leave the line out"
+    assert str(caught.value) == f"{key}: null is not allowed: give a value or remove the line"
 
 
 def quantease(**settings: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_outliers_in_both_spellings_are_one_run(
         ({"outliers": {"fraction": 0}}, "outliers.fraction 0.0 of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": ".nan"}}, "outliers.fraction nan of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": 0.1}, "outlier_columns": True}, "outlier_columns of QuantEase is given beside"),
-        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not a value of this setting"),
+        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not allowed"),
     ],
 )
 def test_outliers_that_may_be_misread_are_refused(settings: dict[str, Any], reason: str) -> None:
@@ -154,7 +154,7 @@ def test_option_of_a_named_stage_sets_that_stage() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that is"),
+        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that"),
         (["--stages.OmniQuant.epochs"], "--stages.OmniQuant.epochs has no value: give one"),
     ],
 )
@@ -165,7 +165,7 @@ def test_option_of_a_stage_that_is_not_there_is_refused(options: list[str], reas
 
 
 def test_option_of_a_stage_that_is_there_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that is there once"):
+    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that occurs once"):
         run_of({**RUN, "stages": ["omniq.stages.RTN"] * 2}, ["--stages.RTN.clipping", "null"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model is: a folder, a file, a name on the hub, a file inside a package; what is not there is said."""
+"""Where a model is: a folder, a file, a model name on the Hub, a file inside a package; what is not there is said."""
 
 import sys
 from pathlib import Path
