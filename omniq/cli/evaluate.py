@@ -93,11 +93,11 @@ def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device,
         return _measure_with_transformers(folder, weight_file(folder, file), model, evaluation, device, batch)
     windows = evaluation.sequences(source.tokenizer())
 
-    def home(size: int) -> ActivationPlacement:
+    def placement(size: int) -> ActivationPlacement:
         return ActivationPlacement.choose("auto", device, Path(gettempdir()), size, count=1)
 
     variants = {"model": lambda index, block: block}
-    return evaluate_streamed(source, windows, variants, device, batch, home=home)["model"]
+    return evaluate_streamed(source, windows, variants, device, batch, placement=placement)["model"]
 
 
 def _measure_with_transformers(

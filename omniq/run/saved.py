@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another export of a finished run."""
+"""Export a finished run again, with other export settings."""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ def export_run(path: Path, out: Path, export: Export) -> None:
     """Write another checkpoint of a finished run.
 
     Raises:
-        UserError: no such run, it is not finished, its records are damaged, the model is not the one it was made from,
-            the format cannot hold it, or ``out`` holds something else.
+        UserError: the run does not exist or is not finished, its records are damaged, its model has changed, the format
+            cannot hold it, or ``out`` holds other files.
     """
     path, out = expand_home(path), expand_home(out)
     run, settings = open_run(path)
@@ -41,10 +41,10 @@ def export_run(path: Path, out: Path, export: Export) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """What the card of a finished run tells."""
+    """Read the content of the model card of a finished run."""
     file = path / "summary.json"
     if not file.is_file():
-        raise UserError(f"run {path} is not finished: run its quantize command again, which continues it")
+        raise UserError(f"run {path} is not finished: run its quantize command again to continue it")
     try:
         facts = json.loads(file.read_bytes())
     except ValueError:
@@ -55,17 +55,17 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _check_same(folder: RunDir, now: Mapping[str, Any], run: Run) -> None:
-    """Make sure that configuration and model are those of the finished blocks.
+    """Check that configuration and model are those of the finished blocks.
 
-    Settings that only one of both versions of omniq knows are passed over.
+    Settings that only one of the two omniq versions knows are ignored.
     """
     then = read_fingerprint(folder.path)
     changed = [key for key in sorted(now.keys() & then.keys()) if now[key] != then[key]]
     if changed == ["model digest"]:
         raise UserError(
-            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: put that back, or give "
-            "its new place to the quantize command, which records it"
+            f"model.path {run.model.path!r} is not the model that {folder.path} was made from: restore it, or give "
+            "its new path to the quantize command, which records it"
         )
     if changed:
         config = folder.path / "config.yaml"
-        raise UserError(f"{config} is not that of the run ({', '.join(changed)} differ): {RUN_AGAIN}")
+        raise UserError(f"{config} is not the configuration of the run ({', '.join(changed)} differ): {RUN_AGAIN}")

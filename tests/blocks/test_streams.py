@@ -25,8 +25,8 @@ PLACES: list[Location] = ["device", "host", "disk"]
 @pytest.mark.parametrize("place", PLACES)
 def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=5)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    stream = home.place(task.inputs)
+    placement = ActivationPlacement(place, CPU, tmp_path)
+    stream = placement.place(task.inputs)
     assert list(tmp_path.iterdir()) == []  # a file on disk has no name
     mapped = stream.untyped_storage().filename
     assert (mapped is not None) == (place == "disk")
@@ -37,7 +37,7 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
-    for copies, in_file in ((home.copies, place == "disk"), (tmp_path, True)):
+    for copies, in_file in ((placement.copies, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
         assert torch.equal(snapshot.quantized, expected)
@@ -49,8 +49,8 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
 def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=4)
     outputs = task.run(task.inputs)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    task.inputs, task.targets = home.place(task.inputs), home.place(task.targets)
+    placement = ActivationPlacement(place, CPU, tmp_path)
+    task.inputs, task.targets = placement.place(task.inputs), placement.place(task.targets)
     assert torch.equal(task.run(task.inputs), outputs)
 
     class Module(BlockModule):
@@ -109,9 +109,9 @@ def test_what_takes_host_memory(
     """All streams of the processes of a machine as they are allocated, then the copy that is written."""
     monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
     monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 0)
-    home = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
-    assert (home.location, home.copy_on_disk) == (place, copy_on_disk)
-    assert home.copies == (tmp_path if place == "disk" or copy_on_disk else None)
+    placement = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (placement.location, placement.copy_on_disk) == (place, copy_on_disk)
+    assert placement.copies == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
 def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

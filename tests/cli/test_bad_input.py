@@ -295,7 +295,7 @@ def test_a_disk_without_room(
     needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     said = refused("--scheme.name", scheme, "--export.format", format)
-    assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
+    assert f"the run writes at least {needed:,} bytes and the disk has {needed - 1:,} free: free some" in said
 
 
 def test_full_disk(

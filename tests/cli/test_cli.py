@@ -230,7 +230,7 @@ def test_export_over_an_earlier_one(
     assert (out / "model.safetensors").stat().st_ino != before
     assert not caplog.text
     assert "writing" in export("--export.format", "omniq")
-    assert f"{out} is not what this run writes there (" in caplog.text
+    assert f"{out} is not the checkpoint of this run (" in caplog.text
 
 
 def test_export_refuses_before_it_opens_the_model(

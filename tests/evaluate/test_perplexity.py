@@ -253,7 +253,7 @@ def test_streamed_batches_order_and_place_do_not_matter(source: SourceModel, tmp
         sizes.append(size)
         return ActivationPlacement("disk", torch.device("cpu"), tmp_path)
 
-    for options in ({"batch_size": 2}, {"batch_size": 9}, {"home": on_disk}, {"dtype": torch.float32}):
+    for options in ({"batch_size": 2}, {"batch_size": 9}, {"placement": on_disk}, {"dtype": torch.float32}):
         together = evaluate_streamed(source, windows, {"halved": halved, "full": as_is}, **options)
         assert together["full"].perplexity == pytest.approx(alone, rel=1e-6), options
         assert list(together) == ["halved", "full"]

@@ -116,6 +116,6 @@ def test_where_nothing_compiles(
     monkeypatch.setattr(SourceModel, "block", None)
     assert main([*args, "--compile", "true"]) == 2
     assert capsys.readouterr().err == (
-        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): mend that, or set "
+        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): fix that, or set "
         "compile to false\n"
     )

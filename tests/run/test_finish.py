@@ -104,7 +104,7 @@ def test_run_without_the_readers_package_says_so_before_and_resumes_without_writ
     for start in ("first", "resumed"):
         caplog.clear()
         assert main([*args, "--export.prompt", "Once upon"]) == 0
-        assert [f"export.format compressed-tensors: {lacking}; omniq verifies it with a reader of its own"] == [
+        assert [f"export.format compressed-tensors: {lacking}; omniq verifies the checkpoint with its own reader"] == [
             record.getMessage() for record in caplog.records if "pip install" in record.getMessage()
         ]
         output = said(capsys)
@@ -176,9 +176,9 @@ def test_the_evaluation_follows_streams(tmp_path: Path, monkeypatch: pytest.Monk
     rooms: list[tuple[str, int]] = []
     plain = placement.ActivationPlacement.empty
 
-    def spy(home: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        rooms.append((home.location, shape[0]))
-        return plain(home, shape, dtype)
+    def spy(chosen: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rooms.append((chosen.location, shape[0]))
+        return plain(chosen, shape, dtype)
 
     monkeypatch.setattr(placement.ActivationPlacement, "empty", spy)
     assert main([*args, "--streams", place]) == 0
@@ -196,9 +196,9 @@ def test_the_evaluation_asks_what_is_free(tmp_path: Path, monkeypatch: pytest.Mo
     plain = placement.ActivationPlacement.choose.__func__  # type: ignore[attr-defined]
 
     def spy(*args: Any, **kwargs: Any) -> placement.ActivationPlacement:
-        home: placement.ActivationPlacement = plain(*args, **kwargs)
-        places.append(home.location)
-        return home
+        chosen: placement.ActivationPlacement = plain(*args, **kwargs)
+        places.append(chosen.location)
+        return chosen
 
     monkeypatch.setattr(placement.ActivationPlacement, "choose", classmethod(spy))
     assert main(args) == 0

@@ -17,7 +17,7 @@ from omniq.callbacks import NonFiniteGuard
 from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
-from omniq.run.fit import check_deployable
+from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
@@ -215,14 +215,14 @@ def test_stages_with_no_start_say_so() -> None:
     ("tensors", "summary", "words"),
     [
         ({"norm.weight": torch.tensor([1.0, 1e5])}, {}, "block 7: norm.weight is not finite in torch.float16: set"),
-        ({}, {"loss": math.nan}, "block 7: what it computes is not finite: give another trainer.precision"),
-        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: what it computes is not finite"),
+        ({}, {"loss": math.nan}, "block 7: its output is not finite: give another trainer.precision"),
+        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: its output is not finite"),
     ],
 )
 def test_a_block_that_is_not_finite_is_refused(tensors: dict, summary: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_deployable(7, BlockResult({}, tensors, summary), torch.float16)
-    check_deployable(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
+        check_finite_result(7, BlockResult({}, tensors, summary), torch.float16)
+    check_finite_result(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
 
 
 def test_it_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_it_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
         patch.setattr("omniq.run.loop._mean_squares", lambda *_: (math.nan, 1.0))
         assert main([*args, "--export.format", "none"]) == 2
     said = capsys.readouterr().err
-    assert "omniq: block 0: what it computes is not finite" in said
+    assert "omniq: block 0: its output is not finite" in said
     assert not (tmp_path / "run/blocks/000.safetensors").exists()
     assert main([*args, "--export.format", "none"]) == 0
 

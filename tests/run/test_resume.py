@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_replaced(reference: Reference, tmp_path: Path, 
     shutil.copytree(reference.folder / "reference", out)
     content = (out / "model" / name).read_bytes()
     (out / "model" / name).write_bytes(content[: len(content) // 2])
-    warning = next(line for line in reference.finish(out).output.splitlines() if "it is replaced" in line)
+    warning = next(line for line in reference.finish(out).output.splitlines() if "replacing it" in line)
     assert str(out / "model") in warning
 
 
