@@ -57,7 +57,7 @@ class PassCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.clock.go_on_from(state_dict.get("seconds", 0.0))  # checkpoints of earlier versions have no key
+        self.clock.continue_from(state_dict.get("seconds", 0.0))  # checkpoints of earlier versions have no key
 
     def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
         """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""

@@ -186,5 +186,5 @@ def _load_stage(task: BlockTask, context: FitContext) -> bool:
     task.result = finished
     set_tensors(task.block, state["block"])
     task.notes = dict(state["notes"])
-    context.clock.go_on_from(state.get("seconds", 0.0))  # runs of earlier versions lack this key
+    context.clock.continue_from(state.get("seconds", 0.0))  # runs of earlier versions lack this key
     return True

@@ -15,7 +15,7 @@ from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
 from omniq.distributed import collectives
-from omniq.distributed.launch import join, launch_arguments, started
+from omniq.distributed.launch import launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
@@ -123,7 +123,7 @@ def prepare(run: Run, settings: str) -> Plan:
             device,
             run.out,
             len(share) * sample.nbytes,
-            neighbours=started()[1],
+            neighbours=launched_processes()[1],
             saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
         ),
         precision=trainer.precision_plugin.forward_context,
@@ -148,5 +148,5 @@ def open_trainer(run: Run) -> L.Trainer:
         raise
     except Exception as error:  # Lightning and torch raise many types
         raise UserError(f"trainer: {one_line(error)}; change or remove that argument of the Trainer") from error
-    join(trainer, given)
+    set_up_processes(trainer, given)
     return trainer

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from omniq.distributed import collectives
-from omniq.distributed.launch import BlockParallel, join, launch_arguments
+from omniq.distributed.launch import BlockParallel, launch_arguments, set_up_processes
 from omniq.errors import UserError
 from omniq.run.checks import check_shares
 
@@ -69,11 +69,11 @@ def test_ddp_sends_no_buffers_round() -> None:
 def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
-    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' is not supported, because omniq .*: remove it"):
         launch_arguments({"strategy": "fsdp"})
     monkeypatch.setenv("WORLD_SIZE", "2")
     for strategy in ("fsdp", SingleDeviceStrategy("cpu")):
-        with pytest.raises(UserError, match="trainer.strategy .* does not go with several processes.*leave it out"):
+        with pytest.raises(UserError, match="trainer.strategy .* is not supported, because omniq .*: remove it"):
             launch_arguments({"strategy": strategy})
 
 
@@ -83,7 +83,7 @@ def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
-        join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+        set_up_processes(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_processes_that_nobody_has_started(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     trainer: Any = SimpleNamespace(num_devices=devices, num_nodes=nodes)
     with pytest.raises(UserError) as caught:
-        join(trainer, {"devices": devices, "num_nodes": nodes})
+        set_up_processes(trainer, {"devices": devices, "num_nodes": nodes})
     assert str(caught.value).startswith(f"{asked} process(es), but one was started: run {start} ")
 
 

@@ -273,7 +273,7 @@ def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
         (["--data.held_out", "1"], "data.held_out 1 is not divisible by the 2 processes: give 2"),
         (
             ["--trainer.devices", "1"],
-            "trainer.devices 1 means 1 process(es), but 2 were started: leave it out, or start 1",
+            "trainer.devices 1 means 1 process(es), but 2 were started: remove it, or start 1",
         ),
     ],
 )
