@@ -7,7 +7,7 @@ import pytest
 
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.storage.ownership import check_own, check_writable
+from omniq.storage.ownership import check_empty_or_run, check_writable
 from omniq.storage.run_dir import RunDir
 from tests.helpers.runs import QUICK, configuration, write_config
 
@@ -31,11 +31,11 @@ def test_a_folder_of_the_user_is_refused_and_left_alone(
     said = capfd.readouterr()
     first = name if name.startswith(("current", "blocks")) else name.partition("/")[0]
     assert said.err == (
-        f"omniq: out {out} holds {first} and no fingerprint.json, so it is no run to continue: "
-        "choose an empty or a new folder\n"
+        f"omniq: out {out} holds {first} and no fingerprint.json, so it is not a run directory: "
+        "choose an empty or new folder\n"
     )
     assert said.out == ""
-    with pytest.raises(UserError, match="choose an empty or a new folder"), RunDir(out):
+    with pytest.raises(UserError, match="choose an empty or new folder"), RunDir(out):
         pass
     assert files(out) == before
 
@@ -65,8 +65,8 @@ def test_what_a_run_has_made_before_its_fingerprint_is_its_own(tmp_path: Path) -
         "fingerprint.json",
         "lock",
     ]
-    check_own(tmp_path / "run")
-    check_own(tmp_path / "nothing")
+    check_empty_or_run(tmp_path / "run")
+    check_empty_or_run(tmp_path / "nothing")
 
 
 def test_only_own_leftovers_are_swept(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from omniq.blocks.weights import load_quantized_weights
 from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
-from omniq.storage.atomic import atomic_write, others_writing
+from omniq.storage.atomic import atomic_write, report_full_disk
 from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 from omniq.storage.ownership import check_writable
 from omniq.storage.run_dir import RunDir
@@ -109,7 +109,7 @@ def test_state_round_trip(tmp_path: Path) -> None:
 
 def test_state_with_objects_is_refused_when_read(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"object": SimpleNamespace(a=1)})
-    with pytest.raises(CorruptFile, match="state: it holds objects that are not read back safely"):
+    with pytest.raises(CorruptFile, match="state: it holds objects that cannot be read back safely"):
         load_state(tmp_path / "state")
 
 
@@ -180,13 +180,13 @@ def test_others_on_a_disk_that_takes_no_more(tmp_path: Path, number: int, wrappe
     error, outer = OSError(number, os.strerror(number)), ValueError("you tried to log 1.0")
     outer.__cause__ = error  # as TensorBoard's logger does
     said = f"cannot write into {tmp_path}: {os.strerror(number)}; free the disk"
-    with pytest.raises(UserError, match=said), others_writing(tmp_path):
+    with pytest.raises(UserError, match=said), report_full_disk(tmp_path):
         raise outer if wrapped else error
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no"), UserError("as it was")])
 def test_other_errors_of_others_are_theirs(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error), match=str(error.args[-1])) as caught, others_writing(tmp_path):
+    with pytest.raises(type(error), match=str(error.args[-1])) as caught, report_full_disk(tmp_path):
         raise error
     assert caught.value is error
 
