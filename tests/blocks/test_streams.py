@@ -37,7 +37,7 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
-    for copies, in_file in ((placement.copies, place == "disk"), (tmp_path, True)):
+    for copies, in_file in ((placement.copy_folder, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
         assert torch.equal(snapshot.quantized, expected)
@@ -86,8 +86,8 @@ def test_auto_goes_by_what_is_free(
     [
         ("auto", 64, {}, "host", False),  # 3 streams of 64
         ("auto", 65, {}, "disk", False),  # of 128: torch pins powers of two
-        ("auto", 16, {"neighbours": 4}, "host", False),
-        ("auto", 16, {"neighbours": 5}, "disk", False),  # each of five takes 48
+        ("auto", 16, {"processes": 4}, "host", False),
+        ("auto", 16, {"processes": 5}, "disk", False),  # each of five takes 48
         ("auto", 64, {"count": 4}, "disk", False),
         ("auto", 32, {"saved": 104}, "host", False),  # 96 are taken by the streams
         ("auto", 32, {"saved": 105}, "host", True),
@@ -111,7 +111,7 @@ def test_what_takes_host_memory(
     monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 0)
     placement = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
     assert (placement.location, placement.copy_on_disk) == (place, copy_on_disk)
-    assert placement.copies == (tmp_path if place == "disk" or copy_on_disk else None)
+    assert placement.copy_folder == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
 def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
