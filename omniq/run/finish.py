@@ -37,7 +37,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
             folder.save_record("export.json", settings_of(plan.run.export))
         out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
         write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
-    folder.forget_streams()
+    folder.remove_streams()
 
 
 def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from omniq.distributed.launch import launch_arguments
 from omniq.errors import CorruptFile, UserError
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
-from omniq.storage.atomic import others_writing
+from omniq.storage.atomic import report_full_disk
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 
@@ -78,7 +78,7 @@ def fit_stage(task: BlockTask, stage: Stage, context: FitContext) -> BlockLosses
     resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, context.folder)) else None
     trainer = make_trainer(context, task, callbacks)
     try:
-        with others_writing(context.folder.path):
+        with report_full_disk(context.folder.path):
             trainer.fit(module, module.batches, ckpt_path=resume)
     except SystemExit as error:  # Lightning converts Ctrl-C to SystemExit
         raise KeyboardInterrupt from error
@@ -97,13 +97,13 @@ def _resumable(module: BlockModule, saved: PassCheckpoint, losses: BlockLosses, 
     checkpoint = folder.load_current(saved.path)
     if checkpoint is None:
         return False
-    if not saved.shared_alike(checkpoint):
+    if not saved.has_same_processes(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by a different number of processes"))
         return False
     if not module.can_resume(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for different groups of linears"))
         return False
-    if not losses.holds(checkpoint):
+    if not losses.has_rows_of(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))
         return False
     return True

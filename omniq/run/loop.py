@@ -74,7 +74,7 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         for index in blocks:
             _show(display, index, folder.read_block(index))
         return
-    folder.clear_current(but=finished.index(False))
+    folder.clear_current(keep=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
     for index, block in blocks_ahead(plan.source, streams.index, plan.device):
@@ -112,8 +112,8 @@ def pass_block(
         collectives.broadcast_from_rank0(lambda: check_storable(plan.run, name, result))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
-            losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
-        folder.keep_block(index, result)
+            losses.log_final({name: result.summary[key] for name, key in ends.items() if key in result.summary})
+        folder.save_block_async(index, result)
     return result
 
 
@@ -202,9 +202,9 @@ def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
     every, index = plan.run.save_streams_every, streams.index
     if not every or index % every or index == plan.source.num_blocks:
         return
-    snapshot = streams.snapshot(plan.placement.copies)
+    snapshot = streams.snapshot(plan.placement.copy_folder)
     if snapshot is not None:
-        folder.keep_streams(snapshot.index, snapshot.full_precision, snapshot.quantized)
+        folder.save_streams_async(snapshot.index, snapshot.full_precision, snapshot.quantized)
 
 
 def _show(display: Display, index: int, result: BlockResult) -> None:

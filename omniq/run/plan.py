@@ -123,7 +123,7 @@ def prepare(run: Run, settings: str) -> Plan:
             device,
             run.out,
             len(share) * sample.nbytes,
-            neighbours=launched_processes()[1],
+            processes=launched_processes()[1],
             saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
         ),
         precision=trainer.precision_plugin.forward_context,
