@@ -74,9 +74,8 @@ class NonFiniteGuard(Callback):
         self.failed += 1
         module.load_state_dict(self._good["module"])
         for optimizer, state in zip(trainer.optimizers, self._good["optimizers"], strict=True):
-            rates = [
-                group["lr"] for group in optimizer.param_groups
-            ]  # the schedule's current rates, not the saved ones
+            # The rates come from the current schedule, not from the saved state.
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(copy.deepcopy(state))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.factor

@@ -123,9 +123,8 @@ def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> T
     """
     handle, name = tempfile.mkstemp(prefix="stream.", dir=folder)
     try:
-        os.posix_fallocate(
-            handle, 0, prod(shape) * dtype.itemsize
-        )  # otherwise a full disk kills the process at a later write
+        # Without the allocation, a full disk would kill the process at a later write.
+        os.posix_fallocate(handle, 0, prod(shape) * dtype.itemsize)
         return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
     except OSError as error:
         raise UserError(

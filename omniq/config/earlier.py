@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of earlier releases: their translation, so that the same command continues an older run.
+"""Translate settings of earlier releases, so that the same command continues an older run.
 
 ``model.dtype`` of ``omniq quantize`` accepted no value but ``auto``, because ``trainer.precision`` decides the dtype.
 QuantEase had four settings for outliers, with their number in percent, and now has one object

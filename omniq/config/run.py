@@ -168,7 +168,7 @@ class Run:
         if self.batch < 1:
             raise UserError(f"batch {self.batch} is too small: give 1 or more")
         if self.blocks is not None and self.blocks < 1:
-            raise UserError(f"blocks {self.blocks} leaves nothing to quantize: give 1 or more, or remove it for all")
+            raise UserError(f"blocks {self.blocks} is too small: give 1 or more, or remove it for all blocks")
         if self.save_streams_every < 0:
             raise UserError(
                 f"save_streams_every {self.save_streams_every} is negative: give 0 or more; 0 disables saving"

@@ -113,7 +113,7 @@ def write_checkpoint(
     if report is not None:
         console.print(report)
     if export.prompt is not None:
-        console.print(f"the checkpoint says{answer(opened, export.prompt)}")
+        console.print(answer(opened, export.prompt))
 
 
 def describe(report: Report) -> str:
@@ -149,11 +149,11 @@ def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str
     """Complete a prompt greedily with the checkpoint as plain transformers opens it, or say why that is impossible."""
     model: Any = opened.model
     if model is None:
-        return f" nothing: {opened.lacking}"
+        return f"the checkpoint does not complete the prompt: {opened.lacking}"
     tokenizer = AutoTokenizer.from_pretrained(opened.path)
     tokens = tokenizer(prompt, return_tensors="pt")
     said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
-    return f": {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
+    return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 
 
 def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:

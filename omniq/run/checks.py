@@ -56,7 +56,7 @@ def check_model(run: Run, source: SourceModel) -> None:
     grids = {name: run.scheme.grid_of(name) for name in linear_names(source)}
     check_widths(source, grids)
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
-    check_room(run, source, grids)
+    check_disk_space(run, source, grids)
 
 
 def check_widths(source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
@@ -128,7 +128,7 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def check_shares(samples: int, held_out: int) -> None:
+def check_divisible(samples: int, held_out: int) -> None:
     """Refuse samples that several processes cannot share evenly.
 
     Raises:
@@ -153,7 +153,7 @@ def check_lengths(run: Run, positions: int | None) -> None:
             raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
 
 
-def check_room(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
+def check_disk_space(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
     """Refuse a checkpoint that cannot be written: values exceed its dtype, or the disk has too little free space.
 
     The required space is a lower bound of the bytes still to write. It counts the blocks that are not finished, with

@@ -56,7 +56,7 @@ def _verify_block(
         if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
             raise UserError(
                 f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
-                f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: remove "
+                f"{error:.1e} of the block's residual update, and {TOLERANCE[dtype]:.0e} is allowed: remove "
                 f"{equivalence.kind!r} from the equivalences of the stage, or correct its declaration in the family of "
                 f"{layout.model_type}"
             )

@@ -182,8 +182,8 @@ def _mean_squares(quantized: Tensor, full_precision: Tensor, device: torch.devic
     """Return the mean squared error and the mean square of the target over all processes, summed in float64."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for pair in zip(quantized, full_precision, strict=True):
-        ours, theirs = (sample.to(device, non_blocking=True).double() for sample in pair)
-        sums += torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+        output, target = (sample.to(device, non_blocking=True).double() for sample in pair)
+        sums += torch.stack([(output - target).square().sum(), target.square().sum()])
     error, power = (collectives.all_reduce_sum(sums) / (quantized.numel() * collectives.world_size())).tolist()
     return error, power
 

@@ -20,7 +20,7 @@ from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_model, check_reader, check_shares
+from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -102,7 +102,7 @@ def prepare(run: Run, settings: str) -> Plan:
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
-    check_shares(len(windows.calibration), len(windows.held_out))
+    check_divisible(len(windows.calibration), len(windows.held_out))
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device

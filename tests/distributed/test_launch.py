@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from omniq.distributed import collectives
 from omniq.distributed.launch import BlockParallel, launch_arguments, set_up_processes
 from omniq.errors import UserError
-from omniq.run.checks import check_shares
+from omniq.run.checks import check_divisible
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,6 @@ def test_shares_that_do_not_come_out_even(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
 ) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 4)
-    check_shares(8, 0)
+    check_divisible(8, 0)
     with pytest.raises(UserError, match=message):
-        check_shares(samples, held_out)
+        check_divisible(samples, held_out)

@@ -83,7 +83,7 @@ def test_a_checkpoint_that_does_not_fit(
     output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
     assert re.search(rf"logits block by block within 0\.0e\+00 of omniq's \({lacking}\)", output)
     assert ("by omniq's own evaluation" in output) == (scheme == "W8A8")
-    assert re.search(f"the checkpoint says nothing: {lacking}", output)
+    assert re.search(f"the checkpoint does not complete the prompt: {lacking}", output)
     assert openings == []
 
 
@@ -109,7 +109,7 @@ def test_run_without_the_readers_package_says_so_before_and_resumes_without_writ
         ]
         output = said(capsys)
         assert f"logits block by block within 0.0e+00 of omniq's ({lacking})" in output
-        assert f"the checkpoint says nothing: {lacking}" in output
+        assert f"the checkpoint does not complete the prompt: {lacking}" in output
         assert ("writing" in output) == (start == "first")
     assert openings == []
 
