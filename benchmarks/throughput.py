@@ -155,7 +155,7 @@ def install(clock: Clock) -> None:
         (OmniQuant, "module", "statistics"),
         (OmniQuantModule, "finish", "finish"),
         (loop, "propagate", "propagate"),
-        (loop, "deploy", "deploy"),
+        (loop, "load_quantized_weights", "deploy"),
         (loop, "summarize", "summary"),
         (RunDir, "save_block_async", "write"),
         (RunDir, "save_streams_async", "write"),

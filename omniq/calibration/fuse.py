@@ -62,9 +62,9 @@ def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Trans
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
-    """Smallest and largest value of every input channel of all linears, kept ones too, in one pass over the stream.
+    """Smallest and largest value of every input channel of the quantized linears, in one pass over the stream.
 
-    Activations are not quantized for it: what is asked for are the outliers.
+    Activations are not quantized in that pass, because the ranges are those of the outliers.
 
     Returns:
         the ranges; without the linears that no token reaches.
@@ -72,10 +72,7 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
     Raises:
         UserError: see ``Observation.results``.
     """
-    seen, ranges = (
-        observe(task, [InputRange()], [group[0] for group in task.layout.groups], quantized=False),
-        ChannelRanges(),
-    )
+    seen, ranges = observe(task, [InputRange()], quantized=False), ChannelRanges()
     for group in task.layout.groups:
         if seen[group[0]].tokens:
             lo, hi = seen[group[0]].totals[0]

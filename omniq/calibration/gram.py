@@ -234,8 +234,9 @@ class GramModule(BlockModule):
             width = self.task.linear(name).in_features
             self.tokens[k] = seen[name].tokens
             if not self.tokens[k]:
-                self.found |= (done := self._unreached(k))
-                self._deploy(done)
+                done = self._unreached(k)
+                for number in self.stacks_in(k):
+                    self._keep(number, {name: done[name] for name in self.plan[number][1]})
                 continue
             (self.grams[k],) = seen[name].totals
             if self.tokens[k] < width and collectives.rank() == 0:
@@ -265,7 +266,7 @@ class GramModule(BlockModule):
     def _keep(self, number: int, done: dict[str, QuantizedLinear]) -> None:
         self.found |= done
         self._deploy(done)
-        self.stacks.pop(number, None)
+        del self.stacks[number]
 
     def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():

@@ -30,7 +30,9 @@ def check_callbacks(run: Run) -> None:
         UserError: names the class.
     """
     internal = (BlockLosses, BlockProgress, Fuse, PassCheckpoint, Settle)
-    kinds = [kind for make in run.callbacks if isinstance(kind := getattr(make, "func", make), type)]
+    # a factory is a class, or a partial that holds one
+    parts = [part for make in run.callbacks for part in (make, getattr(make, "func", None), *getattr(make, "args", ()))]
+    kinds = [part for part in parts if isinstance(part, type)]
     for kind in kinds:
         if issubclass(kind, internal):
             raise UserError(f"callbacks: {kind.__name__} is an internal part of every fit: remove it")

@@ -176,14 +176,13 @@ class AWQModule(RTNModule):
         task, heads, equivalences = self.task, self.transform.heads, self.transform.equivalences
         first = {key: self._readers(equivalence)[0] for key, equivalence in equivalences.items()}
         seen = observe(task, [InputMagnitudes(), InputGram()], tuple(first.values()), quantized=False)
+        means = {name: [total.div_(each.tokens).float() for total in each.totals] for name, each in seen.items()}
         inputs = {}
         for key, equivalence in equivalences.items():
             name, readers = first[key], self._readers(equivalence)
-            if seen[name].tokens:
-                size, gram = (total.div_(seen[name].tokens).float() for total in seen[name].totals)
-            else:  # all scales have the same error, 0, and the first is kept: none
-                width = task.linear(name).in_features
-                size, gram = (torch.zeros(shape, device=task.device) for shape in (width, (width, width)))
+            width = task.linear(name).in_features
+            # Where no token was seen, all scales have the same error, 0, and the search keeps the first one: no scale.
+            size, gram = means[name] or [torch.zeros(shape, device=task.device) for shape in (width, (width, width))]
             size = equivalence.by_parameter(size, heads).mean(1)
             power = torch.stack([power_of(task.linear(reader).weight.float(), gram) for reader in readers]).sum()
             power = power.clamp(min=torch.finfo(torch.float32).tiny)

@@ -106,8 +106,7 @@ class OutlierSuppressionModule(RTNModule):
         """
         task, length = self.task, self.task.inputs.shape[1]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
-        names = [group[0] for group in task.layout.groups]
-        seen = observe(task, [InputRows()], names, quantized=False, samples=share)
+        seen = observe(task, [InputRows()], quantized=False, samples=share)
         inputs: dict[str, Tensor] = {}
         for group in task.layout.groups:
             if seen[group[0]].tokens:
@@ -127,7 +126,8 @@ class OutlierSuppressionModule(RTNModule):
     ) -> Tensor:
         """The scales ``[c]`` of the best threshold."""
         readers = tuple(name for name in equivalence.readers if name in self.task.layout.linears)
-        lo, hi, x = ranges.lo[readers[0]], ranges.hi[readers[0]], inputs[readers[0]]
+        first = next(name for name in readers if name in inputs)
+        lo, hi, x = ranges.lo[first], ranges.hi[first], inputs[first]
         if shift is not None:
             wide = equivalence.to_inputs(shift, heads)
             lo, hi, x = lo - wide, hi - wide, x - wide

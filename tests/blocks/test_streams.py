@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from omniq.blocks import streams as streams_module
+from omniq.blocks import placement
 from omniq.blocks.forward import call_block, forward_stream, propagate
 from omniq.blocks.placement import ActivationPlacement, Location, empty_like_stream, gather_samples
 from omniq.blocks.streams import Streams
 from omniq.calibration.module import BlockModule
 from omniq.cli.command import main
+from omniq.distributed import memory
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from tests.helpers.runs import SMALL, omniquant, outcome, write_run
@@ -25,8 +26,8 @@ PLACES: list[Location] = ["device", "host", "disk"]
 @pytest.mark.parametrize("place", PLACES)
 def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=5)
-    placement = ActivationPlacement(place, CPU, tmp_path)
-    stream = placement.place(task.inputs)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    stream = chosen.place(task.inputs)
     assert list(tmp_path.iterdir()) == []  # a file on disk has no name
     mapped = stream.untyped_storage().filename
     assert (mapped is not None) == (place == "disk")
@@ -37,7 +38,7 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
-    for copies, in_file in ((placement.copy_folder, place == "disk"), (tmp_path, True)):
+    for copies, in_file in ((chosen.copy_folder, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
         assert torch.equal(snapshot.quantized, expected)
@@ -49,8 +50,8 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
 def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=4)
     outputs = task.run(task.inputs)
-    placement = ActivationPlacement(place, CPU, tmp_path)
-    task.inputs, task.targets = placement.place(task.inputs), placement.place(task.targets)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    task.inputs, task.targets = chosen.place(task.inputs), chosen.place(task.targets)
     assert torch.equal(task.run(task.inputs), outputs)
 
     class Module(BlockModule):
@@ -74,10 +75,10 @@ def test_a_sweep_gives_each_batch_and_its_place() -> None:
 def test_auto_goes_by_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, size: int, expected: str
 ) -> None:
-    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * host)
+    monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * host)
     assert ActivationPlacement.choose("auto", CPU, tmp_path, size).location == expected
     assert ActivationPlacement.choose("device", CPU, tmp_path, size).location == "device"
-    monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 3 * size)
+    monkeypatch.setattr(placement, "_free_device_memory", lambda device: 3 * size)
     assert ActivationPlacement.choose("auto", CPU, tmp_path, size).location == "device"
 
 
@@ -107,15 +108,15 @@ def test_what_takes_host_memory(
     copy_on_disk: bool,
 ) -> None:
     """All streams of the processes of a machine as they are allocated, then the copy that is written."""
-    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
-    monkeypatch.setattr(streams_module, "_free_device_memory", lambda device: 0)
-    placement = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
-    assert (placement.location, placement.copy_on_disk) == (place, copy_on_disk)
-    assert placement.copy_folder == (tmp_path if place == "disk" or copy_on_disk else None)
+    monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
+    monkeypatch.setattr(placement, "_free_device_memory", lambda device: 0)
+    chosen = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (chosen.location, chosen.copy_on_disk) == (place, copy_on_disk)
+    assert chosen.copy_folder == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
 def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "free_host_memory", lambda: 2 * 200)
+    monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
     assert not ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=50).copy_on_disk
     assert ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=51).copy_on_disk
     assert not ActivationPlacement.choose(
@@ -124,12 +125,12 @@ def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeyp
 
 
 def test_free_memory_is_a_number() -> None:
-    assert 0 < streams_module.free_host_memory() < 2**60 or not Path("/proc/meminfo").exists()
-    assert streams_module._free_device_memory(CPU) == 0
+    assert 0 < memory.free_host_memory() < 2**60 or not Path("/proc/meminfo").exists()
+    assert placement._free_device_memory(CPU) == 0
 
 
 def test_a_container_has_less(tmp_path: Path) -> None:
-    assert streams_module.free_host_memory(tmp_path) == 2**62
+    assert memory.free_host_memory(tmp_path) == 2**62
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal:       8000 kB\nMemAvailable:   5000 kB\n")
     group = tmp_path / "sys/fs/cgroup"
@@ -137,11 +138,11 @@ def test_a_container_has_less(tmp_path: Path) -> None:
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("3000000\n")
     (group / "memory.stat").write_text("anon 1000000\ninactive_file 1500000\n")
-    assert streams_module.free_host_memory(tmp_path) == 5_120_000
+    assert memory.free_host_memory(tmp_path) == 5_120_000
     (group / "memory.max").write_text("4000000\n")
-    assert streams_module.free_host_memory(tmp_path) == 2_500_000  # what was read from files is given back
+    assert memory.free_host_memory(tmp_path) == 2_500_000  # what was read from files is given back
     (group / "memory.max").write_text("1000000\n")
-    assert streams_module.free_host_memory(tmp_path) == 0
+    assert memory.free_host_memory(tmp_path) == 0
 
 
 def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +160,7 @@ def test_runs_are_equal_wherever_streams_live(tmp_path: Path, monkeypatch: pytes
     outcomes = []
     for place in ("auto", *PLACES, "nowhere"):
         if place == "nowhere":  # the copy that is saved goes to files
-            monkeypatch.setattr(streams_module, "free_host_memory", lambda: 0)
+            monkeypatch.setattr(placement, "free_host_memory", lambda: 0)
         assert main([*args, "--streams", place if place != "nowhere" else "host", "--out", str(tmp_path / place)]) == 0
         assert not list((tmp_path / place).glob("stream.*"))
         outcomes.append(outcome(tmp_path / place))
@@ -175,12 +176,12 @@ def test_pinned_memory_is_counted_as_it_is_allocated(tmp_path: Path) -> None:
 
     device = torch.device("cuda")
     torch.zeros(1, device=device)
-    streams_module.free_host_memory()
+    memory.free_host_memory()
     before = pinned("allocated")
     stream = ActivationPlacement("host", device, tmp_path).empty((3, 2**22), torch.float32)
     assert stream.is_pinned()
-    assert pinned("allocated") - before == streams_module._allocated(stream.nbytes, device) == 2**26
+    assert pinned("allocated") - before == placement._allocated(stream.nbytes, device) == 2**26
     del stream
-    streams_module.free_host_memory()
+    memory.free_host_memory()
     if hasattr(torch.accelerator, "empty_host_cache"):
         assert pinned("allocated") == before

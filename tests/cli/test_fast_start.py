@@ -96,9 +96,6 @@ def test_export_imports_no_class_of_sections_that_it_does_not_need(tmp_path: Pat
     evil = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'mark'}"}}
     config.write_text(yaml.safe_dump({**content, "trainer": evil, "callbacks": [evil], "evaluation": {"source": evil}}))
     args = ["export", "--run", str(tmp_path / "run"), "--export.verify", "false", "--out"]
-    assert main([*args, str(tmp_path / "out")]) == 2  # precision is no longer that of the run
-    content["callbacks"] = [evil]
-    config.write_text(yaml.safe_dump({**content, "evaluation": {"source": evil}}))
     assert main([*args, str(tmp_path / "out")]) == 0
     config.write_text(yaml.safe_dump({**content, "stages": [evil]}))
     assert main([*args, str(tmp_path / "again")]) == 2

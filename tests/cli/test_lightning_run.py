@@ -6,11 +6,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import omniq
 from omniq.cli import lightning_run
 
 
@@ -18,8 +16,7 @@ from omniq.cli import lightning_run
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str]]]:
     """What was called instead of omniq and of Fabric; no other distribution owns ``lightning``."""
     calls: list[tuple[str, Sequence[str]]] = []
-    fake = SimpleNamespace(main=lambda args: calls.append(("omniq", args)))
-    monkeypatch.setattr(omniq, "cli", fake, raising=False)
+    monkeypatch.setattr("omniq.cli.main", lambda args: calls.append(("omniq", args)))
     monkeypatch.setattr(lightning_run, "_fabric", lambda args: calls.append(("fabric", args)))
     monkeypatch.setattr(lightning_run, "entry_points", lambda **_: [])
     lightning_run.warn_if_contested.cache_clear()
@@ -60,7 +57,7 @@ def test_routes(calls: list[tuple[str, Sequence[str]]], line: str, target: str, 
 
 
 def test_exit_status_is_passed_on(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(omniq, "cli", SimpleNamespace(main=lambda args: 2))
+    monkeypatch.setattr("omniq.cli.main", lambda args: 2)
     assert lightning_run.main(["run", "quantize"]) == 2
 
 
@@ -125,7 +122,7 @@ def test_rest_goes_to_the_other_owner(
 def test_warns_once_on_the_first_rank(
     rival: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(omniq, "cli", SimpleNamespace(main=lambda args: 0), raising=False)
+    monkeypatch.setattr("omniq.cli.main", lambda args: 0)
     for _ in range(2):
         assert lightning_run.main(["run", "quantize"]) == 0
     error = capsys.readouterr().err

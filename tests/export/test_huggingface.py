@@ -89,7 +89,7 @@ def test_earlier_export_of_other_folders_is_none(source: SourceModel, tmp_path: 
         ('{"quantization_config": 3}', r"config\.json has no quantization_config"),
         (
             '{"quantization_config": {}, "dtype": "float8"}',
-            r"config\.json has dtype 'float8', which is none of float32",
+            r"config\.json has dtype 'float8', which is none of float16",
         ),
     ],
 )

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from omniq.errors import UserError
-from omniq.export import export_checkpoint
 from omniq.grid.affine import Grid
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_weights
 from omniq.models.weight_files import INDEX, SINGLE, weight_file
-from tests.helpers.exported import CARD, rounded
+from tests.helpers.exported import export, rounded
 from tests.helpers.opening import edit_json, refused, stream, tokens
 from tests.helpers.tiny import save_tiny
 
@@ -201,6 +200,6 @@ def test_an_export_does_not_inherit_the_name_of_the_weight_file(tmp_path: Path) 
     (folder / SINGLE).rename(folder / "other.safetensors")
     edit_json(folder / "config.json", transformers_weights="other.safetensors")
     source = SourceModel.open(folder)
-    out = export_checkpoint(source, rounded(source, grid), tmp_path / "out", card=CARD)
+    out = export(source, rounded(source, grid), tmp_path / "out")
     assert "transformers_weights" not in json.loads((out / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(out)

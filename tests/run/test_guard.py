@@ -3,7 +3,9 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,10 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import NonFiniteGuard
+from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
 from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
+from omniq.run.checks import check_callbacks
 from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.omniquant import OmniQuantModule
@@ -251,21 +254,21 @@ def test_guard_in_the_configuration_replaces_the_default(tmp_path: Path, monkeyp
     assert seen == [(5, 0.1)] * 2  # one guard a block
 
 
-@pytest.mark.parametrize("name", ["Fuse", "BlockProgress", "BlockLosses", "PassCheckpoint", "Settle"])
-def test_internal_callback_in_the_configuration_is_refused_by_name(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", [Fuse, BlockProgress, BlockLosses, PassCheckpoint, Settle])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: bool) -> None:
+    run = SimpleNamespace(callbacks=[Callback, partial(kind) if wrapped else kind])
+    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: leave it out"):
+        check_callbacks(run)
+
+
+def test_internal_callback_in_the_configuration_is_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    required = {
-        "BlockProgress": {"display": None, "stage": "x", "losses": None},
-        "BlockLosses": {"path": "x.csv", "stage": "x"},
-        "PassCheckpoint": {"path": "x.ckpt", "clock": None},
-        "Settle": {"settle": None},
-    }
-    callback = {"class_path": f"omniq.callbacks.{name}", "init_args": required.get(name, {})}
-    assert main(write_run(tmp_path, callbacks=[callback])) == 2
-    errors = capsys.readouterr().err
-    assert name in errors
-    assert errors.count("\n") == 1
+    command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
+    capsys.readouterr()
+    assert main(command) == 2
+    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -312,21 +312,21 @@ import time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from omniq import processes
+from omniq.distributed import collectives
 from omniq.errors import UserError
 from omniq.blocks.streams import Streams
 
 dist.init_process_group("gloo")
 rank, whole = collectives.rank(), torch.arange(20.0).view(10, 2)
-assert collectives.count() == 2
-share = collectives.mine(whole)
+assert collectives.world_size() == 2
+share = collectives.local_shard(whole)
 assert share.equal(whole[rank::2])
-assert collectives.gather_samples(share).equal(whole)
-assert all(collectives.gather_rows(whole[:n][collectives.my_rows(n)], n).equal(whole[:n]) for n in (0, 1, 9, 10))
+assert collectives.all_gather_samples(share).equal(whole)
+assert all(collectives.all_gather_rows(whole[:n][collectives.local_rows(n)], n).equal(whole[:n]) for n in (0, 1, 9, 10))
 assert collectives.all_reduce_sum(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
 assert collectives.all_reduce_max(torch.tensor([1.0, rank])).tolist() == [1.0, 1.0]
-assert collectives.all_agree(True) and not collectives.all_agree(rank == 0)
-assert collectives.first(lambda: {"rank": rank}) == {"rank": 0}
+assert collectives.all_ranks(True) and not collectives.all_ranks(rank == 0)
+assert collectives.broadcast_from_rank0(lambda: {"rank": rank}) == {"rank": 0}
 snapshot = Streams(3, share, share + 1).snapshot()
 assert (snapshot is None) == (rank == 1)
 if snapshot is not None:
@@ -337,7 +337,7 @@ def mistake():
     raise UserError("told by the first")
 
 try:
-    collectives.first(mistake)
+    collectives.broadcast_from_rank0(mistake)
 except collectives.ErrorOnRank0:
     assert rank == 1
 except UserError as error:
@@ -345,12 +345,12 @@ except UserError as error:
 
 file = Path(sys.argv[1])
 def slowly():
-    assert rank == 0 and collectives.count() == 1
+    assert rank == 0 and collectives.world_size() == 1
     time.sleep(1)
     file.write_text("done")
 
 collectives.finish_on_rank0(slowly)
-assert file.exists() and collectives.count() == 1
+assert file.exists() and collectives.world_size() == 1
 print(f"process {rank} is done")
 """
 

@@ -171,7 +171,7 @@ def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
             {"activations": {"inputs": 4, "ranges": "tensor"}},
             "activations has 'ranges', which this omniq cannot do: upg",
         ),
-        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float32, float16, bfloat16"),
+        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float16, bfloat16, float32"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric; get config.json again"),
         (
             {"linears": {Q_PROJ: {"bits": 3, "rotation": 1}}},

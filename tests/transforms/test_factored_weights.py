@@ -5,19 +5,19 @@ import torch
 
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.models.families.llama import LLAMA
-from omniq.transforms.equivalence import Transform, UpToDown
 from omniq.transforms.heads import Heads
+from omniq.transforms.transform import Transform
 from tests.helpers.tiny import tiny_block, tiny_layout
 
 
-def test_transform_move_returns_factors_and_keeps_frozen_matrices() -> None:
+def test_transform_apply_factored_returns_factors_and_keeps_frozen_matrices() -> None:
     block, _ = tiny_block("llama")
     tensors = dict(block.named_parameters())
-    moves = [each for each in LLAMA.equivalences if not isinstance(each, UpToDown)]
-    transform = Transform(moves, Heads.of(block.self_attn.config), tensors)
+    equivalences = [each for each in LLAMA.equivalences if each.kind != "up_down"]
+    transform = Transform(equivalences, Heads.of(block.self_attn.config), tensors)
     draw = torch.Generator().manual_seed(0)
     parameters = {name: torch.randn(shape, generator=draw) for name, shape in transform.shapes.items()}
-    found = transform.move(tensors, parameters)
+    found = transform.apply_factored(tensors, parameters)
     factored = {name: value for name, value in found.items() if isinstance(value, ScaledWeight)}
     assert set(factored) == {f"{name}.weight" for name in tiny_layout("llama").linears} - {"mlp.down_proj.weight"}
     assert all(value.weight is tensors[name] for name, value in factored.items())

@@ -27,16 +27,19 @@ def channel_sizes(x: Tensor, weights: list[Tensor], alpha: float, shift: bool) -
     return scales, shifts
 
 
+def ranges_of(x: Tensor, *names: str) -> ChannelRanges:
+    """The ranges of an input ``[..., i]`` that these linears read."""
+    lo, hi = x.flatten(0, -2).aminmax(dim=0)
+    return ChannelRanges(dict.fromkeys(names, lo), dict.fromkeys(names, hi))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_initial_values_of_a_norm(alpha: float) -> None:
     block, _ = tiny_block("opt")
     tensors = dict(block.named_parameters())
     transform = Transform(OPT.equivalences, Heads(4, 4), tensors)
     batches = [torch.randn(2, 7, 64) * torch.rand(64) + torch.randn(64) for _ in range(3)]
-    ranges = ChannelRanges()
-    for x in batches:
-        for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1"):
-            ranges.update(name, x)
+    ranges = ranges_of(torch.cat(batches), "self_attn.q_proj", "self_attn.out_proj", "fc1")
     values = transform.initial(tensors, ranges, alpha)
     assert {name for name in transform.shapes if not name.startswith("self_attn/q_proj")} == set(values)
     weights = [tensors[f"self_attn.{name}_proj.weight"] for name in "qkv"]
@@ -57,8 +60,7 @@ def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
     x = torch.zeros(1, 2, 12)
     x[0, :, 7], x[0, :, 10] = torch.tensor([-1.0, 3.0]), torch.tensor([0.0, 9.0])
     tensors["o.weight"][2, 10] = -4.0
-    ranges = ChannelRanges()
-    ranges.update("o", x)
+    ranges = ranges_of(x, "o")
     values = transform.initial(tensors, ranges)
     assert values["v/shift"].tolist() == [0.0, 0.0, 0.0, 0.0, 4.0, 0.0]  # the middle of -1 .. 9
     torch.testing.assert_close(values["v/log_scale"][4].exp(), torch.tensor((5.0 / 4.0) ** 0.5))
@@ -69,8 +71,7 @@ def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
 def test_a_dead_channel_gets_a_finite_scale() -> None:
     tensors = {"norm.weight": torch.ones(3), "up.weight": torch.tensor([[1.0, 0.0, 2.0]])}
     transform = Transform((NormToLinears("norm", ("up",)),), Heads(1, 1), tensors)
-    ranges = ChannelRanges()
-    ranges.update("up", torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, 1.0]]))
+    ranges = ranges_of(torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, 1.0]]), "up")
     for alpha in (0.0, 0.5, 1.0):
         assert transform.initial(tensors, ranges, alpha)["norm/log_scale"].isfinite().all()
 
@@ -84,8 +85,7 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha: float) -> None:
 def test_initial_scale_of_a_power_is_that_of_the_input() -> None:
     """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the root."""
     tensors = {"up.weight": torch.ones(3, 2), "down.weight": torch.tensor([[1.0, 2.0, 3.0]])}
-    ranges = ChannelRanges()
-    ranges.update("down", torch.tensor([[4.0, 1.0, 2.0]]))
+    ranges = ranges_of(torch.tensor([[4.0, 1.0, 2.0]]), "down")
     once, twice = (
         Transform((UpToDown("up", "down", power=power),), Heads(1, 1), tensors).initial(tensors, ranges)
         for power in (1, 2)
