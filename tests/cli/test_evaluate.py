@@ -237,7 +237,7 @@ def test_load_names_atruncated_file(broken: Callable[[Callable[[Path], Any]], Pa
         ("--device xla", "device 'xla' cannot be used ("),
         ("--device meta", "device 'meta' cannot be used ("),
         ("--device abacus", "): use cpu, cuda or auto"),
-        ("--out PLACE/nowhere/x.json", "nowhere is no folder; make it, or choose another"),
+        ("--out PLACE/nowhere/x.json", "nowhere is not a folder; create it or choose another"),
         ("--out PLACE", "cannot be written: it is a folder; give the name of a file in it"),
         ("--model.attention flash_attention_2", "model.attention 'flash_attention_2'"),
     ],

@@ -258,7 +258,7 @@ def test_guard_in_the_configuration_replaces_the_default(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: bool) -> None:
     run = SimpleNamespace(callbacks=[Callback, partial(kind) if wrapped else kind])
-    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: leave it out"):
+    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: remove it"):
         check_callbacks(run)
 
 
@@ -268,11 +268,11 @@ def test_internal_callback_in_the_configuration_is_refused_before_the_run(
     command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
     capsys.readouterr()
     assert main(command) == 2
-    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
+    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: remove it\n"
     assert not (tmp_path / "run").exists()
 
 
 def test_second_guard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guards = [{"class_path": "omniq.callbacks.NonFiniteGuard"}] * 2
     assert main(write_run(tmp_path, callbacks=guards)) == 2
-    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: leave" in capsys.readouterr().err
+    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: remove" in capsys.readouterr().err
