@@ -37,7 +37,7 @@ def stream_logits(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda block: None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], ActivationPlacement] | None = None,
+    placement: Callable[[int], ActivationPlacement] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Logits of several variants of a checkpoint, in one pass over its blocks.
 
@@ -49,7 +49,8 @@ def stream_logits(
         batch_size: windows at once.
         progress: called with the number of finished blocks.
         dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
-        home: where activations live, by the bytes of one variant's; on ``device`` if not given.
+        placement: chooses where activations live, given the bytes of one variant's activations. The default is
+            ``device``.
 
     Yields:
         for one variant after the other, batch by batch: its name, logits ``[b, t, v]``, tokens ``[b, t]``, both on
@@ -63,7 +64,7 @@ def stream_logits(
     dtype = dtype or first.dtype
     shape = (*windows.shape, first.shape[-1])
     size = windows.numel() * first.shape[-1] * dtype.itemsize
-    place = ActivationPlacement("device", device, Path()) if home is None else home(size)
+    place = ActivationPlacement("device", device, Path()) if placement is None else placement(size)
     streams = {name: place.empty(shape, dtype) for name in variants}
     for start in range(0, len(windows), batch_size):
         batch = slice(start, start + batch_size)

@@ -26,8 +26,8 @@ PLACES: list[Location] = ["device", "host", "disk"]
 @pytest.mark.parametrize("place", PLACES)
 def test_placed_stream_in_each_place_keeps_values(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=5)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    stream = home.place(task.inputs)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    stream = chosen.place(task.inputs)
     assert list(tmp_path.iterdir()) == []  # a file on disk has no name
     mapped = stream.untyped_storage().filename
     assert (mapped is not None) == (place == "disk")
@@ -38,7 +38,7 @@ def test_placed_stream_in_each_place_keeps_values(tmp_path: Path, place: Locatio
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
-    for copies, in_file in ((home.copies, place == "disk"), (tmp_path, True)):
+    for copies, in_file in ((chosen.copy_folder, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
         assert torch.equal(snapshot.quantized, expected)
@@ -50,8 +50,8 @@ def test_placed_stream_in_each_place_keeps_values(tmp_path: Path, place: Locatio
 def test_task_on_placed_streams_gives_same_batches_and_outputs(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=4)
     outputs = task.run(task.inputs)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    task.inputs, task.targets = home.place(task.inputs), home.place(task.targets)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    task.inputs, task.targets = chosen.place(task.inputs), chosen.place(task.targets)
     assert torch.equal(task.run(task.inputs), outputs)
 
     class Module(BlockModule):
@@ -87,8 +87,8 @@ def test_placement_auto_depends_on_free_memory(
     [
         ("auto", 64, {}, "host", False),  # 3 streams of 64
         ("auto", 65, {}, "disk", False),  # of 128: torch pins powers of two
-        ("auto", 16, {"neighbours": 4}, "host", False),
-        ("auto", 16, {"neighbours": 5}, "disk", False),  # each of five takes 48
+        ("auto", 16, {"processes": 4}, "host", False),
+        ("auto", 16, {"processes": 5}, "disk", False),  # each of five takes 48
         ("auto", 64, {"count": 4}, "disk", False),
         ("auto", 32, {"saved": 104}, "host", False),  # 96 are taken by the streams
         ("auto", 32, {"saved": 105}, "host", True),
@@ -110,9 +110,9 @@ def test_placement_counts_streams_of_all_processes_and_saved_copy(
     """The allocated streams of all processes of a machine count, then the copy that is saved."""
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
     monkeypatch.setattr(placement, "_free_device_memory", lambda device: 0)
-    home = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
-    assert (home.location, home.copy_on_disk) == (place, copy_on_disk)
-    assert home.copies == (tmp_path if place == "disk" or copy_on_disk else None)
+    chosen = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (chosen.location, chosen.copy_on_disk) == (place, copy_on_disk)
+    assert chosen.copy_folder == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
 def test_placement_on_cpu_counts_host_memory_for_each_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

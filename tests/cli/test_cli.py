@@ -102,7 +102,7 @@ def test_export_over_earlier_export_replaces_different_one_only(
     assert (out / "model.safetensors").stat().st_ino != before
     assert not caplog.text
     assert "writing" in export("--export.format", "omniq")
-    assert f"{out} is not what this run writes there (" in caplog.text
+    assert f"{out} is not the checkpoint of this run (" in caplog.text
 
 
 def test_export_to_unusable_place_or_format_is_refused_before_opening_model(

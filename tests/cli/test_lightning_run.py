@@ -131,7 +131,7 @@ def test_lightning_run_contested_command_warns_once_on_first_rank(
         assert lightning_run.main(["run", "quantize"]) == 0
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{rival} installs a `lightning` command too" in error
+    assert f"{rival} also installs a `lightning` command" in error
     lightning_run.warn_if_contested.cache_clear()
     monkeypatch.setenv("LOCAL_RANK", "1")
     lightning_run.main(["run", "quantize"])

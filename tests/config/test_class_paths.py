@@ -85,13 +85,13 @@ def test_class_path_outside_the_allowed_packages_is_refused_in_one_line(
     [
         (
             {"trainer": named("omniq.cli.command.main", args=["report"])},
-            "trainer: omniq.cli.command.main is not a subclass of",
+            "trainer: omniq.cli.command.main is neither a subclass of",
         ),
         ({"trainer": "omniq.cli.command.main"}, "to be a function that returns"),
         ({"trainer": named("omniq.data.Stdlib")}, "Trainer"),
         (
             {"callbacks": [named("omniq.cli.command.main", args=[])]},
-            "callbacks.0: omniq.cli.command.main is not a subclass",
+            "callbacks.0: omniq.cli.command.main is neither a subclass",
         ),
         ({"callbacks": ["omniq.stages.RTN"]}, "Callback"),
         ({"stages": [named("omniq.data.Stdlib")]}, "does not correspond to a subclass of Stage"),

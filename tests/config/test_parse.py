@@ -55,7 +55,7 @@ def test_parse_run_null_is_accepted_for_optional_settings_only(key: str) -> None
         return
     with pytest.raises(UserError) as caught:
         parse_run([], with_null(key))
-    assert str(caught.value) == f"{key}: null is not a value of this setting: give one, or leave the line out"
+    assert str(caught.value) == f"{key}: null is not allowed: give a value or remove the line"
 
 
 def quantease(**settings: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_quantease_outliers_in_both_spellings_have_one_fingerprint(
         ({"outliers": {"fraction": 0}}, "outliers.fraction 0.0 of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": ".nan"}}, "outliers.fraction nan of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": 0.1}, "outlier_columns": True}, "outlier_columns of QuantEase is given beside"),
-        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not a value of this setting"),
+        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not allowed"),
     ],
 )
 def test_quantease_ambiguous_outliers_are_refused(settings: dict[str, Any], reason: str) -> None:
@@ -159,7 +159,7 @@ def test_option_of_named_stage_sets_that_stage() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that is"),
+        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that"),
         (["--stages.OmniQuant.epochs"], "--stages.OmniQuant.epochs has no value: give one"),
     ],
 )
@@ -170,7 +170,7 @@ def test_option_of_missing_stage_is_refused(options: list[str], reason: str) -> 
 
 
 def test_option_of_repeated_stage_is_refused() -> None:
-    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that is there once"):
+    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that occurs once"):
         run_of({**RUN, "stages": ["omniq.stages.RTN"] * 2}, ["--stages.RTN.clipping", "null"])
 
 

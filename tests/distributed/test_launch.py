@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from omniq.distributed import collectives, launch
-from omniq.distributed.launch import BlockParallel, check_launcher, join, launch_arguments
+from omniq.distributed.launch import BlockParallel, check_launcher, launch_arguments, set_up_processes
 from omniq.errors import UserError
-from omniq.run.checks import check_shares
+from omniq.run.checks import check_divisible
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_join_without_the_others_tells_for_whom_it_waits(
         caplog.clear()
         strategy = SimpleNamespace(setup_environment=lambda: time.sleep(seconds))
         trainer: Any = SimpleNamespace(num_devices=3, num_nodes=1, strategy=strategy)
-        join(trainer, {})
+        set_up_processes(trainer, {})
         return caplog.text
 
     assert "process 0 waits at 127.0.0.1:29500 for the other 2 of 3 processes: start them" in wait(0.5)
@@ -142,11 +142,11 @@ def test_block_parallel_does_not_synchronize_buffers() -> None:
 def test_launch_arguments_other_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
-    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' is not supported, because omniq .*: remove it"):
         launch_arguments({"strategy": "fsdp"})
     monkeypatch.setenv("WORLD_SIZE", "2")
     for strategy in ("fsdp", SingleDeviceStrategy("cpu")):
-        with pytest.raises(UserError, match="trainer.strategy .* does not go with several processes.*leave it out"):
+        with pytest.raises(UserError, match="trainer.strategy .* is not supported, because omniq .*: remove it"):
             launch_arguments({"strategy": strategy})
 
 
@@ -156,7 +156,7 @@ def test_join_devices_other_than_launched_processes_are_refused(monkeypatch: pyt
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
-        join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+        set_up_processes(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_join_processes_not_started_are_refused_with_command(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     trainer: Any = SimpleNamespace(num_devices=devices, num_nodes=nodes)
     with pytest.raises(UserError) as caught:
-        join(trainer, {"devices": devices, "num_nodes": nodes})
+        set_up_processes(trainer, {"devices": devices, "num_nodes": nodes})
     assert str(caught.value).startswith(f"{asked} process(es), but one was started: run {start} ")
 
 
@@ -189,6 +189,6 @@ def test_check_shares_uneven_shares_are_refused(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
 ) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 4)
-    check_shares(8, 0)
+    check_divisible(8, 0)
     with pytest.raises(UserError, match=message):
-        check_shares(samples, held_out)
+        check_divisible(samples, held_out)

@@ -250,7 +250,7 @@ def test_evaluate_streamed_batch_size_order_and_place_keep_result(source: Source
         sizes.append(size)
         return ActivationPlacement("disk", torch.device("cpu"), tmp_path)
 
-    for options in ({"batch_size": 2}, {"batch_size": 9}, {"home": on_disk}, {"dtype": torch.float32}):
+    for options in ({"batch_size": 2}, {"batch_size": 9}, {"placement": on_disk}, {"dtype": torch.float32}):
         together = evaluate_streamed(source, windows, {"halved": halved, "full": as_is}, **options)
         assert together["full"].perplexity == pytest.approx(alone, rel=1e-6), options
         assert list(together) == ["halved", "full"]

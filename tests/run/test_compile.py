@@ -107,6 +107,6 @@ def test_compile_without_working_compiler_is_refused_before_first_block(
     monkeypatch.setattr(SourceModel, "block", None)
     assert main([*args, "--compile", "true"]) == 2
     assert capsys.readouterr().err == (
-        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): mend that, or set "
+        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): fix that, or set "
         "compile to false\n"
     )

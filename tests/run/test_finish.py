@@ -85,7 +85,7 @@ def test_finish_checkpoint_that_does_not_fit_is_verified_block_by_block(
     output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
     assert re.search(rf"logits block by block within 0\.0e\+00 of omniq's \({lacking}\)", output)
     assert ("by omniq's own evaluation" in output) == (scheme == "W8A8")
-    assert re.search(f"the checkpoint says nothing: {lacking}", output)
+    assert re.search(f"the checkpoint does not complete the prompt: {lacking}", output)
     assert openings == []
 
 
@@ -106,12 +106,12 @@ def test_run_without_readers_package_says_so_and_resumes_without_writing(
     for start in ("first", "resumed"):
         caplog.clear()
         assert main([*args, "--export.prompt", "Once upon"]) == 0
-        assert [f"export.format compressed-tensors: {lacking}; omniq verifies it with a reader of its own"] == [
+        assert [f"export.format compressed-tensors: {lacking}; omniq verifies the checkpoint with its own reader"] == [
             record.getMessage() for record in caplog.records if "pip install" in record.getMessage()
         ]
         output = said(capsys)
         assert f"logits block by block within 0.0e+00 of omniq's ({lacking})" in output
-        assert f"the checkpoint says nothing: {lacking}" in output
+        assert f"the checkpoint does not complete the prompt: {lacking}" in output
         assert ("writing" in output) == (start == "first")
     assert openings == []
 
@@ -180,9 +180,9 @@ def test_evaluation_of_run_places_activations_as_calibration_does(
     rooms: list[tuple[str, int]] = []
     plain = placement.ActivationPlacement.empty
 
-    def spy(home: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        rooms.append((home.location, shape[0]))
-        return plain(home, shape, dtype)
+    def spy(chosen: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rooms.append((chosen.location, shape[0]))
+        return plain(chosen, shape, dtype)
 
     monkeypatch.setattr(placement.ActivationPlacement, "empty", spy)
     assert main([*args, "--streams", place]) == 0
@@ -200,9 +200,9 @@ def test_evaluation_of_run_too_large_for_host_goes_to_disk(tmp_path: Path, monke
     plain = placement.ActivationPlacement.choose.__func__  # type: ignore[attr-defined]
 
     def spy(*args: Any, **kwargs: Any) -> placement.ActivationPlacement:
-        home: placement.ActivationPlacement = plain(*args, **kwargs)
-        places.append(home.location)
-        return home
+        chosen: placement.ActivationPlacement = plain(*args, **kwargs)
+        places.append(chosen.location)
+        return chosen
 
     monkeypatch.setattr(placement.ActivationPlacement, "choose", classmethod(spy))
     assert main(args) == 0

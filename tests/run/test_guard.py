@@ -20,7 +20,7 @@ from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.run.checks import check_callbacks
-from omniq.run.fit import check_deployable
+from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
@@ -218,14 +218,14 @@ def test_abandon_of_stage_without_start_is_refused() -> None:
     ("tensors", "summary", "words"),
     [
         ({"norm.weight": torch.tensor([1.0, 1e5])}, {}, "block 7: norm.weight is not finite in torch.float16: set"),
-        ({}, {"loss": math.nan}, "block 7: what it computes is not finite: give another trainer.precision"),
-        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: what it computes is not finite"),
+        ({}, {"loss": math.nan}, "block 7: its output is not finite: give another trainer.precision"),
+        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: its output is not finite"),
     ],
 )
 def test_check_deployable_nonfinite_block_is_refused(tensors: dict, summary: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_deployable(7, BlockResult({}, tensors, summary), torch.float16)
-    check_deployable(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
+        check_finite_result(7, BlockResult({}, tensors, summary), torch.float16)
+    check_finite_result(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
 
 
 def test_run_with_nonfinite_block_does_not_write_it(
@@ -237,7 +237,7 @@ def test_run_with_nonfinite_block_does_not_write_it(
         patch.setattr("omniq.run.loop._mean_squares", lambda *_: (math.nan, 1.0))
         assert main([*args, "--export.format", "none"]) == 2
     said = capsys.readouterr().err
-    assert "omniq: block 0: what it computes is not finite" in said
+    assert "omniq: block 0: its output is not finite" in said
     assert not (tmp_path / "run/blocks/000.safetensors").exists()
     assert main([*args, "--export.format", "none"]) == 0
 
@@ -260,7 +260,7 @@ def test_guard_in_configuration_replaces_default(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_check_callbacks_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: bool) -> None:
     run = SimpleNamespace(callbacks=[Callback, partial(kind) if wrapped else kind])
-    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: leave it out"):
+    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: remove it"):
         check_callbacks(run)
 
 
@@ -270,11 +270,11 @@ def test_run_with_internal_callback_in_configuration_is_refused_before_start(
     command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
     capsys.readouterr()
     assert main(command) == 2
-    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
+    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: remove it\n"
     assert not (tmp_path / "run").exists()
 
 
 def test_guard_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guards = [{"class_path": "omniq.callbacks.NonFiniteGuard"}] * 2
     assert main(write_run(tmp_path, callbacks=guards)) == 2
-    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: leave" in capsys.readouterr().err
+    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: remove" in capsys.readouterr().err

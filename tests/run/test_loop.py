@@ -235,7 +235,7 @@ def test_run_with_nonfinite_weights_names_block(tmp_path: Path, capsys: pytest.C
     assert main(args) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "model.layers.1: the full-precision model puts out NaN or infinity here: get its weights again" in said
+    assert "model.layers.1: the output of the full-precision model is NaN or infinite: download its" in said
     assert sorted(path.name for path in (tmp_path / "run/blocks").iterdir()) == ["000.0.csv", "000.safetensors"]
 
 

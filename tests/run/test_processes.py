@@ -277,7 +277,7 @@ def test_processes_error_at_export_is_printed_once(pair: Pair, tmp_path: Path) -
         (["--data.held_out", "1"], "data.held_out 1 is not divisible by the 2 processes: give 2"),
         (
             ["--trainer.devices", "1"],
-            "trainer.devices 1 means 1 process(es), but 2 were started: leave it out, or start 1",
+            "trainer.devices 1 means 1 process(es), but 2 were started: remove it, or start 1",
         ),
     ],
 )

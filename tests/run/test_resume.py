@@ -215,7 +215,7 @@ def test_run_resumed_with_damaged_export_replaces_it(reference: Reference, tmp_p
     shutil.copytree(reference.folder / "reference", out)
     content = (out / "model" / name).read_bytes()
     (out / "model" / name).write_bytes(content[: len(content) // 2])
-    warning = next(line for line in reference.finish(out).output.splitlines() if "it is replaced" in line)
+    warning = next(line for line in reference.finish(out).output.splitlines() if "replacing it" in line)
     assert str(out / "model") in warning
 
 

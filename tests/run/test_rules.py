@@ -166,7 +166,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ([{"layers": "lm_head", "name": "none"}], ["layers 'lm_head' matches no linear"]),
         (
             [{"layers": DOWN, "name": "W8A16"}, {"layers": "*.mlp.*", "name": "none"}],
-            [f"layers {DOWN!r} decides about no linear", "later rules match", "model.layers.0.mlp.down_proj", "after"],
+            [f"layers {DOWN!r} has no effect", "later rules match", "model.layers.0.mlp.down_proj", "after"],
         ),
         ([{"layers": "*", "name": "none"}], ["scheme.rules leave every linear in floating point"]),
         (

@@ -63,7 +63,7 @@ def test_run_without_fingerprint_is_not_continued(finished: Finished) -> None:
     (finished.run / "fingerprint.json").unlink()
     before = (finished.run / "config.yaml").read_bytes()
     assert main([*finished.args, "--data.samples", "2"]) == 2
-    assert "run holds config.yaml and no fingerprint.json, so it is no run to continue" in finished.said()
+    assert "run holds config.yaml and no fingerprint.json, so it is not a run directory" in finished.said()
     assert (finished.run / "config.yaml").read_bytes() == before
 
 
@@ -118,9 +118,9 @@ def test_run_damaged_file_beside_weights_is_written_again(finished: Finished, da
         assert name in said
     assert main(finished.args) == 0
     assert finished.text() == before | {"mine": b"kept"}
-    assert "written anew" in finished.said()  # the recipe, once more
+    assert "rewritten in" in finished.said()  # the recipe, once more
     assert main(finished.args) == 0
-    assert "written anew" not in finished.said()
+    assert "rewritten in" not in finished.said()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
@@ -143,7 +143,7 @@ def test_export_of_run_with_changed_model_is_refused(finished: Finished, tmp_pat
         assert main(["export", "--run", str(finished.run), "--out", str(tmp_path / "out")]) == 2
     finally:
         weights.write_bytes(original)
-    assert f"source' is not the model that {finished.run} was made from: put that back" in finished.said()
+    assert f"source' is not the model that {finished.run} was made from: restore it" in finished.said()
     assert not (tmp_path / "out").exists()
 
 
@@ -206,7 +206,10 @@ def test_export_of_run_with_changed_configuration_is_refused(finished: Finished,
     path.write_text(path.read_text().replace("W3A16g16", "W3A8g16"))
     export = ["export", "--run", str(finished.run), "--out", str(tmp_path / "out")]
     assert main(export) == 2
-    assert f"{path} is not that of the run (scheme.name differ): run its quantize command again" in finished.said()
+    assert (
+        f"{path} is not the configuration of the run (scheme.name differ): run its quantize command again"
+        in finished.said()
+    )
     path.write_text("stages: [")
     assert main(export) == 2
     assert f"{path} cannot be read (" in finished.said()

@@ -35,8 +35,8 @@ def test_run_of_gemma_declared_with_plain_norm_is_refused_by_name(
     assert main(write_run(tmp_path, "gemma", SIZES["gemma"], stages=stages, **QUICK)) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "model.layers.0: the equivalence norm of input_layernorm, self_attn.q_proj, self_attn.k_proj" in told
-    assert "and 1e-05 is allowed: leave 'norm' out of the equivalences of the stage" in told
-    assert "correct how the family of gemma declares it" in told
+    assert "and 1e-05 is allowed: remove 'norm' from the equivalences of the stage" in told
+    assert "correct its declaration in the family of gemma" in told
     assert not (tmp_path / "run" / "blocks").exists()
     declare(monkeypatch, GEMMA)
     assert main(write_run(tmp_path, "gemma", SIZES["gemma"], stages=stages, **QUICK)) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omniq.errors import UserError
-from omniq.storage.atomic import atomic_write, others_writing
+from omniq.storage.atomic import atomic_write, report_full_disk
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -58,17 +58,17 @@ def test_atomic_write_on_read_only_filesystem_is_refused(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_others_writing_on_full_disk_is_refused(tmp_path: Path, number: int, wrapped: bool) -> None:
+def test_report_full_disk_on_full_disk_is_refused(tmp_path: Path, number: int, wrapped: bool) -> None:
     error, outer = OSError(number, os.strerror(number)), ValueError("you tried to log 1.0")
     outer.__cause__ = error  # as TensorBoard's logger does
     said = f"cannot write into {tmp_path}: {os.strerror(number)}; free the disk"
-    with pytest.raises(UserError, match=said), others_writing(tmp_path):
+    with pytest.raises(UserError, match=said), report_full_disk(tmp_path):
         raise outer if wrapped else error
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("no"), UserError("as it was")])
-def test_others_writing_other_error_is_passed_on(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error), match=str(error.args[-1])) as caught, others_writing(tmp_path):
+def test_report_full_disk_other_error_is_passed_on(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error.args[-1])) as caught, report_full_disk(tmp_path):
         raise error
     assert caught.value is error
 

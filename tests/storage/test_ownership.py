@@ -8,7 +8,7 @@ import pytest
 
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.storage.ownership import check_own, check_writable
+from omniq.storage.ownership import check_empty_or_run, check_writable
 from omniq.storage.run_dir import RunDir
 from tests.helpers.runs import QUICK, configuration, write_config
 
@@ -32,11 +32,11 @@ def test_run_in_folder_of_user_is_refused_and_left_unchanged(
     said = capfd.readouterr()
     first = name if name.startswith(("current", "blocks")) else name.partition("/")[0]
     assert said.err == (
-        f"omniq: out {out} holds {first} and no fingerprint.json, so it is no run to continue: "
-        "choose an empty or a new folder\n"
+        f"omniq: out {out} holds {first} and no fingerprint.json, so it is not a run directory: "
+        "choose an empty or new folder\n"
     )
     assert said.out == ""
-    with pytest.raises(UserError, match="choose an empty or a new folder"), RunDir(out):
+    with pytest.raises(UserError, match="choose an empty or new folder"), RunDir(out):
         pass
     assert files(out) == before
 
@@ -66,8 +66,8 @@ def test_run_dir_without_fingerprint_owns_its_files(tmp_path: Path) -> None:
         "fingerprint.json",
         "lock",
     ]
-    check_own(tmp_path / "run")
-    check_own(tmp_path / "nothing")
+    check_empty_or_run(tmp_path / "run")
+    check_empty_or_run(tmp_path / "nothing")
 
 
 def test_run_dir_removes_own_leftovers_only(tmp_path: Path) -> None:

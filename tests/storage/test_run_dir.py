@@ -78,7 +78,7 @@ def test_run_dir_refuses_blocks_of_another_index_or_run(tmp_path: Path, caplog: 
     shutil.copy(tmp_path / "a/blocks/000.safetensors", tmp_path / "a/blocks/001.safetensors")
     shutil.copy(tmp_path / "b/blocks/000.safetensors", tmp_path / "a/blocks/000.safetensors")
     with RunDir(tmp_path / "a") as run:
-        with pytest.raises(CorruptFile, match="000.safetensors: the file belongs to another run or to another place"):
+        with pytest.raises(CorruptFile, match="000.safetensors: the file belongs to another run or to another path"):
             run.read_block(0)
         assert run.load_block(0) is run.load_block(1) is None
     assert "001.safetensors: the file belongs to another run" in caplog.text
@@ -153,7 +153,7 @@ def test_run_with_folder_or_link_for_file_is_refused(
     capsys.readouterr()
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert f"{entry} is {kind.replace('dangling ', '')}, and the run keeps a file there: move it away" in said
+    assert f"{entry} is {kind.replace('dangling ', '')}, but the run keeps a file there: move it away" in said
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -167,7 +167,7 @@ def test_run_dir_with_link_for_folder_is_refused(name: str, tmp_path: Path) -> N
     if entry.exists():
         entry.rmdir()
     entry.symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=f"{name} is a link, and the run keeps a folder there: move it away"):
+    with pytest.raises(UserError, match=f"{name} is a link, but the run keeps a folder there: move it away"):
         check_entries(tmp_path / "run")
     with pytest.raises(UserError, match="is a link"), RunDir(tmp_path / "run"):
         pass

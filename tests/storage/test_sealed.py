@@ -74,7 +74,7 @@ def test_save_state_is_loaded_back(tmp_path: Path) -> None:
 
 def test_load_state_with_objects_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"object": SimpleNamespace(a=1)})
-    with pytest.raises(CorruptFile, match="state: it holds objects that are not read back safely"):
+    with pytest.raises(CorruptFile, match="state: it holds objects that cannot be read back safely"):
         load_state(tmp_path / "state")
 
 
