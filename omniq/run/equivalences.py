@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
-from omniq.calibration.fuse import concerns
+from omniq.calibration.fuse import affects_quantization
 from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.errors import UserError
@@ -34,7 +34,7 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
     for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
         layout = scheme_layout(source, run.scheme, index)
         kinds = {kind for stage in run.stages for kind in stage.equivalence_kinds(layout, run.scheme.activations)}
-        used = tuple(each for each in layout.equivalences if each.kind in kinds and concerns(layout, each))
+        used = tuple(each for each in layout.equivalences if each.kind in kinds and affects_quantization(layout, each))
         key = (used, layout.heads, layout.can_bias, source.structure(index))
         if not used or key in verified:
             continue

@@ -229,9 +229,9 @@ def test_exported_model_reloaded_has_measured_perplexity(
 @pytest.mark.parametrize(
     ("family", "scheme", "words"),
     [
-        ("opt", {"name": "W8A8"}, "give all tokens one range in fc1, fc2 of opt .* scheme.activation_range to tensor"),
-        ("llama", {"name": "W4A4KV4"}, "cannot hold a dynamic KV cache of 4 bits: use KV16, or format omniq"),
-        ("llama", {"name": "W4A4", "queries": True}, "cannot hold quantized queries: set scheme.queries to false"),
+        ("opt", {"name": "W8A8"}, "a range for each token in fc1, fc2 of opt, .* scheme.activation_range to tensor"),
+        ("llama", {"name": "W4A4KV4"}, "does not support a dynamic KV cache of 4 bits: use KV16, or format omniq"),
+        ("llama", {"name": "W4A4", "queries": True}, "does not support quantized queries: set scheme.queries to false"),
     ],
 )
 def test_quantize_unexportable_scheme_is_refused_before_run(

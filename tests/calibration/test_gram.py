@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from omniq.calibration.gram import GramModule, PlanLoader
+from omniq.calibration.gram import GramModule
 from omniq.calibration.input_statistics import gram_of, power_of
+from omniq.calibration.loader import PlanLoader
 from omniq.calibration.observe import Observation
 from omniq.calibration.stage import Stage
 from omniq.errors import UserError
@@ -67,7 +68,9 @@ def test_stage_with_nonfinite_inputs_names_and_counts_them(stage: Callable[[], S
     task = tiny_task(GRID, samples=6)
     task.inputs[2, 3] = torch.inf
     task.inputs[5] = torch.nan
-    with pytest.raises(UserError, match=r"block/000 self_attn.q_proj: .* not finite, 2 of 6 samples .*; use .*32-true"):
+    with pytest.raises(
+        UserError, match=r"block/000 self_attn.q_proj: .* not finite because 2 of 6 samples .*: set .*32-true"
+    ):
         fitted(stage(), task, tmp_path)
 
 
@@ -86,7 +89,7 @@ def test_gram_stage_with_nonfinite_weights_names_linear(stage: Callable[[], Stag
         task, method = tiny_task(GRID, samples=6), stage()
         vars(method)["true_sequential"] = sequential
         task.linear(name).weight.data[1, :3] = torch.nan
-        with pytest.raises(UserError, match=f"block/000 {name}: 3 weights of the model are not finite: use a checkpoi"):
+        with pytest.raises(UserError, match=f"block/000 {name}: 3 weights of the model are not finite: use an undam"):
             fitted(method, task, tmp_path / str(sequential))
 
 
@@ -206,7 +209,7 @@ def test_gram_stage_under_reduced_matmul_precision_solves_in_float32(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"batch_size": 0}, "batch_size 0 of {} gathers nothing: give 1 or more"),
+        ({"batch_size": 0}, "batch_size 0 of {} is too small: give 1 or more"),
         ({"batch_size": -1}, "batch_size -1 of {}"),
         ({"damping": -0.1}, r"damping -0\.1 of {} is outside 0 to 1"),
         ({"damping": 1.0}, r"damping 1\.0 of {}"),

@@ -126,9 +126,13 @@ def test_observe_not_finite_tokens_of_an_expert_are_counted() -> None:
     task.inputs[0, 1, 0] = 1.0
     tokens = int((task.inputs[..., 0] > SOME).sum())
     task.inputs[0, :2, 1] = torch.nan
-    with pytest.raises(UserError, match=f"expert.up: the Gram matrix is not finite, 2 of {tokens} tokens have inputs"):
+    with pytest.raises(
+        UserError, match=f"expert.up: the Gram matrix is not finite because 2 of {tokens} tokens have non-finite"
+    ):
         observe(task, [InputGram()], [EXPERT])
-    with pytest.raises(UserError, match="first: the range of its inputs is not finite, 1 of 6 samples have inputs"):
+    with pytest.raises(
+        UserError, match="first: the range of its inputs is not finite because 1 of 6 samples have non-finite"
+    ):
         observe(task, [InputRange()])
 
 

@@ -26,7 +26,7 @@ def test_stacked_linears_parts_make_whole_stack(rows: list[int], processes: int)
         tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, Grid(3), (weight[:, :1], weight[:, 1:])
     )
     ends = [total * number // processes for number in range(processes + 1)]
-    parts = [stack.part(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [stack.select_rows(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
     for k, (name, whole) in enumerate(stack.split(weight)):
         split = [list(part.split(part.weight))[k] for part in parts]
         assert all(each == name for each, _ in split)
@@ -37,7 +37,7 @@ def test_stacked_linears_parts_make_whole_stack(rows: list[int], processes: int)
 
 def test_stacked_linears_of_one_process_has_all_rows() -> None:
     stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2), Grid(3))
-    assert stack.my_rows == slice(0, 5)
+    assert stack.local_rows == slice(0, 5)
     assert stack.gather(stack.weight) is stack.weight
 
 
@@ -107,7 +107,7 @@ try:
     observe(task, [InputGram()])
 except UserError as error:
     assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
-    assert "block/000 self_attn.q_proj: the Gram matrix is not finite, 5 of 12 samples" in str(error)
+    assert "block/000 self_attn.q_proj: the Gram matrix is not finite because 5 of 12 samples" in str(error)
 else:
     raise AssertionError("not refused")
 collectives.finish_on_rank0()

@@ -101,7 +101,9 @@ def test_calibrate_static_ranges_with_infinite_input_is_refused() -> None:
         lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
     )
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
-    with pytest.raises(UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite, \d of 6"):
+    with pytest.raises(
+        UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite because \d of 6"
+    ):
         calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
 
 
@@ -131,7 +133,7 @@ def test_exported_static_ranges_are_used_by_transformers(
         ]
 
     scheme = scheme_of(Grid(4, 32), 8, activation_symmetric=symmetric, activation_range="tensor")
-    with pytest.raises(ValueError, match="q_proj: the scheme fixes the range of its input, and it has none"):
+    with pytest.raises(ValueError, match="q_proj: the range of its input is missing, although the scheme fixes it"):
         export(source, results, tmp_path / "out", scheme=scheme)
     results = fixed(results, 3.0)
     out = export(source, results, tmp_path / "out", scheme=scheme)

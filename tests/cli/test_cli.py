@@ -115,7 +115,7 @@ def test_export_to_unusable_place_or_format_is_refused_before_opening_model(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").touch()
     assert main([*export, str(tmp_path / "mine")]) == 2
-    assert "it holds something that omniq did not export; choose an empty" in capsys.readouterr().err
+    assert "it is not an omniq export: choose an empty" in capsys.readouterr().err
     assert main([*export, str(tmp_path / "out"), "--export.format", "none"]) == 2
     assert "export format 'none' is not known: choose one of compressed-tensors, omniq" in capsys.readouterr().err
 

@@ -80,7 +80,7 @@ def test_quantease_outliers_in_both_spellings_have_one_fingerprint(
     """The fingerprint has the keys that runs of the earlier release have recorded."""
     with caplog.at_level(logging.WARNING, "omniq"):
         run, settings = parse_run([], quantease(**earlier))
-    assert ("the setting is now outliers.fraction" in caplog.text) == bool(earlier.get("outliers"))
+    assert ("use outliers.fraction" in caplog.text) == bool(earlier.get("outliers"))
     again, same = parse_run([], quantease(**now))
     (stage,), (other,) = run.stages, again.stages
     given, same_as = stage.outliers, other.outliers  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ def test_quantease_outliers_in_both_spellings_have_one_fingerprint(
         ({"outliers": 0.01}, "outliers 0.01 of QuantEase is ambiguous: write outliers.fraction 0.0001 to keep 0.01 %"),
         ({"outliers": 0.5}, "write outliers.fraction 0.005 to keep 0.5 % of the weights, or outliers.fraction 0.5"),
         ({"outliers": 51}, "outliers 51.0 of QuantEase is outside 0 to 50 per cent: write outliers.fraction 0.01"),
-        ({"outliers": {"fraction": 1}}, "outliers.fraction 1.0 of QuantEase is outside 0 to 0.5: it is a fraction"),
+        ({"outliers": {"fraction": 1}}, "outliers.fraction 1.0 of QuantEase is outside 0 to 0.5: give a fraction"),
         ({"outliers": {"fraction": 0}}, "outliers.fraction 0.0 of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": ".nan"}}, "outliers.fraction nan of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": 0.1}, "outlier_columns": True}, "outlier_columns of QuantEase is given beside"),

@@ -182,7 +182,7 @@ def test_evaluate_model_equals_published_mean_of_means() -> None:
 
 def test_evaluate_model_windows_outside_model_limits_are_refused() -> None:
     model = tiny_model(max_position_embeddings=32)
-    with pytest.raises(UserError, match=r"evaluation\.length: windows of 33 tokens exceed the model's 32 positions"):
+    with pytest.raises(UserError, match=r"evaluation\.length 33 exceeds the model's context of 32 tokens"):
         evaluate_model(model, torch.zeros(1, 33, dtype=torch.int64))
     with pytest.raises(UserError, match=rf"token {VOCAB_SIZE} is outside the model's vocabulary of {VOCAB_SIZE}"):
         evaluate_model(model, torch.full((1, 8), VOCAB_SIZE))

@@ -162,9 +162,9 @@ def test_export_to_unusable_place_is_refused_before_any_work(source: SourceModel
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), source.folder, **GIVEN)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -189,7 +189,7 @@ def test_export_over_folder_of_another_tool_is_refused(
     for name, content in {"config.json": "{}", **files}.items():
         (out / name).write_text(content)
     before = contents(out)
-    with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
+    with pytest.raises(UserError, match="it is not an omniq export: choose an empty or new folder"):
         export_checkpoint(source, killed_at([], 0), out, **GIVEN)
     assert contents(out) == before
 
@@ -206,7 +206,7 @@ def test_check_output_recognizes_own_export_by_card_or_recipe(
     (out / MANIFEST).unlink()  # as in a folder of version 0.1
     check_output(out)
     (out / "config.json").unlink()
-    with pytest.raises(UserError, match="it holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         check_output(out)
 
 

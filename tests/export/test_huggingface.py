@@ -89,7 +89,7 @@ def test_earlier_export_of_other_folders_is_none(source: SourceModel, tmp_path: 
         ('{"quantization_config": 3}', r"config\.json has no quantization_config"),
         (
             '{"quantization_config": {}, "dtype": "float8"}',
-            r"config\.json has dtype 'float8', which is none of float16",
+            r"config\.json has dtype 'float8', which is not one of float16",
         ),
     ],
 )
@@ -131,7 +131,7 @@ def test_verify_config_not_describing_weights_is_named(
     )
     refused(
         VerificationError,
-        r"mlp\.\w+\.weight has shape \[\d+, \d+\] in the model and \[\d+, \d+\] by the config of the file",
+        r"mlp\.\w+\.weight has shape \[\d+, \d+\] in the model and \[\d+, \d+\] in the config of the export",
         lambda content: content.update(intermediate_size=96),
     )
     refused(CorruptFile, "does not describe the weights", lambda content: group(content).update(format="dense"))

@@ -71,7 +71,9 @@ def test_omniq_export_keeps_grid_of_each_linear(source: SourceModel, tmp_path: P
     assert entries["model.layers.1.mlp.down_proj"] == {"bits": 6, "group_size": -1, "symmetric": True}
     assert entries[Q_PROJ].keys() == {"bits", "group_size", "symmetric", "outliers"}
     other = replace(mixed[1], linears=rounded(source, Grid(3, 32, scale_dtype=torch.bfloat16))[1].linears)
-    with pytest.raises(UserError, match=r"layers\.1\.\S+ has scales in torch\.bfloat16, the model in torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"layers\.1\.\S+ has scales in torch\.bfloat16, but the model is exported in torch\.float16"
+    ):
         export(source, [mixed[0], other], tmp_path / "other", format="omniq")
 
 
@@ -140,7 +142,7 @@ def test_compressed_tensors_outliers_are_refused_with_omniq_as_remedy(source: So
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     with pytest.raises(UserError, match="q_proj has outliers: format compressed-tensors .* use format omniq"):
         export(source, results, tmp_path / "out")
-    with pytest.raises(UserError, match="no place for the sparse outliers .* use format omniq"):
+    with pytest.raises(UserError, match="not support the sparse outliers .* use format omniq"):
         CompressedTensors(scheme_of(Grid(3, 32))).check(outliers=True)
 
 
@@ -149,7 +151,7 @@ def test_omniq_scheme_without_place_is_refused() -> None:
     Omniq(scheme_of(grid)).check(outliers=True)
     Omniq(scheme_of(grid, 4, 4, queries=True)).check()
     with pytest.raises(
-        UserError, match="scheme W4A8g32: export.format omniq has no place for fixed ranges: set scheme"
+        UserError, match="scheme W4A8g32: export.format omniq does not support fixed ranges: set scheme"
     ):
         Omniq(scheme_of(grid, 8, activation_range="tensor")).check()
     with pytest.raises(UserError, match=r"cannot hold scales in torch\.float64: use float16"):

@@ -89,7 +89,7 @@ def test_verify_changed_config_norm_or_missing_tensor_is_found(
     config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     assert config.read_text() != text
     verify(out, source, results)
-    with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
+    with pytest.raises(VerificationError, match="its weights are correct, but its logits differ by"):
         verify(out, source, results, windows=WINDOWS)
     altered(out, "model.norm.weight", flipped)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight differ first at \[32\]"):
@@ -103,7 +103,7 @@ def test_verify_surplus_tensor_is_refused(source: SourceModel, results: list[Blo
     out = export(source, results, tmp_path / "out")
     file = out / "model.safetensors"
     save_file(load_file(file) | {"model.extra.weight": torch.zeros(2)}, file)
-    with pytest.raises(VerificationError, match=r"model\.extra\.weight is in the file but not in the model"):
+    with pytest.raises(VerificationError, match=r"model\.extra\.weight is in the files but not in the model"):
         verify(out, source, results)
 
 
@@ -181,7 +181,7 @@ def test_verify_wrong_config_block_by_block_is_found(
     out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
-    with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
+    with pytest.raises(VerificationError, match="its weights are correct, but its logits differ by"):
         verify(out, source, results, windows=WINDOWS)
 
 

@@ -184,9 +184,9 @@ def test_grid_check_width_names_sizes_that_divide() -> None:
         Grid(4, 128).check_width(576, "model.layers.0.self_attn.q_proj")
     assert str(caught.value) == (
         "group size 128 does not divide the 576 inputs of model.layers.0.self_attn.q_proj: "
-        "sizes that do are 16, 32, 48, 64, 96, 144, 192, 288, 576, or -1 for per-channel"
+        "use 16, 32, 48, 64, 96, 144, 192, 288, 576, which divide the inputs, or -1 for per-channel scales"
     )
-    with pytest.raises(UserError, match="none that is a multiple of 16, or -1"):
+    with pytest.raises(UserError, match="use -1 for per-channel scales, because no multiple of 16 divides the inputs"):
         Grid(4, 16).check_width(50, "x")
 
 

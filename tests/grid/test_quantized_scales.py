@@ -59,7 +59,7 @@ def test_quantized_scales_levels_are_equal_steps_between_ends() -> None:
     assert steps[-1] == torch.tensor(0.8)
     zeros = level(torch.tensor(3, dtype=torch.uint8), torch.tensor(9, dtype=torch.uint8), torch.arange(8), 3)
     assert set(zeros.tolist()) == set(range(3, 10))  # not more than 2^3 - 1 apart: all of them
-    with pytest.raises(ValueError, match="values are not on 8 levels between the least and the greatest of 3 rows"):
+    with pytest.raises(ValueError, match="values are not on 8 levels between the smallest and the largest of 3 rows"):
         second.encode(values.half(), 3)
 
 
@@ -115,9 +115,9 @@ def test_pack_linear_with_second_level_is_inverted_by_unpack_linear(
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"scale_bits": 1}, "scale_bits 1 is not possible: give 2 to 8"),
+        ({"scale_bits": 1}, "scale_bits 1 is out of range: give 2 to 8"),
         ({"zero_bits": -3}, "zero_bits -3 is not possible"),
-        ({"rows": 0}, "scale_group 0 leaves no run of scales"),
+        ({"rows": 0}, "scale_group 0 is too small for scales"),
     ],
 )
 def test_quantized_scales_invalid_settings_are_refused(wrong: dict[str, Any], told: str) -> None:
@@ -126,7 +126,7 @@ def test_quantized_scales_invalid_settings_are_refused(wrong: dict[str, Any], to
 
 
 def test_grid_unneeded_zero_bits_are_refused() -> None:
-    with pytest.raises(UserError, match="zero points of 3 bits need no code of 3 bits: set zero_bits to 0"):
+    with pytest.raises(UserError, match="zero_bits 3 saves no space for zero points of 3 bits: set it to 0"):
         Grid(3, second=QuantizedScales(3, 3))
-    with pytest.raises(UserError, match="zero points of a symmetric grid need no code"):
+    with pytest.raises(UserError, match="saves no space for zero points of a symmetric grid"):
         Grid(8, symmetric=True, second=QuantizedScales(3, 3))

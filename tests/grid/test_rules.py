@@ -91,7 +91,7 @@ def test_rule_without_bits_of_keys_and_values_is_accepted() -> None:
         ({"layers": "re:(", "name": "none"}, r"layers 're:\(' is not a regular expression \(.*\): correct it"),
         (
             {"layers": "a", "name": "float"},
-            "name 'float' for layers 'a': .*not understood: write W<bits>.*; none leaves",
+            "name 'float' for layers 'a': .*not valid: write W<bits>.*; none leaves",
         ),
         ({"layers": "a", "name": ""}, "name '' for layers 'a': .*not understood"),
         ({"layers": "a", "name": "W9A16"}, "name 'W9A16' for layers 'a': weight bits 9 are outside 2..8"),
@@ -99,7 +99,7 @@ def test_rule_without_bits_of_keys_and_values_is_accepted() -> None:
         ({"layers": "a", "name": "none", "symmetric": True}, "symmetric True for layers 'a' has no weights"),
         (
             {"layers": "a", "name": "W4A8"},
-            "'W4A8' for layers 'a' has activations of 8 bits, the scheme W4A16 has 16: .*A16",
+            "'W4A8' for layers 'a' has activations of 8 bits, but scheme W4A16 has 16: .*A16",
         ),
         ({"layers": "a", "name": "W4A16KV4"}, "'W4A16KV4' for layers 'a' has keys and values of 4 bits.*leave out KV"),
     ],

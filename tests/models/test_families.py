@@ -36,5 +36,5 @@ def test_family_model_types_are_claimed_once() -> None:
 
 def test_family_of_post_norm_opt_is_refused() -> None:
     config = AutoConfig.for_model("opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: take another size of OPT"):
+    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: use another size of OPT"):
         family_of(config)

@@ -209,7 +209,7 @@ def test_learned_rounding_unstorable_norm_falls_back_to_earlier_codes(tmp_path: 
 
 def test_abandon_of_stage_without_start_is_refused() -> None:
     with pytest.raises(
-        UserError, match="block 0: GPTQ met values that are not finite, and has no start to return to: "
+        UserError, match="block 0: GPTQ produced non-finite values and has no initial state to return to: "
     ):
         GPTQ().module(tiny_task(Grid(3))).abandon()
 

@@ -173,10 +173,10 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
             [{"layers": DOWN, "name": "W8A16g48"}],
             [
                 "group size 48 does not divide the 64 inputs of model.layers.0.mlp.down_proj",
-                "sizes that do are 16, 32, 64",
+                "use 16, 32, 64",
             ],
         ),
-        ([{"layers": DOWN, "name": "W8"}], ["scheme.rules: name 'W8'", DOWN, "not understood", "none leaves"]),
+        ([{"layers": DOWN, "name": "W8"}], ["scheme.rules: name 'W8'", DOWN, "not valid", "none leaves"]),
         ([{"layers": DOWN}], ["scheme.rules", "name"]),
         ([{"layers": DOWN, "name": "W8A8"}], ["has activations of 8 bits", "write A16"]),
     ],

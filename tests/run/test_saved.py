@@ -228,7 +228,7 @@ def test_export_of_outliers_in_format_without_place_is_refused(
     monkeypatch.setattr(saved, "open_model", lambda run: pytest.fail("the model was opened"))
     export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main(export) == 2
-    assert "export.format compressed-tensors has no place for the sparse outliers" in capfd.readouterr().err
+    assert "export.format compressed-tensors does not support the sparse outliers" in capfd.readouterr().err
 
 
 def test_run_paths_with_tilde_are_in_home_folder(
@@ -257,5 +257,5 @@ def test_run_with_taken_export_folder_is_refused_at_once(finished: Finished) -> 
     (finished.run / "model").mkdir()
     (finished.run / "model/mine").write_text("mine")
     assert main(finished.args) == 2
-    assert f"export to {finished.run / 'model'}: it holds something that omniq did not export" in finished.said()
+    assert f"cannot export to {finished.run / 'model'}: it is not an omniq export" in finished.said()
     assert not (finished.run / "blocks/001.safetensors").exists()

@@ -169,21 +169,21 @@ def test_evaluate_of_packed_and_dequantized_model_agree(out: Path, tmp_path: Pat
         ({"rotation": "hadamard"}, "quantization_config has version 1, 'rotation'; .* upgrade omniq"),
         (
             {"activations": {"inputs": 4, "ranges": "tensor"}},
-            "activations has 'ranges', which this omniq cannot do: upg",
+            "activations has 'ranges', which this omniq does not support: upg",
         ),
-        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float16, bfloat16, float32"),
-        ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric; get config.json again"),
+        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is not one of float16, bfloat16, float32"),
+        ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric: download config.json again"),
         (
             {"linears": {Q_PROJ: {"bits": 3, "rotation": 1}}},
-            "q_proj has 'rotation', which this omniq cannot do: upgrade",
+            "q_proj has 'rotation', which this omniq does not support: upgrade",
         ),
         (
             {"linears": {Q_PROJ: {"bits": "3", "group_size": 32, "symmetric": True}}},
-            "q_proj has values of a wrong kind",
+            "q_proj has a value of a wrong type",
         ),
-        ({"linears": {Q_PROJ: {"bits": 3, "group_size": None, "symmetric": True}}}, "q_proj has values of a wrong"),
-        ({"linears": {Q_PROJ: 3}}, "linears holds no grids by name; get config.json again"),
-        ({"linears": [Q_PROJ]}, "linears holds no grids by name; get config.json again"),
+        ({"linears": {Q_PROJ: {"bits": 3, "group_size": None, "symmetric": True}}}, "q_proj has a value of a wrong"),
+        ({"linears": {Q_PROJ: 3}}, "linears is not a table of grids by name: download config.json again"),
+        ({"linears": [Q_PROJ]}, "linears is not a table of grids by name: download config.json again"),
         ({"linears": {Q_PROJ: {"bits": 9, "group_size": 32, "symmetric": True}}}, r"bits 9 are outside 2\.\.8"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 7, "symmetric": True}}}, "group size 7 does not divide the 64"),
         ({"linears": {"x": {"bits": 3, "group_size": 32, "symmetric": True}}}, "LlamaForCausalLM has no linear x"),
@@ -206,10 +206,10 @@ def test_runtime_damaged_tensors_are_refused(out: Path) -> None:
 
     column, pointer = whole[f"{Q_PROJ}.outlier_column"], whole[f"{Q_PROJ}.outlier_row_pointer"]
     refused(rf"{Q_PROJ}\.weight_scale is missing in the checkpoint", weight_scale=None)
-    refused("its outliers lie outside the 64 x 64 weights", outlier_column=torch.full_like(column, 64))
-    refused("its outliers lie outside", outlier_column=torch.full_like(column, -1))
-    refused("its outliers lie outside", outlier_row_pointer=pointer.flip(0))
-    refused("its outliers lie outside", outlier_row_pointer=pointer + 1)
+    refused("outliers lie outside the 64 x 64 weights", outlier_column=torch.full_like(column, 64))
+    refused("outliers lie outside", outlier_column=torch.full_like(column, -1))
+    refused("outliers lie outside", outlier_row_pointer=pointer.flip(0))
+    refused("outliers lie outside", outlier_row_pointer=pointer + 1)
 
 
 def test_runtime_truncated_file_is_refused(out: Path) -> None:

@@ -253,15 +253,15 @@ def test_awq_equivalences_default_to_family(tmp_path: Path) -> None:
         ({"candidates": 1}, "AWQ.candidates 1 is too small: give 2 or more"),
         (
             {"equivalences": []},
-            "AWQ.equivalences: an empty list is not usable, choose from norm, value_output, up_down",
+            "AWQ.equivalences: an empty list is not accepted: choose from norm, value_output, up_down",
         ),
         (
             {"equivalences": ["norm", "norm"]},
-            "stages: AWQ.equivalences: 'norm' is there more than once: give each once",
+            "stages: AWQ.equivalences: 'norm' is given more than once: give each kind once",
         ),
         (
             {"equivalences": ["query_key"]},
-            "AWQ.equivalences: 'query_key' is not usable, choose from norm, value_output",
+            "AWQ.equivalences: 'query_key' is not accepted: choose from norm, value_output",
         ),
     ],
 )
@@ -271,8 +271,8 @@ def test_awq_invalid_settings_are_refused(options: dict[str, Any], words: str) -
 
 
 def test_awq_family_without_equivalence_is_refused() -> None:
-    with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no 'norm'; it has none"):
+    with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no equivalence 'norm': use a method"):
         AWQ().check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))
-    with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
+    with pytest.raises(UserError, match="opt has no equivalence 'up_down': choose from norm, value_output, query_key"):
         AWQ(equivalences=["up_down"]).check_layout(tiny_layout("opt"))
     AWQ().check_layout(tiny_layout("opt"))

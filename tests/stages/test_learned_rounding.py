@@ -99,7 +99,7 @@ def plain_gradients(task: BlockTask, module: LearnedRoundingModule, name: str) -
 def test_learned_rounding_gradients_equal_float64_autograd(tmp_path: Path) -> None:
     task = rounded(tmp_path)
     module = LearnedRounding().module(task)
-    module.learned()
+    module.parameter_groups()
     module.loss(task.inputs, task.targets).backward()
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         position, log_scale = plain_gradients(task, module, name)
@@ -183,18 +183,18 @@ def test_learned_rounding_unlearned_parameters_require_no_gradient(rates: dict[s
     """DDP waits for the gradient of each parameter that requires one before there is an optimizer."""
     module = LearnedRounding(**rates).module(rounded(tmp_path))
     asking = [id(value) for value in module.parameters() if value.requires_grad]
-    assert sorted(asking) == sorted(id(value) for group in module.learned() for value in group["params"])
+    assert sorted(asking) == sorted(id(value) for group in module.parameter_groups() for value in group["params"])
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: LearnedRounding(rounding_lr=-1.0), "rounding_lr -1.0 is no usable rate"),
-        (lambda: LearnedRounding(rounding_lr=0.0, scale_lr=0.0), "nothing to learn with all rates 0"),
+        (lambda: LearnedRounding(rounding_lr=-1.0), "rounding_lr -1.0 is out of range"),
+        (lambda: LearnedRounding(rounding_lr=0.0, scale_lr=0.0), "nothing to learn because all learning rates are 0"),
         (lambda: LearnedRounding(epochs=0), "LearnedRounding.epochs 0 is too small"),
         (
             lambda: LearnedRounding().check_place_in_list([]),
-            "starts from the codes of the stage before it, and there is none",
+            "needs a preceding stage",
         ),
     ],
 )

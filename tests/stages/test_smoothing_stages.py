@@ -135,10 +135,10 @@ def test_outlier_suppression_readers_of_kv_head_share_threshold(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0..1"),
+        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0 to 1"),
         (
             lambda: SmoothQuant(equivalences=["mlp"]),
-            "stages: SmoothQuant.equivalences: 'mlp' is not usable, choose from norm, value_output, up_down",
+            "stages: SmoothQuant.equivalences: 'mlp' is not accepted: choose from norm, value_output, up_down",
         ),
         (
             lambda: SmoothQuant(equivalences=["norm", "query_key"]),
@@ -168,5 +168,5 @@ def test_smoothing_nonfinite_inputs_are_refused(value: float, stage: Stage, tmp_
 @pytest.mark.parametrize("stage", [SmoothQuant(), OutlierSuppression()])
 def test_smoothing_family_without_norms_is_refused(stage: Stage) -> None:
     field = "SmoothQuant.equivalences" if isinstance(stage, SmoothQuant) else "OutlierSuppression"
-    with pytest.raises(UserError, match=f"stages: {field}: falcon has no 'norm'; it has none"):
+    with pytest.raises(UserError, match=f"stages: {field}: falcon has no equivalence 'norm': use a method"):
         stage.check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))

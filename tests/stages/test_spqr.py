@@ -102,12 +102,12 @@ def test_spqr_run_exported_is_read_back_to_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"threshold": -0.1}, r"threshold -0\.1 of SpQR is not usable: give 0 for no outliers"),
+        ({"threshold": -0.1}, r"threshold -0\.1 of SpQR is out of range: give 0 for no outliers"),
         ({"threshold": float("nan")}, "threshold nan of SpQR"),
-        ({"scale_bits": 1}, "scale_bits 1 is not possible: give 2 to 8"),
-        ({"zero_bits": 9}, "zero_bits 9 is not possible"),
-        ({"scale_group": 1}, "scale_group 1 leaves no run of scales"),
-        ({"clipping": Searched("gram")}, "clipping of SpQR with weighting 'gram'"),
+        ({"scale_bits": 1}, "scale_bits 1 is out of range: give 2 to 8"),
+        ({"zero_bits": 9}, "zero_bits 9 is out of range"),
+        ({"scale_group": 1}, "scale_group 1 is too small for scales"),
+        ({"clipping": Searched("gram")}, "clipping of SpQR does not support weighting 'gram'"),
     ],
 )
 def test_spqr_invalid_settings_are_refused(wrong: dict[str, Any], told: str) -> None:
@@ -121,7 +121,7 @@ def test_spqr_in_format_without_place_is_refused_before_run(
 ) -> None:
     stage = {"class_path": "omniq.stages.SpQR", "init_args": settings_}
     assert main(write_run(tmp_path, stages=[stage])) == 2
-    assert "second-level scales of this method: use format omniq" in capsys.readouterr().err
+    assert "quantized scales of this method: use format omniq" in capsys.readouterr().err
     assert not (tmp_path / "run" / "blocks" / "000.safetensors").exists()
     assert SpQR(threshold=0, scale_bits=0, zero_bits=0).leaves == {"grid", "codes"}
 

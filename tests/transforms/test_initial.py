@@ -78,7 +78,7 @@ def test_initial_of_dead_channel_is_finite() -> None:
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_initial_alpha_outside_unit_interval_is_refused(alpha: float) -> None:
-    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0..1"):
+    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0 to 1"):
         Transform((), Heads(1, 1), {}).initial({}, ChannelRanges(), alpha)
 
 

@@ -108,7 +108,9 @@ def test_let_learning_lowers_loss_below_clipping_alone(tmp_path: Path) -> None:
 def test_omniquant_each_clipping_lowers_loss(clipping: Any, transform: LET | None, tmp_path: Path) -> None:
     fixed = isinstance(clipping, MinMax)
     if fixed and transform is None:
-        with pytest.raises(UserError, match="OmniQuant has nothing to learn with clipping .*: give it one that learns"):
+        with pytest.raises(
+            UserError, match="OmniQuant has nothing to learn with clipping .*: give a learnable clipping"
+        ):
             OmniQuant(clipping=clipping)
         return
     stage = OmniQuant(epochs=20, clipping=clipping, transform=transform)
@@ -164,7 +166,7 @@ def test_let_query_key_scale_without_quantization_is_off_with_warning(
     assert module.moves is not None
     assert module.moves
     assert not [name for name in module.moves if name.startswith("self_attn/q_proj")]
-    assert "no scale between queries and keys: it changes nothing where both stay at 16 bits" in caplog.text
+    assert "no scale between queries and keys is learned: it has no effect while both stay at 16 bits" in caplog.text
     only = LET(equivalences=["query_key"])
     assert OmniQuant(transform=only).module(outlier_task(activations=given)).moves is None
     with pytest.raises(UserError, match="OmniQuant has nothing to learn: a scale between queries and keys .* add norm"):
@@ -181,13 +183,16 @@ def test_let_query_key_scale_with_queries_or_keys_quantized_is_learned(given: Ac
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"alpha": 1.5}, "alpha 1.5 is outside 0..1"),
-        ({"alpha": -0.1}, "alpha -0.1 is outside 0..1"),
-        ({"lr": 0.0}, "transform.lr 0.0 is no usable rate: give one such as 5e-3"),
-        ({"lr": 50.0}, "transform.lr 50.0 is no usable rate: give one such as 5e-3"),
-        ({"equivalences": []}, "transform.equivalences: an empty list is not usable, choose from norm, value_output"),
+        ({"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
+        ({"alpha": -0.1}, "alpha -0.1 is outside 0 to 1"),
+        ({"lr": 0.0}, "transform.lr 0.0 is not between 0 and 1: give a learning rate such as 5e-3"),
+        ({"lr": 50.0}, "transform.lr 50.0 is not between 0 and 1: give a learning rate such as 5e-3"),
+        ({"equivalences": []}, "transform.equivalences: an empty list is not accepted: choose from norm, value_output"),
         ({"equivalences": ["down"]}, "transform.equivalences: 'down' is not usable"),
-        ({"equivalences": ["norm", "norm"]}, "transform.equivalences: 'norm' is there more than once: give each once"),
+        (
+            {"equivalences": ["norm", "norm"]},
+            "transform.equivalences: 'norm' is given more than once: give each kind once",
+        ),
     ],
 )
 def test_let_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -197,7 +202,7 @@ def test_let_invalid_settings_are_refused(settings: dict[str, Any], words: str) 
 
 def test_let_family_without_equivalence_is_refused() -> None:
     bare = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
-    with pytest.raises(UserError, match="bloom has no 'norm'; it has none: use a method without a transform"):
+    with pytest.raises(UserError, match="bloom has no equivalence 'norm': use a method without a transform"):
         OmniQuant(transform=LET()).check_layout(bare)
     OmniQuant().check_layout(bare)
     OmniQuant(transform=LET()).check_layout(tiny_layout("llama"))
