@@ -149,12 +149,13 @@ def evaluate_streamed(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], ActivationPlacement] | None = None,
+    placement: Callable[[int], ActivationPlacement] | None = None,
 ) -> dict[str, PerplexityResult]:
     """Measure several variants of a checkpoint in one pass over its blocks.
 
     Args:
-        source, windows, variants, device, batch_size, dtype, home: as for ``omniq.evaluate.streaming.stream_logits``.
+        source, windows, variants, device, batch_size, dtype, placement: as for
+            ``omniq.evaluate.streaming.stream_logits``.
         progress: called with the numbers of finished and of all steps; each block is one step, and so is the head.
 
     Raises:
@@ -167,7 +168,7 @@ def evaluate_streamed(
         if progress is not None:
             progress(done, blocks + 1)
 
-    for name, logits, tokens in stream_logits(source, windows, variants, device, batch_size, report, dtype, home):
+    for name, logits, tokens in stream_logits(source, windows, variants, device, batch_size, report, dtype, placement):
         metrics[name].update(logits, tokens)
     results = {name: _result(metric, windows, started) for name, metric in metrics.items()}
     report(blocks + 1)

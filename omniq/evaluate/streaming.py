@@ -36,7 +36,7 @@ def stream_logits(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda block: None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], ActivationPlacement] | None = None,
+    placement: Callable[[int], ActivationPlacement] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Compute logits of several variants of a checkpoint, in one pass over its blocks.
 
@@ -48,7 +48,8 @@ def stream_logits(
         batch_size: windows per forward.
         progress: called with the number of finished blocks.
         dtype: dtype of blocks and activations; by default that of the checkpoint. Embedding and head keep their dtype.
-        home: chooses the placement of activations, given the bytes of one variant's activations; by default ``device``.
+        placement: chooses the placement of activations, given the bytes of one variant's activations; by default
+            ``device``.
 
     Yields:
         for each variant and batch: the name of the variant, logits ``[b, t, v]`` and tokens ``[b, t]``, both on
@@ -62,7 +63,7 @@ def stream_logits(
     dtype = dtype or first.dtype
     shape = (*windows.shape, first.shape[-1])
     size = windows.numel() * first.shape[-1] * dtype.itemsize
-    place = ActivationPlacement("device", device, Path()) if home is None else home(size)
+    place = ActivationPlacement("device", device, Path()) if placement is None else placement(size)
     streams = {name: place.empty(shape, dtype) for name in variants}
     for start in range(0, len(windows), batch_size):
         batch = slice(start, start + batch_size)

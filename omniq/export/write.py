@@ -7,16 +7,16 @@ that would be written now.
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omniq.blocks.grids import scheme_layout
 from omniq.export.containers.container import Results
 from omniq.export.containers.shards import writing
-from omniq.export.output_folder import check_output, partial_of, replace
+from omniq.export.manifest import MANIFEST, entries, foreign_entries, remove, write_manifest
+from omniq.export.output_folder import check_output, check_replaceable, make_partial, replace, resolved
 from omniq.export.registry import find_format
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
@@ -50,12 +50,13 @@ def export_checkpoint(
 
     Raises:
         UserError: the format is unknown, the format or the model cannot hold the scheme or a parameter, the disk is
-            full or cannot be written, or ``out`` is not an export.
+            full or cannot be written, ``out`` is not an export, or it holds a file of the user.
     """
-    chosen, out = find_format(format), Path(out).resolve()
+    chosen, out = find_format(format), resolved(out)
     codec, container = chosen.codec(scheme), chosen.container
     codec.check([scheme_layout(source, scheme, index) for index in range(source.num_blocks)])
     check_output(out)
+    check_replaceable(out)
     source.tokenizer()  # raises if it is missing, before the weights are written
     with _partial(out) as partial:
         facts = container.write(
@@ -87,7 +88,7 @@ def mend_companions(
         UserError: the disk cannot be written or is full.
         CorruptFile: a weight file is damaged.
     """
-    chosen, out = find_format(format), Path(out).resolve()
+    chosen, out = find_format(format), resolved(out)
     codec, container = chosen.codec(scheme), chosen.container
     check_output(out)
     with container.read(out, codec) as weights:
@@ -95,8 +96,11 @@ def mend_companions(
     with _partial(out) as partial:
         container.write_companions(source, about | dict(card), partial)
         with writing(out):
-            wanted = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            wanted = sorted(Path(name) for name in entries(partial) if name != MANIFEST)
             differing = [name for name in wanted if not _same_bytes(partial / name, out / name)]
+            if differing:  # first the record: a file that is there is always in it
+                own = set(entries(out)) - set(foreign_entries(out))
+                write_manifest(out, (own | {name.as_posix() for name in wanted}) - {MANIFEST})
             for name in differing:
                 flush(partial / name)
                 (out / name).parent.mkdir(exist_ok=True)
@@ -109,13 +113,12 @@ def mend_companions(
 @contextmanager
 def _partial(out: Path) -> Iterator[Path]:
     """Create an empty folder beside ``out``; it is removed at the end unless it was renamed."""
-    partial = partial_of(out)
+    partial = make_partial(out)
     try:
-        with writing(partial):
-            partial.mkdir()
         yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # it was renamed, or the disk has become read-only
+            remove(partial)
 
 
 def _same_bytes(left: Path, right: Path) -> bool:

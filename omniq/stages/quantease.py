@@ -206,7 +206,7 @@ class QuantEaseModule(GramModule):
             gram, weight, group_index = gram[order][:, order], weight[:, order], group_index[order]
             mask, start = (None if each is None else each[:, order] for each in (mask, start))
         fitted = part.scale, part.zero_point
-        return self._optimizer(weight, gram, part.grid, fitted, group_index, mask, start, settings.damping)
+        return self._optimizer(weight, gram, part.grid, fitted, group_index, mask, start, settings.damping, part.rows)
 
     def _optimizer(
         self,
@@ -218,6 +218,7 @@ class QuantEaseModule(GramModule):
         mask: Tensor | None,
         start: Tensor | None,
         damping: float,
+        rows: tuple[int, ...],
     ) -> CoordinateDescent:
         settings = self.settings
         common: dict[str, Any] = {
@@ -231,15 +232,13 @@ class QuantEaseModule(GramModule):
         parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
         outliers = settings.outliers
         if mask is not None and outliers is not None and outliers.method == "algorithm3":
-            common |= {"support": mask, "structured": outliers.columns}
+            common |= {"support": mask, "structured": outliers.columns, "rows": rows}
             return AlternatingDescent([parameter], gram, grid, *fitted, **common)
         target = None if start is None else weight
         return CoordinateDescent([parameter], gram, grid, *fitted, target=target, mask=mask, **common)
 
     def _support(self, stack: StackedLinears, gram: Tensor, outliers: OutlierSettings) -> Tensor:
-        """Mask of the weights to keep in float16, bool ``[o, i]``: chosen per linear; per stack for Algorithm 3."""
-        together = outliers.method == "algorithm3"
-        parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
+        """Mask of the weights to keep in float16, bool ``[o, i]``: the same fraction of each linear."""
         chosen = [
             choose_support(
                 part,
@@ -249,7 +248,7 @@ class QuantEaseModule(GramModule):
                 second_moment=gram.diagonal(),
                 grid=stack.grid,
             )
-            for part in parts
+            for _, part in stack.split(stack.weight)
         ]
         return torch.cat(chosen)
 
@@ -291,6 +290,8 @@ class QuantEaseModule(GramModule):
         weight = stack.weight if order is None else stack.weight[:, order]
         fitted = state["scale"].t(), state["zero_point"].t()
         # No damping: the saved Gram matrix is already damped.
-        optimizer = self._optimizer(weight, gram, stack.grid, fitted, state["group_index"], mask, None, damping=0.0)
+        optimizer = self._optimizer(
+            weight, gram, stack.grid, fitted, state["group_index"], mask, None, damping=0.0, rows=stack.rows
+        )
         optimizer.load_state_dict(saved)
         return optimizer

@@ -13,16 +13,19 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.killing import Attempts
 from tests.helpers.recipes import stage
 from tests.helpers.runs import SMALL, outcome, write_run
 
 STAGES = [stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)]
-# Text for people: a change in it changes no result, and each start writes it anew or never reads it.
+# Text for people: a change in it changes no result, and each start writes it anew or never reads it. The losses of a
+# finished block (``.csv``) are such text, too.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "README.md", "recipe.yaml", "lock")
 
 
@@ -52,8 +55,18 @@ def damage(path: Path, others: list[Path], draw: random.Random) -> str:
     return kind
 
 
-def damage_many(files: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Damage so many files, one at a time."""
+def same(out: Path, expected: dict[str, Any], path: Path) -> bool:
+    """Whether a run has the expected outcome, but for the damaged file if that holds losses."""
+    found = outcome(out)
+    return all(
+        found.get(name) == value
+        for name, value in expected.items()
+        if not (path.suffix == ".csv" == Path(name).suffix and name == path.name)
+    )
+
+
+def damage_many(files: int, seed: int, until: float) -> tuple[Counter[str], list[str]]:
+    """Damage so many files, one at a time, or until a point in time (``time.time()``)."""
     tally, faults, draw = Counter[str](), [], random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -63,6 +76,9 @@ def damage_many(files: int, seed: int) -> tuple[Counter[str], list[str]]:
             assert attempts.run(command, folder / "midway", aim=("after", "current/001.1.last.ckpt")).killed
             expected = outcome(folder / "whole")
             for number in range(files):
+                if time.time() > until:
+                    break
+                tally["damaged"] += 1
                 start = draw.choice(["whole", "whole", "midway", "source"])
                 out = folder / "trial"
                 shutil.rmtree(out, ignore_errors=True)
@@ -83,7 +99,7 @@ def damage_many(files: int, seed: int) -> tuple[Counter[str], list[str]]:
                     faults.append(said)
                 elif ended.status == 2:
                     tally["refused"] += 1
-                elif start == "source" or path.name in RECORDS or outcome(out) == expected:
+                elif start == "source" or path.name in RECORDS or same(out, expected, path):
                     tally["repaired or harmless"] += 1
                 else:
                     faults.append(f"undetected: {said}")
@@ -96,15 +112,17 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="damage no further file after so long")
     options = parser.parse_args()
+    until = time.time() + options.seconds
     share = -(-options.files // options.processes)
     with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(damage_many, share, options.seed + number) for number in range(options.processes)]
+        jobs = [pool.submit(damage_many, share, options.seed + number, until) for number in range(options.processes)]
         found = [job.result() for job in jobs]
     total = sum((tally for tally, _ in found), Counter[str]())
     faults = [fault for _, each in found for fault in each]
     print(*faults, sep="\n")
-    print(f"{share * options.processes} damaged files: {dict(total)}, {len(faults)} faults")
+    print(f"{total.pop('damaged')} damaged files: {dict(total)}, {len(faults)} faults")
     return bool(faults)
 
 

@@ -12,6 +12,7 @@ import argparse
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -47,8 +48,8 @@ def moments(files: list[str]) -> Iterator[tuple[str, str]]:
             yield from ((moment, name) for moment in ("torn", "before", "after"))
 
 
-def kill_case(name: str, sections: dict[str, Any], form: str, kills: int, seed: int) -> Tally:
-    """Kill runs of one case so many times."""
+def kill_case(name: str, sections: dict[str, Any], form: str, kills: int, seed: int, until: float) -> Tally:
+    """Kill runs of one case so many times, or until a point in time (``time.time()``)."""
     tally, draw = Tally(), random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -59,7 +60,7 @@ def kill_case(name: str, sections: dict[str, Any], form: str, kills: int, seed: 
                 return Tally(faults=[f"{name} {form}: the uninterrupted run failed: {whole.output[-500:]}"])
             expected, aims = outcome(folder / "whole"), list(moments(whole.files))
             draw.shuffle(aims)
-            while tally.kills < kills:
+            while tally.kills < kills and time.time() < until:
                 out = folder / f"run{tally.runs}"
                 for _ in range(draw.randint(1, 8)):  # kills of one run before it may end
                     aim = aims.pop() if aims else None
@@ -80,12 +81,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further run after so long")
     options = parser.parse_args()
+    until = time.time() + options.seconds
     lists = {**recipe_sections(), **LONGER}
     cases = [(name, part, form) for name, part in lists.items() for form in FORMATS if holds(part, form)]
     share = -(-options.kills // len(cases))
     with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(kill_case, *case, share, options.seed + number) for number, case in enumerate(cases)]
+        jobs = [pool.submit(kill_case, *case, share, options.seed + number, until) for number, case in enumerate(cases)]
         tallies = [job.result() for job in jobs]
     for (name, _, form), tally in zip(cases, tallies, strict=True):
         print(f"{name:42} {form:20} {tally.kills:5} kills {tally.runs:4} runs {len(tally.faults):3} faults")

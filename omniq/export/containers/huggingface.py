@@ -82,8 +82,8 @@ class HuggingFaceFolder:
             else:
                 GenerationConfig.from_model_config(source.config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / "recipe.yaml").write_text(str(facts.get("recipe", "")))
-            (folder / "README.md").write_text(model_card(facts))
+            (folder / "recipe.yaml").write_text(str(facts.get("recipe", "")), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
 
     def read(self, path: Path, codec: FolderCodec) -> FolderReader:
         """Open the folder without transformers' quantizers."""
@@ -146,10 +146,10 @@ def _write_config(model: TargetModel, entries: Mapping[str, Any], scheme: Scheme
     file = folder / "config.json"
     with writing(file):
         config.to_json_file(file)
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         content.pop("auto_map", None)  # refers to custom code of the source model; the export is the stock model
         content |= {**entries, **_older_names(content)}
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,4 +177,4 @@ def _is_recipe(text: str) -> bool:
 
 def _text(file: Path) -> str:
     """The readable part of a file that may be missing or damaged."""
-    return file.read_text(errors="replace") if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -101,7 +101,7 @@ class ShardWriter:
             if not single:
                 places = {name: final[number] for name, number in sorted(self._file_of.items())}
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
-                (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return self._total_bytes
 
     def _path(self, number: int) -> Path:
