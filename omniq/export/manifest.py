@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of an exported folder omniq wrote: only these are ever removed.
+"""The record of the files that omniq wrote into an exported folder; omniq removes only these files.
 
     .omniq-export.json   in the folder: the names of all files of a finished export; null while it is being written
-    .omniq-replaced      in a folder that omniq has moved aside to put a newer export in its place
+    .omniq-replaced      in a folder that omniq has moved aside to replace it by a newer export
 
-Folders that version 0.1 wrote have no list. In these, and in a folder that is being written, the names that an export
-may have count as omniq's.
+Folders that version 0.1 wrote have no record. In these, and in a folder that is being written, a file belongs to omniq
+if it has a name that an export may use.
 """
 
 import json
@@ -30,7 +30,7 @@ _NAMES = re.compile(
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None) -> None:
-    """Record the files of an export, by their paths in the folder; None while they are being written.
+    """Record the files of an export by their paths in the folder; None while they are being written.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -40,7 +40,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None) -> None:
 
 
 def recorded_names(folder: Path) -> set[str] | None:
-    """The recorded files of a finished export; None if there is no record that can be read."""
+    """The recorded files of a finished export; None without a readable record."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())["files"]
         return None if found is None else {str(name) for name in found}
@@ -49,7 +49,7 @@ def recorded_names(folder: Path) -> set[str] | None:
 
 
 def entries(folder: Path) -> list[str]:
-    """Everything that would be lost with a folder: its files, links, and folders without a file."""
+    """All files, links and empty folders in a folder: the entries that its removal would delete."""
     found = []
     for root, folders, files in os.walk(folder):
         below = [name for name in folders if Path(root, name).is_symlink()]
@@ -60,7 +60,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """What is in a folder that omniq did not write there, by the record or else by the names that an export has."""
+    """The entries of a folder that omniq did not write, judged by the record or else by the names of an export."""
     recorded = recorded_names(folder)
     if recorded is None:
         return [name for name in entries(folder) if name not in _OWN and not _NAMES.fullmatch(name)]
@@ -69,15 +69,15 @@ def foreign_entries(folder: Path) -> list[str]:
 
 
 def is_marked(folder: Path, mark: str) -> bool:
-    """Whether omniq has put its mark into a folder, or was killed while it did."""
+    """True if a folder contains omniq's mark, possibly unfinished because omniq was killed."""
     return any((folder / name).is_file() for name in (mark, f".{mark}.partial"))
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it, the marks last: a removal that is killed can be continued.
+    """Remove a folder and its content, the marks last, so that a killed removal can be continued.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: the folder cannot be removed.
     """
     marks = (MANIFEST, REPLACED)
     for entry in sorted(folder.iterdir(), key=lambda entry: marks.index(entry.name) if entry.name in marks else -1):

@@ -35,10 +35,10 @@ from omniq.storage.ownership import check_outside_runs, is_run
 
 
 def resolved(out: str | os.PathLike[str]) -> Path:
-    """The place that ``out`` names, through links.
+    """Resolve ``out`` to an absolute path without links.
 
     Raises:
-        UserError: there is no such place: a ring of links, a path that is too long, or the root of the file system.
+        UserError: the links form a ring, the path is too long, or ``out`` is the root of the file system.
     """
     try:
         place = Path(out).resolve()
@@ -93,7 +93,7 @@ def check_output(out: str | os.PathLike[str]) -> None:
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse to replace an export in whose folder the user keeps something.
+    """Refuse to replace an export whose folder contains a file of the user.
 
     Raises:
         UserError: names the first file that omniq did not write.
@@ -122,7 +122,7 @@ def partial_of(out: Path) -> Path:
 
 
 def make_partial(out: Path) -> Path:
-    """Make the folder where an export to ``out`` is written, with the mark that it is omniq's.
+    """Create the folder in which an export to ``out`` is written, with omniq's mark.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -135,14 +135,14 @@ def make_partial(out: Path) -> Path:
 
 
 def replace(partial: Path, out: Path) -> None:
-    """Record what was written, flush everything, then put ``partial`` in the place of ``out``."""
+    """Record the written files, flush all files, then replace ``out`` by ``partial``."""
     previous = _previous(out)
     write_manifest(partial, [name for name in entries(partial) if name != MANIFEST])
     with writing(out):
         for path in [*partial.rglob("*"), partial]:
             flush(path)
         if out.exists() and any(out.iterdir()):
-            check_replaceable(out)  # again: the user may have put something there meanwhile
+            check_replaceable(out)  # again, because the user may have added a file meanwhile
             (out / REPLACED).touch()
             flush(out)
             out.rename(previous)
@@ -164,10 +164,12 @@ def _is_export(out: Path) -> bool:
 
 
 def _check_leftover(leftover: Path, mark: str, out: Path) -> None:
-    """Refuse a folder in the place of an unfinished export that omniq did not make.
+    """Refuse a folder at the place of an unfinished export if omniq did not create it.
 
     Args:
-        mark: the file that omniq puts into it.
+        leftover: the folder.
+        mark: name of the file that marks it as omniq's.
+        out: the folder of the export.
     """
     try:
         leftover.lstat()

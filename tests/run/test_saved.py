@@ -257,5 +257,5 @@ def test_run_with_taken_export_folder_is_refused_at_once(finished: Finished) -> 
     (finished.run / "model").mkdir()
     (finished.run / "model/mine").write_text("mine")
     assert main(finished.args) == 2
-    assert f"cannot cannot export to {finished.run / 'model'}: it is not an omniq export" in finished.said()
+    assert f"cannot export to {finished.run / 'model'}: it is not an omniq export" in finished.said()
     assert not (finished.run / "blocks/001.safetensors").exists()
