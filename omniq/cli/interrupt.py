@@ -3,8 +3,8 @@
 
 After the first KeyboardInterrupt, Lightning ignores SIGINT and waits for its own shutdown. A process that hangs there,
 or in a native call such as a collective, never handles another Ctrl-C. The first SIGINT therefore raises
-``Interrupted``, which Lightning re-raises, and a thread counts the signals. At the second signal, the thread writes the stack of
-every thread to stderr and ends the process, even if the main thread is blocked.
+``Interrupted``, which Lightning re-raises, and a thread counts the signals. At the second signal, the thread writes the
+stack of every thread to stderr and ends the process, even if the main thread is blocked.
 
 The thread receives signals through the wakeup descriptor of the ``signal`` module. Python writes to it in the signal
 handler itself, so the main thread does not have to run.

@@ -124,7 +124,8 @@ def test_check_stages_missing_predecessor_is_refused(stage: Stage, message: str)
         ),
         (
             [RTN(), LearnedRounding(norm_lr=1e-3), QuantEase(start="previous")],
-            "QuantEase would discard the norms of the preceding LearnedRounding: use LearnedRounding with norm_lr 0, or ",
+            "QuantEase would discard the norms of the preceding LearnedRounding: use "
+            "LearnedRounding with norm_lr 0, or ",
         ),
         (
             [QuantEase(outliers=1.0), LearnedRounding()],
