@@ -57,8 +57,8 @@ def check_result_file(out: Path) -> None:
     check_possible(temporary_of(out))
     if out.is_dir():
         raise UserError(f"out {out} cannot be written: it is a folder; give the name of a file in it")
-    if out.exists() and not out.is_file():  # a rename would put a file in the place of the device
-        raise UserError(f"out {out} cannot be written: it is no regular file; give the name of a JSON file")
+    if out.exists() and not out.is_file():  # a rename would replace the device by a file
+        raise UserError(f"out {out} cannot be written: it is not a regular file; give the name of a JSON file")
     if not folder.is_dir():
         raise UserError(f"out {out} cannot be written: {folder} is not a folder; create it or choose another")
     if not os.access(folder, os.W_OK | os.X_OK):

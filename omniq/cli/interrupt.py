@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C: the first one ends a command in order, the second one ends the process.
+"""Ctrl-C: the first one ends a command in order, the second one ends the process at once.
 
-Lightning ignores SIGINT from the first KeyboardInterrupt on, and then waits for its own shutdown. A process that hangs
-there, or in a native call such as a collective, never sees another Ctrl-C. So the first SIGINT raises ``Interrupted``,
-which Lightning passes on, and a thread counts the signals: at the second one it writes the stack of every thread to
-stderr and ends the process, whatever the main thread waits for.
+After the first KeyboardInterrupt, Lightning ignores SIGINT and waits for its own shutdown. A process that hangs there,
+or in a native call such as a collective, never handles another Ctrl-C. The first SIGINT therefore raises
+``Interrupted``, which Lightning re-raises, and a thread counts the signals. At the second signal, the thread writes the
+stack of every thread to stderr and ends the process, even if the main thread is blocked.
 
-The wakeup descriptor of the ``signal`` module tells the thread of a signal. Python writes to it in the signal handler
-itself, so the main thread does not have to run.
+The thread receives signals through the wakeup descriptor of the ``signal`` module. Python writes to it in the signal
+handler itself, so the main thread does not have to run.
 """
 
 import faulthandler
@@ -19,20 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# ``torchrun`` and ``srun`` pass on a Ctrl-C that the terminal has sent to the whole process group already.
+# ``torchrun`` and ``srun`` forward a Ctrl-C that the terminal has already sent to the whole process group.
 _SAME_INTERRUPT = 1.0  # seconds
 
 
 class Interrupted(BaseException):
-    """The first SIGINT. It is no KeyboardInterrupt, because of what Lightning makes of those."""
+    """The first SIGINT. It is not a KeyboardInterrupt, because Lightning handles those itself."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise ``Interrupted`` at the first SIGINT, and end the process with status 130 at a later one.
 
-    After an interrupt this stays in force until the process ends, because a thread may hang even then. Without effect
-    outside the main thread, and where the caller handles or ignores SIGINT in its own way.
+    After an interrupt, the handler stays active until the process ends, because a thread may still hang. This context
+    has no effect outside the main thread, or if the caller handles or ignores SIGINT itself.
     """
     own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not own or threading.current_thread() is not threading.main_thread():
@@ -63,11 +63,11 @@ def interruptible() -> Iterator[None]:
             os.close(write)  # the thread ends
 
 
-_watched: list[int] = []  # the descriptor that is in use, if any
+_watched: list[int] = []  # the active wakeup descriptor, if any
 
 
 def _leave_to_parent() -> None:
-    """In a forked process: do not tell the parent's thread of signals."""
+    """Stop a forked process from sending its signals to the thread of the parent."""
     if _watched:
         signal.set_wakeup_fd(-1)
 
@@ -76,7 +76,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _end_at_second(read: int) -> None:
-    """Read the numbers of signals until the other end of the pipe is closed, or end the process."""
+    """Read signal numbers until the other end of the pipe is closed. End the process at the second SIGINT."""
     first: float | None = None
     while number := os.read(read, 1):
         if number[0] != signal.SIGINT:

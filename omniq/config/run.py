@@ -65,7 +65,8 @@ class MovedModel:
     """The model of a finished run.
 
     Args:
-        path: where it is now, in any form that ``omniq quantize`` takes; the path that the run records if not given.
+        path: the present path of the model, in any form that ``omniq quantize`` accepts. The default is the path that
+            the run recorded.
     """
 
     path: str | None = None

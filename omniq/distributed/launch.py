@@ -28,7 +28,7 @@ from omniq.errors import UserError
 
 # Timeout of a collective. It is long because rank 0 hashes the whole model file while the other ranks wait.
 TIMEOUT = timedelta(minutes=30)
-_TELL_AFTER = 5.0  # seconds of waiting until a process says for whom
+_WARN_AFTER = 5.0  # seconds of waiting before the warning
 
 log = logging.getLogger("omniq")
 
@@ -62,10 +62,10 @@ def launched_processes() -> tuple[int, int]:
 
 
 def check_launcher() -> None:
-    """Refuse an environment that announces processes which nobody has started: this one would wait for them.
+    """Refuse an environment that announces processes which were not started, because this process would wait for them.
 
     Raises:
-        UserError: a batch script of SLURM runs omniq without ``srun``, or ``WORLD_SIZE`` is left from another program.
+        UserError: a SLURM batch script runs omniq without ``srun``, or ``WORLD_SIZE`` comes from another program.
     """
     total, _ = launched_processes()
     if total == 1 or collectives.world_size() > 1:
@@ -134,13 +134,13 @@ def set_up_processes(trainer: L.Trainer, given: Mapping[str, Any]) -> None:
         start = (f"--nnodes {nodes} " if nodes > 1 else "") + f"--nproc-per-node {trainer.num_devices}"
         raise UserError(f"{setting}, but one was started: run torchrun {start} -m omniq quantize …, or set it to 1")
     if total > 1:
-        with _telling_of_wait(total):
+        with _warn_of_wait(total):
             trainer.strategy.setup_environment()
 
 
 @contextmanager
-def _telling_of_wait(total: int) -> Iterator[None]:
-    """Warn if the other processes have not come after a few seconds."""
+def _warn_of_wait(total: int) -> Iterator[None]:
+    """Warn if the other processes have not joined after a few seconds."""
 
     def tell() -> None:
         number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
@@ -151,7 +151,7 @@ def _telling_of_wait(total: int) -> Iterator[None]:
             number, place, total - 1, total, TIMEOUT.total_seconds() // 60,
         )  # fmt: skip
 
-    timer = threading.Timer(_TELL_AFTER, tell)
+    timer = threading.Timer(_WARN_AFTER, tell)
     timer.daemon = True
     timer.start()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard output and error that take any text, whatever the terminal can encode."""
+"""Make standard output and standard error accept any text, independently of the terminal's encoding."""
 
 import sys
 
@@ -7,6 +7,6 @@ import sys
 def replace_unencodable() -> None:
     """Make both streams replace characters that they cannot encode, instead of raising an error."""
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
-        reconfigure = getattr(stream, "reconfigure", None)  # a stream that a notebook or test has put there has none
+        reconfigure = getattr(stream, "reconfigure", None)  # streams of notebooks and tests lack it
         if reconfigure is not None:
             reconfigure(errors=errors)

@@ -27,9 +27,9 @@ def export_run(path: Path, out: Path, export: Export, model: str | None = None) 
 
     Args:
         path: the run directory.
-        out: folder of the checkpoint.
-        export: format and details.
-        model: where the model of the run is now; by default where it was.
+        out: the folder to write the checkpoint to.
+        export: format and other settings of the checkpoint.
+        model: the present path of the model of the run. The default is the recorded path.
 
     Raises:
         UserError: the run does not exist or is not finished, its records are damaged, its model has changed, the format
@@ -51,7 +51,7 @@ def export_run(path: Path, out: Path, export: Export, model: str | None = None) 
 
 
 def _open(run: Run) -> SourceModel:
-    """The model of the run; a run may name it by a path that was relative to another folder."""
+    """Open the model of the run. The recorded path may be relative to another working directory."""
     try:
         return open_model(run)
     except UserError as error:

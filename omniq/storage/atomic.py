@@ -31,8 +31,8 @@ def check_possible(path: Path) -> None:
     """Refuse a path that no file can have, whether or not one exists there.
 
     Raises:
-        UserError: a name in it or the whole path is too long for the filesystem, or it holds characters
-            that no name can have here.
+        UserError: the path or a name in it is too long for the filesystem, or it holds characters that are not
+            allowed in names.
     """
     try:
         path.lstat()
@@ -52,7 +52,7 @@ def check_possible(path: Path) -> None:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+    """Return the temporary path that a file has until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -22,7 +22,7 @@ _RECORDS = (
 )
 _FOLDERS = ("blocks", "current", "tensorboard")
 _BLOCK_FILE = re.compile(r"\d{3,}\..+")  # such as 007.safetensors, 007.0.csv and 007.0.last.ckpt
-_LONGEST = "current/." + 50 * "x"  # no shorter than any file of a run, temporary names included
+_LONGEST = "current/." + 50 * "x"  # at least as long as any file name of a run, temporary names included
 # Entries of a run that was killed before it wrote its fingerprint. The folders are empty at that time.
 _BEFORE_FINGERPRINT = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
 
@@ -56,15 +56,16 @@ def check_writable(path: Path) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, by its fingerprint."""
+    """Return whether a folder belongs to a run, which its fingerprint shows."""
     return (path / FINGERPRINT).is_file()
 
 
 def check_outside_runs(field: str, path: Path) -> None:
-    """Refuse a run directory, and the places in one that a run keeps for itself; ``model`` may hold an export.
+    """Refuse a path that is a run directory, or that a run reserves inside it. ``model`` may hold an export.
 
     Args:
-        field: what the user calls the path.
+        field: name of the setting, for the message.
+        path: the path to check.
 
     Raises:
         UserError: names the run directory.
@@ -78,7 +79,7 @@ def check_outside_runs(field: str, path: Path) -> None:
 
 
 def is_block_file(path: Path) -> bool:
-    """Whether a file in ``blocks`` or ``current`` has a name that a run gives."""
+    """Return whether a file in ``blocks`` or ``current`` has the name of a file of a run."""
     return _BLOCK_FILE.fullmatch(path.name) is not None
 
 

@@ -288,7 +288,7 @@ def test_evaluate_out_that_is_a_device_is_refused(
     (tmp_path / "text.yaml").write_text(json.dumps({"evaluation": configuration(folder)["evaluation"]}))
     args = ["evaluate", "--config", str(tmp_path / "text.yaml"), "--model.path", str(folder / "source")]
     assert main([*args, "--out", str(tmp_path / "pipe")]) == 2
-    assert "pipe cannot be written: it is no regular file; give the name of a JSON file" in capfd.readouterr().err
+    assert "pipe cannot be written: it is not a regular file; give the name of a JSON file" in capfd.readouterr().err
     assert (tmp_path / "pipe").is_fifo()
 
 

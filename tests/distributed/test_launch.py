@@ -104,7 +104,7 @@ def test_join_without_the_others_tells_for_whom_it_waits(
 ) -> None:
     for name, value in {"WORLD_SIZE": "3", **MET}.items():
         environment.setenv(name, value)
-    environment.setattr(launch, "_TELL_AFTER", 0.05)
+    environment.setattr(launch, "_WARN_AFTER", 0.05)
 
     def wait(seconds: float) -> str:
         caplog.clear()
