@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From text to tokens: the sources of calibration and evaluation text, and the windows cut from it.
 
-May import storage (for paths) and errors. Read ``text.py`` first, then ``windows.py``.
+May import storage (for paths) and errors. Read ``text.py`` first, then ``windows.py``. ``rows.py`` reads
+local files, ``hub.py`` reads data sets through ``datasets``.
 """
 
 from omniq.data.text import HubText, LocalText, Stdlib, TextSource

@@ -4,28 +4,21 @@
 ``Stdlib`` needs only Python, ``LocalText`` a file, ``HubText`` the Hugging Face Hub. YAML files choose a source by its
 ``class_path``. A new source is a class with ``documents`` and ``describe``. ``omniq.data.windows`` joins the documents
 by the separator of the source and cuts windows of tokens from them.
-
-``datasets`` reads local json and parquet files in streaming mode: its cache has the path, size and time of
-modification as key, so it would return old rows after an edit that keeps these three.
 """
 
 import hashlib
-import itertools
-import logging
 import os
 import platform
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from omniq.data.hub import dataset_rows
+from omniq.data.rows import READERS, field_of
 from omniq.errors import UserError, one_line
-from omniq.storage.atomic import expanded
-
-READERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""The reader of a local file, by its extension."""
+from omniq.storage.atomic import expand_home
 
 HELD_OUT_SHARE = 5
 """One character in five of the standard library's documentation is held out."""
@@ -97,7 +90,7 @@ class LocalText(TextSource):
 
     Args:
         path: ``.txt`` or ``.md`` (one document), ``.jsonl``, ``.json`` or ``.parquet`` (one document per row).
-        field: the column that holds the text of a row; not used for ``.txt`` and ``.md``.
+        field: the column that holds the text of a row; not used for ``.txt``, ``.md`` and a list of strings.
         separator: the text between two documents.
         max_documents: the number of documents to read, from the start; all by default.
     """
@@ -116,32 +109,41 @@ class LocalText(TextSource):
         Raises:
             UserError: the file is missing, empty or damaged, has an unknown extension, or lacks the field.
         """
-        path = expanded(self.path)
-        kind = READERS.get(path.suffix.lower())
-        if not path.is_file():
-            reason = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise UserError(f"LocalText.path: {self.path!r} {reason}; give a file of text ({', '.join(READERS)})")
-        if kind is None:
-            known = ", ".join(READERS)
-            raise UserError(f"LocalText.path: {self.path!r} has an unknown extension; known are {known}")
-        if not path.stat().st_size:
-            raise UserError(f"LocalText.path: {self.path!r} is empty; give a file with text in it")
+        path = expand_home(self.path)
+        self._check(path)
+        kind, reader = READERS[path.suffix.lower()]
         try:
-            found = [_read_text(path)] if kind == "text" else self._rows(kind, path)
-        except (OSError, ValueError) as error:  # damaged json or parquet, wrong encoding, no permission
-            raise UserError(f"LocalText.path: {self.path!r} cannot be read as {kind}: {one_line(error)}") from error
+            found = field_of(reader(path, self.field), self.field, self.max_documents, self.path)
+        except UserError:
+            raise
+        except Exception as error:  # libraries raise many kinds for damaged files
+            raise UserError(
+                f"LocalText.path: {self.path!r} cannot be read as {kind}: {one_line(error)}; give an intact file"
+            ) from error
         if not any(map(str.strip, found)):
             raise UserError(f"LocalText.path: {self.path!r} holds no text; give a file with text in it")
         return found
 
-    def _rows(self, kind: str, path: Path) -> list[str]:
-        with _quiet_datasets() as datasets:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            return _field(rows, self.field, self.max_documents, self.path)
+    def _check(self, path: Path) -> None:
+        """Refuse what is not a file with content and a known extension, before it is opened."""
+        known = ", ".join(READERS)
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:  # ValueError for a NUL character in the path
+            missing = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+            wrong = missing if isinstance(error, FileNotFoundError) else f"cannot be opened ({one_line(error)})"
+            raise UserError(f"LocalText.path: {self.path!r} {wrong}; give a file of text ({known})") from error
+        if not stat.S_ISREG(status.st_mode):
+            wrong = "is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "is a device or a pipe, not a file"
+            raise UserError(f"LocalText.path: {self.path!r} {wrong}; give a file of text ({known})")
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"LocalText.path: {self.path!r} has an unknown extension; known are {known}")
+        if not status.st_size:
+            raise UserError(f"LocalText.path: {self.path!r} is empty; give a file with text in it")
 
     def describe(self) -> str:
         """The name of the file and the digest of its content."""
-        path = expanded(self.path)
+        path = expand_home(self.path)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return f"{path.name} (SHA-256 {content[:16]}{_first(self.max_documents)})"
 
@@ -151,11 +153,12 @@ class HubText(TextSource):
     """A data set on the Hugging Face Hub, or a local folder with the same layout.
 
     Args:
-        path: such as ``Salesforce/wikitext`` or ``allenai/c4``.
+        path: such as ``Salesforce/wikitext`` or ``allenai/c4``. The path of a folder is literal, not a pattern.
         name: the configuration, such as ``wikitext-2-raw-v1``.
         split: such as ``train`` or ``test``.
         field: the column that holds the text of a row.
-        data_files: the files to read instead of all files, such as ``en/c4-train.00000-of-01024.json.gz``.
+        data_files: the files to read instead of all files, such as ``en/c4-train.00000-of-01024.json.gz``. It is a
+            pattern: ``*``, ``?`` and ``[`` match as in a shell.
         revision: a commit or tag of the data set; the newest by default.
         streaming: read rows over the network as they are needed, without downloading whole files first.
         max_documents: the number of rows to read, from the start; all by default.
@@ -181,22 +184,9 @@ class HubText(TextSource):
         Raises:
             UserError: the Hub cannot be reached, or lacks the data set, configuration, split, file or field.
         """
-        with _quiet_datasets() as datasets:
-            try:
-                rows = datasets.load_dataset(
-                    self.path,
-                    self.name,
-                    split=self.split,
-                    data_files={self.split: self.data_files} if self.data_files else None,
-                    revision=self.revision,
-                    streaming=self.streaming,
-                )
-                found = _field(rows, self.field, self.max_documents, self.path)
-            except ConnectionError as error:
-                remedy = _unreachable(datasets.config.HF_HUB_OFFLINE)
-                raise UserError(f"HubText.path: {self.path!r} {remedy}") from error
-            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise UserError(f"HubText.path: {self.path!r} cannot be read: {one_line(error)}") from error
+        rows = dataset_rows(self.path, self.name, self.split, self.data_files, self.revision, self.streaming)
+        with rows as opened:
+            found = field_of(opened, self.field, self.max_documents, self.path)
         if not any(map(str.strip, found)):
             raise UserError(f"HubText.path: {self.path!r} holds no text in split {self.split!r}; name another split")
         return found
@@ -239,48 +229,5 @@ def _distinct_topics() -> dict[str, str]:
     return distinct
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors write
-
-
-def _field(rows: Any, field: str, limit: int | None, path: str) -> list[str]:
-    """The text of every row, or of the first ``limit`` rows."""
-    found = []
-    try:
-        for number, row in enumerate(itertools.islice(rows, limit), start=1):
-            if field not in row:
-                raise UserError(f"field: {path!r} has no field {field!r}; set it to one of {', '.join(map(repr, row))}")
-            if not isinstance(row[field], str):
-                raise UserError(f"field: {path!r} row {number} has {row[field]!r} where {field!r} should be text")
-            found.append(row[field])
-    except StopIteration:  # datasets lets it escape if a file has no row
-        return []
-    return found
-
-
 def _first(limit: int | None) -> str:
     return f", first {limit} documents" if limit else ""
-
-
-def _unreachable(offline: bool) -> str:
-    remedy = "to read a file instead, set class_path: omniq.data.LocalText and init_args: {path: FILE}"
-    if not offline:
-        return f"cannot be fetched: the Hugging Face Hub is unreachable; {remedy}"
-    switches = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    switch = next(name for name in switches if os.environ.get(name))
-    return f"is not in the local cache, and {switch}={os.environ[switch]} forbids the Hub; unset it, or {remedy}"
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[Any]:
-    """Import ``datasets`` (half a second), and silence its logs, which repeat the message of the error."""
-    import datasets
-
-    levels = {name: logging.getLogger(name).level for name in ("datasets", "huggingface_hub")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield datasets
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -1,61 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint goes, so that a reader finds the old one or the new one, never a mixture.
+"""The output folder of an export: a reader finds the old checkpoint or the new one, never a mixture.
 
-    .<out>.partial/   everything is written here, flushed to the disk
-    <out>             appears by a rename when all of it is there
+    .<out>.partial/   all files are written here and flushed to the disk
+    <out>             appears by a rename when the checkpoint is complete
 
-An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
-after. A process killed at any moment leaves the old export or the new one; what it leaves beside them is put right by
-the next export to the same place. All other files there are the user's and stay. A container tells which folders are
-exports (``is_ours``).
+If ``out`` holds an earlier export, it is moved to ``.<out>.previous`` between the two renames and then removed. A
+process that is killed at any moment leaves the old export or the new one. The next export to the same place repairs any
+leftovers.
+
+Only files that omniq wrote are moved or removed (``manifest.py``): an earlier export if all its files are omniq's, and
+a folder beside ``out`` if it carries the mark that omniq puts there. Folders of version 0.1 have no mark; their place
+in a run directory identifies them. Any other file or folder belongs to the user. It is refused by name before anything
+is touched.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 from omniq.errors import UserError
 from omniq.export.containers.shards import writing
+from omniq.export.manifest import (
+    MANIFEST,
+    REPLACED,
+    entries,
+    foreign_entries,
+    is_marked,
+    recorded_names,
+    remove,
+    write_manifest,
+)
 from omniq.export.registry import container_of
 from omniq.storage.atomic import check_possible, flush
+from omniq.storage.ownership import check_outside_runs, is_run
+
+
+def resolved(out: str | os.PathLike[str]) -> Path:
+    """The place that ``out`` names, through links.
+
+    Raises:
+        UserError: there is no such place: a ring of links, a path that is too long, or the root of the file system.
+    """
+    try:
+        place = Path(out).resolve()
+        place.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for a ring of links, ValueError for NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"export to {out}: {reason}; choose another folder") from error
+    if not place.name:
+        raise UserError(f"export to {out}: it is the root of the file system; choose an empty or new folder")
+    return place
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
-    """Refuse a place that a checkpoint cannot take; nothing is touched, so any process may ask at any time.
+    """Refuse a place where no checkpoint can be written; changes no file, so any process may call it at any time.
 
     Raises:
-        UserError: a file is in the way, ``out`` holds something other than an export, or its path is too long.
+        UserError: a parent of ``out`` is a file, ``out`` is not empty and not an export, ``out`` belongs to a run, its
+            path is too long, or a file of the user is in the place of an unfinished export.
     """
-    out = Path(out).resolve()
+    out = resolved(out)
     check_possible(_previous(out))
-    if in_the_way := next((parent for parent in out.parents if parent.is_file()), None):
-        raise UserError(f"cannot write {out}: {in_the_way} is a file; choose another folder")
+    if in_the_way := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
+        kind = "a file" if in_the_way.is_file() else "not a folder"
+        raise UserError(f"cannot write {out}: {in_the_way} is {kind}: choose another folder")
+    check_outside_runs("export to", out)
     if out.exists() and not _is_export(out):
-        raise UserError(f"export to {out}: it holds something that omniq did not export; choose an empty or new folder")
+        raise UserError(f"cannot export to {out}: it is not an omniq export: choose an empty or new folder")
+    with writing(out):
+        _check_leftover(partial_of(out), MANIFEST, out)
+        _check_leftover(_previous(out), REPLACED, out)
 
 
 def check_output(out: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint can be written to ``out`` now, and put right what a killed export left beside it.
+    """Make sure that a checkpoint can be written to ``out`` now, and repair the leftovers of a killed export.
 
     Raises:
-        UserError: as ``check_free`` says, or its folder cannot be written.
+        UserError: see ``check_free``, or the parent folder cannot be written.
     """
-    out = Path(out).resolve()
-    partial, previous = partial_of(out), _previous(out)
     check_free(out)
+    out = resolved(out)
+    partial, previous = partial_of(out), _previous(out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if previous.exists() and not out.exists():
             previous.rename(out)  # killed between the two renames: the old export is the last complete one
+        (out / REPLACED).unlink(missing_ok=True)
         for leftover in (partial, previous):
             if leftover.exists():
-                shutil.rmtree(leftover)
+                remove(leftover)
         partial.mkdir()  # a probe: the folder can be written
         partial.rmdir()
 
 
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace an export in whose folder the user keeps something.
+
+    Raises:
+        UserError: names the first file that omniq did not write.
+    """
+    foreign = foreign_entries(out)
+    if foreign:
+        raise UserError(
+            f"export to {out}: the export there must be replaced, and it holds {foreign[0]}, which omniq did not write;"
+            " move that away or choose another folder"
+        )
+
+
 def earlier_export(out: str | os.PathLike[str]) -> str | None:
-    """The format of the export that a folder holds, by the name that users type; None if it holds none.
+    """The format name of the export in a folder, as users type it; None if the folder holds no export.
 
     Raises:
         CorruptFile: the file that records it is damaged.
@@ -65,8 +117,39 @@ def earlier_export(out: str | os.PathLike[str]) -> str | None:
 
 
 def partial_of(out: Path) -> Path:
-    """Where an export to ``out`` is written until it is complete; hidden, as no folder of a user's is by chance."""
+    """The hidden folder in which an export to ``out`` is written until it is complete."""
     return out.with_name(f".{out.name}.partial")
+
+
+def make_partial(out: Path) -> Path:
+    """Make the folder where an export to ``out`` is written, with the mark that it is omniq's.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    partial = partial_of(out)
+    with writing(partial):
+        partial.mkdir()
+        write_manifest(partial, None)
+    return partial
+
+
+def replace(partial: Path, out: Path) -> None:
+    """Record what was written, flush everything, then put ``partial`` in the place of ``out``."""
+    previous = _previous(out)
+    write_manifest(partial, [name for name in entries(partial) if name != MANIFEST])
+    with writing(out):
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        if out.exists() and any(out.iterdir()):
+            check_replaceable(out)  # again: the user may have put something there meanwhile
+            (out / REPLACED).touch()
+            flush(out)
+            out.rename(previous)
+        partial.rename(out)
+        flush(out.parent)
+        if previous.exists():
+            remove(previous)
 
 
 def _previous(out: Path) -> Path:
@@ -74,19 +157,30 @@ def _previous(out: Path) -> Path:
 
 
 def _is_export(out: Path) -> bool:
-    """An empty folder, or one that an export of omniq has filled."""
-    return out.is_dir() and (not any(out.iterdir()) or container_of(out) is not None)
+    """True for an empty folder and for an export of omniq."""
+    if not out.is_dir():
+        return False
+    return not any(out.iterdir()) or recorded_names(out) is not None or container_of(out) is not None
 
 
-def replace(partial: Path, out: Path) -> None:
-    """Flush everything, then put ``partial`` in the place of ``out``."""
-    previous = _previous(out)
-    with writing(out):
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        if out.exists():
-            out.rename(previous)
-        partial.rename(out)
-        flush(out.parent)
-        if previous.exists():
-            shutil.rmtree(previous)
+def _check_leftover(leftover: Path, mark: str, out: Path) -> None:
+    """Refuse a folder in the place of an unfinished export that omniq did not make.
+
+    Args:
+        mark: the file that omniq puts into it.
+    """
+    try:
+        leftover.lstat()
+    except FileNotFoundError:
+        return
+    why = "omniq did not make it"
+    if leftover.is_dir() and not leftover.is_symlink():
+        foreign = foreign_entries(leftover)
+        known = is_marked(leftover, mark) or (out.name == "model" and is_run(out.parent))
+        if not any(leftover.iterdir()) or (known and not foreign):
+            return
+        why = f"it holds {foreign[0]}, which omniq did not write" if foreign else why
+    raise UserError(
+        f"export to {out}: {leftover} stands where omniq keeps an unfinished export, and {why}; "
+        "move it away or choose another folder"
+    )

@@ -48,8 +48,9 @@ class Hangs(L.Callback):
 
 def fit(arguments):
     options = {"logger": False, "enable_checkpointing": False,
-               "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    L.Trainer(max_epochs=1, callbacks=[Hangs()], **options).fit(Slow(), torch.utils.data.DataLoader(torch.zeros(2, 1)))
+               "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
+               "callbacks": [Hangs()]}
+    L.Trainer(max_epochs=1, **options).fit(Slow(), torch.utils.data.DataLoader(torch.zeros(2, 1)))
 
 command.COMMANDS["report"] = (fit, "")
 sys.exit(command.main(["report"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Trainer is told of the processes that a launcher has started, and what is refused."""
+"""Arguments of the Trainer under a launcher, and combinations that are refused."""
 
 import time
 from types import SimpleNamespace
@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from omniq.distributed import collectives, launch
-from omniq.distributed.launch import BlockParallel, check_launcher, join, launch_arguments
+from omniq.distributed.launch import BlockParallel, check_launcher, launch_arguments, set_up_processes
 from omniq.errors import UserError
-from omniq.run.checks import check_shares
+from omniq.run.checks import check_divisible
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from omniq.run.checks import check_shares
         ({"SLURM_NTASKS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, {}, {"devices": 2}),
     ],
 )
-def test_the_launcher_decides(
+def test_launch_arguments_follow_launcher(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME"):
@@ -110,15 +110,15 @@ def test_join_without_the_others_tells_for_whom_it_waits(
         caplog.clear()
         strategy = SimpleNamespace(setup_environment=lambda: time.sleep(seconds))
         trainer: Any = SimpleNamespace(num_devices=3, num_nodes=1, strategy=strategy)
-        join(trainer, {})
+        set_up_processes(trainer, {})
         return caplog.text
 
     assert "process 0 waits at 127.0.0.1:29500 for the other 2 of 3 processes: start them" in wait(0.5)
     assert wait(0) == ""
 
 
-def test_ddp_sends_no_buffers_round() -> None:
-    """They come from the weights, and those of learned rounding are as large."""
+def test_block_parallel_does_not_synchronize_buffers() -> None:
+    """All processes compute equal buffers; those of learned rounding are as large as the weights."""
 
     class Learned(L.LightningModule):
         def __init__(self) -> None:
@@ -139,24 +139,24 @@ def test_ddp_sends_no_buffers_round() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_another_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_arguments_other_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "strategy" not in launch_arguments({"strategy": SingleDeviceStrategy("cpu")})
-    with pytest.raises(UserError, match="trainer.strategy 'fsdp' does not go with omniq, where several.*leave it out"):
+    with pytest.raises(UserError, match="trainer.strategy 'fsdp' is not supported, because omniq .*: remove it"):
         launch_arguments({"strategy": "fsdp"})
     monkeypatch.setenv("WORLD_SIZE", "2")
     for strategy in ("fsdp", SingleDeviceStrategy("cpu")):
-        with pytest.raises(UserError, match="trainer.strategy .* does not go with several processes.*leave it out"):
+        with pytest.raises(UserError, match="trainer.strategy .* is not supported, because omniq .*: remove it"):
             launch_arguments({"strategy": strategy})
 
 
-def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_join_devices_other_than_launched_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class OneProcess:
         num_devices = num_nodes = 1
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"trainer.devices 1 means 1 process\(es\), but 2 were started"):
-        join(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
+        set_up_processes(OneProcess(), {"devices": 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_a_launcher_and_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         (4, 2, "trainer.num_nodes 2 of 4 devices means 8", "torchrun --nnodes 2 --nproc-per-node 4 -m"),
     ],
 )
-def test_processes_that_nobody_has_started(
+def test_join_processes_not_started_are_refused_with_command(
     monkeypatch: pytest.MonkeyPatch, devices: int, nodes: int, asked: str, start: str
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     trainer: Any = SimpleNamespace(num_devices=devices, num_nodes=nodes)
     with pytest.raises(UserError) as caught:
-        join(trainer, {"devices": devices, "num_nodes": nodes})
+        set_up_processes(trainer, {"devices": devices, "num_nodes": nodes})
     assert str(caught.value).startswith(f"{asked} process(es), but one was started: run {start} ")
 
 
@@ -185,10 +185,10 @@ def test_processes_that_nobody_has_started(
         (8, 2, "data.held_out 2 is not divisible by the 4 processes"),
     ],
 )
-def test_shares_that_do_not_come_out_even(
+def test_check_shares_uneven_shares_are_refused(
     monkeypatch: pytest.MonkeyPatch, samples: int, held_out: int, message: str
 ) -> None:
     monkeypatch.setattr(collectives, "world_size", lambda: 4)
-    check_shares(8, 0)
+    check_divisible(8, 0)
     with pytest.raises(UserError, match=message):
-        check_shares(samples, held_out)
+        check_divisible(samples, held_out)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of an exported folder omniq wrote: only these are ever removed.
+
+    .omniq-export.json   in the folder: the names of all files of a finished export; null while it is being written
+    .omniq-replaced      in a folder that omniq has moved aside to put a newer export in its place
+
+Folders that version 0.1 wrote have no list. In these, and in a folder that is being written, the names that an export
+may have count as omniq's.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from omniq.storage.atomic import atomic_write
+
+MANIFEST = ".omniq-export.json"
+REPLACED = ".omniq-replaced"
+_OWN = {MANIFEST, REPLACED, f".{MANIFEST}.partial"}
+_NAMES = re.compile(
+    r"(config|generation_config)\.json|README\.md|recipe\.yaml"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|shard-\d{5}\.safetensors"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|processor_config)\.json"
+    r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja"
+    r"|additional_chat_templates(/[^/]+\.jinja)?"
+)
+
+
+def write_manifest(folder: Path, names: Iterable[str] | None) -> None:
+    """Record the files of an export, by their paths in the folder; None while they are being written.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    content = {"files": None if names is None else sorted(names)}
+    atomic_write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def recorded_names(folder: Path) -> set[str] | None:
+    """The recorded files of a finished export; None if there is no record that can be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return None if found is None else {str(name) for name in found}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def entries(folder: Path) -> list[str]:
+    """Everything that would be lost with a folder: its files, links, and folders without a file."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        below = [name for name in folders if Path(root, name).is_symlink()]
+        if not folders and not files and Path(root) != folder:
+            found.append(Path(root))
+        found += [Path(root, name) for name in (*below, *files)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """What is in a folder that omniq did not write there, by the record or else by the names that an export has."""
+    recorded = recorded_names(folder)
+    if recorded is None:
+        return [name for name in entries(folder) if name not in _OWN and not _NAMES.fullmatch(name)]
+    emptied = {parent.as_posix() for name in recorded for parent in PurePosixPath(name).parents}  # by a killed removal
+    return sorted(set(entries(folder)) - _OWN - recorded - emptied)
+
+
+def is_marked(folder: Path, mark: str) -> bool:
+    """Whether omniq has put its mark into a folder, or was killed while it did."""
+    return any((folder / name).is_file() for name in (mark, f".{mark}.partial"))
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, the marks last: a removal that is killed can be continued.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    marks = (MANIFEST, REPLACED)
+    for entry in sorted(folder.iterdir(), key=lambda entry: marks.index(entry.name) if entry.name in marks else -1):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    folder.rmdir()
