@@ -55,7 +55,7 @@ demo: $(VENV)/.model
 	$(BIN)/omniq quantize --config configs/demo.yaml $(ARGS)
 
 test: $(VENV)/.model
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save the block in progress at the end of each pass over the data, so that a kill costs one pass at most."""
+"""Save the block in progress at the end of each pass over the data, so that a kill loses at most one pass."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +13,20 @@ from typing_extensions import override
 from omniq.calibration.module import BlockModule
 from omniq.distributed import collectives
 from omniq.report.stopwatch import Stopwatch
-from omniq.storage.sealed import NOBODY, Owner, load_state, save_state
+from omniq.storage.sealed import NO_OWNER, Owner, load_state, save_state
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints beside their name, flushed, sealed by a checksum and renamed.
+    """Write checkpoints atomically and sealed by a checksum.
 
-    Lightning's own writer moves files from a temporary folder, which is a copy, not a rename, when that folder is on
-    another filesystem.
+    Lightning's own writer moves files from a temporary folder. If that folder is on another filesystem, the move is a
+    copy and not an atomic rename.
 
     Args:
-        owner: what the seal covers besides the checkpoint (``omniq.storage.sealed.Owner``).
+        owner: the run and the path that the seal covers besides the checkpoint (``omniq.storage.sealed.Owner``).
     """
 
-    def __init__(self, owner: Owner = NOBODY) -> None:
+    def __init__(self, owner: Owner = NO_OWNER) -> None:
         super().__init__()
         self._owner = owner
 
@@ -41,11 +41,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class PassCheckpoint(Callback):
-    """One checkpoint, replaced at the end of each pass but the last, which the finished block makes superfluous.
+    """Write one checkpoint and replace it at the end of each pass except the last, after which the block is finished.
 
     Args:
-        path: where it lies.
-        clock: of the block; a resumed fit goes on from what it showed.
+        path: the file of the checkpoint.
+        clock: the stopwatch of the block. A resumed fit continues from the saved time.
     """
 
     def __init__(self, path: Path, clock: Stopwatch) -> None:
@@ -57,10 +57,10 @@ class PassCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.clock.go_on_from(state_dict.get("seconds", 0.0))  # checkpoints of earlier versions have no key
+        self.clock.continue_from(state_dict.get("seconds", 0.0))  # checkpoints of earlier versions lack this key
 
-    def shared_alike(self, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether as many processes shared the samples when this was saved: a pass has as many steps then."""
+    def has_same_processes(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Return whether the checkpoint was saved by as many processes, so that a pass has the same number of steps."""
         saved: int = checkpoint["callbacks"][self.state_key]["processes"]
         return saved == collectives.world_size()
 

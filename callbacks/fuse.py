@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fold what a stage learned into the block's result, so that the deployed model carries no overhead."""
+"""Fold the learned parameters of a stage into the block's result, so that the exported model has no overhead."""
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -10,12 +10,12 @@ from omniq.distributed import collectives
 
 
 class Fuse(Callback):
-    """Round for the last time when the fit has ended.
+    """Compute the final result of a stage when the fit has ended.
 
-    If something of that cannot be stored in the dtype of deployment, the stage is abandoned for its start, and the
-    block's summary says so.
+    If a value is not finite in the export dtype, the result of the stage is replaced by its starting point, and the
+    summary of the block records this.
 
-    NOTE: ``on_fit_end``, never ``on_train_end``: a fit that is resumed after its last step skips the training hooks.
+    NOTE: ``on_fit_end``, never ``on_train_end``: a fit that resumes after its last step skips the training hooks.
     """
 
     @override
@@ -27,4 +27,5 @@ class Fuse(Callback):
         if name is not None:
             task.notes["guard"] = f"{name} is not finite in {dtype}: kept {pl_module.abandon()}"
             result = pl_module.finish()
-        task.result = result.on_host()  # told to other processes, tensors come to lie where they lay: all on one GPU
+        # A broadcast keeps the device of tensors, and would put the tensors of all ranks on one GPU.
+        task.result = result.on_host()

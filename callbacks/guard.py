@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unattended runs do not stop at a NaN: go back, slow down, and after three tries keep the initial grid."""
+"""Recover from a non-finite loss: restore the last good pass, reduce the learning rate, and finally give up."""
 
 import copy
 from math import inf
@@ -17,15 +17,15 @@ from omniq.distributed import collectives
 
 
 class NonFiniteGuard(Callback):
-    """Watch the losses of each pass on the device; look at them once, when the pass ends.
+    """Check the losses of each pass and the learned parameters once, at the end of the pass, without stopping the run.
 
-    If one was not finite, or a learned value is not, the state at the end of the last good pass comes back and the
-    learning rates are multiplied by ``factor``. After ``tries`` such passes the stage is abandoned for its initial
-    grid, and the block's summary says so.
+    If a loss or a learned parameter is not finite, the state at the end of the last good pass is restored and the
+    learning rates are multiplied by ``factor``. After ``tries`` such passes the stage keeps its initial grid, and the
+    summary of the block records this.
 
     Args:
-        tries: bad passes before giving up.
-        factor: on the learning rates after each.
+        tries: number of non-finite passes after which the stage gives up.
+        factor: factor on the learning rates after each non-finite pass.
     """
 
     def __init__(self, tries: int = 3, factor: float = 0.5) -> None:
@@ -46,8 +46,8 @@ class NonFiniteGuard(Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
-        self._tell(pl_module)
-        self._remember(trainer, pl_module)
+        self._write_note(pl_module)
+        self._save_state(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -58,27 +58,28 @@ class NonFiniteGuard(Callback):
         if not pl_module.pausing:
             return
         learned = [value for value in pl_module.state_dict().values() if value.is_floating_point() and value.numel()]
-        largest = get_total_norm([*learned, *self._losses], inf)  # a few launches for all of them; NaN comes through
+        largest = get_total_norm([*learned, *self._losses], inf)  # a few kernel launches in total; propagates NaN
         self._losses.clear()
         bad = (~largest.isfinite()).to(pl_module.task.device, torch.int64)
         if not collectives.all_reduce_sum(bad):
-            self._remember(trainer, pl_module)
+            self._save_state(trainer, pl_module)
             return
-        self._go_back(trainer, pl_module)
+        self._restore_state(trainer, pl_module)
 
-    def _remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _save_state(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         states = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in trainer.optimizers]}
         self._good = copy.deepcopy(states)
 
-    def _go_back(self, trainer: L.Trainer, module: BlockModule) -> None:
+    def _restore_state(self, trainer: L.Trainer, module: BlockModule) -> None:
         self.failed += 1
         module.load_state_dict(self._good["module"])
         for optimizer, state in zip(trainer.optimizers, self._good["optimizers"], strict=True):
-            rates = [group["lr"] for group in optimizer.param_groups]  # where the schedule is now, not where it was
+            # The rates come from the current schedule, not from the saved state.
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(copy.deepcopy(state))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.factor
-            optimizer.zero_grad()  # nothing of the bad pass may be accumulated into the next
+            optimizer.zero_grad()  # the gradients of the bad pass must not accumulate into the next pass
         for config in trainer.lr_scheduler_configs:
             base_lrs = getattr(config.scheduler, "base_lrs", [])
             config.scheduler.base_lrs = [rate * self.factor for rate in base_lrs]
@@ -87,9 +88,9 @@ class NonFiniteGuard(Callback):
         if self.failed >= self.tries:
             self.note = f"non-finite loss in {self.failed} passes: kept {module.abandon()}"
             trainer.should_stop = True
-        self._tell(module)
-        self._remember(trainer, module)
+        self._write_note(module)
+        self._save_state(trainer, module)
 
-    def _tell(self, module: BlockModule) -> None:
+    def _write_note(self, module: BlockModule) -> None:
         if self.note is not None:
             module.task.notes["guard"] = self.note

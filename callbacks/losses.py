@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-block losses: every step to a CSV file of the block, and to the Trainer's loggers under stable names."""
+"""Losses of a block: write every step to a CSV file and to the Trainer's loggers, under stable names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +14,19 @@ from typing_extensions import override
 
 from omniq.calibration.module import BlockModule
 from omniq.distributed import collectives
-from omniq.storage.atomic import appending, others_writing
+from omniq.storage.atomic import open_for_append, report_full_disk
 
 HEADER = b"stage,step,pass,name,value\n"
 
 
 class BlockLosses(Callback):
-    """Write what the module tracks, once a pass, without a host synchronisation in between.
+    """Write the tracked values of the module once per pass, without host synchronization in between.
 
-    The CSV file is long: one value a row, floats written so that they read back exactly. Its length is part of the
-    checkpoint: a resumed fit cuts the file there and continues, so that no row is lost or doubled. Loggers get the
-    same values as ``block/007/loss``. Of several processes the first writes the means over all. What became of the
-    block, calibration and held-out samples apart, follows when it is known (``conclude``).
+    The CSV file has one value per row, with floats that read back exactly. The checkpoint records the length of the
+    file. A resumed fit truncates the file to this length and continues, so that no row is lost or duplicated. Loggers
+    receive the same values under names such as ``block/007/loss``. With several processes, rank 0 writes the means over
+    all processes. The final losses of the block on calibration and held-out samples follow after the fit
+    (``log_final``).
 
     Args:
         path: the CSV file of this block and stage.
@@ -38,9 +39,9 @@ class BlockLosses(Callback):
         self.latest: tuple[str, ...] = ()
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
-        self._waiting: list[tuple[int, str, Tensor]] = []
+        self._pending: list[tuple[int, str, Tensor]] = []
         self._loggers: list[Logger] = []
-        self._name, self._step, self._turn = "", 0, 0
+        self._name, self._step, self._pass = "", 0, 0
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -53,16 +54,16 @@ class BlockLosses(Callback):
 
     @property
     def first_pass(self) -> dict[str, float]:
-        """Mean of each value over the first pass that had it."""
+        """The mean of each value over the first pass that tracked it."""
         return {name: total / count for name, (_, total, count) in self._first.items()}
 
     @property
     def last_pass(self) -> dict[str, float]:
-        """Mean of each value over the latest pass that had it, as far as it was written."""
+        """The mean of each value over the latest pass that tracked it, over the steps written so far."""
         return {name: total / count for name, (_, total, count) in self._last.items()}
 
-    def holds(self, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether the file still has every row that was written before this checkpoint."""
+    def has_rows_of(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Return whether the file still has all rows that were written before this checkpoint."""
         length: int = checkpoint["callbacks"][self.state_key]["length"]
         return self.path.exists() and self.path.stat().st_size >= length
 
@@ -72,7 +73,7 @@ class BlockLosses(Callback):
         self._loggers, self._name = trainer.loggers, pl_module.task.name
         if collectives.rank() != 0:
             return
-        with appending(self.path) as file:
+        with open_for_append(self.path) as file:
             file.truncate(self.length)
             if self.length == 0:
                 file.write(HEADER)
@@ -84,54 +85,54 @@ class BlockLosses(Callback):
     ) -> None:
         assert isinstance(pl_module, BlockModule)
         step = self._step = batch_idx + 1
-        self._turn = pl_module.batches.pass_of(step)
-        self._waiting += [(step, name, value) for name, value in pl_module.tracked]
+        self._pass = pl_module.batches.pass_of(step)
+        self._pending += [(step, name, value) for name, value in pl_module.tracked]
         pl_module.tracked.clear()
         if pl_module.pausing or step == trainer.num_training_batches:
             self._write(trainer, pl_module)
 
-    def conclude(self, values: Mapping[str, float]) -> None:
-        """Add what is known of the block only after the fit, such as ``held_out_loss``, at the step that was its last.
+    def log_final(self, values: Mapping[str, float]) -> None:
+        """Write values that are known only after the fit, such as ``held_out_loss``, at the last step.
 
-        NOTE: before the block counts as finished: a fit that is resumed cuts these rows off and writes them again.
+        NOTE: call this before the block counts as finished. A resumed fit truncates these rows and writes them again.
         """
-        with others_writing(self.path.parent):
+        with report_full_disk(self.path.parent):
             for logger in self._loggers:
                 logger.log_metrics({f"{self._name}/{name}": value for name, value in values.items()}, self._step)
-                logger.finalize("success")  # the end of the fit has closed it
+                logger.finalize("success")  # the end of the fit closed the logger
         if collectives.rank() == 0:
-            self._append("".join(self._row(self._step, self._turn, *item) for item in values.items()).encode())
+            self._append("".join(self._row(self._step, self._pass, *item) for item in values.items()).encode())
 
     def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
-        stacked = torch.stack([value.double().reshape(()) for _, _, value in self._waiting]).to(module.task.device)
+        stacked = torch.stack([value.double().reshape(()) for _, _, value in self._pending]).to(module.task.device)
         values = (collectives.all_reduce_sum(stacked) / collectives.world_size()).tolist()
         rows: list[str] = []
-        for (step, name, _), value in zip(self._waiting, values, strict=True):
-            turn = module.batches.pass_of(step)
-            rows.append(self._row(step, turn, name, value))
-            self._count(name, turn, value)
+        for (step, name, _), value in zip(self._pending, values, strict=True):
+            pass_index = module.batches.pass_of(step)
+            rows.append(self._row(step, pass_index, name, value))
+            self._count(name, pass_index, value)
             for logger in trainer.loggers:
                 logger.log_metrics({f"{module.task.name}/{name}": value}, step)
-        self.latest = tuple(dict.fromkeys(name for _, name, _ in self._waiting))
-        self._waiting.clear()
+        self.latest = tuple(dict.fromkeys(name for _, name, _ in self._pending))
+        self._pending.clear()
         if collectives.rank() == 0:
             self._append("".join(rows).encode())
 
-    def _count(self, name: str, turn: int, value: float) -> None:
-        """Add a value to the sums of its pass; each is ``[pass, sum, count]``, whatever is written when."""
+    def _count(self, name: str, pass_index: int, value: float) -> None:
+        """Add a value to the sums of its pass, ``[pass, sum, count]``, independently of the times of writing."""
         for sums in (self._first, self._last):
-            if name not in sums or (sums is self._last and sums[name][0] != turn):
-                sums[name] = [turn, 0.0, 0]
-            if sums[name][0] == turn:
+            if name not in sums or (sums is self._last and sums[name][0] != pass_index):
+                sums[name] = [pass_index, 0.0, 0]
+            if sums[name][0] == pass_index:
                 sums[name][1] += value
                 sums[name][2] += 1
 
-    def _row(self, step: int, turn: int, name: str, value: float) -> str:
-        return f"{self.stage},{step},{turn},{name},{value!r}\n"
+    def _row(self, step: int, pass_index: int, name: str, value: float) -> str:
+        return f"{self.stage},{step},{pass_index},{name},{value!r}\n"
 
     def _append(self, rows: bytes) -> None:
-        with appending(self.path) as file:
+        with open_for_append(self.path) as file:
             file.write(rows)
             self.length = file.tell()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show the passes of a block's fit on the run's one display."""
+"""Show the passes of a block's fit on the display of the run."""
 
 from typing import Any
 
@@ -13,12 +13,13 @@ from omniq.report.display import Display
 
 
 class BlockProgress(Callback):
-    """Advance the display by steps, and show the mean loss of the last pass.
+    """Advance the display by steps, and show the mean losses of the last pass.
 
     Args:
-        display: of the run; Lightning's own bars clear rich's live stack and cannot be nested.
+        display: the display of the run. Lightning's own progress bars cannot be nested in it, because they clear rich's
+            live stack.
         stage: name of the stage.
-        losses: the callback that knows the losses.
+        losses: the callback that records the losses.
     """
 
     def __init__(self, display: Display, stage: str, losses: BlockLosses) -> None:

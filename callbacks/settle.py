@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wait for the block before, which is written while this one is prepared, where a kill would otherwise cost too much.
+"""Wait until the previous block is on the disk, before work starts that a kill would lose.
 
-Until a block is on the disk, a kill costs its last pass. A step by gradients on the next block would be lost besides,
-so none is made before; and no checkpoint of the next block is saved before, because it stands on the codes of this one.
-What comes earlier goes on meanwhile: the full-precision stream through the next block, its searched ranges, and all of
-a stage that does without gradients and is done before its first checkpoint.
+The previous block is written in the background. Until it is on the disk, a kill loses its last pass. Gradient steps on
+the next block would be lost as well, so they wait for the write. Checkpoints of the next block also wait, because they
+depend on the codes of the previous block. Other work runs during the write: the full-precision stream through the next
+block, its range search, and gradient-free stages that finish before their first checkpoint.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from omniq.calibration.module import BlockModule
 
 
 class Settle(Callback):
-    """Call something before the first step by gradients, and before every checkpoint.
+    """Wait for the previous block before the first gradient step and before every checkpoint.
 
     Args:
-        settle: returns when the block before is written; does nothing when called again.
+        settle: returns when the previous block is on the disk, and at once when it is called again.
     """
 
     def __init__(self, settle: Callable[[], None]) -> None:

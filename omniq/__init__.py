@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """omniq quantizes language models block by block.
 
-The front door is two functions, fetched on first use so that ``import omniq`` stays fast:
+The public API consists of two functions. Both are imported on first use, so that ``import omniq`` stays fast:
 
     omniq.quantize(model, ...)    run a recipe, as ``omniq quantize --config`` does
-    omniq.load(path)              open what a run has written
+    omniq.load(path)              open the checkpoint of a run
 
-Importing omniq also makes transformers able to open checkpoints in omniq's own format (``omniq.runtime``).
+Importing omniq also registers omniq's checkpoint format with transformers (``omniq.runtime``).
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ __all__ = ["__version__", "load", "quantize"]
 
 if TYPE_CHECKING:
     from omniq.api import load, quantize
-else:  # hidden from type checkers, to whom a module-level __getattr__ says that every name exists
+else:  # hidden from type checkers, for which a module-level __getattr__ defines every name
 
     def __getattr__(name: str) -> object:
         if name in __all__:

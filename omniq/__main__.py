@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m omniq`` is ``omniq``."""
+"""Run the ``omniq`` command as ``python -m omniq``."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door in Python: the same two things a user does on the command line."""
+"""The Python API: quantize a model, and load the checkpoint of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.models.transformers_io import open_weights
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 
 
 def quantize(
@@ -21,22 +21,23 @@ def quantize(
     allow_import: Sequence[str] = (),
     **settings: Any,
 ) -> Path:
-    """Quantize a model and write a checkpoint, as ``omniq quantize`` does; the same call continues a run.
+    """Quantize a model and write a checkpoint, as ``omniq quantize`` does. The same call continues an interrupted run.
 
         omniq.quantize("meta-llama/Llama-2-7b-hf", config="configs/w3a16g128.yaml", out="checkpoints/llama-w3")
         omniq.quantize("my-model", scheme={"name": "W4A16"}, stages=[{"class_path": "omniq.stages.RTN"}], data=…)
 
     Args:
-        model: a folder, a GGUF file, a hub name, or ``package:name/file.gguf``.
-        config: YAML files to start from; a later file replaces a list or a class whole.
-        allow_import: packages whose classes the settings may name, beside omniq and Lightning.
-        **settings: sections as in YAML, on top of the files.
+        model: a folder, a GGUF file, a model name on the Hugging Face Hub, or ``package:name/file.gguf`` for a file
+            inside an installed package.
+        config: YAML files with settings. A later file replaces a list or a class as a whole.
+        allow_import: packages whose classes the settings may name, in addition to omniq and Lightning.
+        **settings: sections as in YAML. They override the files.
 
     Returns:
-        The run directory; the checkpoint is its folder ``model``.
+        The run directory. The checkpoint is in its folder ``model``.
 
     Raises:
-        UserError: something cannot be done as asked, in one line.
+        UserError: the run is not possible with these settings; the message is one line.
     """
     from omniq.run import loop
 
@@ -48,17 +49,17 @@ def quantize(
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Open what a run has written.
+    """Open the checkpoint of a run.
 
     Args:
         path: a run directory or an exported checkpoint.
-        **options: for ``AutoModelForCausalLM.from_pretrained``.
+        **options: keyword arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: there is no checkpoint, or its weights are pickled, missing or damaged.
+        UserError: the path holds no checkpoint, or the weights are pickled, missing or damaged.
     """
-    place = expanded(path)
-    folder = place / "model" if (place / "model").is_dir() else place
+    given = expand_home(path)
+    folder = given / "model" if (given / "model").is_dir() else given
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no checkpoint: give a finished run directory or an exported folder")
     return open_weights(folder, **options)

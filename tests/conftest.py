@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test (``gpu`` ones run where there is one), and what several files of tests start from."""
+"""Fixtures of several test files. Tests marked ``gpu`` run only where a GPU exists."""
 
 from pathlib import Path
 
@@ -23,13 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> SourceModel:
-    """A tiny source of an export, ..."""
+    """A tiny source model of an export."""
     return opened(tmp_path / "source", Grid(4, 32))
 
 
 @pytest.fixture
 def results(source: SourceModel) -> list[BlockResult]:
-    """... and its finished blocks."""
+    """The finished blocks of that source, rounded to nearest."""
     return rounded(source, Grid(4, 32))
 
 

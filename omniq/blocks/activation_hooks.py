@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized activations while a block runs: hooks on its linears, and transformers' own interface for attention.
 
-The block's code stays as it is. Two things are attached to it and can be taken off again:
+The code of the block does not change. ``attach`` adds two things to the block, and they can be removed again:
 
-- A pre-hook on every quantized linear replaces its input by the fake-quantized one. Linears that share an input get the
-  very same tensor: it is quantized once, when the first of them asks. Each token has its own range; or, if the scheme
-  says so, all tokens share one, which is fixed where the block is finished and that of the sample where it is not (of
-  each sample, also where a block hands all tokens of a batch to a linear in one row, as OPT does).
-- The block's attention gets a config of its own, in which ``_attn_implementation`` names a function of omniq's. That
-  quantizes queries, keys and values as they come (after rotary embedding, before keys and values are repeated for the
-  query heads), each token of each head on its own range, and hands them to the implementation that the model's config
-  names at that moment: masks are made for that one. The softmax output is left alone.
+- A pre-hook on every quantized linear replaces its input by the fake-quantized input. Linears that share an input
+  receive the same tensor, which is quantized once, when the first of them runs. By default each token has its own
+  range. With static ranges, all tokens share one range: the fixed range in a finished block, and the range of the
+  sample during calibration. The range belongs to one sample even if the block passes all tokens of a batch to a linear
+  in one row, as OPT does.
+- The attention of the block gets its own config, in which ``_attn_implementation`` names a function of omniq. This
+  function quantizes queries, keys and values (after rotary embedding, before keys and values are repeated for the query
+  heads), with one range per token and head. It then calls the implementation that the model's config names at that
+  moment, because the masks are made for that implementation. The softmax output is not quantized.
 
-Every range belongs to one token or is fixed, so a full forward and decoding token by token with a cache compute the
-same: what the cache holds is quantized on its way into every attention, always to the same numbers.
+Every range belongs to one token or is fixed. A full forward and token-by-token decoding with a cache therefore compute
+the same numbers: each attention quantizes the content of the cache again, always to the same values.
 
-Under autocast everything is first brought to the dtype that products are computed in, as in the deployed model: a
-LayerNorm would hand over float32 there.
+Under autocast, inputs are first cast to the compute dtype of the products, as in the exported model, because a
+LayerNorm returns float32 under autocast.
 """
 
 import copy
@@ -39,10 +40,10 @@ Finished = Mapping[str, QuantizedLinear]
 
 
 def check_attention(layout: Layout, activations: Activations) -> None:
-    """Refuse quantized queries, keys and values where the attention of the block cannot be reached.
+    """Refuse quantized queries, keys and values if the attention of the block cannot be redirected.
 
     Raises:
-        UserError: names the model type and what is possible instead.
+        UserError: names the model type and the remedy.
     """
     if activations.attention and layout.attention is None:
         raise UserError(
@@ -56,7 +57,7 @@ def check_attention(layout: Layout, activations: Activations) -> None:
 def quantized_activations(
     block: nn.Module, layout: Layout, activations: Activations, finished: Finished | None = None
 ) -> Iterator[None]:
-    """While this is entered, the block computes on quantized activations."""
+    """Quantize the activations of a block inside this context (see ``attach``)."""
     detach = attach(block, layout, activations, finished)
     try:
         yield
@@ -67,18 +68,21 @@ def quantized_activations(
 def attach(
     block: nn.Module, layout: Layout, activations: Activations, finished: Finished | None = None
 ) -> Callable[[], None]:
-    """Let a block compute on quantized activations.
+    """Make a block compute with quantized activations.
 
     Args:
-        finished: the quantized linears of a finished block by name, which know their inputs' range where that is fixed.
-            The inputs of other linears stay as they are, and a block without any quantized linear computes in full
-            precision. None while the block is being calibrated.
+        block: the block.
+        layout: the layout of the block.
+        activations: how the scheme quantizes activations.
+        finished: the quantized linears of a finished block by name; they hold the static ranges of their inputs. Inputs
+            of other linears are not quantized, and a block without quantized linears computes in full precision. None
+            during the calibration of the block.
 
     Returns:
-        what takes everything off again.
+        A function that removes everything again.
 
     Raises:
-        UserError: queries, keys or values of a block whose attention cannot be reached.
+        UserError: the scheme quantizes queries, keys or values, and the attention of the block cannot be redirected.
     """
     check_attention(layout, activations)
     undo: list[Callable[[], None]] = []
@@ -109,13 +113,14 @@ def attach(
 def attach_all(
     blocks: Iterable[tuple[nn.Module, Layout, Finished | None]], activations: Activations
 ) -> Callable[[], None]:
-    """Let the blocks of a whole model compute on quantized activations, each as ``attach`` does.
+    """Make all blocks of a model compute with quantized activations, as ``attach`` does for one block.
 
     Args:
-        blocks: each with its layout and with what is finished of it.
+        blocks: each block with its layout and its quantized linears.
+        activations: how the scheme quantizes activations.
 
     Returns:
-        what takes everything off again.
+        A function that removes everything again.
     """
     undo = [attach(block, layout, activations, finished) for block, layout, finished in blocks]
 
@@ -127,7 +132,7 @@ def attach_all(
 
 
 class SampleLength:
-    """A pre-hook of a block that notes how many tokens its samples have."""
+    """A pre-hook of a block that records the number of tokens per sample."""
 
     tokens = 0
 
@@ -136,13 +141,13 @@ class SampleLength:
 
 
 class SharedInput:
-    """A pre-hook of all linears that read one tensor.
+    """A pre-hook of all linears that read the same tensor.
 
     Args:
-        activations: what becomes of it.
-        fixed: its range, if that is fixed and known.
-        last: the linear that runs last; nothing is held after it.
-        length: of the samples that the block is at.
+        activations: how the tensor is quantized.
+        fixed: the static range of the tensor, if it is known.
+        last: the linear that runs last. After it, the quantized tensor is released.
+        length: records the number of tokens per sample.
     """
 
     def __init__(
@@ -165,7 +170,7 @@ class SharedInput:
         bits, symmetric = self.activations.inputs, self.activations.symmetric
         if not self.activations.static:
             return _quantize(x, bits, symmetric)
-        x = x.to(_computed_in(x))
+        x = x.to(_compute_dtype(x))
         if self.fixed is not None:
             return self.fixed.quantize(x, bits)
         samples = x if x.dim() == 3 else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
@@ -173,32 +178,32 @@ class SharedInput:
 
 
 def _quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Each token of ``[..., c]`` on its own range, in the dtype of the computation; 16 bits leave it alone."""
-    return x if bits == 16 else quantize_tokens(x, bits, symmetric, _computed_in(x))
+    """Quantize each token of ``[..., c]`` on its own range, in the compute dtype; 16 bits return the input."""
+    return x if bits == 16 else quantize_tokens(x, bits, symmetric, _compute_dtype(x))
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    """The dtype that autocast would bring it to before the product."""
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to which autocast casts ``x`` before a product."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _redirect(attention: Any, activations: Activations) -> Callable[[], None]:
-    """Send the attention of one module through ours; returns what takes it back."""
+    """Redirect the attention of one module to omniq's function; return a function that undoes this."""
     own = attention.config
-    # a copy, because the model's own decides which masks are made, and may be told of another implementation later
+    # A copy, because the model's config selects the masks and may change its implementation later.
     attention.config, attention.plain_config = copy.copy(own), own
     attention.config._attn_implementation = _register(activations)
 
-    def take_back() -> None:
+    def restore() -> None:
         attention.config = own
         del attention.plain_config
 
-    return take_back
+    return restore
 
 
 def _register(activations: Activations) -> str:
-    """Our attention, by name in transformers' interface."""
+    """Register omniq's attention in transformers' interface, and return its name there."""
     kind = "s" if activations.symmetric else "a"
     name = f"omniq-q{activations.queries}-kv{activations.keys_values}-{kind}"
     if name not in AttentionInterface():
@@ -210,11 +215,11 @@ def _attention(activations: Activations) -> Callable[..., Any]:
     interface, symmetric = AttentionInterface(), activations.symmetric
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # "eager" stands for the function beside the module's class; all others are in the interface.
+        # "eager" means the function in the module of the class; the interface holds all other implementations.
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         query = _quantize(query, activations.queries, symmetric)
         key, value = (_quantize(each, activations.keys_values, symmetric) for each in (key, value))
-        redirected, module.config = module.config, module.plain_config  # flash attention looks for its name there
+        redirected, module.config = module.config, module.plain_config  # flash attention reads its name from the config
         try:
             plain = interface.get_interface(module.config._attn_implementation, eager)
             return plain(module, query, key, value, *args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one block: a single forward, or a whole activation stream in batches, without gradients."""
+"""Run one block: a single forward, or an activation stream in batches without gradients."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def call_block(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """One forward of a block, ``[n, t, h]`` to ``[n, t, h]``."""
+    """Run one forward of a block, ``[n, t, h]`` to ``[n, t, h]``."""
     output = block(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output  # some families return (hidden states, …)
 
@@ -30,9 +30,12 @@ def forward_stream(
     """Send a stream through a block, in batches, without gradients.
 
     Args:
-        precision: enters the autocast context of the run, so that propagation and calibration compute alike.
-        batch: samples at once.
-        use: called with each batch's place in the stream and the block's output, ``[batch, t, h]``.
+        block: the block.
+        stream: the inputs of the block, ``[n, t, h]``.
+        kwargs: the other arguments of the block's forward.
+        precision: enters the autocast context of the run, so that propagation and calibration compute identically.
+        batch: number of samples per forward.
+        use: called for each batch with its slice of the stream and the output of the block, ``[batch, t, h]``.
     """
     device = next(block.parameters()).device
     with torch.no_grad(), precision():
@@ -44,10 +47,10 @@ def forward_stream(
 def propagate(
     block: nn.Module, stream: Tensor, kwargs: Mapping[str, Any], precision: Precision, batch: int = 4
 ) -> bool:
-    """Replace a stream, ``[n, t, h]``, by what the block makes of it: in place, as ``forward_stream`` goes along.
+    """Replace a stream, ``[n, t, h]``, by the outputs of the block, in place.
 
     Returns:
-        whether all of it is finite, which the block's device tells faster than the host would.
+        Whether all outputs are finite. The check runs on the device of the block, which is faster than the host.
     """
     device = next(block.parameters()).device
     finite = torch.ones((), dtype=torch.bool, device=device)
@@ -58,5 +61,5 @@ def propagate(
 
     forward_stream(block, stream, kwargs, precision, batch, store)
     if stream.device != device and device.type == "cuda":
-        torch.cuda.synchronize(device)  # the last batches may still be on their way to the host
+        torch.cuda.synchronize(device)  # copies of the last batches to the host may be pending
     return bool(finite)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the activation streams live: device memory, (pinned) host memory or memory-mapped files.
+"""Placement of the activation streams: device memory, (pinned) host memory or memory-mapped files.
 
-A file of a stream has no name: it takes disk space while the run works and is gone with it.
+The file of a stream has no name. It occupies disk space during the run, and the kernel frees the space when the process
+ends.
 """
 
 import os
@@ -22,13 +23,13 @@ Location = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True)
 class ActivationPlacement:
-    """Where the streams of a run live.
+    """The memory that holds the streams of a run.
 
     Args:
         location: device memory, (pinned) host memory, or files.
-        device: of the blocks.
-        folder: for the files.
-        copy_on_disk: whether a copy that is to be saved is made in files, though the streams are not there.
+        device: the device of the blocks.
+        folder: the folder of the files.
+        copy_on_disk: make the copy of the streams that is saved in files, although the streams are not in files.
     """
 
     location: Location
@@ -44,61 +45,65 @@ class ActivationPlacement:
         folder: Path,
         size: int,
         count: int = 3,
-        neighbours: int = 1,
+        processes: int = 1,
         saved: int = 0,
     ) -> "ActivationPlacement":
-        """A home as the user wants it, or by what is free.
+        """Choose a placement as the user asks, or by the free memory.
 
         Args:
-            wanted: a place, or ``auto``: the memory of the GPU, if the streams take no more than half of what is free
-                there; then host memory by the same rule, for all processes of this machine together; then files.
-            size: bytes of a stream of this process.
-            count: streams that are alive at once; some stages need a third.
-            neighbours: processes on this machine, this one included, each with as many streams.
-            saved: bytes of the copy that the first process makes of the streams of all.
+            wanted: a location, or ``auto``: GPU memory, if the streams need at most half of its free bytes; otherwise
+                host memory by the same rule, for all processes of this machine together; otherwise files.
+            device: the device of the blocks.
+            folder: the folder of the files.
+            size: bytes of one stream of this process.
+            count: number of streams that exist at the same time; some stages need a third stream.
+            processes: number of processes on this machine, each with ``count`` streams.
+            saved: bytes of the copy that rank 0 makes of the streams of all processes.
         """
         free = free_host_memory() // 2
-        here = neighbours * count * _allocated(size, device)
+        on_host = processes * count * _allocated(size, device)
         if wanted == "auto":
-            fits = {"device": count * size <= _free_device_memory(device), "host": here <= free}
+            fits = {"device": count * size <= _free_device_memory(device), "host": on_host <= free}
             wanted = next((place for place, does in fits.items() if does), "disk")
         location: Location = "disk" if wanted == "disk" else "host" if wanted == "host" else "device"
         if location == "host" or (location == "device" and device.type == "cpu"):
-            free -= here
+            free -= on_host
         return cls(location, device, folder, location != "disk" and saved > free)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for one stream."""
+        """Allocate memory for one stream."""
         if self.location == "disk":
-            return _mapped(self.folder, shape, dtype)
+            return mapped_tensor(self.folder, shape, dtype)
         where = self.device if self.location == "device" else torch.device("cpu")
         pinned = self.location == "host" and self.device.type == "cuda"
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
 
     @property
-    def copies(self) -> Path | None:
-        """The folder for files of a copy that is to be saved; None for host memory."""
+    def copy_folder(self) -> Path | None:
+        """The folder for files with the copy that is saved; None if the copy is in host memory."""
         return self.folder if self.location == "disk" or self.copy_on_disk else None
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A copy that lives here."""
+        """Copy a tensor to this placement."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def empty_like_stream(stream: Tensor) -> Tensor:
-    """Room for another stream of the same size in the same place."""
+    """Allocate memory for another stream of the same shape in the same placement."""
     file = stream.untyped_storage().filename
     if file is not None:
-        return _mapped(Path(file).parent, tuple(stream.shape), stream.dtype)
+        return mapped_tensor(Path(file).parent, tuple(stream.shape), stream.dtype)
     pinned = stream.device.type == "cpu" and torch.cuda.is_initialized() and stream.is_pinned()
     return torch.empty(stream.shape, dtype=stream.dtype, device=stream.device, pin_memory=pinned)
 
 
 def gather_samples(stream: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
-    """Some samples of a stream on the device, ``[batch, t, h]``; from pinned memory the host does not wait for them.
+    """Copy samples of a stream to the device, ``[batch, t, h]``. The host does not wait for copies from pinned memory.
 
     Args:
-        samples: int64 indices on the host or where the stream is, or a slice.
+        stream: the stream, ``[n, t, h]``.
+        samples: a slice, or int64 indices on the host or on the device of the stream.
+        device: the device of the result.
     """
     if stream.device == device:
         return stream[samples if isinstance(samples, slice) else samples.to(device)]
@@ -110,11 +115,16 @@ def gather_samples(stream: Tensor, samples: Tensor | slice, device: torch.device
     return batch
 
 
-def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory of a file that loses its name at once, so that nothing is left of it however the process ends."""
+def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Map a file that is unlinked at once, so that no file remains, no matter how the process ends.
+
+    Raises:
+        UserError: the disk has no room for the file.
+    """
     handle, name = tempfile.mkstemp(prefix="stream.", dir=folder)
     try:
-        os.posix_fallocate(handle, 0, prod(shape) * dtype.itemsize)  # or a full disk would kill us at some later write
+        # Without the allocation, a full disk would kill the process at a later write.
+        os.posix_fallocate(handle, 0, prod(shape) * dtype.itemsize)
         return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(shape)
     except OSError as error:
         raise UserError(
@@ -127,13 +137,13 @@ def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _free_device_memory(device: torch.device) -> int:
-    """Half of what is free on a GPU; the rest is for the block, its gradients and activations. On a CPU: none."""
+    """Return half of the free bytes of a GPU, or 0 on a CPU. The block, its gradients and activations need the rest."""
     if device.type != "cuda":
         return 0
-    torch.cuda.empty_cache()  # freed memory that torch keeps
+    torch.cuda.empty_cache()  # returns freed memory that torch caches
     return torch.cuda.mem_get_info(device)[0] // 2
 
 
 def _allocated(size: int, device: torch.device) -> int:
-    """Bytes of host memory that a stream takes: torch pins the next power of two."""
+    """Return the bytes of host memory that a stream occupies. torch rounds pinned memory up to a power of two."""
     return 1 << (size - 1).bit_length() if device.type == "cuda" else size

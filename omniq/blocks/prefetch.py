@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens beside the calibration: the next block is read while this one trains, and the last one is written.
+"""Read the next block in a background thread while the current block is calibrated.
 
-One thread each, host memory only: neither calls CUDA, so that a CUDA graph can be captured at any time.
+The thread uses host memory only and never calls CUDA, so that a CUDA graph can be captured at any time.
 """
 
 import gc
@@ -15,19 +15,19 @@ from omniq.models.source import SourceModel
 
 
 def blocks_ahead(source: SourceModel, start: int, device: torch.device) -> Iterator[tuple[int, nn.Module]]:
-    """Blocks on the device, from ``start`` to the last; while the caller has one, the next one is read.
+    """Yield blocks on the device, from ``start`` to the last, and read the next block in the meantime.
 
-    Two blocks are alive at any time if the caller lets go of each before it asks for the next. What is left of a block
-    is collected here: Lightning's objects refer to each other, and one of them to the block.
+    At most two blocks are in memory if the caller releases each block before it asks for the next. This function
+    collects garbage after each block, because Lightning's objects form reference cycles that include the block.
     """
-    gc.freeze()  # what there is now is none of it: looking through would take a third of a second every time
+    gc.freeze()  # older objects are not garbage, and scanning them takes a third of a second per block
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-            coming = [reader.submit(source.block, start)]  # emptied by taking: a finished future holds its result
+            pending = [reader.submit(source.block, start)]  # popped, because a finished future keeps its result alive
             for index in range(start, source.num_blocks):
-                block = coming.pop().result()
+                block = pending.pop().result()
                 if index + 1 < source.num_blocks:
-                    coming.append(reader.submit(source.block, index + 1))
+                    pending.append(reader.submit(source.block, index + 1))
                 yield index, block.to(device)
                 del block
                 gc.collect()

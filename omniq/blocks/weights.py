@@ -10,17 +10,17 @@ from omniq.storage.block_result import BlockResult
 
 
 def load_quantized_weights(block: nn.Module, result: BlockResult) -> None:
-    """Give a block the weights that the deployed model will compute with, made of their codes on its device."""
+    """Load the weights of the exported model into a block: dequantize the codes on the device of the block."""
     for name, value in result.dequantized(device=next(block.parameters()).device):
         set_tensors(block, {name: value})
 
 
 @torch.no_grad()
 def set_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy parameters into a block, keeping its dtype; biases that a transform has created are added to it.
+    """Copy parameters into a block and keep its dtype. A bias that a transform created is added to its linear.
 
     Raises:
-        KeyError: neither a parameter of the block nor the bias of one of its linears.
+        KeyError: a name is neither a parameter of the block nor the bias of one of its linears.
     """
     parameters = dict(block.named_parameters())
     for name, value in tensors.items():

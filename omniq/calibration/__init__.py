@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machinery that all methods share.
+"""Shared by all methods: settings, the block with its streams, the LightningModule, and statistics of inputs.
 
-``Stage`` (settings), ``BlockTask`` (a block and its streams), ``BlockModule`` (the LightningModule), Gram matrices,
-observation of inputs, the captured step. May import blocks and everything below. Read ``stage.py``, then ``task.py``.
+``Stage`` holds settings, ``BlockTask`` a block and its streams, and ``BlockModule`` is the LightningModule of one fit.
+May import blocks and everything below. Read ``stage.py`` first, then ``task.py``.
 """

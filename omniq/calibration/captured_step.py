@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step, replayed as a CUDA graph where there is a GPU.
+"""One optimizer step, replayed as a CUDA graph on a GPU.
 
-A calibration step of a small or medium block is hundreds of short kernels; launched one by one from Python they leave
-the GPU idle most of the time. After a few eager steps the whole of it (forward, loss, backward, AdamW) is captured once
-with the batch in fixed buffers, and from then on a step is two copies and one launch, with nothing waited for.
+A calibration step of a small or medium block consists of hundreds of short kernels. Launched one by one from Python,
+they leave the GPU idle most of the time. After a few eager steps, the whole step (forward, loss, backward, AdamW) is
+captured once with the batch in fixed buffers. Each later step is two copies and one launch, without synchronisation.
 
-The captured graph reads and writes the optimizer's own state, so Lightning saves and restores it as always; whoever
-replaces tensors of the module or the optimizer (a guard going back to a good state) calls ``reset`` and the next step
-is eager again. On the CPU, under several processes, and for a batch of another size every step is eager; numbers are
-the same up to the order of sums inside a kernel.
+The captured graph reads and writes the optimizer's own state, so Lightning saves and restores it as usual. Code that
+replaces tensors of the module or of the optimizer (a guard that restores an earlier state) calls ``reset``; the next
+step is then eager again. Every step is eager on the CPU, with several processes, and for a batch of another size.
+Results are equal up to the order of sums inside a kernel.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-WARMUP = 3  # eager steps before the capture: lazily made state (Adam's moments, cuBLAS workspaces) must exist by then
+WARMUP = 3  # eager steps before the capture: lazily created state (Adam's moments, cuBLAS workspaces) must exist then
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,10 +26,10 @@ class OptimizerStep:
     """Loss, backward and update on one batch.
 
     Args:
-        loss: of inputs and targets; differentiable in the optimizer's parameters.
-        optimizer: for a graph it must be capturable (and fused, if a scaler is given).
-        scaler: of the gradients in float16, or None.
-        graph: capture on CUDA; False keeps every step eager.
+        loss: function of inputs and targets, differentiable in the optimizer's parameters.
+        optimizer: must be capturable for a graph, and fused if a scaler is given.
+        scaler: scaler of the gradients for float16, or None.
+        graph: capture a graph on CUDA; False keeps every step eager.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class OptimizerStep:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the captured graph."""
+        """Discard the captured graph."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
-        self._shape: torch.Size | None = None  # of the first batch; the last one of a pass may be smaller
+        self._shape: torch.Size | None = None  # of the first batch; the last batch of a pass may be smaller
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._result: Tensor | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Do one step.
+        """Run one step.
 
         Args:
             inputs, targets: the batch, on the device.
@@ -86,7 +86,7 @@ class OptimizerStep:
         return loss.detach()
 
     def _on_side_stream(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Eager, where the capture will run: memory it reuses must not belong to the default stream."""
+        """Run an eager step on a side stream: the capture reuses its memory, which must not be the default stream's."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -95,7 +95,7 @@ class OptimizerStep:
         return loss
 
     def _capture(self, inputs: Tensor, targets: Tensor) -> None:
-        """Record one step; recording does not execute it."""
+        """Capture one step; the capture does not execute it."""
         self._buffers = (inputs.clone(), targets.clone())
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()

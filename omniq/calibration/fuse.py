@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stages that move scales and shifts inside a block share: the ranges of its inputs, and fusing.
+"""Shared by the stages that move scales and shifts inside a block: the ranges of its inputs, and fusing.
 
-After ``fuse`` the block computes what it did, with other weights, norms and (where a shift needed them) new biases: it
-stays the full-precision block that later stages start from.
+After ``fuse`` the block computes the same function with other weights, norms and, where a shift needs them, new biases.
+It is still a full-precision block, and later stages start from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from omniq.transforms.transform import Transform
 
 
 def kinds_of(layout: Layout) -> list[str]:
-    """The kinds of equivalences that a block has."""
+    """The kinds of equivalences that the layout of a block declares."""
     declared = {equivalence.kind for equivalence in layout.equivalences}
     return [kind for kind in KINDS if kind in declared]
 
@@ -32,29 +32,29 @@ def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "trans
     """Refuse equivalences that a block does not have.
 
     Args:
-        field: where they were given.
+        layout: the layout of the block.
+        kinds: the requested kinds.
+        field: the setting that requests them, for the message.
 
     Raises:
         UserError: names the model type and the kinds that it has.
     """
-    there = kinds_of(layout)
+    available = kinds_of(layout)
+    remedy = f"choose from {', '.join(available)}" if available else "use a method without a transform"
     for kind in kinds:
-        if kind not in there:
-            raise UserError(
-                f"{field}: {layout.model_type} has no {kind!r}; "
-                + (f"it has {', '.join(there)}" if there else "it has none: use a method without a transform")
-            )
+        if kind not in available:
+            raise UserError(f"{field}: {layout.model_type} has no equivalence {kind!r}: {remedy}")
 
 
-def concerns(layout: Layout, equivalence: Equivalence) -> bool:
-    """Whether an equivalence changes what is quantized: the input of a quantized linear, or queries and keys."""
+def affects_quantization(layout: Layout, equivalence: Equivalence) -> bool:
+    """True if an equivalence changes a quantized tensor: the input of a quantized linear, or queries and keys."""
     return not equivalence.readers or any(name in layout.linears for name in equivalence.readers)
 
 
 def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Transform:
-    """The transform of one block; warns once in a process about each equivalence that cannot have a shift."""
+    """Build the transform of one block; warn once per process about each equivalence that cannot have a shift."""
     layout = task.layout
-    chosen = [each for each in layout.equivalences if each.kind in kinds and concerns(layout, each)]
+    chosen = [each for each in layout.equivalences if each.kind in kinds and affects_quantization(layout, each)]
     transform = Transform(chosen, layout.heads, dict(task.block.named_parameters()), layout.can_bias, shift)
     for reason in transform.unshifted.values():
         warn_once(reason)
@@ -62,12 +62,12 @@ def block_transform(task: BlockTask, kinds: Sequence[str], shift: bool) -> Trans
 
 
 def input_ranges(task: BlockTask) -> ChannelRanges:
-    """Smallest and largest value of every input channel of the quantized linears, in one pass over the stream.
+    """Measure the smallest and largest value of every input channel of the quantized linears, in one pass.
 
-    Activations are not quantized in that pass, because the ranges are those of the outliers.
+    Activations are not quantized in that pass, so that the ranges include the outliers.
 
     Returns:
-        the ranges; without the linears that no token reaches.
+        the ranges; linears that no token reaches have no entry.
 
     Raises:
         UserError: see ``Observation.results``.
@@ -83,5 +83,5 @@ def input_ranges(task: BlockTask) -> ChannelRanges:
 
 @torch.no_grad()
 def fuse(block: nn.Module, transform: Transform, parameters: Mapping[str, Tensor] | nn.ParameterDict) -> None:
-    """Store the transformed tensors in the block: the same function as in training, float32, rounded once."""
+    """Store the transformed tensors in the block; uses the function of training, in float32, and rounds once."""
     set_tensors(block, transform.apply(dict(block.named_parameters()), parameters))

@@ -1,39 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-wise stages: gather the Gram matrix of each input, then choose codes without gradients.
+"""Base of the layer-wise stages: gather the Gram matrix of each input, then choose codes without gradients.
 
 GPTQ, QuantEase, SpQR and AWQ all minimise, for every linear,
 
     f(W^) = ||W X - W^ X||^2 = tr((W - W^) S (W - W^)^T),   S = X X^T
 
-and need nothing of the calibration data but S. Linears that share an input share one S. Those of them that are on one
-grid are stacked by rows and solved together, which is exact because rows are independent
-(``omniq.calibration.stacked_linears``). The inputs are
-those of the quantized stream; with ``true_sequential`` (the default) a later group of linears sees the earlier ones of
-its own block already quantized.
+S is the only statistic of the calibration data that they need. Steps for each group of linears that share an input:
 
-Driven by Lightning like any stage: one epoch whose steps are, for each group, the batches that gather S and then the
-solver's own steps (sweeps). A checkpoint after each of them, at most one every five seconds, makes the stage resumable.
+1. Run the block on the quantized stream and gather S. With ``true_sequential`` (the default), a later group sees the
+   earlier groups of its own block already quantized.
+2. Stack the linears that have the same grid by rows (``omniq.calibration.stacked_linears``). This is exact, because the
+   objective treats each row independently.
+3. Run the steps of the solver (sweeps) on each stack.
 
-A linear that no token reaches, such as an expert of a mixture, has no S. It is rounded to nearest, or keeps what the
-stage before it found if this stage builds on that, and the block's summary names it.
+Lightning drives the stage as one epoch whose steps are the gathering batches and the solver steps of every group. A
+checkpoint after a pass, at most one every five seconds, makes the stage resumable.
 
-S accumulates in float32. Half-precision inputs are multiplied as they are with float32 sums (products of two float16
-are exact in float32); under several processes S is summed over them. Only the block's forward follows the Trainer's
-precision; a solver computes in float32, unless its own settings say otherwise.
+If no token reaches a linear, such as an expert of a mixture, that linear has no S. It is rounded to nearest, or keeps
+the result of the previous stage if this stage builds on it. The summary of the block names the linear.
+
+S accumulates in float32. Half-precision inputs are multiplied without conversion and summed in float32, because
+products of two float16 values are exact in float32. With several processes, S is summed over all of them. Only the
+forward of the block follows the precision of the Trainer; solvers compute in float32 unless their settings say
+otherwise.
 
 Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, ``i`` input features, ``G`` groups.
 """
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omniq.calibration.input_statistics import InputGram, exact, relative
-from omniq.calibration.loader import PassLoader
+from omniq.calibration.input_statistics import InputGram, relative_error, without_autocast
+from omniq.calibration.loader import PlanLoader
 from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import Observation
 from omniq.calibration.rounding import round_to_nearest
@@ -55,14 +58,14 @@ class GramStage(Stage):
     """Settings that all layer-wise stages share.
 
     Args:
-        clipping: the range of each group: ``Searched`` (weighted with the diagonal of S) unless another is given.
-        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
-        batch_size: samples a gathering step.
-        token_weights: how much each token counts in S.
-        damping: added to the diagonal of S by the solver, as a share of its mean.
+        clipping: how to choose the range of each group; ``Searched``, weighted with the diagonal of S, by default.
+        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
+        batch_size: samples per gathering step.
+        token_weights: the weight of each token in S.
+        damping: the fraction of the mean diagonal of S that the solver adds to the diagonal.
 
     Raises:
-        UserError: nothing is gathered, or the damping is no share.
+        UserError: ``batch_size`` is less than 1, or ``damping`` is outside 0 to 1.
     """
 
     def __init__(
@@ -75,10 +78,10 @@ class GramStage(Stage):
     ) -> None:
         name = type(self).__name__
         if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} of {name} gathers nothing: give 1 or more")
+            raise UserError(f"batch_size {batch_size} of {name} is too small: give 1 or more")
         if not 0 <= damping < 1:
             raise UserError(
-                f"damping {damping} of {name} is outside 0 to 1: it is a share of the mean diagonal, such as 0.01"
+                f"damping {damping} of {name} is outside 0 to 1: give a fraction of the mean diagonal, such as 0.01"
             )
         self.clipping = clipping or Searched()
         self.true_sequential, self.batch_size = true_sequential, batch_size
@@ -90,57 +93,16 @@ class GramStage(Stage):
         return frozenset({"grid", "codes"})
 
 
-class PlanLoader(PassLoader):
-    """For each round: the batches that gather, as sample indices, then the solver's steps, as empty tensors.
-
-    Args:
-        samples, batch_size: of the gathering.
-        rounds: how often that happens.
-        work: solver steps a round.
-    """
-
-    def __init__(self, samples: int, batch_size: int, rounds: int, work: int) -> None:
-        super().__init__(samples, batch_size, rounds)
-        self.gathering, self.work = super().steps_per_pass, work
-
-    @property
-    def steps_per_pass(self) -> int:
-        """Gathering and working steps of one round."""
-        return self.gathering + self.work
-
-    def pass_of(self, step: int) -> int:
-        """The gathering of a round is one pass, and so is each step of the solver."""
-        turn, inside = divmod(step - 1, self.steps_per_pass)
-        return turn * (1 + self.work) + max(0, inside - self.gathering + 1)
-
-    def ends_pass(self, step: int) -> bool:
-        """After the gathering, and after each step of the solver; of several processes, after the last one of a round.
-
-        In between each of them has rows of its own, which no checkpoint holds.
-        """
-        inside = step % self.steps_per_pass
-        return (
-            inside in (0, self.gathering) if collectives.world_size() > 1 else inside == 0 or inside >= self.gathering
-        )
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.position < len(self):
-            step = self.position % self.steps_per_pass
-            self.position += 1
-            start = step * self.batch_size if step < self.gathering else self.samples
-            yield torch.arange(self.samples)[start : start + self.batch_size]
-
-
 class GramModule(BlockModule):
     """A block whose linears are solved group by group.
 
     Args:
         task: the block, its streams and its grids.
-        settings: of the stage.
-        work: solver steps for each group.
+        settings: the settings of the stage.
+        work: number of solver steps for each group.
     """
 
-    save_interval = 5.0  # seconds: a sweep takes milliseconds on a GPU, a checkpoint with its Gram matrix does not
+    save_interval = 5.0  # seconds: a sweep takes milliseconds on a GPU, but saving its Gram matrix takes much longer
 
     def __init__(self, task: BlockTask, settings: GramStage, work: int = 1) -> None:
         super().__init__(task)
@@ -149,46 +111,46 @@ class GramModule(BlockModule):
         groups = tuple(range(len(task.layout.groups)))
         self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
         self.plan = [(k, names) for k in groups for names in split_by_grid(task.layout.groups[k], task.grids)]
-        self.observation: Observation | None = None  # of the round that gathers
+        self.observation: Observation | None = None  # while a round gathers
         self.grams: dict[int, Tensor] = {}  # by group
-        self.tokens: dict[int, int] = {}  # that S is a sum over, of all processes; by group
+        self.tokens: dict[int, int] = {}  # number of tokens that S sums over, in all processes; by group
         self.found: dict[str, QuantizedLinear] = {}
         self.stacks: dict[int, StackedLinears] = {}  # by position in ``plan``
-        self._deployed: dict[str, Tensor] = {}
+        self._solved_weights: dict[str, Tensor] = {}
 
     def loader(self) -> PlanLoader:
         return PlanLoader(len(self.task.inputs), self.settings.batch_size, len(self.rounds), self.work)
 
     def configure_optimizers(self) -> None:
-        """None for Lightning: a solver exists only once its Gram matrix does."""
+        """Give Lightning no optimizer: a solver is created only when its Gram matrix is complete."""
 
     @abstractmethod
     def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear] | None:
-        """One step of the solver on one stack.
+        """Run one step of the solver on one stack.
 
         Args:
-            number: position of the stack in ``plan``, which lists each stack after its group.
-            stack: its linears.
-            gram: ``[i, i]``, float32, on the device of the block.
-            step: from 0.
+            number: position of the stack in ``plan``, whose entries are (group, names of the linears).
+            stack: the linears of the stack.
+            gram: Gram matrix of their input, float32 ``[i, i]``, on the device of the block.
+            step: number of the step, from 0.
 
         Returns:
-            the finished linears after the last step, None before.
+            the finished linears after the last step; None before.
         """
 
     @torch.no_grad()
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
-        turn, step = divmod(batch_idx, self.batches.steps_per_pass)
-        groups = self.rounds[turn]
+        round_number, step = divmod(batch_idx, self.batches.steps_per_pass)
+        groups = self.rounds[round_number]
         if len(indices):
             self._gather(groups, indices)
             if step + 1 == self.batches.steps_per_pass - self.work:
-                self._gathered(groups)
+                self._finish_gathering(groups)
             return
         work = step - (self.batches.steps_per_pass - self.work)
         for k in (k for k in groups if self.tokens[k]):
             for number in self.stacks_in(k):
-                with exact(self.grams[k]), matmul_precision("float32", self.task.device):
+                with without_autocast(self.grams[k]), matmul_precision("float32", self.task.device):
                     done = self.solve(number, self._stack(number), self.grams[k], work)
                 if done is not None:
                     self._keep(number, done)
@@ -201,7 +163,7 @@ class GramModule(BlockModule):
         return BlockResult({name: self.found[name] for name in self.task.layout.linears}, self.task.plain_tensors())
 
     def second_moment(self, number: int) -> Tensor:
-        """What the clipping needs to know of a stack's input: mean squares ``[i]`` or mean products ``[i, i]``."""
+        """The mean squares ``[i]`` or mean products ``[i, i]`` of a stack's input, as the clipping needs."""
         k = self.plan[number][0]
         return (self.grams[k] if self.settings.clipping.needs_gram else self.grams[k].diagonal()) / self.tokens[k]
 
@@ -209,25 +171,26 @@ class GramModule(BlockModule):
         """Track the relative reconstruction error of each linear, without waiting for the device.
 
         Args:
-            rows: of the stack, that this process has solved: its share, or all of them.
+            stack: the linears.
+            rows: rows of the stack that this process has solved: its share, or all of them.
             errors, powers: ``d S d^T`` and ``w S w^T`` of each of these rows.
         """
         parts = torch.stack([errors, powers]).split(stack.lengths(rows), 1)
         sums = collectives.all_reduce_sum(torch.stack([part.sum(1) for part in parts]))
         for name, (error, power) in zip(stack.names, sums, strict=True):
-            self.track(f"{name.rpartition('.')[2]}/recon_error", relative(error, power))
+            self.track(f"{name.rpartition('.')[2]}/recon_error", relative_error(error, power))
 
     def _gather(self, groups: tuple[int, ...], indices: Tensor) -> None:
         if self.observation is None:
             names = [self.task.layout.groups[k][0] for k in groups]
             self.observation = Observation(self.task, [InputGram()], names, self.settings.token_weights)
-        self.observation.run_batch(indices, self._deployed)
+        self.observation.run_batch(indices, self._solved_weights)
 
-    def _gathered(self, groups: tuple[int, ...]) -> None:
-        """Sum over processes, refuse what no solver can use, and finish what no token reaches."""
+    def _finish_gathering(self, groups: tuple[int, ...]) -> None:
+        """Sum the statistics over processes, reject non-finite values, and finish linears that no token reaches."""
         assert self.observation is not None
         for number in (number for k in groups for number in self.stacks_in(k)):
-            self._stack(number)  # weights that are not finite are to blame for the inputs behind them: named first
+            self._stack(number)  # checks the weights first: non-finite weights also make later inputs non-finite
         seen, self.observation = self.observation.results(), None
         for k in groups:
             name = self.task.layout.groups[k][0]
@@ -246,7 +209,7 @@ class GramModule(BlockModule):
                 )  # fmt: skip
 
     def _unreached(self, k: int) -> dict[str, QuantizedLinear]:
-        """The linears of a group that no token reaches."""
+        """The results for a group of linears that no token reaches."""
         task, clipping, names = self.task, self.settings.clipping, self.task.layout.groups[k]
         if task.result is not None and "grid" in self.settings.takes:
             return {name: task.result.linears[name] for name in names}
@@ -260,18 +223,18 @@ class GramModule(BlockModule):
         return self.stacks[number]
 
     def stacks_in(self, k: int) -> list[int]:
-        """Positions of the stacks of a group, which share its Gram matrix."""
+        """Positions in ``plan`` of the stacks of a group; they share the Gram matrix of the group."""
         return [number for number, (group, _) in enumerate(self.plan) if group == k]
 
     def _keep(self, number: int, done: dict[str, QuantizedLinear]) -> None:
         self.found |= done
-        self._deploy(done)
+        self._add_solved_weights(done)
         del self.stacks[number]
 
-    def _deploy(self, done: dict[str, QuantizedLinear]) -> None:
+    def _add_solved_weights(self, done: dict[str, QuantizedLinear]) -> None:
         for name, linear in done.items():
             weight = self.task.linear(name).weight
-            self._deployed[f"{name}.weight"] = linear.dequantize(weight.dtype, weight.device)
+            self._solved_weights[f"{name}.weight"] = linear.dequantize(weight.dtype, weight.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         solvers = self.solver_state()
@@ -289,20 +252,20 @@ class GramModule(BlockModule):
         device = self.task.device
         self.grams = {k: gram.to(device) for k, gram in state["grams"].items()}
         every = self.task.inputs.shape[0] * self.task.inputs.shape[1] * collectives.world_size()
-        # Up to version 1b67ee7 no counts were saved, and every linear saw every token.
+        # Checkpoints up to version 1b67ee7 hold no counts; in those versions every linear saw every token.
         self.tokens = dict(state.get("tokens", dict.fromkeys(range(len(self.task.layout.groups)), every)))
         self.found = {name: QuantizedLinear.from_state(linear) for name, linear in state["found"].items()}
-        self._deploy(self.found)
+        self._add_solved_weights(self.found)
         self.load_solver_state(state["solvers"])
 
     def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
-        """Gram matrices are saved by the position of their group: whether the groups are still the same."""
+        """True if the groups have not changed, because Gram matrices are saved by the position of their group."""
         groups = checkpoint["gram stage"].get("groups")  # not saved up to version 1b67ee7
         return groups is None or groups == [list(group) for group in self.task.layout.groups]
 
     def solver_state(self) -> dict[int, Any]:
-        """State of the solvers in mid-solution, Gram matrix included, by position of their stack."""
+        """State of the unfinished solvers, including their Gram matrices, by the position of their stack."""
         return {}
 
     def load_solver_state(self, state: dict[int, Any]) -> None:
-        """Take up what ``solver_state`` gave."""
+        """Restore the state that ``solver_state`` returned."""

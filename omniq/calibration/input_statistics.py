@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed of the inputs of a linear: sums over tokens, the range, or the inputs themselves.
+"""Statistics of the inputs of a linear: sums over tokens, the range, or the inputs themselves.
 
-Within a sample sums are in float32, over samples in float64: there the sum of so few numbers of like size is exact, so
-that it depends neither on their order nor on how processes share them. A Gram matrix is in float32 throughout; for it,
-half-precision inputs are multiplied exactly. The block may run in the Trainer's half precision, as it is deployed;
-what is made of its inputs never does (``exact``).
+Sums within a sample are in float32; sums over samples are in float64. A float64 sum of so few numbers of similar size
+is exact, so the result depends neither on their order nor on how processes share them. A Gram matrix is in float32
+throughout, with exact products of half-precision inputs. The block may run in the half precision of the Trainer; its
+statistics never do (``without_autocast``).
 
 Shapes: ``s`` samples and ``t`` tokens of a sample in a batch, ``i`` input features, ``o`` output features.
 """
@@ -19,25 +19,25 @@ from omniq.distributed import collectives
 
 
 class Statistic(ABC):
-    """What is computed of each batch of an input, and how batches and processes add up; a sum, unless overridden."""
+    """A statistic of an input: its value for a batch, and how batches and processes combine (a sum by default)."""
 
     name = "Gram matrix"  # in error messages
 
     @abstractmethod
     def of(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """The statistic of one batch.
+        """Compute the statistic of one batch.
 
         Args:
-            x: ``[s, t, i]``; ``t`` may be 0.
-            weights: of the tokens, ``[s, t]``; None if all count alike.
+            x: the inputs, ``[s, t, i]``; ``t`` may be 0.
+            weights: weights of the tokens, ``[s, t]``; None for equal weights.
         """
 
     def add(self, total: Tensor, new: Tensor) -> Tensor:
-        """The statistic of two batches together; in place, because a Gram matrix may be large."""
+        """Combine the statistics of two batches; in place, because a Gram matrix may be large."""
         return total.add_(new)
 
     def reduce(self, total: Tensor) -> Tensor:
-        """The statistic over all processes."""
+        """Combine the statistics of all processes."""
         return collectives.all_reduce_sum(total)
 
 
@@ -98,20 +98,20 @@ class InputRows(Statistic):
         return total
 
 
-def exact(x: Tensor) -> AbstractContextManager[None]:
-    """While this is entered, products on the device of ``x`` keep its dtype, whatever the Trainer's precision is.
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Context in which products on the device of ``x`` keep its dtype, whatever the precision of the Trainer.
 
-    A training step and a stream's forward run in autocast, which would round a Gram matrix to 8 or 11 bits.
+    Training steps and forwards of a stream run in autocast, which would round a Gram matrix to 8 or 11 bits.
     """
     return torch.autocast(x.device.type, enabled=False)
 
 
 def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``sum_t w_t x_t x_t^T`` of ``[tokens, i]`` in float32.
+    """``sum_t w_t x_t x_t^T`` of inputs ``[tokens, i]`` with weights ``[tokens]``, float32 ``[i, i]``.
 
-    Without weights ``[tokens]``, half-precision inputs are multiplied exactly, with float32 sums.
+    Without weights, half-precision inputs are multiplied exactly and summed in float32.
     """
-    with exact(x):
+    with without_autocast(x):
         if weights is None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
             return torch.mm(x.t(), x, out_dtype=torch.float32)
         x = x.float() if weights is None else x.float() * weights.sqrt().unsqueeze(1)
@@ -119,16 +119,16 @@ def gram_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def powers_of(weight: Tensor, gram: Tensor) -> Tensor:
-    """``w S w^T`` of each row of ``[o, i]``, with ``[i, i]``: what each output of ``W x`` carries, ``[o]``."""
-    with exact(weight):
+    """``w S w^T`` of each row of ``[o, i]``, ``[o]``: the power (sum of squares) of each output of ``W x``."""
+    with without_autocast(weight):
         return (weight @ gram).mul_(weight).sum(1)
 
 
 def power_of(weight: Tensor, gram: Tensor) -> Tensor:
-    """``tr(W S W^T)`` of ``[o, i]`` and ``[i, i]``, a scalar: what ``W x`` carries, summed over its outputs."""
+    """``tr(W S W^T)`` of ``[o, i]`` and ``[i, i]``, a scalar: the power of ``W x``, summed over its outputs."""
     return powers_of(weight, gram).sum()
 
 
-def relative(error: Tensor, power: Tensor) -> Tensor:
-    """``error / power``; the error as it is where outputs carry nothing (weights of zero, dead inputs)."""
+def relative_error(error: Tensor, power: Tensor) -> Tensor:
+    """``error / power``; the error itself where the power is zero (weights of zero, dead inputs)."""
     return error / torch.where(power > 0, power, 1.0)

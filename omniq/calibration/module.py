@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LightningModule of one stage on one block."""
+"""The LightningModule that runs one stage on one block."""
 
 import math
 import time
@@ -20,14 +20,14 @@ from omniq.storage.block_result import BlockResult
 
 
 class BlockModule(FrozenBlockModule):
-    """One block in the hands of one stage; ``state_dict()`` holds what the stage learns.
+    """One stage at work on one block; ``state_dict()`` holds the learned parameters.
 
     Args:
         task: the block, its streams and its grid.
 
     Attributes:
-        save_interval: seconds between two pauses, for stages whose passes last milliseconds.
-        pausing: whether callbacks read the losses and save the fit after the current step.
+        save_interval: minimum time between two pauses in seconds, for stages whose passes take milliseconds.
+        pausing: True if callbacks read the losses and save the fit after the current step.
     """
 
     save_interval = 0.0
@@ -43,7 +43,7 @@ class BlockModule(FrozenBlockModule):
         return gather_samples(task.inputs, indices, task.device), gather_samples(task.targets, indices, task.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Decide, once for all callbacks, whether they pause after this step: where a pass ends, if it is time.
+        """Decide for all callbacks whether they pause after this step: at the end of a pass, if the interval is over.
 
         The time between two saves does not change the result.
         """
@@ -58,7 +58,7 @@ class BlockModule(FrozenBlockModule):
 
     @cached_property
     def batches(self) -> PassLoader:
-        """The one loader of this fit."""
+        """The loader of this fit, created once."""
         return self.loader()
 
     @abstractmethod
@@ -67,26 +67,26 @@ class BlockModule(FrozenBlockModule):
 
     @abstractmethod
     def finish(self) -> BlockResult:
-        """Round for the last time, in float32 on storage-rounded scales; leave ``task.block`` in full precision."""
+        """Return the final codes, rounded in float32 on storage-rounded scales; ``task.block`` stays full-precision."""
 
     def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether a saved fit of this stage belongs to this block as it is laid out now."""
+        """True if a saved fit of this stage matches the current layout of this block."""
         return True
 
     def restored(self) -> None:
-        """Called after a guard has put an earlier state back: forget whatever was derived from the other one."""
+        """Called after a guard has restored an earlier state: discard all values derived from the later state."""
 
     def abandon(self) -> str:
-        """Give up learning, after repeated non-finite losses or such an end: go back to where the stage began.
+        """Stop learning after repeated non-finite losses or a non-finite result, and return to the initial state.
 
         Returns:
-            one line for the summary that says what the block falls back to.
+            one line for the summary that names the state to which the block returns.
 
         Raises:
-            UserError: there is nothing to go back to.
+            UserError: the stage has no initial state to which the block can return.
         """
         stage = type(self).__name__.removesuffix("Module")
         raise UserError(
-            f"block {self.task.index}: {stage} met values that are not finite, and has no start to return to: "
-            "give another trainer.precision, or bfloat16 or float32 as scheme.dtype"
+            f"block {self.task.index}: {stage} produced non-finite values and has no initial state to return to: "
+            "set another trainer.precision, or set scheme.dtype to bfloat16 or float32"
         )

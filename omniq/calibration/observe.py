@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather statistics of the inputs of a block's linears, by running the block on the quantized stream.
+"""Gather statistics of the inputs of a block's linears by running the block on the quantized stream.
 
-``observe`` is the one way to gather them; a stage that gathers over several training steps uses the ``Observation``
-inside. Linears that share an input share its statistics, so one linear of each group is observed. Everything
-accumulates on the device, without host synchronisation (``omniq.calibration.input_statistics``).
+All stages gather statistics with ``observe``. A stage that gathers over several training steps uses ``Observation``
+directly. Linears that share an input share its statistics, so only one linear of each group is observed. All sums
+accumulate on the device, without host synchronisation (``omniq.calibration.input_statistics``).
 
-An expert of a mixture sees any number of tokens, zero included. The rows of its input then do not belong to samples:
-they are added up as if they were one sample, and relative token weights, which need the token of each row, are refused.
-A linear that no token of any process reaches has ``Observed.tokens == 0``, in all processes alike.
+An expert of a mixture sees any number of tokens, zero included. The rows of its input do not correspond to samples:
+they are summed as if they were one sample. Relative token weights need the token of each row, so they are refused
+there. If no token of any process reaches a linear, ``Observed.tokens`` is 0 in all processes.
 
 Shapes: ``i`` input features.
 """
@@ -28,16 +28,16 @@ from omniq.calibration.token_weights import TokenWeights, relative_weights
 from omniq.distributed import collectives
 from omniq.kernels.layer_problem import all_finite
 
-_BATCH = 4  # samples at once
+_BATCH = 4  # samples per forward
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed of one input, over all processes.
+    """The statistics of one input, over all processes.
 
     Args:
-        tokens: how many tokens were observed.
-        totals: the statistics, in the order asked for; empty if there was no token.
+        tokens: number of observed tokens.
+        totals: the statistics in the requested order; empty if no token was observed.
     """
 
     tokens: int
@@ -46,15 +46,15 @@ class Observed:
 
 @dataclass
 class _Counts:
-    """What one process has observed of one input so far.
+    """The statistics of one input that one process has gathered so far.
 
     Args:
-        tokens: rows that were added up.
-        unweighted: rows that were not, because their weights are unknown.
-        bad: how many samples and how many rows are not finite, int64 ``[2]`` on the device. Samples are counted only
-            where the rows belong to them.
+        tokens: number of rows in the sums.
+        unweighted: number of rows left out because their token weights are unknown.
+        bad: numbers of non-finite samples and rows, int64 ``[2]`` on the device. Samples are counted only where rows
+            correspond to samples.
         totals: the statistics.
-        in_order: whether the linear has been called before every later group, as the layout says.
+        in_order: True if the linear was called before every later group, as the layout declares.
     """
 
     tokens: int = 0
@@ -69,10 +69,10 @@ class Observation:
 
     Args:
         task: the block and its streams.
-        statistics: to gather.
-        names: of the linears; the first of each group if not given.
-        token_weights: how much each token counts in a sum.
-        quantized: whether the block computes on quantized activations, as the deployed one does.
+        statistics: the statistics to gather.
+        names: names of the linears to observe; by default the first of each group.
+        token_weights: the weight of each token in a sum.
+        quantized: run the block on quantized activations, as the exported model does.
     """
 
     def __init__(
@@ -93,13 +93,14 @@ class Observation:
 
     @torch.no_grad()
     def run_batch(self, samples: slice | Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Run the block on some samples, no further than the wanted inputs need.
+        """Run the block on some samples, only as far as the observed inputs require.
 
-        The batch ends when every wanted linear was called. A linear that was called before every later group in an
-        earlier batch need not be waited for once a later group is called: no token of this batch reaches it.
+        The forward stops when every observed linear has been called. If a linear was called before every later group in
+        an earlier batch, and a later group is called now, no token of this batch reaches that linear; the forward does
+        not wait for it.
 
         Args:
-            samples: their indices or their place in the stream.
+            samples: indices of the samples, or a slice of the stream.
             tensors: parameters that replace those of the block.
         """
         task, waiting, passed = self.task, set(self.counts), False
@@ -117,15 +118,15 @@ class Observation:
             else:
                 passed = True
             if not waiting or (passed and all(self.counts[each].in_order for each in waiting)):
-                raise _Enough
+                raise _StopForward
 
         activations = task.quantized_activations() if self.quantized else nullcontext()
-        with activations, observed(task.block, (*self.counts, *self._later), observe_input), suppress(_Enough):
+        with activations, observed(task.block, (*self.counts, *self._later), observe_input), suppress(_StopForward):
             functional_call(task.block, dict(tensors or {}), (inputs,), dict(task.kwargs))
 
     def _add(self, name: str, x: Tensor) -> None:
         counts, batch = self.counts[name], (self._samples, self.task.inputs.shape[1])
-        # The layout says which inputs without a sample dimension have the rows of the samples in order.
+        # The layout declares which inputs have no sample dimension but keep the rows of all samples in order.
         by_sample = x.shape[:-1] == batch or (name in self.task.layout.flat and len(x) == batch[0] * batch[1])
         x = x.flatten(0, -2)
         rows = len(x)
@@ -144,39 +145,39 @@ class Observation:
         counts.tokens += rows
 
     def results(self) -> dict[str, Observed]:
-        """What was observed of each linear, over all processes.
+        """The statistics of each linear, over all processes.
 
         Raises:
-            UserError: an input is not finite, or its tokens have no weights; in all processes, printed by the first.
+            UserError: an input is not finite, or its tokens have no weights. All processes raise; rank 0 prints.
         """
         device = self.task.device
-        mine = [torch.tensor([each.tokens, each.unweighted], device=device) for each in self.counts.values()]
-        bad = [torch.zeros_like(mine[0]) if each.bad is None else each.bad for each in self.counts.values()]
-        summed = collectives.all_reduce_sum(torch.stack([torch.cat(pair) for pair in zip(mine, bad, strict=True)]))
+        rows = [torch.tensor([each.tokens, each.unweighted], device=device) for each in self.counts.values()]
+        bad = [torch.zeros_like(rows[0]) if each.bad is None else each.bad for each in self.counts.values()]
+        summed = collectives.all_reduce_sum(torch.stack([torch.cat(pair) for pair in zip(rows, bad, strict=True)]))
         return {name: self._result(name, *numbers) for name, numbers in zip(self.counts, summed.tolist(), strict=True)}
 
     def _result(self, name: str, tokens: int, unweighted: int, bad_samples: int, bad_tokens: int) -> Observed:
         if unweighted:
             raise collectives.error_on_rank0(
-                f"{self.task.name} {name}: token_weights 'relative' needs every token of each sample, and this linear "
-                "sees some of them, or all in an order that is not known: set token_weights to 'uniform'"
+                f"{self.task.name} {name}: token_weights 'relative' needs all tokens of each sample in order, but this "
+                "linear sees only some of them or an unknown order: set token_weights to 'uniform'"
             )
         if not tokens:
             return Observed(0, ())
         counts, samples = self.counts[name], len(self.task.inputs) * collectives.world_size()
         width = self.task.linear(name).in_features
-        totals = counts.totals or [  # the tokens are those of other processes
+        totals = counts.totals or [  # only other processes have tokens for this linear
             statistic.of(torch.zeros(1, 0, width, device=self.task.device), None) for statistic in self.statistics
         ]
         counts.totals = []
         totals = [statistic.reduce(total) for statistic, total in zip(self.statistics, totals, strict=True)]
         whose = f"{bad_samples} of {samples} samples" if bad_samples else f"{bad_tokens} of {tokens} tokens"
         for statistic, total in zip(self.statistics, totals, strict=True):
-            if bad_tokens or (total.numel() and not all_finite(total)):  # of inputs a process may have none
-                why = f"{whose} have inputs that are not" if bad_tokens else "its inputs are too large to square"
+            if bad_tokens or (total.numel() and not all_finite(total)):  # InputRows may be empty in a process
+                why = f"{whose} have non-finite inputs" if bad_tokens else "its inputs are too large to square"
                 raise collectives.error_on_rank0(
-                    f"{self.task.name} {name}: the {statistic.name} is not finite, {why}; use trainer.precision "
-                    "32-true or bf16-mixed, or other calibration text"
+                    f"{self.task.name} {name}: the {statistic.name} is not finite because {why}: set trainer.precision "
+                    "to 32-true or bf16-mixed, or use other calibration text"
                 )
         return Observed(tokens, tuple(totals))
 
@@ -189,11 +190,11 @@ def observe(
     quantized: bool = True,
     samples: int | None = None,
 ) -> dict[str, Observed]:
-    """Run the block over the quantized stream, and gather statistics of its linears' inputs over all processes.
+    """Run the block on the quantized stream and gather statistics of its linears' inputs over all processes.
 
     Args:
         task, statistics, names, token_weights, quantized: see ``Observation``.
-        samples: how many to run, from the front, of this process; all if not given.
+        samples: number of samples of this process to run, from the first; by default all.
 
     Raises:
         UserError: see ``Observation.results``.
@@ -206,13 +207,13 @@ def observe(
     return observation.results()
 
 
-class _Enough(Exception):
-    """All wanted inputs have been seen: the rest of the block need not run."""
+class _StopForward(Exception):
+    """Ends the forward of the block: all observed inputs have been seen."""
 
 
 @contextmanager
 def observed(block: nn.Module, names: Sequence[str], observe_input: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While this is entered, ``observe_input(name, x)`` is called with every input ``[..., i]`` of these linears."""
+    """Context in which ``observe_input(name, x)`` is called with every input ``[..., i]`` of these linears."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: observe_input(name, args[0].detach())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the outliers that QuantEase keeps in float16; needs no torch."""
+"""Settings of the outliers that QuantEase keeps in float16; this module does not import torch."""
 
 import logging
 from dataclasses import dataclass
@@ -15,16 +15,18 @@ log = logging.getLogger("omniq")
 
 @dataclass(frozen=True)
 class OutlierSettings:
-    """Weights that are kept in float16 beside the codes (section 4 of the paper).
+    """Weights that QuantEase keeps in float16 beside the codes (section 4 of the paper).
 
     Args:
-        fraction: of the weights of each linear, above 0 and up to 0.5; 0.01 keeps 1 %. At least one weight is kept.
-        columns: keep whole columns instead of single weights; at least one column.
-        support: the largest weights (``magnitude``), or those that cost most on the grid (``loss``).
-        method: the masked sweep, or Algorithm 3.
+        fraction: fraction of the weights of each linear to keep, above 0 and up to 0.5; 0.01 keeps 1 %. At least one
+            weight is kept.
+        columns: keep whole columns instead of single weights; at least one column is kept.
+        support: which weights to keep: the largest (``magnitude``), or those whose rounding costs most (``loss``).
+        method: ``masked`` keeps the chosen weights fixed during all sweeps; ``algorithm3`` chooses them again each
+            sweep.
 
     Raises:
-        UserError: a fraction that is not in this range.
+        UserError: the fraction is outside this range.
     """
 
     fraction: float
@@ -35,7 +37,7 @@ class OutlierSettings:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 0.5:
             raise UserError(
-                f"outliers.fraction {self.fraction} of QuantEase is outside 0 to 0.5: it is a fraction, not per cent; "
+                f"outliers.fraction {self.fraction} of QuantEase is outside 0 to 0.5: give a fraction, not per cent; "
                 "0.01 keeps 1 % of the weights"
             )
 
@@ -43,14 +45,14 @@ class OutlierSettings:
     def of_earlier_release(
         cls, outliers: "OutlierSettings | float | None", given: dict[str, Any]
     ) -> "OutlierSettings | None":
-        """Accept the settings of the release before this one: per cent as a plain number, the others beside it.
+        """Accept the settings of the previous release: a plain number in per cent, with the other settings beside it.
 
         Args:
-            outliers: the setting as it was given.
-            given: the other settings in their earlier place, by their names of today; None where they are left out.
+            outliers: the setting as the user gave it.
+            given: the other settings in their earlier place, by their current names; None if not given.
 
         Raises:
-            UserError: both spellings at once, or a number that may be per cent or a fraction.
+            UserError: both spellings are used at once, or the number may be per cent or a fraction.
         """
         beside = {name: value for name, value in given.items() if value is not None}
         if isinstance(outliers, OutlierSettings) and beside:
@@ -73,7 +75,7 @@ class OutlierSettings:
         settings = cls(outliers / 100, **beside)
         others = "".join(f", outlier_{name} is outliers.{name}" for name in beside)
         log.warning(
-            "outliers %g of QuantEase counts in per cent: the setting is now outliers.fraction %g%s; the earlier "
+            "outliers %g of QuantEase is deprecated (per cent): use outliers.fraction %g%s instead; the earlier "
             "spelling works in this release only",
             outliers, settings.fraction, others,
         )  # fmt: skip

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning by block-wise reconstruction: what every stage with gradients shares.
+"""Block-wise reconstruction: the base of all stages with gradients.
 
-For a block ``F`` and inputs ``X`` (the quantized stream), over parameters ``p`` that say how weights are quantized:
+For a block ``F`` and inputs ``X`` (the quantized stream), over parameters ``p`` of the quantization:
 
     minimise   || F(W, X_fp) - F(Q(W; p), X) ||^2                  (mean over elements, or relative to each token)
 
-The block is the untouched Hugging Face module: its weights are replaced for the length of one call by fake-quantized
-ones (``torch.func.functional_call``). One AdamW step for each batch, no weight decay.
+The block is the unmodified Hugging Face module. During one call its weights are replaced by fake-quantized weights
+(``torch.func.functional_call``). Each batch is one AdamW step without weight decay.
 
-The augmented loss adds ``|| F(W, X) - F(Q(W), X) ||^2``. With ``a`` and ``b`` the two targets,
-``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``, so omniq averages them once and trains on one target;
-the constant is added so that the loss reads as the two-term one.
+The augmented loss adds ``|| F(W, X) - F(Q(W), X) ||^2``. For two targets ``a`` and ``b``,
+``|a - y|^2 + |b - y|^2 = 2 |(a + b)/2 - y|^2 + |a - b|^2 / 2``. omniq therefore averages the targets once and trains on
+the average; the reported loss includes the constant, so that it equals the sum of the two terms.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
@@ -43,14 +43,14 @@ class Reconstruction(Stage):
 
     Args:
         epochs: passes over the samples for each block.
-        batch_size: samples a step; of several processes, of each.
-        augmented_loss: add the distance to the full-precision block on the quantized stream.
-        schedule: ``constant`` or ``cosine``, which decays the rate to zero over the block.
-        shuffle: draw a new order of samples each epoch.
-        token_weights: how much each token counts in the loss.
+        batch_size: samples per step and process.
+        augmented_loss: add the distance to the output of the full-precision block on the quantized stream.
+        schedule: ``constant``, or ``cosine`` to decay the learning rate to zero over the block.
+        shuffle: draw a new order of the samples for each epoch.
+        token_weights: the weight of each token in the loss.
 
     Raises:
-        UserError: no epochs or an empty batch.
+        UserError: ``epochs`` or ``batch_size`` is less than 1.
     """
 
     def __init__(
@@ -71,47 +71,47 @@ class Reconstruction(Stage):
 
 
 class ReconstructionModule(BlockModule):
-    """A block whose quantization is being learned.
+    """Learns the quantization of one block.
 
     Args:
         task: the block, its streams and its grids.
-        settings: of the stage.
+        settings: the settings of the stage.
     """
 
     def __init__(self, task: BlockTask, settings: Reconstruction) -> None:
         super().__init__(task)
-        self.automatic_optimization = False  # so that the update can be one graph
+        self.automatic_optimization = False  # so that the update can be one CUDA graph
         self.settings = settings
         self.targets = task.targets
         self.gap: Tensor | None = None  # [n]: half the weighted mean square between the two targets of each sample
 
     @abstractmethod
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The block's tensors by name, weights of linears fake-quantized; differentiable in what is learned.
+        """Tensors of the block by name, with fake-quantized weights; differentiable in the learned parameters.
 
         Args:
-            dtype: of those weights, where autocast would otherwise convert them.
+            dtype: dtype of the fake-quantized weights, so that autocast does not convert them.
         """
 
     @abstractmethod
-    def learned(self) -> list[dict[str, Any]]:
-        """Parameter groups of what is learned, each with its rate."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The learned parameters in groups for the optimizer, each with its learning rate."""
 
     @abstractmethod
     def finish(self) -> BlockResult:
-        """Round for the last time."""
+        """Return the final codes and tensors of the block."""
 
     def augment(self) -> None:
-        """Average the targets with what the full-precision block makes of the quantized stream."""
+        """Average the targets with the outputs of the full-precision block on the quantized stream."""
         task = self.task
         own = task.run(task.inputs)
         kind, gaps = self.settings.token_weights, []
         for target, other in zip(task.targets, own, strict=True):
-            a, b = (each.to(task.device, non_blocking=True) for each in (target, other))  # wherever streams live
-            middle = a / 2 + b / 2  # halves first: in float16 the sum may overflow
+            a, b = (each.to(task.device, non_blocking=True) for each in (target, other))  # streams may be on the host
+            middle = a / 2 + b / 2  # halved before the sum, which may overflow in float16
             gaps.append(weighted_error(a, b, kind, reference=middle) / 2)
-            other.copy_(middle)  # in place: a stream may be all that memory holds
-        self.gap = torch.stack(gaps).to(task.inputs.device)  # where a step has its indices
+            other.copy_(middle)  # in place: there may be no memory for another stream
+        self.gap = torch.stack(gaps).to(task.inputs.device)  # the device of the sample indices
         self.targets = own
 
     def loader(self) -> PassLoader:
@@ -128,7 +128,7 @@ class ReconstructionModule(BlockModule):
         return output[0] if isinstance(output, tuple) else output
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error of the quantized block's output, twice it for the average of two targets."""
+        """Mean squared error of the quantized block's output; doubled if the target is the average of two."""
         error = weighted_error(self(inputs), targets, self.settings.token_weights)
         return error if self.gap is None else 2 * error
 
@@ -146,21 +146,21 @@ class ReconstructionModule(BlockModule):
 
     @cached_property
     def step(self) -> OptimizerStep:
-        """The whole update, a CUDA graph where there is a GPU."""
+        """The whole update; a CUDA graph on a GPU."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler)
 
     @cached_property
     def criterion(self) -> Loss:
-        """The loss; compiled, if the run asks for it: once, as blocks are built alike.
+        """The loss, compiled if the run requests it; blocks of equal structure share the compiled code.
 
-        NOTE: for each shape by itself, or a smaller last batch would bring another graph for the full ones, too, and a
-        fit that is resumed would get there at another step.
+        NOTE: ``dynamic=False`` compiles each shape separately. Otherwise a smaller last batch would change the graph of
+        full batches too, and a resumed fit would change graphs at another step.
         """
         return torch.compile(self.loss, dynamic=False) if self.task.compile else self.loss
 
     def _shared_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The update under several processes: Lightning averages the gradients."""
+        """The update with several processes, in which Lightning averages the gradients."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
@@ -171,11 +171,11 @@ class ReconstructionModule(BlockModule):
 
     def on_train_start(self) -> None:
         for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
-            if isinstance(group["lr"], Tensor):  # as a checkpoint has it, on the CPU: a captured step would never look
+            if isinstance(group["lr"], Tensor):  # restored to the CPU, where a captured step cannot read it
                 group["lr"] = group["lr"].to(self.task.device)
 
     def on_train_end(self) -> None:
-        """Let go of what only steps need: Lightning would take moments and gradients to the host now."""
+        """Free the state that only steps need; otherwise Lightning would move moments and gradients to the host."""
         self.step.reset()
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
@@ -185,9 +185,9 @@ class ReconstructionModule(BlockModule):
         self.step.reset()
 
     def configure_optimizers(self) -> Any:
-        groups = self.learned()
+        groups = self.parameter_groups()
         options: dict[str, Any] = {}
-        if self.task.device.type == "cuda":  # what a CUDA graph asks for: no number of the update on the host
+        if self.task.device.type == "cuda":  # a CUDA graph requires that no value of the update is on the host
             options = {"fused": True, "capturable": True}
             groups = [{**group, "lr": torch.tensor(group["lr"], device=self.task.device)} for group in groups]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **options)
@@ -198,5 +198,5 @@ class ReconstructionModule(BlockModule):
 
 
 def module_key(name: str) -> str:
-    """Name of a linear's own part in a ModuleDict or ParameterDict, which allow no dots."""
+    """Key of a linear in a ModuleDict or ParameterDict, which allow no dots."""
     return name.replace(".", "/")

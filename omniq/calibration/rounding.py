@@ -14,7 +14,7 @@ from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 
 class RTNModule(BlockModule):
-    """A block that is rounded once; its single step learns nothing."""
+    """Rounds a block once, in ``finish``; its single training step does nothing."""
 
     def __init__(self, task: BlockTask, clipping: RangeEstimator) -> None:
         super().__init__(task)
@@ -25,10 +25,10 @@ class RTNModule(BlockModule):
         return PassLoader(samples=1)
 
     def training_step(self, indices: Tensor) -> None:
-        """Nothing to do before ``finish``."""
+        """Do nothing: ``finish`` does all the work."""
 
     def configure_optimizers(self) -> None:
-        """No parameters, no optimizer."""
+        """Give Lightning no optimizer: the module has no parameters."""
 
     @torch.no_grad()
     def finish(self) -> BlockResult:
@@ -44,6 +44,6 @@ class RTNModule(BlockModule):
 def round_to_nearest(
     weight: Tensor, grid: Grid, clipping: RangeEstimator | None = None, second_moment: Tensor | None = None
 ) -> QuantizedLinear:
-    """The nearest codes of one weight ``[o, i]`` on the grid that its clipping gives."""
+    """Round one weight ``[o, i]`` to the nearest codes on the grid that the clipping chooses."""
     scale, zero_point = grid.fit(*(clipping or MinMax()).range(weight, grid, second_moment))
     return QuantizedLinear.of(grid, grid.quantize(weight.float(), scale, zero_point), scale, zero_point)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of the inputs of a block's linears: what a searched range and an AWQ-like clip search go by.
+"""Second moments of the inputs of a block's linears, for the searched range and the AWQ-like clip search.
 
-GPTQ calls twice the sum of ``x x^T`` the Hessian; here its mean is the Gram matrix, and its diagonal the second moment.
+GPTQ calls twice the sum of ``x x^T`` the Hessian. Here, the mean of ``x x^T`` is called the Gram matrix, and its
+diagonal the second moment.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from omniq.quantizers.clipping import Clipping
 
 
 def input_second_moments(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
-    """Mean square of each input over the tokens, for each linear float32 ``[i]``; ones if no token reaches it."""
+    """Mean square of each input over the tokens: for each linear float32 ``[i]``; ones if no token reaches it."""
     return {name: mean.float() for name, mean in _means(task, token_weights, InputSquares()).items()}
 
 
 def input_grams(task: BlockTask, token_weights: TokenWeights = "uniform") -> dict[str, Tensor]:
-    """Mean of ``x x^T`` over the tokens, for each linear float32 ``[i, i]``; the identity if no token reaches it."""
+    """Mean of ``x x^T`` over the tokens: for each linear float32 ``[i, i]``; the identity if no token reaches it."""
     return _means(task, token_weights, InputGram())
 
 
@@ -43,13 +44,13 @@ def _means(task: BlockTask, token_weights: TokenWeights, statistic: InputSquares
 
 
 def unknown_moment(linear: nn.Linear, gram: bool) -> Tensor:
-    """The second moment ``[i]`` or ``[i, i]`` of an input that is not known: all channels count alike."""
+    """The second moment ``[i]`` or ``[i, i]`` to assume for an unknown input: equal weight for all channels."""
     ones = torch.ones(linear.in_features, device=linear.weight.device)
     return torch.diag(ones) if gram else ones
 
 
 def note_unreached(task: BlockTask, names: Sequence[str]) -> None:
-    """Name linears that no token reaches in the summary of the block."""
+    """Name the linears that no token reaches in the summary of the block."""
     if names:
         task.notes["unreached"] = f"no calibration token reaches {', '.join(names)}: rounded to nearest"
 
@@ -57,7 +58,7 @@ def note_unreached(task: BlockTask, names: Sequence[str]) -> None:
 def second_moments_for(
     clipping: Clipping, task: BlockTask, token_weights: TokenWeights = "uniform"
 ) -> dict[str, Tensor]:
-    """The statistics of each linear's inputs that a clipping needs; empty if it needs none."""
+    """The second moments that a clipping needs, by linear; empty if it needs no statistics."""
     if clipping.needs_gram:
         return input_grams(task, token_weights)
     return input_second_moments(task, token_weights) if clipping.needs_second_moment else {}

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage: given a block, its two streams and its grids, it finds a better grid, codes or transform.
+"""``Stage``: the settings of a method, which finds a better grid, codes or transform for one block at a time.
 
-YAML names a ``Stage``, a small object of settings. For every block the stage builds a ``BlockModule``, a
-LightningModule that one ``Trainer.fit`` of one Lightning epoch drives; the passes over the data are made by the loader,
-because that is the only arrangement in which a run killed twice still resumes exactly (docs/resume.md).
+YAML names a ``Stage``, a small settings object. For every block, the stage builds a ``BlockModule``, a LightningModule
+that is trained by one ``Trainer.fit`` of one Lightning epoch. The loader makes the passes over the data, because only
+in this arrangement a run that is killed twice still resumes exactly (docs/resume.md).
 
-A stage says what it ``takes`` from the stage before it and what it ``leaves`` to the next one. One rule refuses a list
-of stages: ``previous.leaves - stage.takes`` must be empty. The parts are
+A stage declares what it ``takes`` from the previous stage and what it ``leaves`` to the next one. One rule checks a
+list of stages: ``previous.leaves - stage.takes`` must be empty. The parts are
 
 - ``block``: a transformed block. ``BlockTask.block`` carries it, so every stage takes it.
 - ``grid``: scales and zero points.
 - ``codes``: codes other than the nearest ones on the grid. A stage that rounds to nearest leaves only its grid.
 - ``norms``: norms that are part of the result, but not of the block.
 - ``outliers``: weights in float16 beside the codes.
-- ``scale codes``: scales or zero points that are stored as codes themselves.
+- ``scale codes``: scales or zero points that are themselves stored as codes.
 
-A stage that transforms the block leaves nothing but the block: it also rounds, but only to be useful as the last stage.
+A stage that transforms the block leaves only the block. It also rounds the weights, so that it can be the last stage.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` output and input features, ``G`` groups.
 """
@@ -40,8 +40,8 @@ class Stage(ABC):
     """Settings of a method, named in YAML by ``class_path``; one module is built from them for each block.
 
     Attributes:
-        settings_that_take: for error messages, the setting with which this stage takes a part.
-        settings_that_omit: for error messages, the setting with which this stage does not leave a part.
+        settings_that_take: for error messages: the setting that makes this stage take a part.
+        settings_that_omit: for error messages: the setting that makes this stage not leave a part.
     """
 
     settings_that_take: ClassVar[Mapping[Part, str]] = {}
@@ -49,7 +49,7 @@ class Stage(ABC):
 
     @property
     def takes(self) -> frozenset[Part]:
-        """The parts of the previous stage's result that this stage builds on; ``block`` is always one of them."""
+        """The parts of the previous stage's result on which this stage builds; always includes ``block``."""
         return frozenset({"block"})
 
     @property
@@ -59,32 +59,32 @@ class Stage(ABC):
 
     @abstractmethod
     def module(self, task: "BlockTask") -> "BlockModule":
-        """The LightningModule that works on this block."""
+        """Build the LightningModule for one block."""
 
     def check_layout(self, layout: "Layout") -> None:  # noqa: B027 (most stages accept any family)
         """Refuse a family that lacks what this stage needs.
 
         Raises:
-            UserError: names the family and what it has.
+            UserError: names the family and the features that it has.
         """
 
     def equivalence_kinds(self, layout: "Layout", activations: "Activations") -> Sequence[str]:
-        """The kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
+        """Kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
         return ()
 
     def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
-        """Refuse a list of stages in which this stage lacks a stage before it.
+        """Refuse a list of stages in which this stage lacks a stage that must come before it.
 
         Args:
             before: the stages that run earlier on the same block.
 
         Raises:
-            UserError: names this stage and what must come before it.
+            UserError: names this stage and the stages that may come before it.
         """
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Refuse a list of stages in which a stage lacks its predecessor, or loses a part of what that one leaves.
+    """Refuse a list of stages in which a stage lacks its predecessor, or loses a part of its predecessor's result.
 
     Raises:
         UserError: names the stages, the part that would be lost, and the settings that avoid it.
@@ -107,5 +107,5 @@ def _check_nothing_is_lost(previous: Stage, stage: Stage) -> None:
     parts = " and ".join(filter(None, (", ".join(lost[:-1]), lost[-1])))
     remedy = f"use {' and '.join(settings)}, or " if len(remedies) == len(lost) else ""
     raise UserError(
-        f"stages: {name} would lose the {parts} of {before} before it: {remedy}leave one of the two stages out"
+        f"stages: {name} would discard the {parts} of the preceding {before}: {remedy}remove one of the two stages"
     )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixed ranges for the inputs of a finished block's linears, for schemes with ``activation_range: tensor``.
 
-They are found once all stages of the block are through: a transform moves ranges with every step, and a later stage
-changes the weights in front of the inner linears. One pass sends the calibration samples, as the quantized model feeds
-them, through the block with its deployed weights; the smallest and largest value of each input make its range, over
-the samples of all processes. Activations are not quantized in that pass: the range of one input would depend on how
-another is cut off, and a range is either covered or it is not.
+The ranges are measured after all stages of the block, because a transform changes ranges with every step, and a later
+stage changes the weights in front of the inner linears. One pass runs the block with its quantized weights on the
+calibration samples of the quantized stream. The smallest and largest value of each input, over the samples of all
+processes, define its range. Activations are not quantized in that pass, so that the range of one input does not depend
+on how another one is clipped.
 
-While the block is calibrated there is no such range yet: ``omniq.quantizers.activations.quantize_samples``.
+While the block is calibrated, these ranges do not exist yet; see ``omniq.quantizers.activations.quantize_samples``.
 """
 
 from omniq.blocks.weights import load_quantized_weights
@@ -19,7 +19,7 @@ from omniq.storage.block_result import BlockResult
 
 
 def calibrate_static_ranges(task: BlockTask, result: BlockResult) -> BlockResult:
-    """The finished block with the grid of each linear's input; leaves its deployed weights in ``task.block``.
+    """Add the grid of each linear's input to a finished block; leaves its quantized weights in ``task.block``.
 
     Raises:
         UserError: no token reaches a linear; see ``Observation.results``.

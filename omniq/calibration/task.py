@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``BlockTask``: one block, its two streams, its grids, and what earlier stages found."""
+"""``BlockTask``: one block with its two streams, its grids, and the results of earlier stages."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,23 +20,23 @@ from omniq.storage.block_result import BlockResult
 
 @dataclass
 class BlockTask:
-    """One block and everything a stage may know of it.
+    """One block and all the information about it that a stage may use.
 
     Args:
         index: position of the block in the model.
-        layout: its linears, which of them share an input, and where scales may move.
+        layout: the linears of the block, which of them share an input, and the equivalences between its modules.
         block: the Hugging Face block, frozen, in full precision, on the device of the run. A stage that moves scales
-            between layers leaves the equivalent full-precision block here; it never leaves rounded weights.
+            between layers stores the equivalent full-precision block here, never rounded weights.
         grids: the grid of each quantized linear, by name inside the block.
-        inputs: what the quantized model feeds the block, ``[n, t, h]``.
-        targets: what the full-precision model's block returns, ``[n, t, h]``.
+        inputs: inputs of the block in the quantized model, ``[n, t, h]``.
+        targets: outputs of the block in the full-precision model, ``[n, t, h]``.
         kwargs: the other arguments of the block's forward.
-        seed: of the run; order and noise are functions of (seed, index, position), never of a global generator.
+        seed: seed of the run; order and noise depend on (seed, index, position), never on a global generator.
         precision: enters the autocast context of the Trainer's precision plugin.
-        activations: what the quantized block does to its activations.
-        compile: let torch.compile fuse the loss that a stage learns by.
-        result: what the previous stage produced, and in the end what the block becomes.
-        notes: entries for the block's summary.
+        activations: how the quantized block quantizes its activations.
+        compile: compile the loss of a stage with torch.compile.
+        result: the result of the previous stage; after the last stage, the result of the block.
+        notes: entries for the summary of the block.
     """
 
     index: int
@@ -55,24 +55,24 @@ class BlockTask:
 
     @property
     def name(self) -> str:
-        """``block/007``: the stem of everything logged about this block."""
+        """``block/007``: the prefix of all logged values of this block."""
         return f"block/{self.index:03d}"
 
     @property
     def device(self) -> torch.device:
-        """Where the block computes."""
+        """The device on which the block computes."""
         return next(self.block.parameters()).device
 
     @property
     def export_dtype(self) -> torch.dtype:
-        """Dtype of scales, which all grids share, and of every parameter that is not quantized, as exported."""
+        """Dtype of the scales, which all grids share, and of all exported parameters that are not quantized."""
         return next(iter(self.grids.values())).scale_dtype
 
     def linear(self, name: str) -> nn.Linear:
         """A linear of the block by name.
 
         Raises:
-            TypeError: it is something else.
+            TypeError: the module of this name is not a Linear.
         """
         module = self.block.get_submodule(name)
         if not isinstance(module, nn.Linear):
@@ -80,13 +80,13 @@ class BlockTask:
         return module
 
     def run(self, inputs: Tensor) -> Tensor:
-        """The block's output for a whole stream, ``[n, t, h]``, without gradients."""
+        """Run the block on a whole stream without gradients and return its outputs, ``[n, t, h]``."""
         outputs = empty_like_stream(inputs).copy_(inputs)
         propagate(self.block, outputs, self.kwargs, self.precision)
         return outputs
 
     def quantized_activations(self) -> AbstractContextManager[None]:
-        """While this is entered, the block computes on quantized activations, as the deployed one will."""
+        """Context in which the block computes on quantized activations, as the exported model does."""
         return quantized_activations(self.block, self.layout, self.activations)
 
     def plain_tensors(self) -> dict[str, Tensor]:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verify that an equivalence leaves the output of a real block unchanged.
 
-A family declares equivalences, and a wrong declaration is silent: a norm of Gemma multiplies by ``1 + w``, and a scale
-that divides ``w`` gives another block, against which codes and logits are then verified without an error. So each
-equivalence that a run uses is first applied with random scales and shifts to the real block:
+A family declares its equivalences, and a wrong declaration causes no error by itself. For example, a norm of Gemma
+multiplies by ``1 + w``; a scale that divides ``w`` changes the block, and codes and logits are then verified against
+the changed block. Therefore each equivalence that a run uses is first applied with random scales and shifts to the real
+block:
 
     error = || F(T(W), X) - F(W, X) || / || F(W, X) - X ||
 
-The denominator is what the block adds to the residual stream, since a large residual would hide a wrong transform. In
-float64 an exact equivalence has an error of about 1e-15 and the wrong ones that were tried have 1e-3 and more.
+The denominator is the contribution of the block to the residual stream, since a large residual would hide a wrong
+transform. In float64, an exact equivalence has an error of about 1e-15; the wrong ones that were tried have 1e-3 and
+more.
 
-Many modules of transformers compute in float32 whatever their input is (RMSNorm, softmax). While a block is verified in
-float64, those casts go to float64 instead.
+Many modules of transformers compute in float32 whatever the dtype of their input (RMSNorm, softmax). While a block is
+verified in float64, these casts are redirected to float64.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
@@ -37,7 +39,7 @@ _SPREAD = 0.5  # standard deviation of log scales and shifts: scales are mostly 
 
 
 class _Float64(TorchFunctionMode):
-    """Casts to float32 become casts to float64."""
+    """Redirects casts to float32 to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
@@ -50,14 +52,14 @@ def _widened(value: Any) -> Any:
 
 
 class VerifiedBlock:
-    """A block on which equivalences are tried.
+    """A block on which equivalences are verified.
 
     Args:
-        block: with its weights; it is converted to the dtype.
-        layout: of the block.
-        hidden: its input, ``[n, t, h]``.
+        block: the block with its weights; it is converted to ``dtype``.
+        layout: the layout of the block.
+        hidden: input of the block, ``[n, t, h]``.
         kwargs: the other arguments of its forward.
-        dtype: of the computation, float64 where the device has it.
+        dtype: dtype of the computation; float64 if the device supports it.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class VerifiedBlock:
         self.hidden = hidden.to(dtype)
         self.kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, dict(kwargs))
         config = config_of(block)
-        if config._attn_implementation not in ("eager", "sdpa"):  # the others have no float64, and masks of their own
+        if config._attn_implementation not in ("eager", "sdpa"):  # others lack float64 and use masks of their own
             config._attn_implementation = "sdpa"
             self.kwargs["attention_mask"] = None
         self.tensors = {name: value.detach() for name, value in self.block.named_parameters()}
@@ -87,10 +89,10 @@ class VerifiedBlock:
 
     @torch.no_grad()
     def error(self, equivalence: Equivalence) -> float:
-        """By how much a random instance of an equivalence moves the output, relative to what the block adds.
+        """Change of the output under a random instance of an equivalence, relative to the block's contribution.
 
         Returns:
-            0 if the block has values that are not finite: the run reports those when it gets there.
+            the error; 0 if the output of the block is not finite, which the run reports later.
         """
         if not self.output.isfinite().all():
             return 0.0
@@ -102,5 +104,5 @@ class VerifiedBlock:
             for name, shape in transform.shapes.items()
         }
         change = (self.run(transform.apply(self.tensors, parameters)) - self.output).norm()
-        noise = 10 * torch.finfo(self.dtype).eps / TOLERANCE[self.dtype] * self.output.norm()  # or rounding would count
+        noise = 10 * torch.finfo(self.dtype).eps / TOLERANCE[self.dtype] * self.output.norm()  # do not count rounding
         return float(change / (self.output - self.hidden).norm().maximum(noise)) if change else 0.0

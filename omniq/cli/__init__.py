@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people type: ``omniq quantize | evaluate | export | report`` and ``lightning run``.
+"""The command line: ``omniq quantize | evaluate | export | report`` and ``lightning run``.
 
-Commands, exit status, one-line errors. May import every other room. Read ``command.py`` first.
+This room holds the commands, their exit statuses and their one-line errors. May import every other room. Read
+``command.py`` first.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``omniq`` command: quantize, evaluate, export, report.
 
-Plain jsonargparse with LightningCLI's conventions: YAML sections are the arguments of a class or function,
-``class_path`` and ``init_args`` where there is a choice, several ``--config`` files compose, ``--section.key value``
-overrides, ``--print_config`` shows everything. An error that the user can fix is printed in one line, with exit status
-2. Help and most of these errors come before torch is imported.
+The parser is plain jsonargparse with the conventions of LightningCLI: YAML sections hold the arguments of a class or
+function, ``class_path`` and ``init_args`` select a class, several ``--config`` files compose, ``--section.key value``
+overrides a setting, and ``--print_config`` prints the resolved configuration. The command prints an error that the user
+can fix in one line and exits with status 2. It prints help and most of these errors before it imports torch.
 """
 
 import re
@@ -18,52 +18,55 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from omniq.cli.interrupt import Interrupted, interruptible
 from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
 from omniq.config.parse import Arguments, instantiate, parse, run_of
-from omniq.config.run import EvaluatedModel, Export, Run
+from omniq.config.run import EvaluatedModel, Export, MovedModel, Run
 from omniq.data import Evaluation
 from omniq.errors import CorruptFile, ErrorOnRank0, UserError
+from omniq.report.streams import replace_unencodable
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        args: without the program's name; ``sys.argv[1:]`` if None.
+        args: the arguments after the program's name. The default is ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0, 2 for an error that the user can fix, 130 for an interruption from the keyboard.
+        The exit status: 0 for success, 2 for an error that the user can fix, 130 after Ctrl-C.
     """
     quiet()
+    replace_unencodable()
     args = list(sys.argv[1:] if args is None else args)
     name = args[0] if args else None
     try:
         if name not in COMMANDS:
             name = _commands().parse_args(args).subcommand
         arguments = Arguments.sort(args[1:])
-        with allowed_imports(arguments.packages):
+        with interruptible(), allowed_imports(arguments.packages):
             COMMANDS[name][0](arguments)
     except ErrorOnRank0:
         return 2
     except ArgumentError as error:
-        print(f"omniq: {_understood(error)}", file=sys.stderr)
+        print(f"omniq: {_parser_message(error)}", file=sys.stderr)
         return 2
     except UserError as error:
         print(f"omniq: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except CorruptFile as error:
-        print(f"omniq: {error}; run the quantize command again, which computes it anew", file=sys.stderr)
+        print(f"omniq: {error}; run the quantize command again to compute it again", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         print(f"omniq: interrupted{CONTINUES if name == 'quantize' else ''}", file=sys.stderr)
         return 130
     return 0
 
 
-def _understood(error: ArgumentError) -> str:
-    """What the parser refuses, in one line, and the option that lists what it accepts."""
+def _parser_message(error: ArgumentError) -> str:
+    """Return the message of a parser error in one line, with the option that lists the accepted settings."""
     text = " ".join(str(error).split())
     denied = re.search(r"Importing '(([\w]+)[\w.]*)' is not allowed", text)
     if denied:
@@ -73,7 +76,7 @@ def _understood(error: ArgumentError) -> str:
         )
     owner = re.match(r"Parser key \"([\w.]+)\": Problem with given class_path '([\w.]+)'", text)
     options = f"--{owner[1]}.help {owner[2]}" if owner else "--help"
-    return f"{text}; `omniq COMMAND {options}` lists what there is"
+    return f"{text}; `omniq COMMAND {options}` lists what is accepted"
 
 
 def quantize(arguments: Arguments) -> None:
@@ -90,15 +93,15 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a model that omniq or transformers can load.
 
-    Of a configuration file for ``omniq quantize`` it reads the sections ``model`` and ``evaluation`` only.
+    A configuration file for ``omniq quantize`` is accepted; only its sections ``model`` and ``evaluation`` are used.
 
     Args:
-        model: one of a family that omniq knows is streamed block by block; any other, and one that is quantized
-            already, is run by transformers.
-        evaluation: the text.
-        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
-        batch: windows at once.
-        out: a JSON file for the result.
+        model: the model to evaluate. omniq streams a full-precision model of a known family block by block;
+            transformers runs any other model.
+        evaluation: the text to evaluate on.
+        device: ``cpu``, ``cuda``, or ``auto``, which selects a GPU if one is present.
+        batch: number of sequences per forward pass.
+        out: path of a JSON file for the result. No file is written by default.
     """
     quiet_transformers()
     from omniq.cli.evaluate import evaluate_checkpoint
@@ -106,25 +109,31 @@ def evaluate(
     evaluate_checkpoint(model, evaluation, device, batch, out)
 
 
-def export(run: Path, out: Path, export: Export = Export()) -> None:  # noqa: B008 (frozen)
+def export(
+    run: Path,
+    out: Path,
+    export: Export = Export(),  # noqa: B008 (frozen)
+    model: MovedModel = MovedModel(),  # noqa: B008 (frozen)
+) -> None:
     """Write another checkpoint of a finished run.
 
     Args:
-        run: its run directory.
-        out: folder of the checkpoint.
-        export: format and details.
+        run: the run directory.
+        out: the folder to write the checkpoint to.
+        export: format and other settings of the checkpoint.
+        model: where the model of the run is now. Its content must be the same.
     """
     quiet_transformers()
     from omniq.run.saved import export_run
 
-    export_run(run, out, export)
+    export_run(run, out, export, model.path)
 
 
 def report(run: Path) -> None:
-    """Show the losses and perplexities of a run, finished or not.
+    """Show the losses and perplexities of a finished or unfinished run.
 
     Args:
-        run: its run directory.
+        run: the run directory.
     """
     from omniq.cli.report import show_run
 
@@ -135,7 +144,7 @@ CONTINUES = "; the same command continues this run"
 
 
 def _call(target: Callable[..., None]) -> Callable[[Arguments], None]:
-    """A command that parses its arguments and calls a function with them."""
+    """Make a command that parses its arguments and calls a function with them."""
 
     def command(arguments: Arguments) -> None:
         target(**arguments_of(target, arguments))
@@ -144,7 +153,7 @@ def _call(target: Callable[..., None]) -> Callable[[Arguments], None]:
 
 
 def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str, Any]:
-    """The arguments of a function, from files and options."""
+    """Parse files and options into the arguments of a function."""
     content, names = compose(arguments.configs), signature(target).parameters
     if content.keys() & ({field.name for field in fields(Run)} - names.keys()):  # a file for quantize
         content = {key: content[key] for key in ("model", "evaluation") if key in content and key in names}
@@ -161,7 +170,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
 
 
 def _commands() -> ArgumentParser:
-    """A parser of the name of the command, for ``omniq --help`` and for names that are not commands."""
+    """Make the parser of the command's name. It prints ``omniq --help`` and refuses unknown commands."""
     parser = ArgumentParser(prog="omniq", description="Quantize language models block by block.", exit_on_error=False)
     subcommands = parser.add_subcommands(required=True)
     for name, (_, summary) in COMMANDS.items():

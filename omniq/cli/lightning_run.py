@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``lightning`` command that omniq installs.
 
-Lightning had a ``lightning run`` from 1.8.4 to 2.5.0, ships none since 2.5.1 (``fabric run`` is what is left of it),
-and the name now belongs to whoever installs it last: omniq, or lightning-sdk, the client of Lightning's cloud. So:
+Lightning shipped ``lightning run`` from 1.8.4 to 2.5.0. Since 2.5.1 only ``fabric run`` remains. ``lightning-sdk``, the
+client of Lightning's cloud, also installs a ``lightning`` command; the package that is installed last owns the name.
+omniq's command therefore forwards anything that it does not recognize:
 
     lightning run quantize|evaluate|export|report ...   omniq, in this process
     lightning run --config FILE ...                     the same as ``lightning run quantize --config FILE ...``
-    lightning run [model] SCRIPT.py ...                 ``fabric run SCRIPT.py ...``, what it meant in 1.8.4 - 2.5.0
-    anything else                                       the other owner of the name if there is one, as 2.3 - 2.5.0 did
+    lightning run [model] SCRIPT.py ...                 ``fabric run SCRIPT.py ...``, as in 1.8.4 - 2.5.0
+    anything else                                       the other installed ``lightning`` command, as in 2.3 - 2.5.0
 
-The real program is ``omniq``; nothing depends on this one. Arguments are passed on as a list and ``sys.argv`` is left
-alone: with several devices Lightning starts the other ranks by running ``sys.argv`` again, which must end up here.
+The main program is ``omniq``; it does not depend on this command. Arguments are forwarded as a list and ``sys.argv``
+stays as it is: with several devices, Lightning starts the other ranks by running ``sys.argv`` again, and that command
+line must reach this function again.
 """
 
 import os
@@ -28,13 +30,13 @@ usage: lightning run quantize|evaluate|export|report ...   omniq's commands, als
 
 
 def main(args: Sequence[str] | None = None) -> int | None:
-    """Send the command line to the program it means.
+    """Forward the command line to the program that it addresses.
 
     Args:
-        args: the command line after the program's name; ``sys.argv[1:]`` if not given.
+        args: the arguments after the program's name. The default is ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 2 for a command line that means nothing here.
+        The exit status; 2 if no program accepts the command line.
     """
     args = list(sys.argv[1:] if args is None else args)
     match args:
@@ -49,45 +51,46 @@ def main(args: Sequence[str] | None = None) -> int | None:
             return _fabric(args[1:])
         case ["run", first, *_] if first.startswith("-"):
             return _omniq(["quantize", *args[1:]])
-    rival = _rival()
-    if rival is not None:
-        return rival.load()()
+    other = _other_entry_point()
+    if other is not None:
+        return other.load()()
     if args in (["-h"], ["--help"]):
         print(USAGE)
         return 0
-    asked = " ".join(["lightning", *args])
-    print(f"`{asked}` is not a command of omniq, and no other `lightning` is installed.\n{USAGE}", file=sys.stderr)
+    command = " ".join(["lightning", *args])
+    print(f"`{command}` is not a command of omniq, and no other `lightning` is installed.\n{USAGE}", file=sys.stderr)
     return 2
 
 
 def other_owner() -> str | None:
-    """The name of another installed distribution that claims the console script ``lightning``, if there is one.
+    """Return the name of another installed distribution that provides the console script ``lightning``, or None.
 
-    Then the file on PATH is that of the last install, and uninstalling either one deletes it; pip says nothing.
+    In that case the file on PATH belongs to the last install, and uninstalling either distribution deletes it without
+    a warning from pip.
     """
-    rival = _rival()
-    return None if rival is None or rival.dist is None else rival.dist.name
+    other = _other_entry_point()
+    return None if other is None or other.dist is None else other.dist.name
 
 
 @cache
 def warn_if_contested() -> None:
-    """Tell once, on the first rank, that another distribution claims ``lightning`` too."""
+    """Warn once, on rank 0, that another distribution also provides ``lightning``."""
     owner = other_owner()
     if owner is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"omniq: {owner} installs a `lightning` command too and the last install wins; "
+            f"omniq: {owner} also installs a `lightning` command and the last install wins; "
             "`omniq quantize ...` always means omniq.",
             file=sys.stderr,
         )
 
 
-def _rival() -> EntryPoint | None:
+def _other_entry_point() -> EntryPoint | None:
     claims = entry_points(group="console_scripts", name="lightning")
     return next((claim for claim in claims if claim.dist is not None and claim.dist.name != "omniq"), None)
 
 
 def _omniq(args: list[str]) -> int | None:
-    from omniq.cli import main  # late: importing torch takes seconds, and the other ways do not need it
+    from omniq.cli import main  # imported late: it is slow, and the other programs do not need it
 
     warn_if_contested()
     return main(args)
@@ -96,7 +99,7 @@ def _omniq(args: list[str]) -> int | None:
 def _fabric(args: list[str]) -> int | None:
     from lightning.fabric import cli
 
-    if not hasattr(cli, "_main"):  # Lightning defines it only if click is there
+    if not hasattr(cli, "_main"):  # Lightning defines it only if click is installed
         print("`lightning run SCRIPT.py` needs click: pip install click", file=sys.stderr)
         return 2
     return cli._main.main(args=["run", *args], prog_name="lightning")

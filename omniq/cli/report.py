@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``omniq report``: the losses and perplexities of a run, finished or not.
+"""``omniq report``: the losses and perplexities of a finished or unfinished run.
 
-Reads JSON and the headers of safetensors files, and needs no torch. The configuration of the run is not parsed, so a
-report on a directory from somebody else imports no class that its ``config.yaml`` names.
+The command reads JSON and the headers of safetensors files, without torch. It does not parse the configuration of the
+run, so a report on a directory from another person imports no class that the ``config.yaml`` names.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from omniq.config.saved import check_run_directory
 from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
 
 
@@ -22,13 +22,13 @@ def show_run(path: Path) -> None:
 
     Raises:
         UserError: the path is not a run directory.
-        CorruptFile: a file of the run is damaged; it stays where it is.
+        CorruptFile: a file of the run is damaged. The file is not removed.
     """
-    path = expanded(path)
+    path = expand_home(path)
     check_run_directory(path)
     console = plain_console()
     keys = ("loss", "relative_loss", "held_out_loss", "relative_held_out_loss", "seconds")
-    # Headers of several words are broken between them where a terminal is narrow.
+    # Spaces let a narrow terminal wrap the headers between words.
     table = Table("block", *(key.replace("_", " ").replace("held out", "held-out") for key in keys), "notes")
     table.title = str(path)
     for index in finished_blocks(path):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as dataclasses, and how YAML files and options become one.
+"""The configuration of a run as dataclasses, and the parser that makes it from YAML files and options.
 
-May import stages, data, grid, storage. Read ``run.py`` first, then ``compose.py`` for
-the rule of composition and ``parse.py`` for the two passes of parsing.
+May import stages, data, grid, storage. Read ``run.py`` first, then ``compose.py`` for the rule of composition and
+``parse.py`` for the two passes of parsing.
 """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which classes a configuration may name: those of omniq, of Lightning, and of packages that the user allows.
 
-A configuration may come from somebody else, and a class path makes Python import a module and call what it holds. So a
-path outside the allowed packages is refused before it is imported, and a path inside them must name a subclass of the
-type that its setting expects. Packages are allowed by the option
-``--allow_import PACKAGE``, by the environment variable ``OMNIQ_ALLOW_IMPORT`` (names with commas between), or in Python
-by ``allow_import=["package"]``; never by a configuration file.
+A configuration may come from another person, and a class path makes Python import a module and call an object in it.
+omniq therefore refuses a path outside the allowed packages before it imports the module, and requires that a path
+inside them names a subclass of the type that the setting expects. The user allows a package with the option
+``--allow_import PACKAGE``, with the environment variable ``OMNIQ_ALLOW_IMPORT`` (names separated by commas), or in
+Python with ``allow_import=["package"]``. A configuration file cannot allow a package.
 """
 
 import inspect
@@ -26,19 +26,20 @@ VARIABLE = "OMNIQ_ALLOW_IMPORT"
 
 @contextmanager
 def allowed_imports(packages: Sequence[str] = ()) -> Iterator[None]:
-    """Let jsonargparse import class paths of the allowed packages only.
+    """Restrict jsonargparse to class paths of the allowed packages.
 
     Args:
-        packages: beside omniq, Lightning and those of the environment variable.
+        packages: packages to allow in addition to omniq, Lightning and the packages of the environment variable.
 
     Raises:
-        UserError: a name is not that of a package.
+        UserError: a name is not a valid package name, or is jsonargparse.
     """
     named = [*packages, *filter(None, os.environ.get(VARIABLE, "").replace(",", " ").split())]
     for name in named:
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
             raise UserError(f"allow_import {name!r} is not possible: give the name of your package, such as my_package")
-    before = dict(parsing_settings)  # jsonargparse has no other way to end a policy, and this process may have parsers
+    # jsonargparse has no public way to restore its settings, and this process may use other parsers.
+    before = dict(parsing_settings)
     try:
         set_parsing_settings(
             import_path_denylist=["*"],
@@ -51,32 +52,32 @@ def allowed_imports(packages: Sequence[str] = ()) -> Iterator[None]:
 
 
 def check_factory(setting: str, value: Any, expected: type) -> None:
-    """Refuse a factory that is neither a subclass of a type nor the name of a function annotated to return one.
+    """Refuse a factory that is neither a subclass of a type nor a function annotated to return that type.
 
-    jsonargparse accepts any function in the place of a factory, and calls a function that has ``init_args`` at once.
+    jsonargparse accepts any function as a factory, and immediately calls a function that has ``init_args``.
 
     Args:
-        setting: where it stands, for the message.
-        value: what was parsed: a class path with arguments, or a function.
-        expected: the type.
+        setting: name of the setting, for the message.
+        value: the parsed value: a class path with arguments, or a function.
+        expected: the required type.
 
     Raises:
         UserError: names the setting, the class path and the type.
     """
     path = value.get("class_path") if isinstance(value, Namespace) else None
-    made = value if path is None else imported(path)
+    made = value if path is None else loaded_object(path)
     if path is None and not inspect.isclass(made):
         with suppress(TypeError, NameError):  # a builtin has no annotations
             made = get_type_hints(made).get("return")
     if not inspect.isclass(made) or not issubclass(made, expected):
         name = path or getattr(value, "__qualname__", repr(value))
         raise UserError(
-            f"{setting}: {name} is not a subclass of {expected.__name__}, nor the name of a function annotated to "
-            f"return one: give the class path of a {expected.__name__}"
+            f"{setting}: {name} is neither a subclass of {expected.__name__} nor a function annotated to return "
+            f"one: give the class path of a {expected.__name__}"
         )
 
 
-def imported(path: str) -> Any:
-    """What a class path names, if its module has been imported; else None."""
+def loaded_object(path: str) -> Any:
+    """Return the object that a class path names if its module is already imported, else None."""
     module, _, name = path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)

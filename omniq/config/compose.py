@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How configuration files compose: a later file replaces a list or a class whole, and everything else key by key.
+"""The rule of composition: a later file replaces a list or a class as a whole, and everything else key by key.
 
     earlier file                                later file                      result
     scheme: {name: W4A16, symmetric: true}      scheme: {name: W3A16}           {name: W3A16, symmetric: true}
@@ -8,8 +8,8 @@
     source: {class_path: A, init_args: ...}     source: {class_path: A}         {class_path: A}
     source: {class_path: A, init_args: {x: 1}}  source: {init_args: {y: 2}}     {class_path: A, init_args: {x: 1, y: 2}}
 
-A mapping that does not name a class changes settings of the class that is there; it may leave ``init_args`` out.
-Options of the command line come after all files.
+A mapping without ``class_path`` changes settings of the class in the earlier file; ``init_args`` may be omitted.
+Command-line options apply after all files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
 def compose(configs: Sequence[str | Path], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of these files, each merged over the files before it, with further settings on top.
+    """Merge configuration files in order, and then further settings.
 
     Raises:
-        UserError: a file cannot be read, or is not YAML with settings.
+        UserError: a file cannot be read, or does not contain settings in YAML.
     """
     content: dict[str, Any] = {}
     for layer in [*map(read, configs), dict(settings or {})]:
@@ -37,9 +37,9 @@ def compose(configs: Sequence[str | Path], settings: Mapping[str, Any] | None = 
 
 
 def merge(earlier: Any, later: Any) -> Any:
-    """``later`` over ``earlier``, by the rule of this module."""
+    """Merge ``later`` over ``earlier`` by the rule of this module."""
     if isinstance(earlier, str) and isinstance(later, dict):
-        earlier = {"class_path": earlier}  # a class may be given by its name alone
+        earlier = {"class_path": earlier}  # a class may be given by its class path alone
     if not isinstance(earlier, dict) or not isinstance(later, dict) or "class_path" in later:
         return later
     if _CLASS_KEYS & (earlier.keys() | later.keys()):
@@ -65,10 +65,10 @@ def _entries(value: Any) -> list[Any]:
 
 
 def read(config: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Read the settings of a YAML file.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is not YAML with settings.
+        UserError: the file is missing, cannot be read, or does not contain settings in YAML.
     """
     try:
         text = Path(config).read_text(encoding="utf-8")

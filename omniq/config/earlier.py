@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of earlier releases: what they are today, and why the same command continues an older run.
+"""Translate settings of earlier releases, so that the same command continues an older run.
 
-``model.dtype`` of ``omniq quantize`` could only be left at ``auto``: ``trainer.precision`` decides. QuantEase had four
-settings of outliers, with their number in per cent, where it has one object today (``omniq.stages.quantease``). The
-fingerprint of a run keeps the earlier spelling, so that the runs of both releases have the same one.
+``model.dtype`` of ``omniq quantize`` accepted no value but ``auto``, because ``trainer.precision`` decides the dtype.
+QuantEase had four settings for outliers, with their number in percent, and now has one object
+(``omniq.stages.quantease``). The fingerprint of a run keeps the earlier spelling, so that equal runs of both releases
+have equal fingerprints.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ QUANTEASE = ("omniq.stages.QuantEase", "omniq.stages.quantease.QuantEase")
 
 
 def without_earlier_settings(content: Mapping[str, Any], options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings and options of a run without ``model.dtype: auto``.
+    """Remove ``model.dtype: auto`` from the settings and options of a run.
 
     Raises:
-        UserError: ``model.dtype`` is something else.
+        UserError: ``model.dtype`` has another value.
     """
     content, options, given = dict(content), list(options), []
     if isinstance(content.get("model"), Mapping):
@@ -32,14 +33,14 @@ def without_earlier_settings(content: Mapping[str, Any], options: Sequence[str])
     for dtype in given:
         if dtype != "auto":
             raise UserError(
-                f"model.dtype {dtype!r} is not a setting of omniq quantize any more: leave it out, and set "
+                f"model.dtype {dtype!r} is no longer a setting of omniq quantize: remove it, and set "
                 "trainer.precision to choose the dtype of the computations"
             )
     return content, [option for option in options if not option.startswith("--model.dtype=")]
 
 
 def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolved settings in the spelling that fingerprints have."""
+    """Convert resolved settings to the spelling that fingerprints use."""
     recorded = {**settings}
     if isinstance(recorded.get("model"), Mapping):
         recorded["model"] = {"dtype": "auto", **recorded["model"]}
@@ -54,11 +55,11 @@ def _stage_as_recorded(stage: Any) -> Any:
     given = {**(stage.get("init_args") or {})}
     outliers = given.pop("outliers", None)
     if isinstance(outliers, Mapping):
-        per_cent, of_object = round(outliers["fraction"] * 100, 10), outliers
+        percent, settings_of_object = round(outliers["fraction"] * 100, 10), outliers
     else:
-        per_cent, of_object = outliers or 0.0, {}
-    flat: dict[str, Any] = {"outliers": per_cent}
+        percent, settings_of_object = outliers or 0.0, {}
+    flat: dict[str, Any] = {"outliers": percent}
     for name, default in (("columns", False), ("support", "magnitude"), ("method", "masked")):
         earlier = given.pop(f"outlier_{name}", None)
-        flat[f"outlier_{name}"] = of_object.get(name, default) if earlier is None else earlier
+        flat[f"outlier_{name}"] = settings_of_object.get(name, default) if earlier is None else earlier
     return {**stage, "init_args": {**given, **flat}}

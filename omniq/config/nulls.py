@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Null in the place of a setting that must have a value, found before anything is made of it."""
+"""Find null in a setting that needs a value, before any object is constructed from it."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,17 +7,17 @@ from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from omniq.config.class_paths import imported
+from omniq.config.class_paths import loaded_object
 from omniq.errors import UserError
 
 
 def check_nulls(settings: Mapping[str, Any], target: Callable[..., Any], prefix: str = "") -> None:
-    """Refuse null for the parameters of a class or function that do not accept None, and inside their own settings.
+    """Refuse null for every parameter of a class or function that does not accept None, including nested settings.
 
     Args:
-        settings: by name of the parameter; unknown names are left to the parser.
+        settings: values by parameter name. The parser reports unknown names.
         target: the class or function.
-        prefix: of the names in messages.
+        prefix: prefix of the names in messages.
 
     Raises:
         UserError: names the setting.
@@ -29,8 +29,8 @@ def check_nulls(settings: Mapping[str, Any], target: Callable[..., Any], prefix:
 
 
 def null_error(name: str) -> UserError:
-    """The error about a setting that is null."""
-    return UserError(f"{name}: null is not a value of this setting: give one, or leave the line out")
+    """Make the error about a setting that is null."""
+    return UserError(f"{name}: null is not allowed: give a value or remove the line")
 
 
 def _check(value: Any, hint: Any, name: str) -> None:
@@ -45,13 +45,13 @@ def _check(value: Any, hint: Any, name: str) -> None:
         owner = next((choice for choice in choices if is_dataclass(choice)), None)
         inside = value
         if isinstance(value.get("class_path"), str):
-            owner, inside = imported(value["class_path"]), value.get("init_args") or {}
+            owner, inside = loaded_object(value["class_path"]), value.get("init_args") or {}
         if inspect.isclass(owner) and isinstance(inside, Mapping):
             check_nulls(inside, owner, f"{name}.")
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of the parameters; none where they name what is imported for type checkers only."""
+    """Return the annotations of the parameters; empty if one of them uses a name imported for type checkers only."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML files and options to a ``Run``, in two passes.
+"""Parse YAML files and options into a ``Run``, in two passes.
 
-The first pass parses all sections but ``stages``, ``trainer`` and ``callbacks``, whose types take seconds to import. It
-prints help and finds most mistakes. The second pass parses all sections; it runs if the first one finds no mistake.
+The first pass parses all sections except ``stages``, ``trainer`` and ``callbacks``, whose types take seconds to import.
+It prints help and finds most errors. The second pass parses all sections. It runs only if the first pass succeeds.
 """
 
 import re
@@ -28,25 +28,25 @@ HEAVY = ("stages", "trainer", "callbacks")
 """Sections whose types import torch and Lightning."""
 
 _EPILOG = (
-    "Several --config files compose: a later file replaces a list or a class whole, and everything else key by key; "
-    "options come after all files. --allow_import PACKAGE lets class paths name classes of that package too, beside "
-    "those of omniq and lightning."
+    "Several --config files compose: a later file replaces a list or a class as a whole, and everything else key by "
+    "key; options apply after all files. --allow_import PACKAGE allows class paths of that package, in addition to "
+    "omniq and lightning."
 )
 _RUN = (
     "quantize",
     "Quantize a model and write a checkpoint; the same command continues an interrupted run.",
-    " --stages.KEY sets the last stage, --stages.NAME.KEY the stage of that class. --stages.help CLASS, "
+    " --stages.KEY changes the last stage; --stages.NAME.KEY changes the stage of class NAME. --stages.help CLASS, "
     "--callbacks.help CLASS and --trainer.help list the settings of a class.",
 )
 
 
 class Arguments(NamedTuple):
-    """A command line, sorted.
+    """A command line, sorted by kind of argument.
 
     Args:
         configs: the ``--config`` files, in order.
-        options: everything else, in order.
-        packages: of ``--allow_import``.
+        options: all other arguments, in order.
+        packages: the values of ``--allow_import``.
     """
 
     configs: list[str]
@@ -58,7 +58,7 @@ class Arguments(NamedTuple):
         """Sort the arguments of one command.
 
         Raises:
-            UserError: an option that needs a value has none.
+            UserError: ``--config`` or ``--allow_import`` has no value.
         """
         found, left = cls([], [], []), iter(args)
         groups = {"--config": found.configs, "--allow_import": found.packages}
@@ -78,18 +78,18 @@ class Arguments(NamedTuple):
 def parse_run(
     configs: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None, allow_import: Sequence[str] = ()
 ) -> tuple[Run, str]:
-    """The run that these configuration files describe, with further settings on top.
+    """Parse configuration files and further settings into a run.
 
     Args:
         configs: YAML files.
-        settings: sections as in YAML.
-        allow_import: packages whose classes may be named, beside omniq and Lightning.
+        settings: sections as in YAML. They override the files.
+        allow_import: packages whose classes the settings may name, in addition to omniq and Lightning.
 
     Returns:
         The run, and its resolved settings as YAML.
 
     Raises:
-        UserError: a key or value that is not understood.
+        UserError: a key or value is not accepted.
     """
     try:
         with allowed_imports(allow_import):
@@ -99,17 +99,17 @@ def parse_run(
 
 
 def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run, str]:
-    """The run of these settings with options of the command line on top, and its resolved settings as YAML.
+    """Make a run of settings and command-line options; also return its resolved settings as YAML.
 
     Raises:
-        ArgumentError: an option or key is not understood.
+        ArgumentError: an option or key is not accepted.
         UserError: a value cannot be used, or a class path is not allowed.
     """
     content, options = apply_stage_options(*without_earlier_settings(content, options))
     if not any(re.match(r"--(print_config|[\w.]+\.help)\b", option) for option in options):
         _check_light_sections(content, options)
     trainer = content.get("trainer")
-    # jsonargparse would give another class the defaults of Lightning's Trainer
+    # Otherwise jsonargparse applies the defaults of Lightning's Trainer to another class.
     no_default = ["trainer"] if isinstance(trainer, str) or "class_path" in (trainer or {}) else []
     parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *_RUN)
     from lightning import Trainer
@@ -124,7 +124,7 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
 
 
 def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) -> None:
-    """The first pass: prints help, and raises the errors of all sections but the heavy ones."""
+    """Run the first pass: print help, and raise the errors of all sections except the heavy ones."""
     light = {key: "given" if key in HEAVY else value for key, value in content.items()}
     for name in HEAVY:
         if name in content and content[name] is None:
@@ -144,7 +144,7 @@ def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) ->
 
 
 def _run_class(types: Mapping[str, Any], no_default: Sequence[str]) -> type:
-    """``Run`` with these types of the heavy sections, and None in place of the defaults of some."""
+    """Make ``Run`` with these types for the heavy sections, and with None as the default of the named ones."""
     made = []
     for each in fields(Run):
         default = field(default=each.default, default_factory=each.default_factory)
@@ -155,7 +155,7 @@ def _run_class(types: Mapping[str, Any], no_default: Sequence[str]) -> type:
 
 
 def _heavy_types() -> dict[str, Any]:
-    """The types of the heavy sections; every class that may be named by its last part alone is imported."""
+    """Return the types of the heavy sections. Import all stages, so that a class name alone is a valid class path."""
     from lightning import Trainer
     from lightning.pytorch.callbacks import Callback
 
@@ -178,21 +178,21 @@ def parse(
     """Parse settings and options as the arguments of a class or function.
 
     Args:
-        content: the settings of all files.
-        options: of the command line.
+        content: the merged settings of all files.
+        options: the command-line options.
         target: the class or function.
-        command: its name.
-        description: what the help says first.
-        epilog: what the help says last.
+        command: name of the command.
+        description: first paragraph of the help.
+        epilog: last paragraph of the help.
 
     Raises:
-        ArgumentError: an option or key is not understood.
-        UserError: a setting is null that may not be.
+        ArgumentError: an option or key is not accepted.
+        UserError: a setting that needs a value is null.
     """
     parser = ArgumentParser(
         prog=f"omniq {command}", description=description, epilog=_EPILOG + epilog, exit_on_error=False
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; it may be given several times")
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file; the option may be repeated")
     if isinstance(target, type):
         parser.add_class_arguments(target, as_group=False)
     else:
@@ -201,21 +201,21 @@ def parse(
     try:
         config = parser.parse_args([*(["--config", yaml_text.dump(dict(content))] if content else []), *options])
     except RecursionError as error:
-        raise UserError(f"omniq {command}: an option is nested too deeply: give it in a YAML file") from error
+        raise UserError(f"omniq {command}: an option is nested too deeply: set it in a YAML file") from error
     check_nulls(config.as_dict(), target)
     return parser, config
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """Make the objects that a parsed configuration describes.
+    """Construct the objects that a parsed configuration describes.
 
     Raises:
-        UserError: one of them refuses its settings.
+        UserError: an object refuses its settings.
     """
     try:
         return parser.instantiate(config)
     except (ValueError, TypeError) as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):  # of a class that is one choice of several
+        while cause is not None and not isinstance(cause, UserError):  # wrapped if several classes are possible
             cause = cause.__cause__
         raise UserError(str(cause or error)) from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a run directory, which may come from somebody else.
+"""The configuration of a run directory, which may come from another person.
 
-What is done with a finished run needs its model, its scheme, its stages and the precision it was calibrated in. The
-other sections are left out before anything is parsed, so that no class that they name is imported.
+Commands on a finished run need its model, scheme, stages and calibration precision. This module drops all other
+sections before it parses the file, so that no class that they name is imported.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ from omniq.config.parse import parse_run
 from omniq.config.run import Run
 from omniq.errors import UserError
 
-RUN_AGAIN = "run its quantize command again, which writes it anew"
+RUN_AGAIN = "run its quantize command again to rewrite it"
 
 
 def check_run_directory(path: Path) -> Path:
-    """The file with the configuration of a run.
+    """Return the path of a run's configuration file.
 
     Raises:
-        UserError: no run lives there.
+        UserError: the path is not a run directory.
     """
     config = path / "config.yaml"
     if not config.is_file():
@@ -29,10 +29,10 @@ def check_run_directory(path: Path) -> Path:
 
 
 def open_run(path: Path) -> tuple[Run, str]:
-    """The configuration of a run directory without text, callbacks and logger, and all of its settings as YAML.
+    """Read the configuration of a run without text, callbacks and logger; also return all of its settings as YAML.
 
     Raises:
-        UserError: no run lives there, or its configuration is damaged.
+        UserError: the path is not a run directory, or its configuration is damaged.
     """
     config = check_run_directory(path)
     try:
@@ -43,5 +43,5 @@ def open_run(path: Path) -> tuple[Run, str]:
         precision = {"precision": arguments["precision"]} if arguments.get("precision") is not None else {}
         run, _ = parse_run([], {**kept, "data": {"source": "omniq.data.Stdlib"}, "trainer": precision})
         return run, config.read_text(encoding="utf-8")
-    except (UserError, AttributeError) as error:  # the last if a section is not a mapping
+    except (UserError, AttributeError) as error:  # AttributeError if a section is not a mapping
         raise UserError(f"{config} cannot be read ({error}): {RUN_AGAIN}") from error

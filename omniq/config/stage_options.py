@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of one stage by its name: ``--stages.QuantEase.sweeps 5`` sets that stage, wherever it is in the list.
+"""Options of a named stage: ``--stages.QuantEase.sweeps 5`` changes this stage at any position in the list.
 
-``--stages.sweeps 5``, without a name, sets the last stage; jsonargparse does that.
+Without a name, ``--stages.sweeps 5`` changes the last stage. jsonargparse implements that form.
 """
 
 import re
@@ -16,10 +16,10 @@ from omniq.errors import UserError
 
 
 def apply_stage_options(content: Mapping[str, Any], options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings with the options of named stages in them, and the other options.
+    """Apply the options of named stages to the settings; also return the remaining options.
 
     Raises:
-        UserError: the list has no stage of that name or several, or an option has no value.
+        UserError: the list has no stage or several stages of that name, or an option has no value.
     """
     applied, others, left = dict(content), [], iter(options)
     for option in left:
@@ -33,7 +33,7 @@ def apply_stage_options(content: Mapping[str, Any], options: Sequence[str]) -> t
         try:
             value = yaml_text.load(text)
         except (yaml.YAMLError, ValueError):
-            value = text  # the parser says what the setting accepts
+            value = text  # the parser reports which values the setting accepts
         for part in reversed(key.removeprefix("init_args.").split(".")):
             value = {part: value}
         stages = list(applied.get("stages") or [])
@@ -48,5 +48,5 @@ def _position(stages: Sequence[Any], name: str, option: str) -> int:
     names = [str(path).rpartition(".")[2] for path in paths]
     if names.count(name) != 1:
         reason = f"has {names.count(name)} stages {name}" if name in names else f"is {', '.join(names) or 'empty'}"
-        raise UserError(f"{option}: the list of stages {reason}: name a stage that is there once, or edit the file")
+        raise UserError(f"{option}: the list of stages {reason}: name a stage that occurs once, or edit the file")
     return names.index(name)

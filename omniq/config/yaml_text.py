@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML text to plain values, with a bound on depth and size.
+"""Parse YAML text into plain values, with limits on depth and size.
 
-Numbers are read as jsonargparse reads them: ``5e-3`` is a number, and a date is text. A short text can stand for very
-many values, because an alias repeats what its anchor holds. A text is therefore refused by what it stands for, before
-anything is built of it.
+Numbers are read as jsonargparse reads them: ``5e-3`` is a number, and a date is text. A short text can expand to very
+many values, because an alias repeats the content of its anchor. ``load`` therefore counts the expanded values before it
+constructs any of them.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 50
-"""Lists and mappings inside each other. Configurations have about 8."""
+"""Maximum nesting of lists and mappings. Configurations have about 8 levels."""
 
 MAX_VALUES = 100_000
-"""Values, with each alias counted as often as it is used. Configurations have about 100."""
+"""Maximum number of values; an alias counts each time it is used. Configurations have about 100 values."""
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -29,11 +29,11 @@ _DROPPED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does."""
+    """Loader that reads numbers as YAML 1.2 does."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around text that ``_Loader`` would take for a number; writes no aliases."""
+    """Dumper that quotes text which ``_Loader`` would read as a number, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -48,7 +48,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def load(text: str) -> Any:
-    """The value of a YAML document.
+    """Parse a YAML document.
 
     Raises:
         yaml.YAMLError: the text is not YAML.
@@ -68,17 +68,17 @@ def load(text: str) -> Any:
 
 
 def dump(content: Any) -> str:
-    """Plain values as YAML that ``load`` reads back."""
+    """Write plain values as YAML that ``load`` reads back."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """Values that a node stands for; ``known`` holds those of finished nodes by identity, 0 for those in progress."""
+    """Count the values that a node expands to. ``known`` maps node ids to counts; the count of an open node is 0."""
     if depth > MAX_DEPTH:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError("an alias stands for something that contains it")
+            raise ValueError("an alias refers to a node that contains it")
         return known[id(node)]
     known[id(node)] = 0
     children: list[yaml.Node] = []
@@ -88,6 +88,6 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         children = [part for pair in node.value for part in pair]
     total = 1 + sum(_count(child, known, depth + 1) for child in children)
     if total > MAX_VALUES:
-        raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
     known[id(node)] = total
     return total

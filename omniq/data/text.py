@@ -18,7 +18,7 @@ from typing import Literal
 from omniq.data.hub import dataset_rows
 from omniq.data.rows import READERS, field_of
 from omniq.errors import UserError, one_line
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 
 HELD_OUT_SHARE = 5
 """One character in five of the standard library's documentation is held out."""
@@ -109,7 +109,7 @@ class LocalText(TextSource):
         Raises:
             UserError: the file is missing, empty or damaged, has an unknown extension, or lacks the field.
         """
-        path = expanded(self.path)
+        path = expand_home(self.path)
         self._check(path)
         kind, reader = READERS[path.suffix.lower()]
         try:
@@ -143,7 +143,7 @@ class LocalText(TextSource):
 
     def describe(self) -> str:
         """The name of the file and the digest of its content."""
-        path = expanded(self.path)
+        path = expand_home(self.path)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         return f"{path.name} (SHA-256 {content[:16]}{_first(self.max_documents)})"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that work on one run, and the memory of the machine that they share.
+"""Distributed runs: collectives, the launcher, and the memory of the machine that processes share.
 
 May import errors only. Read ``collectives.py`` first.
 """

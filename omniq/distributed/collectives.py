@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that work on one run: who this one is, and the few things they tell each other.
+"""Collectives: the rank of this process, and the communication between the processes of one run.
 
-A run is data-parallel. Of ``N`` processes, number ``r`` holds the samples ``r, r + N, r + 2 N, …``, so that one step of
-all of them, with ``b`` samples each, sees the samples that one process would see in a step of ``N b``. Gradients are
-averaged by DDP; sums over tokens (Gram matrices, importances) go through ``all_reduce_sum``; rows of a layer that are
-solved without the others are shared (``local_rows``) and then gathered; everything else is either computed alike by all
-or by the first process alone, which also writes all files, and told to the others.
+A run is data-parallel. Of ``N`` processes, rank ``r`` holds the samples ``r, r + N, r + 2 N, …``. One step of all
+processes with ``b`` samples each therefore sees the samples of one step with ``N b`` samples in a single process. DDP
+averages gradients. ``all_reduce_sum`` adds sums over tokens (Gram matrices, importances). Rows of a layer that can be
+solved independently are divided among the processes (``local_rows``) and gathered. Everything else is computed
+identically on all ranks, or only on rank 0, which also writes all files and broadcasts the result.
 
-With one process nothing here does anything. With several, Lightning's strategy makes the process group, from whatever
-started them (``torchrun``, ``fabric run``, SLURM); its timeout is finite, so a process whose peer is gone fails.
+All functions are no-ops in a single process. With several processes, Lightning's strategy creates the process group
+from the environment of the launcher (``torchrun``, ``fabric run``, SLURM). Its timeout is finite, so a process fails
+if another process has ended.
 """
 
 from collections.abc import Callable
@@ -25,41 +26,41 @@ from omniq.errors import ErrorOnRank0, UserError
 
 Value = TypeVar("Value")
 
-_DONE = "omniq/done"  # key of the store: what came of the work that the first process did by itself
+_DONE = "omniq/done"  # key of the store: the outcome of the work that rank 0 did alone
 _ENDLESS = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the first process found: a value, or the text of a ``UserError``."""
+    """The outcome of work on rank 0: a value, or the text of a ``UserError``."""
 
     value: object = None
     error: str | None = None
 
 
 def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if _several() else 1
+    """Return the number of processes."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
-    return dist.get_rank() if _several() else 0
+    """Return the rank of this process, counted from 0."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def local_shard(samples: Tensor) -> Tensor:
-    """This process' share of something that has an entry a sample: every ``N``-th."""
+    """Return this process's shard of a tensor with one entry per sample: every ``N``-th entry."""
     return samples[rank() :: world_size()]
 
 
 def local_rows(rows: int) -> slice:
-    """This process' share of so many rows: neighbours, and as many as the others have, or one less."""
+    """Return this process's share of ``rows`` rows: a contiguous slice. Sizes of shares differ by at most one row."""
     return _share(rows, rank())
 
 
 def all_gather_rows(share: Tensor, rows: int) -> Tensor:
-    """All rows in their order, ``[rows, …]``, of the shares ``local_rows(rows)`` of all processes."""
-    if not _several():
+    """Gather the shares ``local_rows(rows)`` of all processes into all rows in order, ``[rows, …]``."""
+    if not _is_distributed():
         return share
     room = -(-rows // world_size())
     padded = share.new_zeros(room, *share.shape[1:], device=_device())
@@ -71,40 +72,40 @@ def all_gather_rows(share: Tensor, rows: int) -> Tensor:
 
 
 def _share(rows: int, number: int) -> slice:
-    """The rows of process ``number``."""
+    """Return the rows of rank ``number``."""
     return slice(rows * number // world_size(), rows * (number + 1) // world_size())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes; the tensor is changed in place and returned."""
-    if _several():
+    """Sum a tensor over all processes, in place, and return it."""
+    if _is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """The largest over all processes, entry by entry; the tensor is changed in place and returned."""
-    if _several():
+    """Take the elementwise maximum of a tensor over all processes, in place, and return it."""
+    if _is_distributed():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 def all_ranks(flag: bool) -> bool:
-    """Whether the flag is set in every process."""
-    if not _several():
+    """Return whether the flag is true on every process."""
+    if not _is_distributed():
         return flag
     unset = torch.tensor(int(not flag), device=_device())
     return int(all_reduce_sum(unset)) == 0
 
 
 def broadcast_from_rank0(work: Callable[[], Value]) -> Value:
-    """What ``work`` returns in the first process, told to all; the others do not call it.
+    """Call ``work`` on rank 0 only, and return its value on all ranks.
 
     Raises:
-        UserError: in the first process, whatever ``work`` raised.
-        ToldElsewhere: in the others, when the first has raised a ``UserError``.
+        UserError: on rank 0, if ``work`` raised it.
+        ErrorOnRank0: on the other ranks, if ``work`` raised a ``UserError`` on rank 0.
     """
-    if not _several():
+    if not _is_distributed():
         return work()
     outcome: list[_Outcome] = [_Outcome()]
     error: UserError | None = None
@@ -123,21 +124,21 @@ def broadcast_from_rank0(work: Callable[[], Value]) -> Value:
 
 
 def error_on_rank0(message: str) -> UserError:
-    """A mistake that all processes meet alike, for each of them to raise: only the first one says it."""
+    """Make the exception for an error that all processes detect: each raises it, and only rank 0 prints the message."""
     return UserError(message) if rank() == 0 else ErrorOnRank0(message)
 
 
 def finish_on_rank0(rest: Callable[[], None] = lambda: None) -> None:
-    """Leave the other processes when there is nothing more to do together; all return when the first has done the rest.
+    """Shut down the process group, call ``rest`` on rank 0, and return on all ranks when it is done.
 
-    That may take longer than any exchange may. So the group is left, and the others wait at the store through which
-    they have met: it lives in the launcher, which ends them if the first one dies, or in the first process.
+    ``rest`` may take longer than the timeout of the process group. The other ranks therefore wait at the store of the
+    rendezvous. The store lives in the launcher, which ends them if rank 0 dies, or in rank 0.
 
     Raises:
-        UserError: in the first process, whatever ``rest`` raised.
-        ToldElsewhere: in the others, when the first has raised a ``UserError``.
+        UserError: on rank 0, if ``rest`` raised it.
+        ErrorOnRank0: on the other ranks, if ``rest`` raised a ``UserError`` on rank 0.
     """
-    if not _several():
+    if not _is_distributed():
         rest()
         return
     store, number = dist.distributed_c10d._get_default_store(), rank()
@@ -148,9 +149,9 @@ def finish_on_rank0(rest: Callable[[], None] = lambda: None) -> None:
         try:
             rest()
         except UserError as error:
-            _tell(store, str(error), read)
+            _release_others(store, str(error), read)
             raise
-        _tell(store, "", read)
+        _release_others(store, "", read)
     else:
         store.wait([_DONE], _ENDLESS)
         message = store.get(_DONE).decode()
@@ -159,18 +160,18 @@ def finish_on_rank0(rest: Callable[[], None] = lambda: None) -> None:
             raise ErrorOnRank0(message)
 
 
-def _tell(store: dist.Store, message: str, read: list[str]) -> None:
-    """Let the others go, and stay until they have read it: the store may end with this process."""
+def _release_others(store: dist.Store, message: str, read: list[str]) -> None:
+    """Release the other ranks, and wait until they have read the message: the store may end with this process."""
     store.set(_DONE, message)
-    with suppress(dist.DistStoreError):  # who has not read it in a minute is gone
+    with suppress(dist.DistStoreError):  # a rank that does not read it within a minute has ended
         store.wait(read, timedelta(minutes=1))
-    for key in (_DONE, *read):  # or the next run in these processes would find them
+    for key in (_DONE, *read):  # otherwise the next run in these processes reads them
         store.delete_key(key)
 
 
 def all_gather_samples(share: Tensor) -> Tensor:
-    """All samples in their order, ``[N n, …]``, of the shares ``[n, …]`` of all processes."""
-    if not _several():
+    """Gather the shards ``[n, …]`` of all processes into all samples in order, ``[N n, …]``."""
+    if not _is_distributed():
         return share
     share = share.to(_device()).contiguous()
     parts = [torch.empty_like(share) for _ in range(world_size())]
@@ -178,10 +179,10 @@ def all_gather_samples(share: Tensor) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device() -> torch.device:
-    """Where this process group takes its tensors."""
+    """Return the device of the tensors that this process group communicates."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a quantized model is, measured without knowing which stages made it.
+"""Evaluation: the quality of a quantized model, measured independently of the stages that made it.
 
 Each name is imported on first use: ``omniq report`` reads results and needs no torch.
 """

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Perplexity of a causal language model over windows of tokens.
 
-For ``m`` windows ``x`` of ``t`` tokens each, every window on its own (no context from the one before),
+For ``m`` windows ``x`` of ``t`` tokens each, every window independent (without context from the previous window),
 
     PPL = exp( 1 / (m (t - 1)) * sum_w sum_{i=1}^{t-1} -log p(x[w, i] | x[w, :i]) ).
 
-This is the protocol of GPTQ and OmniQuant (arXiv 2308.13137): they take the mean over the ``t - 1`` targets of each
-window, then the mean of the ``m`` means. All windows have one length, so the two averages are the same number. The
-published code divides by ``m * t`` after having multiplied by ``t``, which cancels, and keeps dividing by all ``m``
-windows when told to evaluate fewer; here only what was evaluated counts.
+This is the protocol of GPTQ and OmniQuant (arXiv 2308.13137): the mean over the ``t - 1`` targets of each window, then
+the mean of the ``m`` means. All windows have the same length, so the two averages equal the average over all targets.
+The published code multiplies by ``t`` and divides by ``m * t``, which cancels, and still divides by all ``m`` windows
+if it evaluates fewer. Here, only evaluated windows count.
 
-Numerics: logits come in the dtype of the model and are brought to float32 a few rows at a time, so the vocabulary is
-never held twice; exponentials in float32; sums over tokens in float64. The metric that torchmetrics ships takes the
-softmax in the dtype of the logits and the logarithm afterwards, which in bfloat16 is 2.7 % off and infinite for a
-target far below the top.
+Numerics: logits have the dtype of the model and are converted to float32 a few rows at a time, so that no second copy
+of the vocabulary is in memory. Exponentials are in float32, sums over tokens in float64. The metric of torchmetrics
+computes the softmax in the dtype of the logits and then the logarithm; in bfloat16 its error is 2.7 %, and its result
+is infinite for a target far below the maximum.
 
 ``evaluate_model`` runs a model that fits in memory. ``evaluate_streamed`` reads a checkpoint block by block, once, and
 measures several variants of it side by side (full precision, rounded to nearest, learned).
 
-Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
+Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens per window, ``h`` hidden size, ``v`` vocabulary.
 """
 
 import time
@@ -37,7 +37,7 @@ from omniq.evaluate.streaming import Variant, stream_logits
 from omniq.models.source import SourceModel
 
 CHUNK = 2**24
-"""Logits brought to float32 at once: 64 MiB, and as much again for their exponentials."""
+"""Number of logits to convert to float32 at once: 64 MiB, and the same for their exponentials."""
 
 
 class Perplexity(Metric):
@@ -47,8 +47,8 @@ class Perplexity(Metric):
     module that holds the metric is cast to another dtype.
 
     Args:
-        chunk: logits brought to float32 at once.
-        **kwargs: for ``torchmetrics.Metric``.
+        chunk: number of logits to convert to float32 at once.
+        **kwargs: arguments of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
@@ -85,7 +85,7 @@ class Perplexity(Metric):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        # ``parent.to(torch.bfloat16)`` ends here and would cast the sum: let it follow to the device only.
+        # ``parent.to(torch.bfloat16)`` calls this and would cast the sum: move it to the device only.
         nll = self.nll
         super()._apply(fn, exclude_state)
         self.nll = nll.to(self.nll.device)
@@ -97,9 +97,9 @@ class Perplexity(Metric):
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float64 ``[n]``.
 
-    ``log(sum_j exp(l_j - max)) + max - l_target``, with the sum over the vocabulary pairwise, as ``torch.sum`` does it.
-    ``torch.nn.functional.cross_entropy`` sums in sequence on a CPU: with 151,936 logits its losses are 5e-6 too low
-    on average, these are within 3e-8.
+    ``log(sum_j exp(l_j - max)) + max - l_target``, with pairwise summation over the vocabulary, as in ``torch.sum``.
+    ``torch.nn.functional.cross_entropy`` sums sequentially on a CPU: with 151,936 logits, its losses are 5e-6 too low
+    on average, while these are within 3e-8.
 
     Args:
         logits: ``[n, v]`` float32.
@@ -113,16 +113,16 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def evaluate_model(
     model: nn.Module, windows: Tensor, batch_size: int = 1, device: torch.device | str | None = None
 ) -> PerplexityResult:
-    """Measure a causal language model of transformers.
+    """Measure the perplexity of a causal language model of transformers.
 
     Args:
         model: called as ``model(input_ids=…).logits``.
         windows: int64 ``[m, t]``.
-        batch_size: windows at once.
-        device: where to move model and tokens; where the model is, if not given.
+        batch_size: windows per forward.
+        device: device for model and tokens; by default the device of the model.
 
     Raises:
-        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+        UserError: the windows are longer than the model's context, or contain tokens outside its vocabulary.
     """
     _check(windows, model.config)
     started, training = time.perf_counter(), model.training
@@ -149,16 +149,17 @@ def evaluate_streamed(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], ActivationPlacement] | None = None,
+    placement: Callable[[int], ActivationPlacement] | None = None,
 ) -> dict[str, PerplexityResult]:
     """Measure several variants of a checkpoint in one pass over its blocks.
 
     Args:
-        source, windows, variants, device, batch_size, dtype, home: as for ``omniq.evaluate.streaming.stream_logits``.
-        progress: called with the number of finished steps and of all steps: one a block, and one for the head.
+        source, windows, variants, device, batch_size, dtype, placement: as for
+            ``omniq.evaluate.streaming.stream_logits``.
+        progress: called with the numbers of finished and of all steps; each block is one step, and so is the head.
 
     Raises:
-        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+        UserError: the windows are longer than the model's context, or contain tokens outside its vocabulary.
     """
     started, blocks = time.perf_counter(), source.num_blocks
     metrics = {name: Perplexity(sync_on_compute=False).to(device) for name in variants}
@@ -167,7 +168,7 @@ def evaluate_streamed(
         if progress is not None:
             progress(done, blocks + 1)
 
-    for name, logits, tokens in stream_logits(source, windows, variants, device, batch_size, report, dtype, home):
+    for name, logits, tokens in stream_logits(source, windows, variants, device, batch_size, report, dtype, placement):
         metrics[name].update(logits, tokens)
     results = {name: _result(metric, windows, started) for name, metric in metrics.items()}
     report(blocks + 1)
@@ -175,19 +176,19 @@ def evaluate_streamed(
 
 
 def _check(windows: Tensor, config: Any) -> None:
-    """Refuse windows that the model cannot take: a GPU would only say that an assertion failed."""
+    """Refuse windows that the model does not support; on a GPU, only an assertion would fail, without a reason."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and windows.shape[1] > positions:
         raise UserError(
-            f"evaluation.length: windows of {windows.shape[1]} tokens exceed the model's {positions} positions; "
-            f"give {positions} or less"
+            f"evaluation.length {windows.shape[1]} exceeds the model's context of {positions} tokens: give {positions} "
+            "or less"
         )
     largest = int(windows.max())
     if largest >= text.vocab_size:
         raise UserError(
-            f"evaluation: token {largest} is outside the model's vocabulary of {text.vocab_size}; "
-            "use the tokenizer that came with the model"
+            f"evaluation: token {largest} is outside the model's vocabulary of {text.vocab_size} tokens: use the "
+            "tokenizer of this model"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement of perplexity found, and its form in JSON; needs no torch."""
+"""The result of a perplexity measurement, and its form in JSON; this module does not import torch."""
 
 import math
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What was measured.
+    """The result of a perplexity measurement.
 
     Args:
-        perplexity: ``exp(nll)``; infinite where that overflows.
+        perplexity: ``exp(nll)``; infinite on overflow.
         nll: mean negative log-likelihood of a token, in nats.
         tokens: number of predicted tokens, ``m (t - 1)``.
         windows: number of windows, ``m``.
-        seconds: wall time of the pass that measured it; variants of one streamed pass share it.
+        seconds: wall time of the measurement; variants of one streamed pass share it.
     """
 
     perplexity: float
@@ -26,12 +26,12 @@ class PerplexityResult:
     seconds: float
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The fields, None where a number is not finite (JSON has no infinity)."""
+        """The fields by name; None for a number that is not finite (JSON has no infinity)."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "PerplexityResult":
-        """Read what ``to_json`` gave; a perplexity that was not finite comes back as infinity or as not a number."""
+        """Invert ``to_json``; a perplexity of None becomes infinity, or NaN if ``nll`` is None too."""
         if fields["nll"] is None:
             return cls(**{**fields, "perplexity": math.nan, "nll": math.nan})
         return cls(**{**fields, "perplexity": math.inf if fields["perplexity"] is None else fields["perplexity"]})

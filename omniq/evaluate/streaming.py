@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint read block by block, once, and the logits of several variants of it side by side.
+"""Stream a checkpoint block by block, once, and compute the logits of several variants of it side by side.
 
-    tokens ─► embedding ─► for each block: every variant of it over its own activations ─► final norm and head ─► logits
+    tokens ─► embedding ─► for each block: every variant of it on its own activations ─► final norm and head ─► logits
 
-Memory: one activation ``[m, t, h]`` a variant, where the caller wants them
-    (``omniq.blocks.placement.ActivationPlacement``), the embedding, the
-head and a block, or two of them for several variants.
+Memory: one activation tensor ``[m, t, h]`` per variant, on the device that the caller chooses
+(``omniq.blocks.placement.ActivationPlacement``), the embedding, the head, and one block (two for several variants).
 
-Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens a window, ``h`` width, ``v`` vocabulary.
+Shapes: ``m`` windows, ``b`` windows in a batch, ``t`` tokens per window, ``h`` hidden size, ``v`` vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from omniq.blocks.placement import ActivationPlacement, gather_samples
 from omniq.models.source import SourceModel
 
 Variant = Callable[[int, nn.Module], nn.Module]
-"""From the index of a block and a fresh full-precision copy of it to the block to run; it may change the copy."""
+"""Maps the index of a block and a fresh full-precision copy of it to the block to run; may modify the copy."""
 
 
 @torch.no_grad()
@@ -37,33 +36,34 @@ def stream_logits(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda block: None,
     dtype: torch.dtype | None = None,
-    home: Callable[[int], ActivationPlacement] | None = None,
+    placement: Callable[[int], ActivationPlacement] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Logits of several variants of a checkpoint, in one pass over its blocks.
+    """Compute logits of several variants of a checkpoint, in one pass over its blocks.
 
     Args:
         source: the checkpoint.
         windows: int64 ``[m, t]``.
-        variants: by the name each result gets; ``lambda index, block: block`` is the model as it is.
-        device: where blocks run.
-        batch_size: windows at once.
+        variants: the variants by name; ``lambda index, block: block`` is the unmodified model.
+        device: device on which blocks run.
+        batch_size: windows per forward.
         progress: called with the number of finished blocks.
-        dtype: of blocks and activations; that of the checkpoint if not given. Embedding and head keep theirs.
-        home: where activations live, by the bytes of one variant's; on ``device`` if not given.
+        dtype: dtype of blocks and activations; by default that of the checkpoint. Embedding and head keep their dtype.
+        placement: chooses the placement of activations, given the bytes of one variant's activations; by default
+            ``device``.
 
     Yields:
-        for one variant after the other, batch by batch: its name, logits ``[b, t, v]``, tokens ``[b, t]``, both on
+        for each variant and batch: the name of the variant, logits ``[b, t, v]`` and tokens ``[b, t]``, both on
         ``device``.
 
     Raises:
-        UserError: the windows are longer than the model's context, or hold tokens the model does not know.
+        UserError: the windows are longer than the model's context, or contain tokens outside its vocabulary.
     """
     device = torch.device(device)
     first, kwargs = source.embed(windows[:1], device)
     dtype = dtype or first.dtype
     shape = (*windows.shape, first.shape[-1])
     size = windows.numel() * first.shape[-1] * dtype.itemsize
-    place = ActivationPlacement("device", device, Path()) if home is None else home(size)
+    place = ActivationPlacement("device", device, Path()) if placement is None else placement(size)
     streams = {name: place.empty(shape, dtype) for name in variants}
     for start in range(0, len(windows), batch_size):
         batch = slice(start, start + batch_size)
@@ -87,15 +87,15 @@ def _advance(
     kwargs: Mapping[str, Any],
     batch_size: int,
 ) -> None:
-    """Send every stream through its variant of a block."""
-    last = list(variants)[-1:]  # needs no copy
+    """Run every stream through its variant of a block."""
+    last = list(variants)[-1:]  # may use the block itself instead of a copy
     for name, variant in variants.items():
         block = variant(index, fresh if name in last else deepcopy(fresh))
         propagate(block, streams[name], kwargs, nullcontext, batch_size)
 
 
 def _cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> Mapping[str, Any]:
-    """Rotary tables and masks in the dtype of the activations."""
+    """Cast rotary tables and masks to the dtype of the activations."""
     cast: Mapping[str, Any] = apply_to_collection(
         dict(kwargs), Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
     )

@@ -17,26 +17,26 @@ from omniq.storage.block_result import BlockResult
 
 
 def in_export_dtype(source: SourceModel, scheme: Scheme) -> SourceModel:
-    """The model to measure quantized variants on: where activations are integers, in the dtype of deployment.
+    """The model on which to measure quantized variants; in the export dtype if activations are quantized.
 
-    An activation near a tie that goes the other way is a perturbation like any other, and every layer behind it makes
-    more of them. Two ways to compute one model, float32 and float16 for instance, have perplexities apart (SmolLM2-135M
-    on 2040 tokens: 0.5 % at W8A8, 2 % at W6A6, 12 % at W4A4). So what is measured is what will run, operation by
-    operation.
+    Perplexity of a model with quantized activations depends on the compute dtype: an activation near a rounding
+    boundary may round the other way, and later layers amplify the difference. Between float32 and float16, for example,
+    the perplexity of SmolLM2-135M on 2040 tokens differs by 0.5 % at W8A8, 2 % at W6A6 and 12 % at W4A4. Therefore the
+    measurement runs the same operations as the exported model.
     """
     dtype = scheme.export_dtype
     return source.in_dtype(dtype) if scheme.activations.quantized and dtype != source.dtype else source
 
 
 def full_precision_variant(index: int, block: nn.Module) -> nn.Module:
-    """The block as it is."""
+    """Return the block unchanged."""
     return block
 
 
 def rounded_variant(source: SourceModel, scheme: Scheme) -> Variant:
-    """Every block rounded to nearest on the min-max grids of the scheme, its activations quantized as the scheme says.
+    """Variant whose blocks are rounded to nearest on min-max grids, with the activation quantization of the scheme.
 
-    Where the scheme fixes the ranges of inputs, which only calibration can, each window has its own.
+    Fixed ranges of inputs are known only after calibration, so each window uses its own range instead.
     """
 
     def variant(index: int, block: nn.Module) -> nn.Module:
@@ -52,7 +52,7 @@ def rounded_variant(source: SourceModel, scheme: Scheme) -> Variant:
 
 
 def quantized_variant(read: Callable[[int], BlockResult], source: SourceModel, scheme: Scheme) -> Variant:
-    """Every block as the run left it, its activations quantized as the scheme says."""
+    """Variant with the finished blocks of a run, with the activation quantization of the scheme."""
 
     def variant(index: int, block: nn.Module) -> nn.Module:
         result = read(index)

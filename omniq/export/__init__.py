@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export: finished blocks to a checkpoint on disk, and the proof that it holds them.
+"""Export: write finished blocks as a checkpoint, and verify that it holds them.
 
     formats/       codecs: the layout of one linear
     containers/    the layout of a model on disk
-    registry.py    the names that users type, each a codec and a container
-    write.py       writes a checkpoint beside its place, then renames it
-    verify/        reads it back and compares codes and logits
+    registry.py    the format names that users type; each is a codec and a container
+    write.py       writes a checkpoint into a temporary folder, then renames it
+    verify/        reads the checkpoint back and compares codes and logits
 
-A new format is a codec (``formats/codec.py``) and an entry in ``registry.py``. A runtime that does not read the folder
-of Hugging Face needs a container too (``containers/container.py``).
+To add a format, add a codec (``formats/codec.py``) and an entry in ``registry.py``. A runtime that does not read a
+Hugging Face folder also needs a container (``containers/container.py``).
 """
 
 from omniq.export.containers.container import cast_for_export

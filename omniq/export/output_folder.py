@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint goes, so that a reader finds the old one or the new one, never a mixture.
+"""The output folder of an export: a reader finds the old checkpoint or the new one, never a mixture.
 
-    .<out>.partial/   everything is written here, flushed to the disk
-    <out>             appears by a rename when all of it is there
+    .<out>.partial/   all files are written here and flushed to the disk
+    <out>             appears by a rename when the checkpoint is complete
 
-An ``out`` that holds an earlier export is moved to ``.<out>.previous`` for the instant between two renames and removed
-after. A process killed at any moment leaves the old export or the new one; what it leaves beside them is put right by
-the next export to the same place.
+If ``out`` holds an earlier export, it is moved to ``.<out>.previous`` between the two renames and then removed. A
+process that is killed at any moment leaves the old export or the new one. The next export to the same place repairs any
+leftovers.
 
-Only what omniq wrote is moved or removed (``manifest.py``): an earlier export if all its files are omniq's, and a
-folder beside ``out`` if it carries the mark that omniq puts there. Without the mark, version 0.1's, it is known by its
-place in a run directory. Any other file or folder is the user's, and is refused by name before anything is touched.
+Only files that omniq wrote are moved or removed (``manifest.py``): an earlier export if all its files are omniq's, and
+a folder beside ``out`` if it carries the mark that omniq puts there. Folders of version 0.1 have no mark; their place
+in a run directory identifies them. Any other file or folder belongs to the user. It is refused by name before anything
+is touched.
 """
 
 import os
@@ -29,7 +30,7 @@ from omniq.export.manifest import (
     write_manifest,
 )
 from omniq.export.registry import container_of
-from omniq.storage.atomic import flush
+from omniq.storage.atomic import check_possible, flush
 from omniq.storage.ownership import check_outside_runs, is_run
 
 
@@ -51,29 +52,30 @@ def resolved(out: str | os.PathLike[str]) -> Path:
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
-    """Refuse a place that a checkpoint cannot take; nothing is touched, so any process may ask at any time.
+    """Refuse a place where no checkpoint can be written; changes no file, so any process may call it at any time.
 
     Raises:
-        UserError: a file is in the way, ``out`` holds something other than an export or belongs to a run, or something
-            of the user's stands where omniq keeps an unfinished export.
+        UserError: a parent of ``out`` is a file, ``out`` is not empty and not an export, ``out`` belongs to a run, its
+            path is too long, or a file of the user is in the place of an unfinished export.
     """
     out = resolved(out)
+    check_possible(_previous(out))
     if in_the_way := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
         kind = "a file" if in_the_way.is_file() else "not a folder"
-        raise UserError(f"cannot write {out}: {in_the_way} is {kind}; choose another folder")
+        raise UserError(f"cannot write {out}: {in_the_way} is {kind}: choose another folder")
     check_outside_runs("export to", out)
     if out.exists() and not _is_export(out):
-        raise UserError(f"export to {out}: it holds something that omniq did not export; choose an empty or new folder")
+        raise UserError(f"cannot export to {out}: it is not an omniq export: choose an empty or new folder")
     with writing(out):
         _check_leftover(partial_of(out), MANIFEST, out)
         _check_leftover(_previous(out), REPLACED, out)
 
 
 def check_output(out: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint can be written to ``out`` now, and put right what a killed export left beside it.
+    """Make sure that a checkpoint can be written to ``out`` now, and repair the leftovers of a killed export.
 
     Raises:
-        UserError: as ``check_free`` says, or its folder cannot be written.
+        UserError: see ``check_free``, or the parent folder cannot be written.
     """
     check_free(out)
     out = resolved(out)
@@ -105,7 +107,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def earlier_export(out: str | os.PathLike[str]) -> str | None:
-    """The format of the export that a folder holds, by the name that users type; None if it holds none.
+    """The format name of the export in a folder, as users type it; None if the folder holds no export.
 
     Raises:
         CorruptFile: the file that records it is damaged.
@@ -115,7 +117,7 @@ def earlier_export(out: str | os.PathLike[str]) -> str | None:
 
 
 def partial_of(out: Path) -> Path:
-    """Where an export to ``out`` is written until it is complete; hidden, as no folder of a user's is by chance."""
+    """The hidden folder in which an export to ``out`` is written until it is complete."""
     return out.with_name(f".{out.name}.partial")
 
 
@@ -159,14 +161,14 @@ def _previous(out: Path) -> Path:
 
 
 def _is_export(out: Path) -> bool:
-    """An empty folder, or one that an export of omniq has filled."""
+    """True for an empty folder and for an export of omniq."""
     if not out.is_dir():
         return False
     return not any(out.iterdir()) or recorded_names(out) is not None or container_of(out) is not None
 
 
 def _check_leftover(leftover: Path, mark: str, out: Path) -> None:
-    """Refuse what stands where an export keeps ``leftover`` and is not omniq's.
+    """Refuse a folder in the place of an unfinished export that omniq did not make.
 
     Args:
         mark: the file that omniq puts into it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats by the names that users type: each is a codec and a container. A new format is one entry here."""
+"""The format names that users type; each is a codec and a container. To add a format, add one entry here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from omniq.grid.scheme import Scheme
 
 @dataclass(frozen=True)
 class Format:
-    """One way to lay a quantized model out on disk.
+    """A layout of a quantized model on disk.
 
     Args:
-        name: as users type it. A runtime may know the layout by another name, and several formats by the same.
-        codec: makes the codec for a scheme.
-        container: lays out the model.
+        name: the name that users type. A runtime may use another name for the layout, or one name for several formats.
+        codec: creates the codec for a scheme.
+        container: the layout of the model.
     """
 
     name: str
@@ -40,10 +40,10 @@ FORMATS: dict[str, Format] = {
 
 
 def find_format(name: str) -> Format:
-    """A format by name.
+    """Find a format by name.
 
     Raises:
-        UserError: the name is unknown; lists the names that are known.
+        UserError: the name is unknown; lists the known names.
     """
     if name not in FORMATS:
         raise UserError(f"export format {name!r} is not known: choose one of {', '.join(sorted(FORMATS))}")
@@ -51,5 +51,5 @@ def find_format(name: str) -> Format:
 
 
 def container_of(path: Path) -> Container[Any] | None:
-    """The container with which omniq has filled a folder; None if it has not."""
+    """The container of an omniq export in a folder; None if the folder is not such an export."""
     return next((format.container for format in FORMATS.values() if format.container.is_ours(path)), None)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From finished blocks to a checkpoint: check, write beside the place, put in the place.
+"""Write a checkpoint from finished blocks: check, write into a temporary folder, rename.
 
-The container writes; this module sees to it that a reader finds a whole checkpoint or none (``output_folder.py``). What
-lies beside the weights of an earlier export is compared with what would be written now (``mend_companions``).
+The container writes the files. This module ensures that a reader finds a complete checkpoint or none
+(``output_folder.py``). ``mend_companions`` compares the files beside the weights of an earlier export with the files
+that would be written now.
 """
 
 import os
@@ -32,31 +33,31 @@ def export_checkpoint(
     format: str = "compressed-tensors",
     max_shard_bytes: int = 2**30,
 ) -> Path:
-    """Write a checkpoint that the runtime of a format opens.
+    """Write a checkpoint that the runtime of a format can open.
 
     Args:
-        source: gives all parameters outside the blocks, the config and the tokenizer.
+        source: provides all parameters outside the blocks, the config and the tokenizer.
         results: fetches a finished block by its index.
-        out: the folder to make. An earlier export there is replaced once the new one is complete.
-        scheme: what the model asks of a runtime. The model is deployed in the dtype of its scales.
-        card: facts for the model card (see ``omniq.export.containers.card``); ``card["recipe"]`` also goes to
+        out: the folder to create. An earlier export there is replaced when the new one is complete.
+        scheme: the number formats of the model; parameters are exported in the dtype of the scales.
+        card: facts for the model card (see ``omniq.export.containers.card``); ``card["recipe"]`` is also written to
             ``recipe.yaml``.
         format: a name in ``FORMATS``.
-        max_shard_bytes: size of a file of weights, and of what is held in memory beside one block.
+        max_shard_bytes: largest size of a weight file, and of the tensors held in memory beside one block.
 
     Returns:
         the folder.
 
     Raises:
-        UserError: unknown format; scheme or parameter that format or model cannot hold; a disk that cannot be written
-            or is full; an ``out`` that holds something else, or a file of the user's beside an export.
+        UserError: the format is unknown, the format or the model cannot hold the scheme or a parameter, the disk is
+            full or cannot be written, ``out`` is not an export, or it holds a file of the user.
     """
     chosen, out = find_format(format), resolved(out)
     codec, container = chosen.codec(scheme), chosen.container
     codec.check([scheme_layout(source, scheme, index) for index in range(source.num_blocks)])
     check_output(out)
     check_replaceable(out)
-    source.tokenizer()  # a missing one is found before the weights are written
+    source.tokenizer()  # raises if it is missing, before the weights are written
     with _partial(out) as partial:
         facts = container.write(
             source, results, codec, partial, format=format, scheme=scheme, max_shard_bytes=max_shard_bytes
@@ -70,22 +71,22 @@ def export_checkpoint(
 def mend_companions(
     source: SourceModel, out: str | os.PathLike[str], *, scheme: Scheme, card: Mapping[str, Any], format: str
 ) -> list[str]:
-    """Compare what lies beside the weights of an export with what would be written now, and replace what differs.
+    """Compare the files beside the weights of an export with those that would be written now; replace differing ones.
 
-    Generation config, tokenizer, recipe and card are compared byte by byte: a damaged one is as unusable as a missing
-    one. Other files in the folder are left alone.
+    Generation config, tokenizer, recipe and card are compared byte by byte, because a damaged file is as unusable as a
+    missing one. Other files in the folder are not changed.
 
     Args:
-        source, scheme, format: as given to ``export_checkpoint``.
+        source, scheme, format: as for ``export_checkpoint``.
         out: the folder of the export.
-        card: facts for the model card, all that it should say but the size.
+        card: all facts for the model card except the size.
 
     Returns:
-        names of the files that were replaced.
+        names of the replaced files.
 
     Raises:
         UserError: the disk cannot be written or is full.
-        CorruptFile: a file of the weights is damaged.
+        CorruptFile: a weight file is damaged.
     """
     chosen, out = find_format(format), resolved(out)
     codec, container = chosen.codec(scheme), chosen.container
@@ -111,7 +112,7 @@ def mend_companions(
 
 @contextmanager
 def _partial(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out``; removed at the end unless it was renamed."""
+    """Create an empty folder beside ``out``; it is removed at the end unless it was renamed."""
     partial = make_partial(out)
     try:
         yield partial

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number format is: the affine grid, quantized scales, schemes.
+"""Number formats: the affine grid, quantized scales, and schemes.
 
-The ground floor; imports errors only. Read ``affine.py`` first.
+The lowest layer of the package; it imports ``omniq.errors`` only. Read ``affine.py`` first.
 """

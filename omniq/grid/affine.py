@@ -3,17 +3,17 @@
 
 For a group of weights with range ``[lo, hi]``, ``b`` bits and ``L = 2^b - 1``:
 
-    s = (hi - lo) / L            scale, rounded to its storage dtype before anything else uses it
+    s = (hi - lo) / L            scale, rounded to its storage dtype before any other use
     z = round(-lo / s)           zero point, an integer in [0, L]
     q = clamp(round(w / s) + z, 0, L)          codes
     w^ = (q - z) * s
 
 Rounding is half to even. The range always includes zero, so zero is representable and ``0 <= z <= L`` holds by
-construction: every format in the field can store the result. A symmetric grid fixes ``z = 2^(b-1)`` and takes
+construction; every common format can store the result. A symmetric grid fixes ``z = 2^(b-1)`` and uses
 ``s = 2 max|w| / L`` (the convention of GPTQ and compressed-tensors).
 
-Because scales are storage-rounded *before* codes are chosen, ``(q - z) * s`` is what a runtime computes, to the bit.
-A stage may restrict scales and zero points further, to a few levels: ``omniq.grid.quantized_scales``.
+Scales are storage-rounded *before* codes are chosen, so ``(q - z) * s`` is bit for bit the value that a runtime
+computes. A stage may restrict scales and zero points further, to a few levels: ``omniq.grid.quantized_scales``.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`` group size (``i = G g``).
 """
@@ -32,18 +32,18 @@ from omniq.grid.quantized_scales import QuantizedScales
 
 @dataclass(frozen=True)
 class Grid:
-    """How weights become integers.
+    """A uniform affine grid for the weights of a linear.
 
     Args:
         bits: bits of a code, 2 to 8.
-        group_size: inputs that share one scale and zero point; -1 for one group per output channel.
+        group_size: number of inputs that share one scale and zero point; -1 for one group per output channel.
         symmetric: fix the zero point in the middle of the code range.
-        scale_dtype: the dtype in which scales are stored and deployed.
-        second: how scales and zero points are stored as codes, if they are.
+        scale_dtype: the dtype in which scales are stored and exported.
+        second: how scales and zero points are stored as codes; None if they are not.
 
     Raises:
-        UserError: bits outside 2..8, a group size that is neither -1 nor positive, or zero points whose codes would
-            take as much as they do.
+        UserError: ``bits`` is outside 2 to 8, the group size is neither -1 nor positive, or codes of zero points would
+            take as much space as the zero points.
     """
 
     bits: int
@@ -56,7 +56,7 @@ class Grid:
         check_weights(self.bits, self.group_size)
         if self.second is not None and self.second.zero_bits and (self.symmetric or self.second.zero_bits >= self.bits):
             kind = "of a symmetric grid" if self.symmetric else f"of {self.bits} bits"
-            raise UserError(f"zero points {kind} need no code of {self.second.zero_bits} bits: set zero_bits to 0")
+            raise UserError(f"zero_bits {self.second.zero_bits} saves no space for zero points {kind}: set it to 0")
 
     @property
     def max_code(self) -> int:
@@ -64,49 +64,51 @@ class Grid:
         return 2**self.bits - 1
 
     def groups(self, width: int) -> int:
-        """Groups in a row of ``width`` inputs."""
+        """Number of groups in a row of ``width`` inputs."""
         return 1 if self.group_size == -1 else width // self.group_size
 
     def check_width(self, width: int, name: str, others: Iterable[int] = ()) -> None:
         """Refuse a layer whose inputs do not divide into groups.
 
         Args:
-            others: widths of the other layers on this grid, which a group size must divide too.
+            width: number of inputs of the layer.
+            name: name of the layer, for the message.
+            others: widths of the other layers on this grid; a suggested group size must divide them too.
 
         Raises:
-            UserError: names the layer, its width and the group sizes that would fit.
+            UserError: names the layer, its width and the group sizes that divide it.
         """
         if self.group_size != -1 and width % self.group_size:
             common = gcd(width, *others)
             fitting = [size for size in range(16, common + 1, 16) if common % size == 0]
-            choices = ", ".join(map(str, fitting)) or "none that is a multiple of 16"
-            raise UserError(
-                f"group size {self.group_size} does not divide the {width} inputs of {name}: "
-                f"sizes that do{' so everywhere' if common < width else ''} are {choices}, or -1 for per-channel"
-            )
+            every = " of all layers" if common < width else ""
+            remedy = f"use {', '.join(map(str, fitting))}, which divide the inputs{every}, or -1 for per-channel scales"
+            if not fitting:
+                remedy = f"use -1 for per-channel scales, because no multiple of 16 divides the inputs{every}"
+            raise UserError(f"group size {self.group_size} does not divide the {width} inputs of {name}: {remedy}")
 
     def split(self, weight: Tensor) -> Tensor:
         """View ``[o, i]`` as ``[o, G, g]``."""
         return weight.unflatten(-1, (self.groups(weight.shape[-1]), -1))
 
     def expand(self, per_group: Tensor, width: int) -> Tensor:
-        """Repeat a value per group, ``[o, G]``, over the inputs it governs, ``[o, i]``."""
+        """Repeat the value of each group, ``[o, G]``, over the inputs of the group, ``[o, i]``."""
         return per_group.repeat_interleave(width // per_group.shape[-1], dim=-1)
 
     def range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight of each group, zero included: two ``[o, G]`` tensors, ``lo <= 0 <= hi``."""
-        split = self.split(weight)  # not aminmax: before torch 2.13 it has no derivative
+        split = self.split(weight)  # not aminmax, which has no derivative before torch 2.13
         return split.amin(dim=-1).clamp(max=0), split.amax(dim=-1).clamp(min=0)
 
     def fit(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """The grid that covers ``[lo, hi]``.
+        """Compute scale and zero point of the grid that covers ``[lo, hi]``.
 
         Args:
-            lo, hi: range of each group, ``[o, G]``; stretched to include zero if they do not.
+            lo, hi: range of each group, ``[o, G]``; extended to include zero if necessary.
 
         Returns:
-            scale ``[o, G]``, in the input's dtype but holding values the storage dtype represents exactly, and
-            zero point ``[o, G]``, integers in ``[0, L]`` in the input's dtype.
+            scale ``[o, G]``, in the dtype of the inputs, with values that the storage dtype represents exactly; and
+            zero point ``[o, G]``, integers in ``[0, L]`` in the dtype of the inputs.
         """
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.symmetric:
@@ -116,16 +118,17 @@ class Grid:
         return scale, (-lo / scale).round().clamp(0, self.max_code)
 
     def store(self, scale: Tensor) -> Tensor:
-        """Round a scale to its storage dtype, never to zero or infinity; keep the tensor's own dtype."""
+        """Round a scale to its storage dtype, but never to zero or infinity; the tensor keeps its own dtype."""
         info = torch.finfo(self.scale_dtype)
         smallest = info.tiny * info.eps  # the smallest positive number of the storage dtype, a subnormal
         return scale.to(self.scale_dtype).to(scale.dtype).clamp(smallest, info.max)
 
     def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Nearest codes.
+        """Round weights to the nearest codes.
 
         Args:
-            weight: ``[o, i]``; scale, zero_point: ``[o, G]``.
+            weight: ``[o, i]``.
+            scale, zero_point: ``[o, G]``.
 
         Returns:
             uint8 codes ``[o, i]`` in ``[0, L]``.
@@ -135,13 +138,13 @@ class Grid:
         return codes.clamp(0, self.max_code).flatten(-2).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Weights ``(q - z) * s``, ``[o, i]``, in the dtype of ``scale``."""
+        """Compute weights ``(q - z) * s``, ``[o, i]``, in the dtype of ``scale``."""
         s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1).to(scale.dtype)
         return ((self.split(codes.to(scale.dtype)) - z) * s).flatten(-2)
 
 
 @torch.no_grad()
 def rounded_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """What that leaves of a float32 weight ``[o, i]`` on its min-max grid, where it is: to the bit what is deployed."""
+    """Round a float32 weight ``[o, i]`` to its min-max grid and dequantize it; bit for bit the exported values."""
     scale, zero_point = grid.fit(*grid.range(weight))
     return grid.dequantize(grid.quantize(weight, scale, zero_point), scale, zero_point)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of number formats: names of torch, codes of safetensors files, and what each dtype may be used for.
+"""The only table of number formats: names of dtypes, their codes in safetensors files, and their permitted uses.
 
-The names are those of ``torch`` without the prefix (``bfloat16``), as YAML files and ``config.json`` write them. The
-codes are those in the header of a safetensors file (``BF16``).
+Names are those of ``torch`` without the prefix (``bfloat16``), as in YAML files and ``config.json``. Codes are those in
+the header of a safetensors file (``BF16``).
 
-The module does not import torch, so that a configuration can be checked without it.
+This module does not import torch, so that a configuration can be checked without it.
 """
 
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 ModelDtype = Literal["float16", "bfloat16", "float32"]
-"""What transformers runs models in: the dtypes of parameters, of scales, and of exported models."""
+"""The dtypes in which transformers runs models; also those of parameters, of scales, and of exported models."""
 
 MODEL_DTYPES: tuple[str, ...] = get_args(ModelDtype)
 SCALE_DTYPES = MODEL_DTYPES  # an exported scale has the dtype of the exported model
@@ -30,10 +30,10 @@ CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-"""The dtypes that omniq writes to files, each with its code. Files of others may hold further codes (``F8_E4M3``)."""
+"""The dtypes that omniq writes to files, with their codes. Files from other sources may hold others (``F8_E4M3``)."""
 
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""In what the weights of a model that is not quantized may be stored."""
+"""The dtypes in which the weights of an unquantized model may be stored."""
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
@@ -42,7 +42,7 @@ def dtype_name(dtype: "torch.dtype") -> str:
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """The dtype of a name in the table."""
+    """The dtype for a name in the table."""
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
@@ -50,5 +50,5 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def holds_weights(label: str) -> bool:
-    """Whether a dtype, given as a name or as a code, may hold the weights of a model that is not quantized."""
+    """True if a dtype, given as a name or as a code, may hold the weights of an unquantized model."""
     return label in WEIGHT_DTYPES or label in [CODES[name] for name in WEIGHT_DTYPES]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of schemes, as the field writes them: ``W4A16``, ``W3A16g128``, ``W4A4KV8``.
+"""Scheme names in the usual notation: ``W4A16``, ``W3A16g128``, ``W4A4KV8``.
 
-This module does not import torch, so that a configuration is checked before torch is loaded.
+This module does not import torch, so that a configuration can be checked without it.
 """
 
 import re
@@ -13,13 +13,13 @@ _SCHEME = re.compile(r"W(?P<weight>\d+)A(?P<activation>\d+)(?:KV(?P<kv>\d+))?(?:
 
 
 class SchemeName(NamedTuple):
-    """What the name of a scheme says.
+    """The parts of a scheme name.
 
     Args:
-        bits: bits of weights.
+        bits: bits of the weights.
         activation_bits: bits of the inputs of linears; 16 if they are not quantized.
         kv_bits: bits of keys and values; 16 if they are not quantized.
-        group_size: weights that share one scale; -1 for one scale for each output channel.
+        group_size: number of weights that share one scale; -1 for one scale per output channel.
     """
 
     bits: int
@@ -29,28 +29,26 @@ class SchemeName(NamedTuple):
 
 
 def parse_scheme(name: str) -> SchemeName:
-    """Read the name of a scheme.
+    """Parse the name of a scheme.
 
     Raises:
-        UserError: the name has another form.
+        UserError: the name does not have the form of a scheme.
     """
     match = _SCHEME.fullmatch(name)
     if match is None:
-        raise UserError(
-            f"scheme {name!r} is not understood: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128"
-        )
+        raise UserError(f"scheme {name!r} is not valid: write W<bits>A<bits>[KV<bits>][g<size>], such as W3A16g128")
     given = match.groupdict()
     kv, group = int(given["kv"] or 16), int(given["group"] or -1)
     return SchemeName(int(given["weight"]), int(given["activation"]), kv, group)
 
 
 def check_weights(bits: int, group_size: int) -> None:
-    """Refuse bits and group sizes of weights that no grid has.
+    """Refuse bits and group sizes of weights that no grid supports.
 
     Raises:
-        UserError: bits outside 2 to 8, or a group size that is neither -1 nor positive.
+        UserError: ``bits`` is outside 2 to 8, or the group size is neither -1 nor positive.
     """
     if not 2 <= bits <= 8:
         raise UserError(f"weight bits {bits} are outside 2..8: choose a scheme from W2 to W8, such as W4A16")
     if group_size != -1 and group_size < 1:
-        raise UserError(f"group size {group_size} is not usable: give a positive size, or -1 for per-channel")
+        raise UserError(f"group size {group_size} is not valid: give a positive size, or -1 for per-channel scales")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a scheme: other weights for some linears, chosen by their full names.
+"""Rules of a scheme: other weight settings for some linears, selected by their full names.
 
     scheme:
       name: W4A16g128
@@ -7,10 +7,10 @@
         - {layers: "re:.*down_proj", name: W8A16g128}
         - {layers: "model.layers.0.*", name: none}
 
-The last rule that matches a linear decides about it; the scheme's own name decides about a linear that no rule matches.
-A rule changes bits, group size and symmetry of weights. It never changes activations, which belong to the whole scheme.
+The last rule that matches a linear applies to it; if no rule matches, the name of the scheme applies. A rule changes
+bits, group size and symmetry of weights. It never changes activations, whose settings hold for the whole scheme.
 
-This module does not import torch, so that a configuration is checked before torch is loaded.
+This module does not import torch, so that a configuration can be checked without it.
 """
 
 import fnmatch
@@ -27,16 +27,16 @@ _REGEX = "re:"
 
 @dataclass(frozen=True)
 class Rule:
-    """Other weights for some linears.
+    """Other weight settings for some linears.
 
     Args:
         layers: full names of the linears, as a glob such as ``model.layers.0.*``, where ``*`` also matches dots; or
-            ``re:`` and a regular expression for the whole name, such as ``re:.*down_proj``.
+            ``re:`` followed by a regular expression for the whole name, such as ``re:.*down_proj``.
         name: bits and group size of the weights, as in ``scheme.name``; ``none`` leaves the linears in floating point.
-        symmetric: fix zero points of weights in the middle of the code range; as in ``scheme.symmetric`` if not given.
+        symmetric: fix the zero points of weights in the middle of the code range; by default as ``scheme.symmetric``.
 
     Raises:
-        UserError: a pattern or a name that is not understood, or bits and group sizes that no grid has.
+        UserError: the pattern or the name is not valid, or no grid has these bits and this group size.
     """
 
     layers: str
@@ -46,10 +46,10 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.layers.removeprefix(_REGEX):
             raise UserError(
-                "scheme.rules: layers is empty: give a glob such as model.layers.0.*, or re: and an expression"
+                "scheme.rules: layers is empty: give a glob such as model.layers.0.*, or re: and a regular expression"
             )
         try:
-            self._pattern  # noqa: B018 (refuses an expression that does not compile)
+            self._pattern  # noqa: B018 (raises if the expression does not compile)
         except re.error as error:
             raise UserError(
                 f"scheme.rules: layers {self.layers!r} is not a regular expression ({error}): correct it, or give a "
@@ -66,28 +66,28 @@ class Rule:
         if self.weights is None and self.symmetric is not None:
             raise UserError(
                 f"scheme.rules: symmetric {self.symmetric} for layers {self.layers!r} has no weights to apply to: "
-                f"leave it out, or give another name than {NONE}"
+                f"remove it, or give a name other than {NONE}"
             )
 
     @cached_property
     def weights(self) -> SchemeName | None:
-        """What the name says; None if it leaves the linears in floating point."""
+        """The parsed name; None if the rule leaves the linears in floating point."""
         return None if self.name.lower() == NONE else parse_scheme(self.name)
 
     def matches(self, linear: str) -> bool:
-        """True if the pattern covers this linear, given by its full name such as ``model.layers.0.mlp.up_proj``."""
+        """True if the pattern matches the full name of a linear, such as ``model.layers.0.mlp.up_proj``."""
         return self._pattern.fullmatch(linear) is not None
 
     def check_activations(self, scheme: str, activation_bits: int, kv_bits: int) -> None:
-        """Refuse a name with other activations than the scheme has.
+        """Refuse a name whose activation bits differ from those of the scheme.
 
         Args:
-            scheme: its name.
-            activation_bits: of the scheme.
-            kv_bits: of the scheme; the name of a rule may leave them out.
+            scheme: name of the scheme.
+            activation_bits: bits of activations in the scheme.
+            kv_bits: bits of keys and values in the scheme; the name of a rule may omit them.
 
         Raises:
-            UserError: names the rule, both values and the name that fits.
+            UserError: names the rule, both values and the required change.
         """
         if self.weights is None:
             return
@@ -98,8 +98,8 @@ class Rule:
         ):
             if given != own:
                 raise UserError(
-                    f"scheme.rules: name {self.name!r} for layers {self.layers!r} has {what} of {given} bits, the "
-                    f"scheme {scheme} has {own}: a rule changes weights only, so {remedy}"
+                    f"scheme.rules: name {self.name!r} for layers {self.layers!r} has {what} of {given} bits, but "
+                    f"scheme {scheme} has {own}: a rule changes only weights, so {remedy}"
                 )
 
     @cached_property

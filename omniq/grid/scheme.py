@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheme: bits of everything in a quantized model, by their name in the field.
+"""The scheme: the bits of all quantized tensors of a model, in the usual notation.
 
-    W4A16        weights of 4 bits, one scale for each output channel
-    W3A16g128    groups of 128 inputs
-    W6A6         the inputs of every linear in 6 bits as well, each token on its own range
-    W4A4KV4      keys and values too, each token of each head on its own range, after rotary embedding
+    W4A16        weights of 4 bits, one scale per output channel
+    W3A16g128    weights of 3 bits, in groups of 128 inputs
+    W6A6         also the inputs of every linear in 6 bits, with a range for each token
+    W4A4KV4      also keys and values, with a range for each token of each head, after rotary embedding
 
-With ``activation_range: tensor`` all tokens share one range, which is found in the calibration text once the block is
-finished, and fixed. The field calls this static, and a range for each token dynamic.
+With ``activation_range: tensor``, all tokens share one fixed range, which is measured on the calibration text when the
+block is finished. This is commonly called static quantization, and a range for each token dynamic quantization.
 
-Rules give some linears other weights, or leave them in floating point: ``omniq.grid.rule``.
+Rules give some linears other weight settings, or leave them in floating point: ``omniq.grid.rule``.
 
-The same object is what a user writes in YAML, what the blocks are calibrated under, and what an export tells a runtime.
+Users write this object in YAML; calibration and export use the same object.
 
-OmniQuant's tables quantize queries, keys and values to the activations' bits whenever these are below 16, while their
-names do not say so. omniq says it: the paper's W4A4 is ``name: W4A4KV4, queries: true``. The softmax output stays at 16
-bits, as in the paper.
+OmniQuant's tables quantize queries, keys and values to the bits of the activations whenever these are below 16, but
+their names do not show it. In omniq the setting is explicit: the paper's W4A4 is ``name: W4A4KV4, queries: true``. The
+softmax output stays at 16 bits, as in the paper.
 
-This module imports torch only where a grid or a dtype is asked for, so that a configuration is checked without it.
+This module imports torch only when a grid or a dtype is requested, so that a configuration can be checked without it.
 """
 
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ if TYPE_CHECKING:  # a configuration is parsed and checked without torch
 
 @dataclass(frozen=True)
 class Activations:
-    """What becomes of activations while a block computes; 16 bits mean that nothing does.
+    """How a block quantizes activations while it computes; 16 bits mean no quantization.
 
     Args:
         inputs: bits of the inputs of quantized linears.
         queries: bits of queries, as they enter the attention product.
         keys_values: bits of keys and values.
-        symmetric: no zero points.
-        static: one fixed range for the inputs of a linear; else each token has its own. Queries, keys and values
-            always have one a token.
+        symmetric: quantize without zero points.
+        static: use one fixed range for all inputs of a linear instead of a range for each token. Queries, keys and
+            values always have a range for each token.
     """
 
     inputs: int = 16
@@ -55,33 +55,34 @@ class Activations:
 
     @property
     def attention(self) -> bool:
-        """Whether queries, keys or values are quantized."""
+        """True if queries, keys or values are quantized."""
         return self.queries != 16 or self.keys_values != 16
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is."""
+        """True if any activation is quantized."""
         return self.inputs != 16 or self.attention
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the deployed model looks like.
+    """The number formats of the exported model.
 
     Args:
-        name: as the field writes it: ``W4A16`` per-channel, ``W3A16g128`` with groups of 128, ``W4A4``, ``W4A4KV4``.
-        symmetric: zero points of weights fixed in the middle of the code range.
-        dtype: of scales and of everything that is not quantized, as deployed.
-        activation_symmetric: activations without zero points, which the integer kernels of the field prefer; the
-            paper has them.
-        activation_range: what shares a range in the inputs of linears: each ``token``, found as it comes (the paper),
-            or the whole ``tensor``, found in the calibration text and fixed.
+        name: bits in the usual notation: ``W4A16`` per-channel, ``W3A16g128`` with groups of 128, ``W4A4``,
+            ``W4A4KV4``.
+        symmetric: fix the zero points of weights in the middle of the code range.
+        dtype: dtype of scales and of all exported parameters that are not quantized.
+        activation_symmetric: quantize activations without zero points, which common integer kernels prefer; the paper
+            uses zero points.
+        activation_range: which inputs of a linear share a range: each ``token`` has its own, computed at run time (as
+            in the paper), or the whole ``tensor`` has one, fixed after calibration.
         queries: quantize queries to the bits of the linears' inputs, as the paper does.
-        rules: other weights for some linears; the last rule that matches a linear decides.
+        rules: other weight settings for some linears; the last rule that matches a linear applies.
 
     Raises:
-        UserError: a name that is not understood, bits that are not 2 to 8 or 16, a group size that is not usable,
-            a setting of activations where the name has none, or a rule with other activations.
+        UserError: the name is not valid, bits are not 2 to 8 or 16, the group size is not valid, a setting concerns
+            activations that the name does not quantize, or a rule has other activations.
     """
 
     name: str = "W4A16"
@@ -96,7 +97,7 @@ class Scheme:
         weight_bits, inputs, keys_values, group_size = self._parsed
         for what, bits in (("activations", inputs), ("keys and values", keys_values)):
             if not 2 <= bits <= 8 and bits != 16:
-                raise UserError(f"scheme.name {self.name!r}: {what} of {bits} bits are not possible: use 2 to 8, or 16")
+                raise UserError(f"scheme.name {self.name!r}: {what} of {bits} bits are not valid: use 2 to 8, or 16")
         if self.activation_symmetric and inputs == keys_values == 16:
             raise UserError(
                 f"scheme.activation_symmetric: {self.name!r} quantizes no activations; use a name such as W4A8"
@@ -114,24 +115,24 @@ class Scheme:
             rule.check_activations(self.name, inputs, keys_values)
 
     def rule_of(self, name: str) -> Rule | None:
-        """The rule that decides about a linear, by its full name: the last that matches it; None if none matches."""
+        """The rule for a linear, given by its full name: the last rule that matches; None if no rule matches."""
         return next((rule for rule in reversed(self.rules) if rule.matches(name)), None)
 
     def grid_of(self, name: str) -> "Grid | None":
-        """The grid of a linear, by its full name such as ``model.layers.0.mlp.up_proj``; None: floating point."""
+        """The grid of a linear, given by its full name; None if the linear stays in floating point."""
         rule = self.rule_of(name)
         return self.grid if rule is None else self._grids[rule]
 
     @cached_property
     def grid(self) -> "Grid":
-        """The grid of the weights that no rule matches."""
+        """The grid of linears that no rule matches."""
         from omniq.grid.affine import Grid
 
         return Grid(self._parsed.bits, self._parsed.group_size, self.symmetric, self.export_dtype)
 
     @property
     def grids(self) -> tuple["Grid", ...]:
-        """Every grid that the name and the rules give, each once."""
+        """The distinct grids of the name and the rules."""
         return tuple(dict.fromkeys(grid for grid in (self.grid, *self._grids.values()) if grid is not None))
 
     @cached_property
@@ -151,17 +152,17 @@ class Scheme:
 
     @property
     def activation_bits(self) -> int:
-        """Bits of the linears' inputs; 16 for none."""
+        """Bits of the linears' inputs; 16 if they are not quantized."""
         return self._parsed.activation_bits
 
     @property
     def kv_bits(self) -> int:
-        """Bits of keys and values; 16 for none."""
+        """Bits of keys and values; 16 if they are not quantized."""
         return self._parsed.kv_bits
 
     @property
     def activations(self) -> Activations:
-        """What becomes of activations while a block computes."""
+        """How a block quantizes activations while it computes."""
         queries = self.activation_bits if self.queries else 16
         static = self.activation_range == "tensor"
         return Activations(self.activation_bits, queries, self.kv_bits, self.activation_symmetric, static)

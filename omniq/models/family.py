@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What omniq must know of a model family: where its blocks are, and which linears share an input.
+"""``Family``: the location of a model family's blocks, the linears of a block, and the inputs that they share.
 
-Everything else is read from the model's own code, which runs untouched. A new family is one short file in
-``omniq.models.families``, and one line there.
+omniq takes all other information from the model's own code, which runs unmodified. To add a family, add a short file to
+``omniq.models.families`` and one line to its ``FAMILIES``.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.heads import Heads
 
 BIAS_SWITCHES = {"attention_bias": "self_attn.", "mlp_bias": "mlp."}
-"""Keys of configs that give linears a bias in stock code, each with the part of a block that it governs."""
+"""Keys of a config that give linears a bias in stock code, with the part of a block that each key controls."""
 
 
 def _accept(config: PretrainedConfig) -> str | None:
@@ -33,12 +33,12 @@ class Family:
         blocks: dotted name of the module list of blocks, such as ``model.layers``.
         groups: names of the quantized linears inside a block, grouped by the input tensor they share, in the order
             in which the block runs them.
-        equivalences: where the block allows a scale (and shift) to move without changing what it computes.
-        attention: the module inside a block that calls transformers' attention interface; None if none does.
-        flat: linears whose input comes without a dimension of samples, ``[tokens, i]``.
-        partial_rotary: whether the code of the family heeds ``partial_rotary_factor`` of the config.
-        new_biases: whether linears may get biases that the source has not, where its config has a switch for them.
-        refuse: says why a variant of the family cannot be had, by its config, or returns None.
+        equivalences: changes by scales (and shifts) that leave the output of the block unchanged.
+        attention: the module inside a block that calls transformers' attention interface; None if no module does.
+        flat: linears whose input has no sample dimension, ``[tokens, i]``.
+        partial_rotary: True if the code of the family uses ``partial_rotary_factor`` of the config.
+        new_biases: True if linears may get biases that the source model lacks, where its config has a switch for them.
+        refuse: returns the reason why a variant of the family is not supported, given its config; None if it is.
     """
 
     model_types: tuple[str, ...]
@@ -52,11 +52,11 @@ class Family:
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
     def layout(self, block: nn.Module, index: int) -> Layout:
-        """The layout of one block of a model of this family; families whose blocks differ override this.
+        """The layout of one block of a model of this family; families whose blocks differ override this method.
 
         Args:
             block: a block of the model, possibly without weights (on the meta device).
-            index: its position.
+            index: position of the block in the model.
         """
         config = config_of(block)
         return Layout(
@@ -70,7 +70,7 @@ class Family:
         )
 
     def _can_bias(self, config: PretrainedConfig) -> frozenset[str]:
-        """Linears without a bias to which every runtime would give one, if the config said so."""
+        """Linears for which every runtime creates a bias if the config enables it."""
         if not self.new_biases:
             return frozenset()
         parts = tuple(part for switch, part in BIAS_SWITCHES.items() if hasattr(config, switch))
@@ -78,7 +78,7 @@ class Family:
 
 
 def config_of(block: nn.Module) -> PretrainedConfig:
-    """The config that the modules of a transformers block carry."""
+    """The config that the modules of a transformers block hold."""
     modules: Iterator[Any] = block.modules()
     config: PretrainedConfig = next(module.config for module in modules if hasattr(module, "config"))
     return config

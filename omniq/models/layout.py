@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of one block: which linears are quantized, which of them share an input, where scales may move.
+"""The layout of one block: its quantized linears, the inputs they share, and its equivalences.
 
 A layout belongs to one block of one model. Blocks of the same model may differ (dense layers before experts, layers
 with other attention), and a run may leave linears of some blocks in floating point. Stages, hooks, exports and
-evaluations ask the layout; none of them asks the family.
+evaluations use only the layout, never the family.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,19 +15,19 @@ from omniq.transforms.heads import Heads
 
 @dataclass(frozen=True)
 class Layout:
-    """What omniq does with one block.
+    """The structure of one block, as omniq quantizes it.
 
     Args:
-        model_type: of the model, for messages.
+        model_type: type of the model, for messages.
         groups: names of the quantized linears inside the block, grouped by the input tensor they share, in the order
             in which the block runs them.
         heads: the attention heads of the block.
-        equivalences: where scales (and shifts) may move without changing the output of the block.
-        attention: the module inside the block that calls transformers' attention interface; None if none does.
-        flat: quantized linears whose input has no sample dimension, ``[tokens, i]``, but the tokens of all samples in
-            order.
+        equivalences: changes by scales (and shifts) that leave the output of the block unchanged.
+        attention: the module inside the block that calls transformers' attention interface; None if no module does.
+        flat: quantized linears whose input has no sample dimension, ``[tokens, i]``, but holds the tokens of all
+            samples in order.
         can_bias: linears without a bias that may get one, because the config of the model has a switch for it.
-        kept: linears that stay in floating point, each with the reason.
+        kept: linears that stay in floating point, with the reason for each.
     """
 
     model_type: str
@@ -45,7 +45,7 @@ class Layout:
         return tuple(name for group in self.groups for name in group)
 
     def keep(self, names: Collection[str], reason: str) -> "Layout":
-        """The same layout with further linears left in floating point."""
+        """Return the layout with these linears left in floating point, too."""
         groups = (tuple(name for name in group if name not in names) for group in self.groups)
         kept = {name: reason for name in self.linears if name in names}
         flat = tuple(name for name in self.flat if name not in names)

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from omniq.errors import UserError, one_line
-from omniq.storage.atomic import expanded
+from omniq.storage.atomic import expand_home
 
 PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".safetensors", ".gguf", *PICKLE)
@@ -57,7 +57,7 @@ def locate(path: str, gguf_file: str | None = None, remote_code: bool = False) -
 
 def public_name(path: str) -> str:
     """The name to publish in a model card: a Hub name as it is, a path on this machine by its last component."""
-    place = expanded(path)
+    place = expand_home(path)
     return place.resolve().name if place.exists() else path
 
 
@@ -72,7 +72,7 @@ def pickle_refusal(file: Path) -> str:
 def _find(path: str, gguf_file: str | None, remote_code: bool) -> Path:
     if path.startswith("package:"):
         return _in_package(path)
-    place = expanded(path)
+    place = expand_home(path)
     if place.exists():
         return place
     if place.suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):

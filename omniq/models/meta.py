@@ -21,7 +21,8 @@ def meta_model(
     """The model that a config describes, on the meta device, frozen and in evaluation mode.
 
     Raises:
-        UserError: the attention implementation is unknown, not installed, or not available for this model.
+        UserError: the attention implementation is unknown, not installed, or not available for this model; or the
+            config holds a value that transformers does not know.
     """
     try:
         with torch.device("meta"):
@@ -32,6 +33,11 @@ def meta_model(
         raise UserError(
             f"transformers cannot build this model with model.attention {attention!r} ({one_line(error)}): "
             "use sdpa or eager"
+        ) from error
+    except Exception as error:  # an unknown hidden_act or rope_type is a KeyError, other values fail in other ways
+        raise UserError(
+            "transformers cannot build the model that config.json describes "
+            f"({type(error).__name__}: {one_line(error)}): correct this value, or get the file again"
         ) from error
     return model.eval().requires_grad_(False)
 

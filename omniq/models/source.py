@@ -83,6 +83,8 @@ class SourceModel:
         self._model, self._checkpoint = model, checkpoint
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self.num_blocks = len(self._blocks)
+        if not self.num_blocks:
+            raise UserError(f"{place.folder / 'config.json'}: the model has no blocks: correct the number of layers")
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
         check_checkpoint(self.folder, model, checkpoint, self._alias, self._tied)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people look at: the progress display, tables.
+"""Output for people: the progress display and tables.
 
 May import evaluate and storage. Read ``table.py`` first.
 """

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console that omniq prints to: text of users, models and libraries appears as it is.
+"""The console of omniq. It prints text of users, models and libraries literally.
 
-rich would read ``[/INST]`` in a prompt, or brackets in a name, as markup.
+By default, rich interprets ``[/INST]`` in a prompt, or brackets in a name, as markup.
 """
-
-import sys
 
 from rich.console import Console
 
+from omniq.report.streams import replace_unencodable
+
 
 def plain_console(quiet: bool = False) -> Console:
-    """A console without markup and emoji codes; characters that the stream cannot encode are replaced.
+    """Make a console without markup and emoji codes. It replaces characters that the stream cannot encode.
 
     Args:
-        quiet: print nothing.
+        quiet: discard all output.
     """
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
+    replace_unencodable()
     return Console(quiet=quiet, markup=False, emoji=False)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: a bar over blocks, a bar over steps, one line for each finished block.
+"""The progress display of a run: a bar over blocks, a bar over steps, and one line for each finished block.
 
-The bars tell the rate, the time left, and losses (of the steps) or memory (of the blocks), which get the room that is
-left on the line. Time left over the blocks comes from those that were calibrated since the run was started last:
-finished ones that a resumed run only passes through say nothing about the others.
+Both bars show the rate and the remaining time. In the rest of the line, the step bar shows losses and the block bar
+shows memory. The remaining time of the blocks is estimated from the blocks that this process has calibrated. A resumed
+run passes through finished blocks much faster, so these blocks do not count.
 """
 
 import math
@@ -32,10 +32,10 @@ from omniq.report.console import plain_console
 
 
 class RateColumn(ProgressColumn):
-    """How many a second, or how long each takes."""
+    """The rate of a task, or the time per item if the rate is below one per second."""
 
     def render(self, task: Task) -> Text:
-        """``12.5/s`` or ``42.0 s each``; empty where there is nothing to tell it from."""
+        """Render ``12.5/s`` or ``42.0 s each``; empty text while the rate is unknown."""
         speed = task.finished_speed or task.speed
         if not speed:
             return Text()
@@ -43,11 +43,11 @@ class RateColumn(ProgressColumn):
 
 
 class Display:
-    """Progress of a run; the lines of finished blocks also reach a pipe or log file, the bars only a terminal.
+    """Display the progress of a run. Lines of finished blocks also go to a pipe or log file; bars need a terminal.
 
     Args:
         blocks: number of blocks.
-        console: where to print.
+        console: the console to print to.
     """
 
     def __init__(self, blocks: int, console: Console | None = None) -> None:
@@ -62,7 +62,7 @@ class Display:
             RateColumn(),
             TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
-            speed_estimate_period=math.inf,  # rich would forget a block that took longer than this
+            speed_estimate_period=math.inf,  # by default, rich drops blocks that take longer than 30 seconds
             expand=True,
         )
         self._blocks = self.progress.add_task("blocks", total=blocks, detail="")
@@ -81,8 +81,8 @@ class Display:
         self.progress.stop()
 
     def stage(self, index: int, name: str, done: int, total: int) -> None:
-        """A stage of a block begins."""
-        if index != self._done:  # those before it are not even passed through
+        """Show that a stage of a block begins."""
+        if index != self._done:  # the run starts at a later block and skips those before it
             self._measure_from(index)
         self._calibrating = index
         self.progress.reset(
@@ -91,12 +91,12 @@ class Display:
         self._begin(self._steps)
 
     def step(self, done: int, losses: Mapping[str, float]) -> None:
-        """A step is done."""
+        """Show that a step is done, with its losses by name."""
         detail = "  ".join(f"{name} {value:.3e}" for name, value in losses.items())
         self.progress.update(self._steps, completed=done, detail=detail)
 
     def block(self, index: int, line: str) -> None:
-        """A block is finished, now or in an earlier run."""
+        """Show that a block is finished, by this process or by an earlier one."""
         self._done = index + 1
         if index == self._calibrating:
             self.progress.update(self._blocks, completed=self._done)
@@ -106,22 +106,22 @@ class Display:
         self.console.print(f"block {index:3d}  {line}  {memory()}", highlight=False)
 
     def _measure_from(self, done: int) -> None:
-        """So many blocks are done; how long one takes is measured from now on, on those that follow."""
+        """Set the number of finished blocks, and restart the estimate of the time per block."""
         self._done = done
         (task,) = (task for task in self.progress.tasks if task.id == self._blocks)
         began = task.start_time
         self.progress.reset(self._blocks, completed=done)
-        task.start_time = began  # the time since the start of the run goes on
+        task.start_time = began  # keeps the elapsed time of the run
         self._begin(self._blocks)
 
     def _begin(self, task: TaskID) -> None:
-        """Let rich measure the first one of a task, too: it takes the time between two advances."""
+        """Advance by 0, because rich measures between two advances: this includes the first item in the estimate."""
         self.progress.advance(task, 0)
 
 
 def memory() -> str:
-    """Peak memory of this process so far: host, and GPU where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    """Describe the peak memory of this process: host, and GPU if one is present."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     text = f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
     if torch.cuda.is_available():
         text += f" + {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a block takes, over all the processes that have worked on it."""
+"""The time that a block takes, over all processes that worked on it one after another."""
 
 import time
 
 
 class Stopwatch:
-    """Counts from when it is made, on top of what earlier processes counted up to what they saved last."""
+    """Measures the time since its construction, and adds the time that earlier processes had saved."""
 
     def __init__(self) -> None:
         self._started, self._earlier = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:
-        """Seconds so far."""
+        """The elapsed time in seconds."""
         return self._earlier + time.perf_counter() - self._started
 
-    def go_on_from(self, seconds: float) -> None:
-        """Take over what an earlier process had counted when it saved what this one continues."""
+    def continue_from(self, seconds: float) -> None:
+        """Add the seconds that an earlier process had measured at the checkpoint that this process continues."""
         self._earlier = seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results side by side: a table to look at and a JSON file to keep."""
+"""Perplexity results as a table and as a JSON file."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from omniq.storage.atomic import atomic_write
 
 
 def perplexity_table(results: Mapping[str, PerplexityResult], title: str | None = None) -> Table:
-    """A row a model; from the second on, how much worse it is than the first (full precision, usually).
+    """Make a table with one row per model, and the relative change from the first model (usually full precision).
 
     Args:
-        results: by name, the one to compare with first.
-        title: such as the text that was evaluated.
+        results: results by name. The first result is the reference.
+        title: the title of the table, such as the evaluated text.
     """
     table = Table(Column("model", overflow="fold"), title=title)
     for column in ("perplexity", "change", "nll (nats)", "tokens", "seconds"):
@@ -37,12 +37,12 @@ def perplexity_table(results: Mapping[str, PerplexityResult], title: str | None 
 
 
 def write_results(path: Path, results: Mapping[str, PerplexityResult], **about: Any) -> None:
-    """Write results as JSON, whole or not at all.
+    """Write results as JSON, atomically.
 
     Args:
         path: the file.
-        results: by name.
-        **about: what else is worth knowing (text, seed, digest of the tokens), beside ``results`` in the file.
+        results: results by name.
+        **about: further entries of the file (text, seed, digest of the tokens), next to ``results``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -52,12 +52,12 @@ def write_results(path: Path, results: Mapping[str, PerplexityResult], **about: 
 
 
 def _change(change: float) -> str:
-    """In percent; nothing where one of the two is infinite or not a number."""
+    """Format a relative change in percent; an infinite or undefined change gives empty text."""
     return f"{change:+.1%}" if math.isfinite(change) else ""
 
 
 def _short(perplexity: float) -> str:
-    """Two decimals up to a thousand, powers of ten beyond a million."""
+    """Format with two decimals below a thousand, and in powers of ten from a million."""
     if perplexity < 1e3:
         return f"{perplexity:.2f}"
     return f"{perplexity:.0f}" if perplexity < 1e6 else f"{perplexity:.2g}"

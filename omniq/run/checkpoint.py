@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the checkpoint of a finished run, verify it, and generate a sentence with it."""
+"""Write the checkpoint of a finished run, verify it, and generate text with it."""
 
 import logging
 from collections.abc import Callable
@@ -37,10 +37,10 @@ PERPLEXITY_TOLERANCE = 5e-3  # measured: 0.0; both compute in the dtype of the c
 
 
 def check_export(folder: RunDir, export: Export) -> None:
-    """Refuse to take a checkpoint that was written with other settings for the one that is asked for.
+    """Refuse to keep a checkpoint that was written with other export settings.
 
     Raises:
-        UserError: names the settings and two ways to go on.
+        UserError: names the settings and two remedies.
     """
     model = folder.path / "model"
     written = folder.load_record("export.json") if model.exists() and export.format != "none" else None
@@ -53,13 +53,13 @@ def check_export(folder: RunDir, export: Export) -> None:
     ]
     if changed:
         raise UserError(
-            f"{model} was written with other settings ({'; '.join(changed)}): remove it to have it written again, or "
-            f"write another one: omniq export --run {folder.path} --out FOLDER --export.format {export.format}"
+            f"{model} was written with other settings ({'; '.join(changed)}): remove it to write it again, or "
+            f"write another checkpoint: omniq export --run {folder.path} --out FOLDER --export.format {export.format}"
         )
 
 
 def settings_of(export: Export) -> dict[str, Any]:
-    """The settings that a checkpoint on disk depends on."""
+    """Return the settings that a checkpoint on disk depends on."""
     return {"format": export.format, "max_shard_size": export.max_shard_size}
 
 
@@ -73,14 +73,15 @@ def write_checkpoint(
     console: Console,
     window: Tensor | None = None,
 ) -> None:
-    """Export a finished run, compare what was written with what was optimised, and let it speak.
+    """Export a finished run, compare the checkpoint with the optimized model, and complete a prompt with it.
 
-    An export that is there already is kept if it is this one, and replaced if it is not: in another format, damaged, or
-    of another run. Of one that is kept, what lies beside the weights is written anew where it differs.
+    An existing export in ``out`` is kept if it is the export of this run. It is replaced if its format differs, if it
+    is damaged, or if it belongs to another run. If an export is kept, its files other than the weights are rewritten
+    where they differ.
 
     Args:
-        window: of the evaluation, int64 ``[1, t]``, whose perplexity is compared where activations are quantized; a
-            sentence if not given.
+        window: one evaluation sequence, int64 ``[1, t]``. If activations are quantized, its perplexity is compared.
+            The default is a fixed sentence.
     """
     read, size = block_reader(folder), int(export.max_shard_size * 1e9)
     chosen = find_format(export.format)
@@ -99,24 +100,24 @@ def write_checkpoint(
         if earlier == chosen.name and export.verify:
             report = verify()
     except (CorruptFile, VerificationError) as error:
-        log.warning("%s is not what this run writes there (%s): it is replaced", out, one_line(error))
-    own = out == folder.path / "model"  # anywhere else nothing but the codes tells whose it is
+        log.warning("%s is not the checkpoint of this run (%s): replacing it", out, one_line(error))
+    own = out == folder.path / "model"  # in any other folder, only the codes identify the run
     if report is None and (earlier != chosen.name or export.verify or not own):
-        instead = f", in the place of an export in format {earlier}" if earlier is not None else ""
+        instead = f", replacing an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {chosen.name}{instead}")
         export_checkpoint(source, read, out, format=chosen.name, scheme=scheme, card=facts, max_shard_bytes=size)
         opened = ReopenedCheckpoint(out, chosen.container, chosen.codec(scheme))
         report = verify() if export.verify else None
     elif mended := mend_companions(source, out, format=chosen.name, scheme=scheme, card=facts):
-        console.print(f"written anew in {out}, where it was damaged or of other settings: {', '.join(mended)}")
+        console.print(f"rewritten in {out}, because damaged or made with other settings: {', '.join(mended)}")
     if report is not None:
         console.print(report)
     if export.prompt is not None:
-        console.print(f"the checkpoint says{answer(opened, export.prompt)}")
+        console.print(answer(opened, export.prompt))
 
 
 def describe(report: Report) -> str:
-    """What was verified, in one line."""
+    """Describe the verification in one line."""
     way, why = ("through transformers", "") if report.lacking is None else ("block by block", f" ({report.lacking})")
     return (
         f"verified: {report.codes:,} codes of {report.linears} linears read back equal; "
@@ -127,33 +128,36 @@ def describe(report: Report) -> str:
 def same_perplexity(
     report: Report, source: SourceModel, read: Callable[[int], BlockResult], scheme: Scheme, windows: Tensor
 ) -> str:
-    """Hold the perplexity of a checkpoint against the one that omniq measures.
+    """Compare the perplexity of a checkpoint with the perplexity that omniq measures.
+
+    Returns:
+        Both perplexities in words, for the line that reports the verification.
 
     Raises:
-        VerificationError: they differ by more than 0.5 %.
+        VerificationError: the perplexities differ by more than 0.5 %.
     """
     variants = {OURS: quantized_variant(read, source, scheme)}
     ours = evaluate_streamed(in_export_dtype(source, scheme), windows, variants)[OURS].perplexity
     theirs, tokens = report.perplexity, windows.numel()
-    both = f"perplexity of {tokens:,} tokens {theirs:.5g}, and {ours:.5g} by omniq's own evaluation"
+    both = f"perplexity of {tokens:,} tokens {theirs:.5g}, by omniq's own evaluation {ours:.5g}"
     if not abs(theirs / ours - 1) <= PERPLEXITY_TOLERANCE:  # NaN must not pass
         raise VerificationError(f"the checkpoint is not the model that was measured: {both}")
     return f"; {both}"
 
 
 def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str:
-    """What the checkpoint answers, greedily, opened by plain transformers as any user would; or why it cannot."""
+    """Complete a prompt greedily with the checkpoint as plain transformers opens it, or say why that is impossible."""
     model: Any = opened.model
     if model is None:
-        return f" nothing: {opened.lacking}"
+        return f"the checkpoint does not complete the prompt: {opened.lacking}"
     tokenizer = AutoTokenizer.from_pretrained(opened.path)
     tokens = tokenizer(prompt, return_tensors="pt")
     said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
-    return f": {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
+    return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 
 
 def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
-    """Finished blocks by index."""
+    """Make a function that reads a finished block by its index."""
 
     def read(index: int) -> BlockResult:
         return folder.read_block(index)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before the first block: a run that cannot work is refused here."""
+"""Checks before the first block. They refuse a run that cannot succeed."""
 
 import logging
 import shutil
@@ -24,7 +24,7 @@ log = logging.getLogger("omniq")
 
 
 def check_callbacks(run: Run) -> None:
-    """Refuse callbacks that every fit has already, and a second guard.
+    """Refuse callbacks that omniq adds to every fit itself, and a second guard.
 
     Raises:
         UserError: names the class.
@@ -35,17 +35,17 @@ def check_callbacks(run: Run) -> None:
     kinds = [part for part in parts if isinstance(part, type)]
     for kind in kinds:
         if issubclass(kind, internal):
-            raise UserError(f"callbacks: {kind.__name__} is an internal part of every fit: leave it out")
+            raise UserError(f"callbacks: {kind.__name__} is an internal part of every fit: remove it")
     guards = [kind.__name__ for kind in kinds if issubclass(kind, NonFiniteGuard)]
     if len(guards) > 1:
-        raise UserError(f"callbacks: {' and '.join(guards)} are two guards of one fit: leave one of them out")
+        raise UserError(f"callbacks: {' and '.join(guards)} are two guards of one fit: remove one of them")
 
 
 def check_model(run: Run, source: SourceModel) -> None:
-    """Refuse a model that scheme, stages, format or disk cannot serve.
+    """Refuse a model that does not fit the scheme, the stages, the export format or the disk.
 
     Raises:
-        UserError: names what does not fit, and a remedy.
+        UserError: names the conflict and a remedy.
     """
     check_rules(run, source)
     layouts = [scheme_layout(source, run.scheme, index) for index in range(source.num_blocks)]
@@ -58,14 +58,14 @@ def check_model(run: Run, source: SourceModel) -> None:
     grids = {name: run.scheme.grid_of(name) for name in linear_names(source)}
     check_widths(source, grids)
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
-    check_room(run, source, grids)
+    check_disk_space(run, source, grids)
 
 
 def check_widths(source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
     """Refuse a grid whose groups do not divide the inputs of a linear.
 
     Args:
-        grids: of the linears by full name; None for floating point.
+        grids: the grid of each linear, by full name; None for a linear in floating point.
 
     Raises:
         UserError: names the linear, its inputs and the group sizes that fit all linears on this grid.
@@ -83,7 +83,7 @@ def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
     """Refuse a format that cannot hold the layouts and grids of a model.
 
     Raises:
-        UserError: names what does not fit, and a remedy.
+        UserError: names the conflict and a remedy.
     """
     layouts = [scheme_layout(source, scheme, index) for index in range(source.num_blocks)]
     grids = {scheme.grid_of(name) for name in linear_names(source)}
@@ -91,10 +91,12 @@ def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
 
 
 def check_storable(run: Run, block: str, result: BlockResult) -> None:
-    """Refuse a finished block whose values the format of the export cannot store, before further blocks are computed.
+    """Refuse a finished block whose values the export format cannot store, before the next blocks are computed.
 
     Args:
-        block: its full name.
+        run: the configuration.
+        block: full name of the block.
+        result: result of the block.
 
     Raises:
         UserError: names the linear.
@@ -107,28 +109,28 @@ def check_storable(run: Run, block: str, result: BlockResult) -> None:
 
 
 def check_reader(format: str, scheme: Scheme) -> None:
-    """Say before a run what this machine lacks to open its checkpoint; omniq can verify it without."""
+    """Warn before a run if this machine lacks the reader of its checkpoint. omniq can verify without that reader."""
     chosen = find_format(format)
     lacking = chosen.container.lacks(chosen.codec(scheme))
     if lacking is not None and collectives.rank() == 0:
-        log.warning("export.format %s: %s; omniq verifies it with a reader of its own", format, lacking)
+        log.warning("export.format %s: %s; omniq verifies the checkpoint with its own reader", format, lacking)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch.compile has not what it needs.
+    """Raise if torch.compile does not work on this machine.
 
     Raises:
-        UserError: says what is missing.
+        UserError: names the missing part.
     """
     try:
         torch.compile(torch.nn.functional.relu)(torch.zeros(8, device=device))
-    except Exception as error:  # every backend has its own
+    except Exception as error:  # every backend raises its own type of error
         raise collectives.error_on_rank0(
-            f"compile true: torch.compile does not work here ({one_line(error)}): mend that, or set compile to false"
+            f"compile true: torch.compile does not work here ({one_line(error)}): fix that, or set compile to false"
         ) from error
 
 
-def check_shares(samples: int, held_out: int) -> None:
+def check_divisible(samples: int, held_out: int) -> None:
     """Refuse samples that several processes cannot share evenly.
 
     Raises:
@@ -142,7 +144,7 @@ def check_shares(samples: int, held_out: int) -> None:
 
 
 def check_lengths(run: Run, positions: int | None) -> None:
-    """Refuse windows that are longer than the model's positions.
+    """Refuse sequences that are longer than the model's context.
 
     Raises:
         UserError: names the field and both numbers.
@@ -153,17 +155,20 @@ def check_lengths(run: Run, positions: int | None) -> None:
             raise UserError(f"{section}.length: {length} tokens exceed the model's {positions} positions: give fewer")
 
 
-def check_room(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
-    """Refuse a checkpoint that cannot be written: values beyond its dtype, or a disk without room for it.
+def check_disk_space(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
+    """Refuse a checkpoint that cannot be written: values exceed its dtype, or the disk has too little free space.
 
-    Room is what is left to write at least: a byte for each code and the weights of linears in floating point, as far as
-    they are in no finished block yet, and the checkpoint if there is none, without its scales.
+    The required space is a lower bound of the bytes still to write. It counts the blocks that are not finished, with
+    one byte per code and the weights of linears in floating point, and the checkpoint without its scales if it does
+    not exist yet.
 
     Args:
-        grids: of the linears by full name; None for floating point.
+        run: the configuration.
+        source: the opened model.
+        grids: the grid of each linear, by full name; None for a linear in floating point.
 
     Raises:
-        UserError: names the parameter, or what is needed and what is free.
+        UserError: names the parameter, or the required and the free bytes.
     """
     numbers = {name: prod(source.shape(f"{name}.weight")) for name in grids}
     sizes = [number * (source.dtype.itemsize if grids[name] is None else 1) for name, number in numbers.items()]
@@ -178,22 +183,22 @@ def check_room(run: Run, source: SourceModel, grids: Mapping[str, Grid | None]) 
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
     if free < needed:
         raise UserError(
-            f"out {run.out}: the run has {needed:,} bytes to write at least and the disk has {free:,}: free some or "
-            "choose another folder"
+            f"out {run.out}: the run writes at least {needed:,} bytes and the disk has {free:,} free: free some space "
+            "or choose another folder"
         )
 
 
 def linear_names(source: SourceModel) -> list[str]:
-    """Full names of the linears that omniq can quantize, in order."""
+    """Return the full names of the linears that omniq can quantize, in order."""
     blocks = range(source.num_blocks)
     return [f"{source.block_name(index)}.{name}" for index in blocks for name in source.layout(index).linears]
 
 
 def check_rules(run: Run, source: SourceModel) -> None:
-    """Refuse rules that decide about no linear, and a scheme that quantizes nothing.
+    """Refuse rules that do not decide the grid of any linear, and a scheme that quantizes no linear.
 
     Raises:
-        UserError: names the rule, and linears or the rules that win over it.
+        UserError: names the rule, and the names of linears or a linear that later rules decide.
     """
     scheme = run.scheme
     names = linear_names(source)
@@ -207,11 +212,11 @@ def check_rules(run: Run, source: SourceModel) -> None:
             )
         if id(rule) not in deciding:
             raise UserError(
-                f"scheme.rules: layers {rule.layers!r} decides about no linear, because later rules match all that it "
-                f"matches, such as {matched[0]}: put it after them, or remove it"
+                f"scheme.rules: layers {rule.layers!r} has no effect, because later rules match all of its linears, "
+                f"such as {matched[0]}: move it after them, or remove it"
             )
     if not any(scheme_grids(source, scheme, index) for index in range(source.num_blocks)[: run.blocks]):
         raise UserError(
             "scheme.rules leave every linear in floating point: give at least one linear of the blocks to quantize "
-            "another name than none"
+            "a name other than none"
         )

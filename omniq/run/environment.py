@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions and the machine that a run records."""
+"""The software versions and the machine that a run records."""
 
 import os
 import platform
@@ -15,12 +15,12 @@ VERSIONS = ("torch", "lightning", "transformers", "datasets", "compressed-tensor
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the run happens on."""
+    """Return the versions of omniq and its dependencies, and a description of the machine."""
     from omniq import __version__
 
     versions: dict[str, str] = {}
     for name in VERSIONS:
-        with suppress(PackageNotFoundError):  # a run does not need the packages that only read its checkpoint
+        with suppress(PackageNotFoundError):  # packages that only read the checkpoint are optional
             versions[name] = version(name)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
-from omniq.calibration.fuse import concerns
+from omniq.calibration.fuse import affects_quantization
 from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.models.source import SourceModel
 from omniq.transforms.equivalence import Equivalence
 
-_VERIFIED_TOKENS = 32  # on which equivalences are tried
+_VERIFIED_TOKENS = 32  # number of tokens for the verification
 
 
 def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: torch.device) -> None:
-    """Try every equivalence that the stages use on the real first block of each kind.
+    """Apply every equivalence that the stages use to the real first block of each kind.
 
     Args:
-        tokens: int64 ``[n, t]``; a few of the first sample are embedded.
-        device: where the blocks compute.
+        run: the configuration.
+        source: the opened model.
+        tokens: calibration samples, int64 ``[n, t]``. The first tokens of the first sample are embedded.
+        device: device of the computations.
 
     Raises:
         UserError: an equivalence changes the output of a block.
@@ -32,7 +34,7 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
     for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
         layout = scheme_layout(source, run.scheme, index)
         kinds = {kind for stage in run.stages for kind in stage.equivalence_kinds(layout, run.scheme.activations)}
-        used = tuple(each for each in layout.equivalences if each.kind in kinds and concerns(layout, each))
+        used = tuple(each for each in layout.equivalences if each.kind in kinds and affects_quantization(layout, each))
         key = (used, layout.heads, layout.can_bias, source.structure(index))
         if not used or key in verified:
             continue
@@ -40,13 +42,13 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
         embedded = embedded or source.embed(tokens[:1, :_VERIFIED_TOKENS], device)
         _verify_block(source, index, used, embedded[0], embedded[1][index])
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the free memory decides where the streams live
+        torch.cuda.empty_cache()  # the placement of the streams depends on the free memory
 
 
 def _verify_block(
     source: SourceModel, index: int, used: Iterable[Equivalence], hidden: Tensor, arguments: Mapping[str, Any]
 ) -> None:
-    """Try these equivalences on one block, which is released on return."""
+    """Verify equivalences on one block. The block is released on return."""
     dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     layout = source.layout(index)
     block = VerifiedBlock(source.block(index, hidden.device, dtype), layout, hidden, arguments, dtype)
@@ -54,7 +56,7 @@ def _verify_block(
         if not (error := block.error(equivalence)) <= TOLERANCE[dtype]:
             raise UserError(
                 f"{source.block_name(index)}: the equivalence {equivalence} changes the output of the block by "
-                f"{error:.1e} of what the block adds, and {TOLERANCE[dtype]:.0e} is allowed: leave "
-                f"{equivalence.kind!r} out of the equivalences of the stage, or correct how the family of "
-                f"{layout.model_type} declares it"
+                f"{error:.1e} of the block's residual update, and {TOLERANCE[dtype]:.0e} is allowed: remove "
+                f"{equivalence.kind!r} from the equivalences of the stage, or correct its declaration in the family of "
+                f"{layout.model_type}"
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished block computes finite numbers in the dtype of the export, not only in that of the calibration.
+"""Check that a finished block computes finite numbers in the dtype of the export.
 
-Some models (Qwen2, Gemma and Phi among them) have activations beyond the range of float16. Calibrated in float32, such
-a model shows a good loss and computes NaN once it is exported in float16. So each block runs once in the export dtype
-before it counts as finished, on the sample with the largest input.
+Activations of some models (Qwen2, Gemma and Phi among them) exceed the range of float16. Such a model reaches a good
+loss when it is calibrated in float32, and computes NaN after an export in float16. omniq therefore runs each block once
+in the export dtype, on the sample with the largest input, before the block counts as finished.
 """
 
 import copy
@@ -36,15 +36,16 @@ def check_export_dtype(
 
     Args:
         name: full name of the block, for the message.
-        block: with its quantized weights.
-        layout: of the block.
-        result: of the block, for the ranges of its inputs.
-        scheme: names the dtype, and what becomes of activations.
-        stream: what the quantized model feeds the block, ``[n, t, h]``.
+        block: the block with its quantized weights.
+        layout: the layout of the block.
+        result: the result of the block, which holds the ranges of its inputs.
+        scheme: the scheme, with the export dtype and the quantization of activations.
+        stream: the inputs of the block in the quantized model, ``[n, t, h]``.
         kwargs: the other arguments of the block's forward.
 
     Raises:
-        UserError: on all processes if the output of one is not finite; names the block, the dtype and the remedy.
+        UserError: the output is not finite on at least one process. All processes raise. The message names the block,
+            the dtype and the remedy.
     """
     dtype, device = scheme.export_dtype, next(block.parameters()).device
     finite = True
@@ -62,7 +63,7 @@ def check_export_dtype(
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """The same containers with every floating-point tensor in ``dtype``."""
+    """Convert every floating-point tensor in nested containers to ``dtype``."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):

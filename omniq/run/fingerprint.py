@@ -7,24 +7,23 @@ import yaml
 
 from omniq.config.earlier import as_recorded
 
-# Sections and keys that may change between start and resume: they do not touch the calibration's result, or a digest of
-# what was read stands for the place it was read from.
+# Sections and keys that may change between start and resume. They do not affect the result of the calibration, or a
+# digest of the content replaces the path.
 FREE_KEYS = (
     *("out", "export", "evaluation", "callbacks", "config"),
     *("model.path", "model.gguf_file", "data.source.init_args.path"),
     *("streams", "save_streams_every"),
 )
 BINDING_TRAINER_KEYS = ("precision",)
-LATER_KEYS = {
-    "compile": False,
-    "scheme.rules": [],
-}  # settings that runs of earlier versions have not, and what those did
+# Settings that fingerprints of earlier versions lack, with the value that those versions used.
+LATER_KEYS = {"compile": False, "scheme.rules": []}
 
 
 def fingerprint(settings: str) -> dict[str, Any]:
-    """The settings that determine the result, flattened to dotted keys."""
+    """Return the settings that determine the result, flattened to dotted keys."""
     flat = _flatten(as_recorded(yaml.safe_load(settings)))
-    named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}  # as users write
+    # Trainer arguments are named as in YAML that gives no class for the Trainer.
+    named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}
     return {key: value for key, value in named.items() if not _free(key) and (key, value) not in LATER_KEYS.items()}
 
 

@@ -21,10 +21,10 @@ from omniq.storage.run_dir import RunDir
 
 
 def finish(plan: Plan, folder: RunDir, console: Console) -> None:
-    """Evaluate, export, verify and summarize; what an earlier process finished is kept.
+    """Evaluate, export, verify and summarize. Results of an earlier process are reused.
 
     Raises:
-        UserError: the run has its checkpoint already, written with other settings.
+        UserError: the run already has a checkpoint that was written with other settings.
     """
     check_export(folder, plan.run.export)
     facts = summary(plan, folder)
@@ -37,11 +37,11 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
             folder.save_record("export.json", settings_of(plan.run.export))
         out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
         write_checkpoint(plan.source, folder, out, plan.run.export, plan.run.scheme, facts, console, window)
-    folder.forget_streams()
+    folder.remove_streams()
 
 
 def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:
-    """Perplexity of the full-precision, the round-to-nearest and the quantized model."""
+    """Return the perplexity of the full-precision, the round-to-nearest and the quantized model, by name."""
     measured = folder.load_record("perplexity.json")
     about: dict[str, Any] = {"text": text, "tokens": digest(windows)}
     if measured is not None and about.items() <= measured.items():
@@ -54,18 +54,18 @@ def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console
 
 
 def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> dict[str, PerplexityResult]:
-    """All three in one pass over the blocks, or in two if the quantized ones compute in another dtype."""
+    """Measure the three models in one pass over the blocks, or in two if the quantized models use another dtype."""
     full: dict[str, Variant] = {FULL: full_precision_variant}
     scheme = plan.run.scheme
     ours = {
         RTN: rounded_variant(plan.source, scheme),
         OURS: quantized_variant(block_reader(folder), plan.source, scheme),
     }
-    deployed = in_export_dtype(plan.source, scheme)
-    passes = [(plan.source, full | ours)] if deployed is plan.source else [(plan.source, full), (deployed, ours)]
+    exported = in_export_dtype(plan.source, scheme)
+    passes = [(plan.source, full | ours)] if exported is plan.source else [(plan.source, full), (exported, ours)]
     results: dict[str, PerplexityResult] = {}
 
-    def home(size: int) -> ActivationPlacement:
+    def placement(size: int) -> ActivationPlacement:
         most = max(len(variants) for _, variants in passes)
         return ActivationPlacement.choose(plan.run.streams, plan.device, folder.path, size, count=most)
 
@@ -77,7 +77,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
                 variants,
                 device=plan.device,
                 batch_size=plan.run.batch,
-                home=home,
+                placement=placement,
                 progress=lambda done, total: status.update(f"perplexity: block {done}/{total}"),
             )
             source.release()
@@ -85,10 +85,10 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
 
 
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
-    """What the model card and summary.json tell: recipe, data, versions, losses, size."""
+    """Collect the content of the model card and of summary.json: recipe, data, versions, losses, size."""
     read, blocks, bits, total = block_reader(folder), [], 0.0, 0
     kept: dict[str, str] = {}
-    for index in range(plan.source.num_blocks):  # one at a time: all codes of a large model do not fit into memory
+    for index in range(plan.source.num_blocks):  # one block at a time: the codes of a large model exceed the memory
         block = read(index)
         blocks.append(dict(block.summary))
         for linear in block.linears.values():
@@ -100,11 +100,11 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         "base_model": public_name(plan.run.model.path),
         "scheme": str(plan.run.scheme),
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
-        "recipe": (folder.path / "config.yaml").read_text(),
+        "recipe": (folder.path / "config.yaml").read_text(encoding="utf-8"),
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,
-        "bits_per_weight": round(bits / total, 3),  # of quantized linears
+        "bits_per_weight": round(bits / total, 3),  # of the quantized linears
         **({"kept": kept} if kept else {}),
         "versions": dict(plan.environment),
         "blocks": blocks,

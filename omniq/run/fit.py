@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ``Trainer.fit`` for one stage of one block, resumable at the end of every pass.
+"""Run ``Trainer.fit`` for one stage of one block. The fit can resume at the end of every pass.
 
-A stage before the last leaves its result, and the block it transformed, in the run directory, so that an interrupted
+A stage before the last saves its result and its transformed block in the run directory, so that a run interrupted in a
 later stage does not repeat it.
 """
 
@@ -28,21 +28,21 @@ from omniq.distributed.launch import launch_arguments
 from omniq.errors import CorruptFile, UserError
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
-from omniq.storage.atomic import others_writing
+from omniq.storage.atomic import report_full_disk
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """Where a fit happens.
+class FitContext:
+    """The surroundings of one fit.
 
     Args:
         run: the configuration.
         folder: the run directory.
-        display: of the run.
+        display: the progress display of the run.
         number: position of the stage in the list.
-        clock: of the block.
+        clock: the stopwatch of the block.
     """
 
     run: Run
@@ -52,140 +52,139 @@ class Fitting:
     clock: Stopwatch
 
 
-def fit_stage(task: BlockTask, stage: Stage, where: Fitting) -> BlockLosses | None:
-    """Run one stage on one block; its result is then ``task.result``, its notes are in ``task.notes``.
+def fit_stage(task: BlockTask, stage: Stage, context: FitContext) -> BlockLosses | None:
+    """Run one stage on one block. The result is stored in ``task.result``, notes in ``task.notes``.
 
     Returns:
-        The losses it has written; None if the stage had finished before.
+        The callback that wrote the losses; None if the stage finished in an earlier process.
     """
-    if _restore(task, where):
+    if _load_stage(task, context):
         return None
     name = type(stage).__name__
     module = stage.module(task)
-    losses = BlockLosses(where.folder.block_path(task.index, f"{where.number}.csv"), name)
-    last = last_checkpoint(where, task)
-    given = [make() for make in where.run.callbacks]
+    losses = BlockLosses(context.folder.block_path(task.index, f"{context.number}.csv"), name)
+    last = last_checkpoint(context, task)
+    given = [make() for make in context.run.callbacks]
     guards = [callback for callback in given if isinstance(callback, NonFiniteGuard)]
     callbacks = [
         *(guards or [NonFiniteGuard()]),
         losses,
-        BlockProgress(where.display, name, losses),
+        BlockProgress(context.display, name, losses),
         *[callback for callback in given if callback not in guards],
         Fuse(),
-        Settle(where.folder.settle),
-        checkpoint := PassCheckpoint(last, where.clock),
+        Settle(context.folder.settle),
+        checkpoint := PassCheckpoint(last, context.clock),
     ]
-    resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, where.folder)) else None
-    trainer = make_trainer(where, task, callbacks)
+    resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, context.folder)) else None
+    trainer = make_trainer(context, task, callbacks)
     try:
-        with others_writing(where.folder.path):
+        with report_full_disk(context.folder.path):
             trainer.fit(module, module.batches, ckpt_path=resume)
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:  # Lightning converts Ctrl-C to SystemExit
         raise KeyboardInterrupt from error
-    task.result = collectives.broadcast_from_rank0(
-        lambda: task.result
-    )  # the same codes everywhere, whatever the hardware
-    names = [type(each).__name__ for each in where.run.stages]
-    label = name if names.count(name) == 1 else f"{name} {where.number + 1}"
+    # All processes continue with the same codes, even if their hardware rounds differently.
+    task.result = collectives.broadcast_from_rank0(lambda: task.result)
+    names = [type(each).__name__ for each in context.run.stages]
+    label = name if names.count(name) == 1 else f"{name} {context.number + 1}"
     task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
-    if where.number + 1 < len(where.run.stages):
-        _keep(task, where)
+    if context.number + 1 < len(context.run.stages):
+        _save_stage(task, context)
     return losses
 
 
 def _resumable(module: BlockModule, saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
-    """Whether there is a whole checkpoint of this fit by as many processes, and all the losses that belong to it."""
+    """True if an intact checkpoint by the same number of processes exists, with all losses that it counts."""
     checkpoint = folder.load_current(saved.path)
     if checkpoint is None:
         return False
-    if not saved.shared_alike(checkpoint):
-        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by another number of processes"))
+    if not saved.has_same_processes(checkpoint):
+        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by a different number of processes"))
         return False
     if not module.can_resume(checkpoint):
-        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for other groups of linears"))
+        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for different groups of linears"))
         return False
-    if not losses.holds(checkpoint):
+    if not losses.has_rows_of(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))
         return False
     return True
 
 
-def check_deployable(index: int, result: BlockResult, dtype: torch.dtype) -> None:
-    """Refuse a block that is not fit for deployment, before it counts as finished.
+def check_finite_result(index: int, result: BlockResult, dtype: torch.dtype) -> None:
+    """Refuse a block with values that are not finite, before it counts as finished.
 
     Raises:
-        UserError: names the block, and what is not finite in it.
+        UserError: names the block and the parameter, or says that the loss is not finite.
     """
     if (name := result.first_unstorable(dtype)) is not None:
         raise UserError(f"block {index}: {name} is not finite in {dtype}: set scheme.dtype to bfloat16 or float32")
     if not all(isfinite(result.summary.get(key, 0.0)) for key in ("loss", "held_out_loss")):
         raise UserError(
-            f"block {index}: what it computes is not finite: give another trainer.precision, such as bf16-mixed or "
-            "32-true, or leave the transform out"
+            f"block {index}: its output is not finite: give another trainer.precision, such as bf16-mixed or "
+            "32-true, or remove the transform"
         )
 
 
-def make_trainer(where: Fitting, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
-    """A fresh Trainer: one epoch, our checkpoints, the user's arguments for everything else."""
-    given = trainer_arguments(where.run.trainer)
+def make_trainer(context: FitContext, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
+    """Make a Trainer with one epoch, omniq's checkpoints, and the user's arguments for everything else."""
+    given = trainer_arguments(context.run.trainer)
     arguments: dict[str, Any] = {
         "max_epochs": 1,
         "callbacks": callbacks,
-        "plugins": [AtomicCheckpointIO(where.folder.owner(last_checkpoint(where, task)))],
+        "plugins": [AtomicCheckpointIO(context.folder.owner(last_checkpoint(context, task)))],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "default_root_dir": where.folder.path,
-        "log_every_n_steps": given.get("log_every_n_steps") or 1,  # or Lightning advises on short epochs
+        "default_root_dir": context.folder.path,
+        "log_every_n_steps": given.get("log_every_n_steps") or 1,  # otherwise Lightning warns about short epochs
     }
     if given.get("logger") is None:
-        arguments["logger"] = _tensorboard(where, task) if find_spec("tensorboard") else False
-    trainer = where.run.trainer(**launch_arguments(given), **arguments)
+        arguments["logger"] = _tensorboard(context, task) if find_spec("tensorboard") else False
+    trainer = context.run.trainer(**launch_arguments(given), **arguments)
     if trainer.world_size != collectives.world_size():
         raise RuntimeError(f"a fit of {trainer.world_size} processes in a run of {collectives.world_size()}")
     return trainer
 
 
-def last_checkpoint(where: Fitting, task: BlockTask) -> Path:
-    """The checkpoint of the fit in progress."""
-    return where.folder.current(task.index, where.number, "last.ckpt")
+def last_checkpoint(context: FitContext, task: BlockTask) -> Path:
+    """Return the path of the checkpoint of the fit in progress."""
+    return context.folder.current(task.index, context.number, "last.ckpt")
 
 
-def _tensorboard(where: Fitting, task: BlockTask) -> TensorBoardLogger:
-    version = f"{task.index:03d}.{where.number}"
-    return TensorBoardLogger(where.folder.path, name="tensorboard", version=version)
+def _tensorboard(context: FitContext, task: BlockTask) -> TensorBoardLogger:
+    version = f"{task.index:03d}.{context.number}"
+    return TensorBoardLogger(context.folder.path, name="tensorboard", version=version)
 
 
 def _pass(losses: BlockLosses, when: str) -> dict[str, float]:
     return losses.first_pass if when == "first" else losses.last_pass
 
 
-def _paths(task: BlockTask, where: Fitting) -> tuple[Path, Path]:
-    """The result of a finished stage, and the block it leaves for the next one (written last: its presence counts)."""
+def _paths(task: BlockTask, context: FitContext) -> tuple[Path, Path]:
+    """Return the paths of a finished stage's result and of its block. The block is written last and marks the end."""
     return (
-        where.folder.current(task.index, where.number, "result.safetensors"),
-        where.folder.current(task.index, where.number, "block"),
+        context.folder.current(task.index, context.number, "result.safetensors"),
+        context.folder.current(task.index, context.number, "block"),
     )
 
 
-def _keep(task: BlockTask, where: Fitting) -> None:
-    """Write a finished stage: its codes as a block result, the transformed block and the notes as state."""
-    result, block = _paths(task, where)
+def _save_stage(task: BlockTask, context: FitContext) -> None:
+    """Save a finished stage: its codes as a block result, the transformed block and the notes as state."""
+    result, block = _paths(task, context)
     if task.result is not None:
-        where.folder.save_current_result(result, task.result)
+        context.folder.save_current_result(result, task.result)
         tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
-        where.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": where.clock.seconds})
+        context.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": context.clock.seconds})
 
 
-def _restore(task: BlockTask, where: Fitting) -> bool:
-    """Take up a stage that finished before an interruption, if its files are whole."""
-    result, block = _paths(task, where)
-    state = where.folder.load_current(block)
-    finished = where.folder.load_result(result) if state is not None else None
+def _load_stage(task: BlockTask, context: FitContext) -> bool:
+    """Load a stage that finished before an interruption; return whether its files are intact."""
+    result, block = _paths(task, context)
+    state = context.folder.load_current(block)
+    finished = context.folder.load_result(result) if state is not None else None
     if not collectives.all_ranks(finished is not None) or state is None:
         return False
     task.result = finished
     set_tensors(task.block, state["block"])
     task.notes = dict(state["notes"])
-    where.clock.go_on_from(state.get("seconds", 0.0))  # runs of earlier versions have no key
+    context.clock.continue_from(state.get("seconds", 0.0))  # runs of earlier versions lack this key
     return True

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop over blocks: a checkpoint flows through a line of blocks, at each a few stages find integer codes.
+"""The loop over blocks: it reads the blocks of a checkpoint in order, and the stages find the codes of each block.
 
     text ─► tokens ─► embedding ─► for each block: full-precision outputs, stages, codes, quantized outputs ─► export
 
-It goes one way, and it is the same loop whether a run starts or continues: what a finished block left in the run
-directory is read instead of computed.
+The loop never goes back. A run that starts and a run that continues use the same loop: the result of a finished block
+is read from the run directory instead of computed.
 """
 
 import logging
@@ -32,7 +32,7 @@ from omniq.report.stopwatch import Stopwatch
 from omniq.run.checks import check_storable
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
-from omniq.run.fit import Fitting, check_deployable, fit_stage
+from omniq.run.fit import FitContext, check_finite_result, fit_stage
 from omniq.run.plan import Plan, prepare
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
@@ -41,17 +41,17 @@ log = logging.getLogger("omniq")
 
 
 def quantize(run: Run, settings: str) -> Path:
-    """Quantize a model: the main job.
+    """Quantize a model and write its checkpoint.
 
     Args:
-        run: what to do.
-        settings: the resolved configuration as YAML, recorded with the run.
+        run: the configuration.
+        settings: the resolved configuration as YAML, for the record of the run.
 
     Returns:
         The run directory.
 
     Raises:
-        UserError: something cannot be done as asked; found before the first block wherever possible.
+        UserError: the run is not possible. Most causes are found before the first block.
     """
     plan = prepare(run, settings)
     precision: Literal["float32", "tf32", "bf16"] = "float32" if run.matmul == "ieee" else run.matmul
@@ -74,13 +74,13 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         for index in blocks:
             _show(display, index, folder.read_block(index))
         return
-    folder.clear_current(but=finished.index(False))
+    folder.clear_current(keep=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
     for index, block in blocks_ahead(plan.source, streams.index, plan.device):
         result = folder.read_block(index) if finished[index] else None
         _show(display, index, pass_block(plan, folder, display, block, streams, result))
-        del block, result  # NOTE: or a third one is alive while the next but one is read
+        del block, result  # NOTE: otherwise three blocks are in memory while the next one is read
         _keep_streams(plan, folder, streams)
     folder.flush()
 
@@ -88,11 +88,11 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
 def pass_block(
     plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, result: BlockResult | None
 ) -> BlockResult:
-    """Send both streams through one block, which is calibrated in between unless it is finished."""
+    """Send both streams through one block. Calibrate the block in between, unless it is finished."""
     index, kwargs, clock = streams.index, plan.block_arguments[streams.index], Stopwatch()
     finished, losses = result is not None, None
-    numbers = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
-    check_numbers(numbers, plan.source.block_name(index))
+    finite = propagate(block, streams.full_precision, kwargs, plan.precision, plan.run.batch)
+    check_finite_outputs(finite, plan.source.block_name(index))
     layout = scheme_layout(plan.source, plan.run.scheme, index)
     if result is None and layout.linears and (plan.run.blocks is None or index < plan.run.blocks):
         result, losses = run_stages(plan, folder, display, block, streams, clock)
@@ -105,30 +105,31 @@ def pass_block(
     with quantized_activations(block, layout, plan.run.scheme.activations, result.linears):
         propagate(block, streams.quantized, kwargs, plan.precision, plan.run.batch)
     streams.index += 1
-    folder.flush()  # so that one block and one copy of the streams are on their way to the disk at a time
+    folder.flush()  # at most one block and one copy of the streams wait for the disk
     if not finished:
         result = summarize(result, streams, plan.held_out, plan.device, clock.seconds)
-        collectives.broadcast_from_rank0(lambda: check_deployable(index, result, plan.run.scheme.export_dtype))
+        collectives.broadcast_from_rank0(lambda: check_finite_result(index, result, plan.run.scheme.export_dtype))
         collectives.broadcast_from_rank0(lambda: check_storable(plan.run, name, result))
         if losses is not None:
             ends = {"deployed_loss": "loss", "held_out_loss": "held_out_loss"}
-            losses.conclude({name: result.summary[key] for name, key in ends.items() if key in result.summary})
-        folder.keep_block(index, result)
+            losses.log_final({name: result.summary[key] for name, key in ends.items() if key in result.summary})
+        folder.save_block_async(index, result)
     return result
 
 
-def check_numbers(finite: bool, block: str) -> None:
-    """Refuse a model that computes something else than numbers, before anything is calibrated on that.
+def check_finite_outputs(finite: bool, block: str) -> None:
+    """Refuse a full-precision model that computes NaN or infinity, before anything is calibrated on its outputs.
 
     Args:
-        finite: whether all is that the full-precision block, of this full name, has put out for this process.
+        finite: whether all outputs of the full-precision block on this process are finite.
+        block: full name of the block.
 
     Raises:
         UserError: names the block.
     """
     if not collectives.all_ranks(finite):
         raise collectives.error_on_rank0(
-            f"{block}: the full-precision model puts out NaN or infinity here: get its weights again, or set "
+            f"{block}: the output of the full-precision model is NaN or infinite: download its weights again, or set "
             "trainer.precision to 32-true"
         )
 
@@ -136,10 +137,10 @@ def check_numbers(finite: bool, block: str) -> None:
 def run_stages(
     plan: Plan, folder: RunDir, display: Display, block: nn.Module, streams: Streams, clock: Stopwatch
 ) -> tuple[BlockResult, BlockLosses | None]:
-    """Send one block through all stages; a stage that finished before an interruption is not repeated.
+    """Send one block through all stages. A stage that finished before an interruption is not repeated.
 
     Returns:
-        The block's result, and the losses of its last stage.
+        The block's result, and the callback with the losses of its last stage.
     """
     index, samples = streams.index, len(streams.quantized) - plan.held_out
     task = BlockTask(
@@ -157,7 +158,7 @@ def run_stages(
     )
     losses = None
     for number, stage in enumerate(plan.run.stages):
-        losses = fit_stage(task, stage, Fitting(plan.run, folder, display, number, clock))
+        losses = fit_stage(task, stage, FitContext(plan.run, folder, display, number, clock))
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")
     result = task.result.with_summary(**task.notes)
@@ -167,7 +168,7 @@ def run_stages(
 def summarize(
     result: BlockResult, streams: Streams, held_out: int, device: torch.device, seconds: float
 ) -> BlockResult:
-    """Add what became of the block: its reconstruction error as deployed, relative to the output's power."""
+    """Add the final reconstruction errors of the block, absolute and relative to the mean square of the output."""
     errors: dict[str, float] = {}
     samples = len(streams.quantized) - held_out
     for name, part in (("loss", slice(0, samples)), ("held_out_loss", slice(samples, None))):
@@ -178,18 +179,18 @@ def summarize(
 
 
 def _mean_squares(quantized: Tensor, full_precision: Tensor, device: torch.device) -> tuple[float, float]:
-    """Mean squared difference and mean square of the target over all processes, summed in float64 sample by sample."""
+    """Return the mean squared error and the mean square of the target over all processes, summed in float64."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for pair in zip(quantized, full_precision, strict=True):
-        ours, theirs = (sample.to(device, non_blocking=True).double() for sample in pair)
-        sums += torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+        output, target = (sample.to(device, non_blocking=True).double() for sample in pair)
+        sums += torch.stack([(output - target).square().sum(), target.square().sum()])
     error, power = (collectives.all_reduce_sum(sums) / (quantized.numel() * collectives.world_size())).tolist()
     return error, power
 
 
 def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
-    """Streams at or before the first unfinished block: as saved, or from the embedding."""
-    saved = folder.load_streams(lambda stream: plan.home.place(collectives.local_shard(stream)))
+    """Return streams at or before the first unfinished block: the saved streams, or the embeddings."""
+    saved = folder.load_streams(lambda stream: plan.placement.place(collectives.local_shard(stream)))
     usable = Streams(*saved) if saved is not None and saved[0] <= first else None
     if collectives.all_ranks(usable is not None) and usable is not None:
         return usable
@@ -197,13 +198,13 @@ def _streams_before(plan: Plan, folder: RunDir, first: int) -> Streams:
 
 
 def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
-    """Have a copy of the streams written, where one is asked for and of use."""
+    """Write a copy of the streams in the background, if the settings ask for one at this block."""
     every, index = plan.run.save_streams_every, streams.index
     if not every or index % every or index == plan.source.num_blocks:
         return
-    snapshot = streams.snapshot(plan.home.copies)
+    snapshot = streams.snapshot(plan.placement.copy_folder)
     if snapshot is not None:
-        folder.keep_streams(snapshot.index, snapshot.full_precision, snapshot.quantized)
+        folder.save_streams_async(snapshot.index, snapshot.full_precision, snapshot.quantized)
 
 
 def _show(display: Display, index: int, result: BlockResult) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is checked, opened and counted before the first block: a run that cannot work stops here."""
+"""Preparation before the first block: check the run, open the model, draw the samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
 from omniq.data import digest
 from omniq.distributed import collectives
-from omniq.distributed.launch import join, launch_arguments, started
+from omniq.distributed.launch import check_launcher, launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_model, check_reader, check_shares
+from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -29,19 +29,19 @@ from omniq.storage.ownership import check_writable
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start.
+    """A run that is ready to start.
 
     Args:
         run: the configuration.
         source: the opened model.
-        tokens: calibration windows, then held-out ones, int64 ``[n, t]``; of several processes, this one's share.
-        held_out: how many of them are held out.
-        evaluation: windows for the perplexity, int64 ``[m, t]``, or None.
-        device: where blocks compute.
-        home: where the streams live.
+        tokens: this process's shard of the calibration samples, followed by held-out samples, int64 ``[n, t]``.
+        held_out: number of held-out samples in ``tokens``.
+        evaluation: sequences for the perplexity, int64 ``[m, t]``, or None.
+        device: device of the computations.
+        placement: where the streams live.
         precision: enters the autocast context of the Trainer.
-        block_arguments: of each block's forward.
-        fingerprint: what must not change between start and resume.
+        block_arguments: for each block, the arguments of its forward besides the hidden states.
+        fingerprint: settings and digests that must not change between start and resume.
         environment: versions and machine.
     """
 
@@ -51,24 +51,24 @@ class Plan:
     held_out: int
     evaluation: Tensor | None
     device: torch.device
-    home: ActivationPlacement
+    placement: ActivationPlacement
     precision: Precision
     block_arguments: list[dict[str, Any]]
     fingerprint: Mapping[str, Any]
     environment: Mapping[str, Any]
 
     def embed(self) -> Tensor:
-        """Hidden states that enter block 0, ``[n, t, h]``, where the streams live."""
+        """Compute the hidden states that enter block 0, ``[n, t, h]``, in the memory of the streams."""
         parts = self.tokens.split(self.run.batch)
         first, _ = self.source.embed(parts[0], self.device)
-        hidden = self.home.empty((len(self.tokens), *first.shape[1:]), first.dtype)
+        hidden = self.placement.empty((len(self.tokens), *first.shape[1:]), first.dtype)
         for part, out in zip(parts, hidden.split(self.run.batch), strict=True):
             out.copy_(self.source.embed(part, self.device)[0])
         return hidden
 
 
 def open_model(run: Run) -> SourceModel:
-    """The model of a run, in the dtype of its computations.
+    """Open the model of a run, in the dtype of its computations.
 
     Raises:
         UserError: the model cannot be opened.
@@ -84,12 +84,13 @@ def open_model(run: Run) -> SourceModel:
 
 
 def prepare(run: Run, settings: str) -> Plan:
-    """Check a run from end to end, open its model and draw its windows.
+    """Check all settings of a run, open its model and draw its samples.
 
     Raises:
-        UserError: the first thing that cannot work, in one line.
+        UserError: names the first setting that cannot work, in one line.
     """
     run.check()
+    check_launcher()
     check_trainer(run.trainer)
     check_callbacks(run)
     check_writable(run.out)
@@ -102,7 +103,7 @@ def prepare(run: Run, settings: str) -> Plan:
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
-    check_shares(len(windows.calibration), len(windows.held_out))
+    check_divisible(len(windows.calibration), len(windows.held_out))
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
@@ -118,12 +119,12 @@ def prepare(run: Run, settings: str) -> Plan:
         held_out=len(windows.held_out) // collectives.world_size(),
         evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
         device=device,
-        home=ActivationPlacement.choose(
+        placement=ActivationPlacement.choose(
             run.streams,
             device,
             run.out,
             len(share) * sample.nbytes,
-            neighbours=started()[1],
+            processes=launched_processes()[1],
             saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
         ),
         precision=trainer.precision_plugin.forward_context,
@@ -136,17 +137,17 @@ def prepare(run: Run, settings: str) -> Plan:
 
 
 def open_trainer(run: Run) -> L.Trainer:
-    """A Trainer as every block will get one, for its device and precision; several processes meet here.
+    """Make a Trainer, for its device and precision. With several processes, this call sets up the process group.
 
     Raises:
-        UserError: Lightning refuses its arguments, or it means another number of processes than there are.
+        UserError: Lightning refuses the arguments, or they imply a different number of processes than were started.
     """
     given = trainer_arguments(run.trainer)
     try:
         trainer = run.trainer(**launch_arguments(given))
     except UserError:
         raise
-    except Exception as error:  # Lightning and torch refuse in many ways
-        raise UserError(f"trainer: {one_line(error)}; change or leave out that argument of the Trainer") from error
-    join(trainer, given)
+    except Exception as error:  # Lightning and torch raise many types
+        raise UserError(f"trainer: {one_line(error)}; change or remove that argument of the Trainer") from error
+    set_up_processes(trainer, given)
     return trainer

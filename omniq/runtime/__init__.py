@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of omniq's own checkpoints, inside transformers.
+"""Reads omniq's own checkpoints in transformers.
 
     import omniq
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path)  # codes stay packed, weights are made as they are needed
-    model = model.dequantize()                          # a stock model, from then on
+    model = AutoModelForCausalLM.from_pretrained(path)  # codes stay packed; weights are dequantized when needed
+    model = model.dequantize()                          # converts it to a stock model
 
-transformers keeps a registry of quantization methods, ``transformers.quantizers.auto``. Its import takes seconds, and
-``import omniq`` must not, so ``install`` waits for it. The order of the two imports does not matter.
+transformers keeps a registry of quantization methods, ``transformers.quantizers.auto``. Its import takes seconds, but
+``import omniq`` must be fast, so ``install`` registers when transformers is imported. The order of the two imports does
+not matter.
 
-    quantizer.py   what is registered: the config and the quantizer
-    linear.py      the linear that a quantized one is replaced by
+    quantizer.py   the config and the quantizer that are registered
+    linear.py      the linear that replaces a quantized linear
 """
 
 import sys
@@ -23,15 +24,15 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Make ``quant_method: omniq`` known to transformers; a second call does nothing."""
+    """Register ``quant_method: omniq`` in transformers; a second call does nothing."""
     import_module("omniq.runtime.quantizer")
 
 
 def install() -> None:
-    """Register now if transformers' registry is imported already, or else right after its import.
+    """Register now if transformers' registry is already imported, or else right after its import.
 
-    For the latter a finder is put at the head of ``sys.meta_path``. It answers to the registry's name only: it removes
-    itself, lets the other finders find the module, and has ``register`` called after the module's code.
+    In the latter case, a finder at the head of ``sys.meta_path`` handles only the name of the registry. It removes
+    itself, lets the other finders find the module, and calls ``register`` after the module has been executed.
     """
 
     def find_spec(name: str, path: Any, target: Any = None) -> Any:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers is told of omniq's format: the config and the quantizer of ``quant_method: omniq``.
+"""omniq's format in transformers: the config and the quantizer of ``quant_method: omniq``.
 
-Steps of ``from_pretrained``: transformers builds the stock model without memory; every linear that the config names is
-replaced by a ``PackedLinear``; the tensors are read into its buffers; their content is checked; quantizers of
-activations are attached. With ``dequantize: true`` in the config a stock model comes out, and nothing is quantized any
-more while it runs.
+Steps of ``from_pretrained``: transformers builds the stock model without memory. The quantizer replaces every linear
+that the config names by a ``PackedLinear``. transformers reads the tensors into its buffers. The quantizer checks their
+content and attaches the quantization of activations. With ``dequantize: true`` in the config, the result is a stock
+model, which quantizes no activations.
 
-Importing this module registers both. That happens while transformers is being imported, so the module must not import
-more of transformers than its registry has loaded already. Functions import the rest when a model is opened.
+Importing this module registers both classes. This happens while transformers is being imported, so the module must not
+import more of transformers than its registry has already loaded. Functions import the rest when a model is opened.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from omniq.grid.dtypes import SCALE_DTYPES, torch_dtype
 from omniq.grid.scheme import Activations
 
 METHOD = "omniq"
-VERSION = 1  # of the layout; a reader refuses what is newer than itself
+VERSION = 1  # version of the layout; a reader refuses newer versions
 _ACTIVATIONS = {"inputs", "queries", "keys_values", "symmetric"}
 _LINEAR = {"bits", "group_size", "symmetric", "second", "outliers"}
 
@@ -36,18 +36,18 @@ class OmniqConfig(QuantizationConfigMixin):
     """The entry ``quantization_config`` of ``config.json``.
 
     Args:
-        linears: of every quantized linear, by full name, its grid (``bits``, ``group_size``, ``symmetric``), where it
-            has one, its ``second`` level (``scale_bits``, ``zero_bits``, ``rows``), and where it has a sparse part, the
+        linears: the grid of every quantized linear by full name (``bits``, ``group_size``, ``symmetric``); with
+            quantized scales also ``second`` (``scale_bits``, ``zero_bits``, ``rows``), and with a sparse part the
             number of ``outliers``.
-        activations: bits of the ``inputs`` of linears, of ``queries`` and of ``keys_values`` (16 for none), each token
-            on its own range, and whether that is ``symmetric``; they are left alone if it is not given.
-        scale_dtype: of all scales: float16, bfloat16 or float32.
-        version: of the layout.
-        dequantize: make stock linears while loading.
+        activations: bits of the ``inputs`` of linears, of ``queries`` and of ``keys_values`` (16 for no quantization),
+            with a range for each token, and whether the ranges are ``symmetric``; by default no quantization.
+        scale_dtype: dtype of all scales: float16, bfloat16 or float32.
+        version: version of the layout.
+        dequantize: convert to stock linears while loading.
         quant_method: ``omniq``.
 
     Raises:
-        UserError: an entry that this version of omniq cannot read.
+        UserError: this version of omniq cannot read an entry.
     """
 
     def __init__(
@@ -61,25 +61,35 @@ class OmniqConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if version != VERSION or unknown:
-            what = f"has version {version}" + "".join(f", {key!r}" for key in unknown)
-            raise UserError(f"quantization_config {what}; this omniq reads version {VERSION}: upgrade omniq")
+            extra = f" and unknown entries {', '.join(map(repr, unknown))}" if unknown else ""
+            raise UserError(
+                f"quantization_config has version {version}{extra}, this omniq reads version {VERSION}: upgrade omniq"
+            )
         if scale_dtype not in SCALE_DTYPES:
-            raise UserError(f"quantization_config.scale_dtype {scale_dtype!r} is none of {', '.join(SCALE_DTYPES)}")
+            raise UserError(
+                f"quantization_config.scale_dtype {scale_dtype!r} is not one of {', '.join(SCALE_DTYPES)}: download "
+                "config.json again"
+            )
         self.quant_method: Any = quant_method  # transformers annotates the enumeration of its own methods
         self.version, self.scale_dtype, self.dequantize = version, scale_dtype, dequantize
         self.activations = dict(activations or {})
         if not self.activations.keys() <= _ACTIVATIONS:
             strange = ", ".join(map(repr, sorted(self.activations.keys() - _ACTIVATIONS)))
-            raise UserError(f"quantization_config.activations has {strange}, which this omniq cannot do: upgrade omniq")
+            raise UserError(
+                f"quantization_config.activations has {strange}, which this omniq does not support: upgrade omniq"
+            )
         try:
             self.linears = {name: dict(entry) for name, entry in linears.items()}
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError("quantization_config.linears holds no grids by name; get config.json again") from error
+            raise UserError(
+                "quantization_config.linears is not a table of grids by name: download config.json again"
+            ) from error
         for name, entry in self.linears.items():
             if not entry.keys() <= _LINEAR:
                 strange = ", ".join(map(repr, sorted(entry.keys() - _LINEAR)))
                 raise UserError(
-                    f"quantization_config.linears: {name} has {strange}, which this omniq cannot do: upgrade omniq"
+                    f"quantization_config.linears: {name} has {strange}, which this omniq does not support: upgrade "
+                    "omniq"
                 )
             self.grid(name)
 
@@ -87,7 +97,7 @@ class OmniqConfig(QuantizationConfigMixin):
         """The grid of one linear.
 
         Raises:
-            UserError: its entry is incomplete or not possible.
+            UserError: the entry of the linear is incomplete or not valid.
         """
         from omniq.export.formats.omniq import entry_grid
 
@@ -95,19 +105,19 @@ class OmniqConfig(QuantizationConfigMixin):
             return entry_grid(self.linears[name], torch_dtype(self.scale_dtype))
         except KeyError as error:
             raise UserError(
-                f"quantization_config.linears: {name} lacks {error.args[0]}; get config.json again"
+                f"quantization_config.linears: {name} lacks {error.args[0]}: download config.json again"
             ) from error
         except TypeError as error:
             raise UserError(
-                f"quantization_config.linears: {name} has values of a wrong kind ({error}); get config.json again"
+                f"quantization_config.linears: {name} has a value of a wrong type ({error}): download config.json again"
             ) from error
 
 
 @register_quantizer(METHOD)
 class OmniqQuantizer(HfQuantizer):
-    """Puts ``PackedLinear`` in the place of quantized linears."""
+    """Replaces quantized linears by ``PackedLinear``."""
 
-    requires_calibration = True  # has transformers refuse to quantize a plain model with this
+    requires_calibration = True  # transformers then refuses to quantize a plain model with this class
     quantization_config: OmniqConfig
 
     def _process_model_before_weight_loading(
@@ -123,7 +133,7 @@ class OmniqQuantizer(HfQuantizer):
             packed = PackedLinear(linear, config.grid(name), entry.get("outliers"))
             for part, _buffer in packed.named_buffers():
                 if stored is not None and f"{name}.{part}" not in stored:
-                    raise CorruptFile(f"{name}.{part} is missing in the checkpoint: get its files again")
+                    raise CorruptFile(f"{name}.{part} is missing in the checkpoint: download its files again")
             model.set_submodule(place, packed)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -157,7 +167,7 @@ def _packed(model: nn.Module) -> dict[str, Any]:
 
 
 def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], None]:
-    """Let blocks with quantized linears compute on quantized activations; returns what takes that off again."""
+    """Let blocks with quantized linears compute on quantized activations; returns a function that undoes this."""
     from omniq.blocks.activation_hooks import Finished, attach_all
     from omniq.models.families import family_of
     from omniq.models.layout import Layout
@@ -173,26 +183,26 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
 
 
 def _find(model: Any, name: str) -> tuple[str, nn.Linear]:
-    """A linear by its full name, and by its name in this model, which may be the inner one alone (``AutoModel``).
+    """Find a linear by its full name; returns its name in this model (shorter for an ``AutoModel``) and the linear.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no such linear.
     """
     modules = dict(model.named_modules())
     for place in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         if isinstance(linear := modules.get(place), nn.Linear):
             return place, linear
     raise UserError(
-        f"quantization_config.linears: {type(model).__name__} has no linear {name}: get config.json and weights from "
-        "the same place"
+        f"quantization_config.linears: {type(model).__name__} has no linear {name}: download config.json and weights "
+        "from the same source"
     )
 
 
 def _stored_names(files: Sequence[str] | None) -> set[str] | None:
-    """Names of all tensors of safetensors files; None if there are none to look at.
+    """Names of all tensors in safetensors files; None without such files.
 
     Raises:
-        CorruptFile: one is damaged.
+        CorruptFile: a file is damaged.
     """
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return None

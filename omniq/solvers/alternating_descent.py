@@ -9,14 +9,15 @@
 2. one step of iterative hard thresholding on H with B fixed (``omniq.solvers.outliers.threshold_step``).
 
 In terms of the residual ``D = W - B - H`` the sweep is the usual one, and step 2 changes the target and D together. The
-support belongs to the whole layer, so rows are not independent: the best iterate is that of the smallest total error.
+support belongs to a whole linear, so its rows are not independent: the best iterate of a linear is that of its smallest
+total error. Stacked linears share the sweep only. Each has its own support, as if it were solved alone.
 
 **Deviations.** The published code makes step 2 half as long, and never rounds B.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class AlternatingDescent(CoordinateDescent):
         params: one parameter ``[o, i]`` that holds the original weights W; it becomes W - H.
         gram, grid, scale, zero_point: as for ``CoordinateDescent``; the range of the grid ignores the support.
         support: where H starts, bool ``[o, i]``, from ``omniq.solvers.outliers.choose_support``; H starts as W there.
-        structured: the support is whole columns, which may differ between the stacked linears: neighbouring rows with
-            the same support keep the same number of columns, in common.
+        rows: output features of each stacked linear, which keeps as many entries (or columns) as its support has.
+        structured: the support of each linear is whole columns.
         settings: the other settings of ``CoordinateDescent``, except target and mask.
     """
 
@@ -51,6 +52,7 @@ class AlternatingDescent(CoordinateDescent):
         zero_point: Tensor,
         *,
         support: Tensor,
+        rows: Sequence[int],
         structured: bool = False,
         **settings: Any,
     ) -> None:
@@ -59,11 +61,8 @@ class AlternatingDescent(CoordinateDescent):
         sparse = torch.where(support.t(), target, 0).contiguous()  # [i, o]
         weight.data = (target - sparse).t()  # changes with H, so it needs its own memory
         super().__init__(params, gram, grid, scale, zero_point, **settings)
-        self.param_groups[0] |= {"structured": structured, "parts": _parts(support) if structured else [len(support)]}
-        counts = [
-            int(part[0].sum() if structured else part.sum()) for part in support.split(self.param_groups[0]["parts"])
-        ]
-        self.param_groups[0]["counts"] = counts
+        counts = [int(part[0].sum() if structured else part.sum()) for part in support.split(list(rows))]
+        self.param_groups[0] |= {"structured": structured, "parts": list(rows), "counts": counts}
         state, problem = self.state[self.weight], self.problem
         ridge = state["ridge"] * squares(target)
         state |= {
@@ -97,8 +96,9 @@ class AlternatingDescent(CoordinateDescent):
         state["objective"] = objective(problem, state["residual"])
 
     def _improved(self) -> Tensor:
-        state = self.state[self.weight]
-        return (state["objective"].sum() < state["best_objective"].sum()).expand_as(state["objective"])
+        state, parts = self.state[self.weight], self.param_groups[0]["parts"]
+        pairs = zip(state["objective"].split(parts), state["best_objective"].split(parts), strict=True)
+        return torch.cat([(now.sum() < best.sum()).expand_as(now) for now, best in pairs])
 
     def _keep_best(self) -> None:
         state = self.state[self.weight]
@@ -109,10 +109,3 @@ class AlternatingDescent(CoordinateDescent):
         """The best codes and their H."""
         solution = super().result(last)
         return solution._replace(sparse=self.state[self.weight]["best_sparse"].t())
-
-
-def _parts(support: Tensor) -> list[int]:
-    """Lengths of the runs of rows with equal support."""
-    starts = (support[1:] != support[:-1]).any(1).nonzero().flatten() + 1
-    edges = [0, *starts.tolist(), len(support)]
-    return [end - start for start, end in zip(edges, edges[1:], strict=False)]

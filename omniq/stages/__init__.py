@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages: one file a method, named in YAML by ``class_path: omniq.stages.<Name>``.
+"""Stages: one file per method, named in YAML by ``class_path: omniq.stages.<Name>``.
 
 Each class is imported on first use: ``import omniq.stages`` alone does not import torch.
 """

@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ (arXiv 2306.00978): scale up the weights of inputs that carry much, search how far to clip, round to nearest.
+"""AWQ (arXiv 2306.00978): scale up weights of inputs with large activations, search the clipping, round to nearest.
 
-For linears ``W`` that read one input ``x``, with the scale folded into whatever makes that input (section 3.2,
+For linears ``W`` that read one input ``x``, with the scale folded into the module that makes this input (section 3.2,
 equations 4 and 5):
 
     s(alpha) = a^alpha / sqrt(max a^alpha * min a^alpha),   a_j = mean |x_j|
     alpha    = argmin over a grid of 0..1 of || Q(W diag(s)) diag(s)^-1 X - W X ||^2
 
-A larger ``s_j`` makes the rounding error of column ``j`` smaller in proportion, as long as it does not widen the range
-of its group. ``alpha = 0`` is plain rounding, so no input ends with a larger error than that has.
+A larger ``s_j`` reduces the rounding error of column ``j`` in proportion, as long as it does not widen the range of its
+group. ``alpha = 0`` is plain rounding, so the search never increases the error of an input.
 
 1. One pass of the quantized stream through the block gathers ``a`` and ``S = mean x x^T`` of each input.
-2. Each ``alpha`` of the grid is one step of the fit. With ``W^ = Q(W diag(s)) diag(s)^-1`` its error is
-   ``tr((W - W^) S (W - W^)^T)``: exactly the mean square of the output's error, so no sample runs again. The steps log
-   the best so far, relative to the output's power, as ``block/007/input_layernorm/recon_error`` and ``.../alpha``.
-3. The scales are folded by the function that fuses every transform. The inputs do not depend on each other: dividing
-   rows of a linear moves none of its codes, so the order of the folds does not matter and one pass is enough.
-4. The clip search. The published one tries shrunken ranges for the least output error of each group of weights, which
-   is ``Searched`` with the weighting ``gram``; here both ends shrink, each by itself. Then rounding to nearest.
+2. Each ``alpha`` of the grid is one step of the fit. With ``W^ = Q(W diag(s)) diag(s)^-1``, its error is
+   ``tr((W - W^) S (W - W^)^T)``. This is exactly the mean square error of the output, so no sample runs again. Each
+   step logs the best error so far, relative to the power of the output, as
+   ``block/007/input_layernorm/recon_error``, and the best alpha as ``.../alpha``.
+3. ``fuse`` folds the scales into the block, as for every transform. The inputs are independent: dividing rows of a
+   linear changes none of its codes. Therefore the order of the folds does not matter, and one pass is enough.
+4. The clip search. The published search tries shrunken ranges and takes the one with the least output error of each
+   group of weights. This is ``Searched`` with the weighting ``gram``, which shrinks both ends independently. Then the
+   weights are rounded to nearest.
 
-What is left in the block is equivalent and in full precision, so that GPTQ, QuantEase or OmniQuant can follow, whose
-codes replace those of AWQ.
+The block stays equivalent and in full precision, so GPTQ, QuantEase or OmniQuant can follow; their codes replace those
+of AWQ.
 
-Where a scale may move: behind norms, from values to output (with grouped-query attention one scale for each KV channel,
-of the mean over its readers; the published code leaves those out), and in gated MLPs from up to down.
+Scales are placed after norms, from values to output, and in gated MLPs from up to down. With grouped-query attention,
+values to output has one scale for each KV channel, from the mean over its readers; the published code omits this case.
 
-Deviations from the published code: the error is that of the linears that read an input (equation 4), where it compares
-outputs of the whole attention or MLP; the error is of the quantized stream; the grid of alpha has both ends; queries
-and keys are clipped, too; the search and the fold are done in float32.
+Deviations from the published code: the error is that of the linears that read an input (equation 4), where the
+published code compares outputs of the whole attention or MLP. The error is measured on the quantized stream. The grid
+of alpha includes both ends. Queries and keys are clipped, too. The search and the fold are done in float32.
 
-The search sees what rounding the weights does, not what rounding activations does. A scheme with activation bits runs,
-with scales that were not made for them: there ``OutlierSuppression`` searches on quantized inputs.
+The search measures the effect of rounding weights, not of rounding activations. A scheme with activation bits is
+accepted, but its scales are not optimised for them; ``OutlierSuppression`` searches on quantized inputs.
 
 Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equivalence.
 """
@@ -61,16 +63,19 @@ from omniq.transforms.let import MEASURED_KINDS, check_kinds
 
 
 class AWQ(Stage):
-    """Searched scales and clipping, no learning.
+    """Searched scales and clipping, without learning.
 
     Args:
-        candidates: values of alpha to try, evenly from 0 to 1 (20 in the paper).
-        equivalences: where scales move: norm, value_output, up_down; all that the family has if not given.
-        clipping: the range of each group after scaling; searched by the error of its outputs (weighting ``gram``) by
-            default. ``diagonal`` suits a stage that refines the codes, min-max leaves the clip search out.
+        candidates: number of values of alpha to try, evenly spaced from 0 to 1 (20 in the paper).
+        equivalences: where to place scales: ``norm``, ``value_output``, ``up_down``; by default all that the family
+            has.
+        clipping: how to choose the range of each group after scaling; by default searched for the least output error
+            (weighting ``gram``). Use weighting ``diagonal`` if a later stage refines the codes; ``MinMax`` skips the
+            clip search.
 
     Raises:
-        UserError: fewer than two candidates, no equivalence, one that moves no codes, or one given twice.
+        UserError: ``candidates`` is less than 2, or ``equivalences`` is empty, repeats a kind, or has a kind that
+            changes no codes.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class AWQ(Stage):
     ) -> None:
         if candidates < 2:
             raise UserError(
-                f"stages: AWQ.candidates {candidates} is too small: give 2 or more, such as 20; the first is no scale"
+                f"stages: AWQ.candidates {candidates} is too small: give 2 or more, such as 20; the first is alpha = 0"
             )
         if equivalences is not None:
             check_kinds(equivalences, "stages: AWQ.equivalences", MEASURED_KINDS)
@@ -94,8 +99,8 @@ class AWQ(Stage):
 
     def kinds(self, layout: Layout) -> list[str]:
         """The kinds of equivalences to use in this family."""
-        there = [kind for kind in kinds_of(layout) if kind in MEASURED_KINDS]
-        return there if self.equivalences is None else list(self.equivalences)
+        available = [kind for kind in kinds_of(layout) if kind in MEASURED_KINDS]
+        return available if self.equivalences is None else list(self.equivalences)
 
     def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
         return self.kinds(layout)
@@ -105,15 +110,15 @@ class AWQ(Stage):
 
 
 @dataclass
-class Input:
-    """What the search knows of one input, whose linears it takes together.
+class SearchInput:
+    """Statistics of one input for the search, which treats all its readers together.
 
     Args:
-        equivalence: that scales it.
-        readers: the quantized linears that read it.
-        size: mean magnitude of each parameter of the equivalence, float32 ``[c]``.
+        equivalence: the equivalence that scales the input.
+        readers: the quantized linears that read the input.
+        size: mean magnitude for each parameter of the equivalence, float32 ``[c]``.
         gram: mean of ``x x^T``, float32 ``[i, i]``.
-        power: mean square of the outputs of its readers.
+        power: mean square of the outputs of the readers.
     """
 
     equivalence: Equivalence
@@ -124,10 +129,10 @@ class Input:
 
 
 class AWQModule(RTNModule):
-    """A block whose scales are being searched: one step for each alpha, then one rounding.
+    """Searches the scales of one block, one step for each alpha, then rounds once.
 
-    Buffers hold the best so far, so that a search resumes: ``<key>/log_scale`` of each equivalence ``[c]``, and its
-    error and alpha, in the order of the equivalences.
+    Buffers hold the best result so far, so that a search can resume: ``<key>/log_scale`` of each equivalence, ``[c]``,
+    and its error and alpha, in the order of the equivalences.
     """
 
     save_interval = 5.0  # seconds: a step takes milliseconds on a GPU
@@ -171,8 +176,8 @@ class AWQModule(RTNModule):
         return super().finish()
 
     @cached_property
-    def inputs(self) -> dict[str, Input]:
-        """What the search needs of each input, by key of its equivalence: one pass over the quantized stream."""
+    def inputs(self) -> dict[str, SearchInput]:
+        """Statistics of each input, by key of its equivalence, from one pass over the quantized stream."""
         task, heads, equivalences = self.task, self.transform.heads, self.transform.equivalences
         first = {key: self._readers(equivalence)[0] for key, equivalence in equivalences.items()}
         seen = observe(task, [InputMagnitudes(), InputGram()], tuple(first.values()), quantized=False)
@@ -181,20 +186,20 @@ class AWQModule(RTNModule):
         for key, equivalence in equivalences.items():
             name, readers = first[key], self._readers(equivalence)
             width = task.linear(name).in_features
-            # Where no token was seen, all scales have the same error, 0, and the search keeps the first one: no scale.
+            # Without tokens, all scales have the same error, 0, and the search keeps the first: alpha = 0.
             size, gram = means[name] or [torch.zeros(shape, device=task.device) for shape in (width, (width, width))]
             size = equivalence.by_parameter(size, heads).mean(1)
             power = torch.stack([power_of(task.linear(reader).weight.float(), gram) for reader in readers]).sum()
             power = power.clamp(min=torch.finfo(torch.float32).tiny)
-            inputs[key] = Input(equivalence, readers, size, gram, power)
+            inputs[key] = SearchInput(equivalence, readers, size, gram, power)
         return inputs
 
     def _readers(self, equivalence: Equivalence) -> tuple[str, ...]:
-        """The readers that are quantized."""
+        """The quantized readers of an equivalence."""
         return tuple(name for name in equivalence.readers if name in self.task.layout.linears)
 
-    def _error(self, inputs: Input, scale: Tensor) -> Tensor:
-        """Mean squared error of the outputs at this scale ``[c]``, summed over the readers."""
+    def _error(self, inputs: SearchInput, scale: Tensor) -> Tensor:
+        """Mean squared error of the outputs for a scale ``[c]``, summed over the readers."""
         wide = inputs.equivalence.to_inputs(scale, self.transform.heads)  # [i]
         errors = [
             output_error(self.task.linear(name).weight, inputs.gram, wide, self.task.grids[name])
@@ -204,9 +209,9 @@ class AWQModule(RTNModule):
 
 
 def log_scale_of(size: Tensor, alpha: float) -> Tensor:
-    """``log s(alpha)`` of mean magnitudes ``[c]``, within a transform's limits; zero at ``alpha = 0``.
+    """``log s(alpha)`` of mean magnitudes ``[c]``, within the limits of a transform; zero for ``alpha = 0``.
 
-    Magnitudes are bounded from below by ``FLOOR`` (the published code bounds ``a^alpha`` by 1e-4).
+    The lower bound of the magnitudes is ``FLOOR`` (the published code bounds ``a^alpha`` by 1e-4).
     """
     log_scale = alpha * size.clamp(min=FLOOR).log()
     return (log_scale - (log_scale.max() + log_scale.min()) / 2).clamp(-LIMIT, LIMIT)
@@ -219,7 +224,7 @@ def output_error(weight: Tensor, gram: Tensor, scale: Tensor, grid: Grid) -> Ten
         weight: ``W``, ``[o, i]``.
         gram: ``S``, mean of ``x x^T``, float32 ``[i, i]``.
         scale: ``s``, ``[i]``.
-        grid: of the codes.
+        grid: the grid of the codes.
     """
     scaled = weight.float() * scale
     return power_of((scaled - rounded_to_nearest(scaled, grid)) / scale, gram)

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ (arXiv 2210.17323): one pass of error feedback through the inverse of the Gram matrix.
+"""GPTQ (arXiv 2210.17323, Algorithm 1): one pass of error feedback through the inverse of the Gram matrix.
 
-The arithmetic is ``omniq.solvers.gptq``. Unlike the published code the grid is chosen once, before any column moves, by
-the searched range unless another clipping is given. The error of each linear is logged as
-``block/007/q_proj/recon_error``.
+For each row ``w`` of a linear with Gram matrix ``S = X X^T`` (GPTQ calls ``2 S`` the Hessian), minimise
+``||(w - w^) X||^2``: round the columns in order, and spread each error over the columns that follow. With ``U`` the
+upper Cholesky factor of the inverse of the damped ``S``:
+
+    q_j = Q(w_j),    e_j = (w_j - q_j) / U_jj,    w_k <- w_k - e_j U_jk      for k > j
+
+Steps: gather S (``omniq.calibration.gram``), choose the grid, run the solver (``omniq.solvers.gptq``). The error of
+each linear is logged as ``block/007/q_proj/recon_error``.
+
+Deviation from the published code: the grid is chosen once, before any column changes, and by the searched range unless
+another clipping is given.
 """
 
 from torch import Tensor
@@ -22,12 +30,12 @@ class GPTQ(GramStage):
     """GPTQ on a fixed grid.
 
     Args:
-        clipping: the range of each group; searched by default.
-        damping: added to the diagonal of the Gram matrix, as a share of its mean (0.01 in the paper).
-        act_order: visit columns by descending mean square of their input.
-        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
-        batch_size: samples a gathering step.
-        token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
+        clipping: how to choose the range of each group; searched by default.
+        damping: the fraction of the mean diagonal of the Gram matrix to add to its diagonal (0.01 in the paper).
+        act_order: quantize columns in descending order of the mean square of their input.
+        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
+        batch_size: samples per gathering step.
+        token_weights: the weight of each token in the Gram matrix; ``uniform`` as published.
     """
 
     def __init__(
@@ -47,13 +55,13 @@ class GPTQ(GramStage):
 
 
 class GPTQModule(GramModule):
-    """A block in the hands of GPTQ: one solver step for each stack of linears."""
+    """GPTQ on one block: one solver step for each stack of linears."""
 
     settings: GPTQ
 
     def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        grid, settings, rows = stack.grid, self.settings, stack.my_rows
-        part = stack.part(rows)
+        grid, settings, rows = stack.grid, self.settings, stack.local_rows
+        part = stack.select_rows(rows)
         part.fitted = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(number)))
         rounded = gptq(
             part.weight,

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned rounding: codes and scales of an earlier stage, tuned together against the block's own output.
+"""Learned rounding: tune codes and scales of an earlier stage together against the block's own output.
 
 Layer-wise stages (GPTQ, QuantEase) see one linear at a time; clipping sees the whole block but rounds to nearest. This
-stage starts where they end and lets the block decide about each code, as SignRound (arXiv 2309.05516), TesseraQ (arXiv
-2410.19103) and the first phase of EfficientQAT (arXiv 2407.11062) do. With positions ``p`` on the grid, scales ``s``,
-norm weights ``g`` and zero points ``z`` (which stay),
+stage starts from their result and learns each code against the output of the block, as SignRound (arXiv 2309.05516),
+TesseraQ (arXiv 2410.19103) and the first phase of EfficientQAT (arXiv 2407.11062, section 3.2) do. With positions ``p``
+on the grid, scales ``s``, norm weights ``g`` and fixed zero points ``z``,
 
     codes = clamp(round(p), 0, 2^b - 1),   W^ = (codes - z) s exp(u),   g^ = g exp(v)
 
-``p``, ``u`` and ``v`` are learned by AdamW; the rounding is straight-through:
+AdamW learns ``p``, ``u`` and ``v`` with the loss of ``omniq.calibration.reconstruction``. The rounding is
+straight-through:
 
     d p = dW^ s exp(u),    d u = sum over the group of dW^ W^
 
-A position is learned in steps of the grid, so that one rate serves all layers and bits, and starts at its code, moved
-toward where the full-precision weight lies by at most 0.4: a code only changes after the loss has pushed it that far.
-A position at the end of the grid takes no gradient that leads out of it.
+Positions are measured in grid steps, so one learning rate serves all layers and bit widths. A position starts at its
+code, moved by at most 0.4 toward the full-precision weight, so a code changes only if the loss pushes it further. A
+position at the end of the grid receives no gradient that points out of the grid.
 
-Scales do not move codes here (in EfficientQAT they do). With ``rounding_lr`` 0 only scales and norms are tuned.
-Memory: position, its start, gradient and AdamW's two moments of every weight of one block, in float32; and once more
-position and moments, as they were after the last good pass.
+Deviation from EfficientQAT: learning a scale does not change the codes. With ``rounding_lr`` 0, only scales and norms
+are tuned. Memory: for every weight of one block, float32 values of position, start, gradient and the two moments of
+AdamW, and a copy of position and moments as of the last good pass.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
@@ -37,25 +38,25 @@ from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
-MARGIN = 0.4  # of a step: how far from its code a position may start
+MARGIN = 0.4  # largest initial distance of a position from its code, in grid steps
 
 
 class LearnedRounding(Reconstruction):
-    """Codes, scales and norms by block-wise reconstruction, from those of the stage before.
+    """Tune codes, scales and norms of the previous stage by block-wise reconstruction.
 
     Args:
         epochs: passes over the samples for each block.
-        batch_size: samples a step; of several processes, of each.
-        rounding_lr: AdamW rate of the positions, in steps of the grid; 0 keeps the codes.
-        scale_lr: AdamW rate of the logarithm of scales; 0 keeps the scales.
-        norm_lr: AdamW rate of the logarithm of norm weights; 0 keeps them.
-        augmented_loss: add the distance to the full-precision block on the quantized stream.
-        schedule: ``cosine`` decays the rates to zero over the block, ``constant`` does not.
-        shuffle: draw a new order of samples each epoch.
-        token_weights: how much each token counts in the loss.
+        batch_size: samples per step and process.
+        rounding_lr: AdamW learning rate of the positions, in grid steps; 0 keeps the codes.
+        scale_lr: AdamW learning rate of the logarithm of the scales; 0 keeps the scales.
+        norm_lr: AdamW learning rate of the logarithm of the norm weights; 0 keeps the norm weights.
+        augmented_loss: add the distance to the output of the full-precision block on the quantized stream.
+        schedule: ``cosine`` to decay the learning rates to zero over the block, or ``constant``.
+        shuffle: draw a new order of the samples for each epoch.
+        token_weights: the weight of each token in the loss.
 
     Raises:
-        UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
+        UserError: a learning rate is outside 0 to 1, or all are 0; see ``Reconstruction``.
     """
 
     settings_that_omit: ClassVar[Mapping[Part, str]] = {"norms": "norm_lr 0"}
@@ -76,15 +77,18 @@ class LearnedRounding(Reconstruction):
         self.rates = {"rounding_lr": rounding_lr, "scale_lr": scale_lr, "norm_lr": norm_lr}
         for name, rate in self.rates.items():
             if not 0 <= rate < 1:
-                raise UserError(f"stages: LearnedRounding.{name} {rate} is no usable rate: give 0 to less than 1")
+                raise UserError(f"stages: LearnedRounding.{name} {rate} is out of range: give 0 or more, below 1")
         if not any(self.rates.values()):
-            raise UserError("stages: LearnedRounding has nothing to learn with all rates 0: give one, such as 0.001")
+            raise UserError(
+                "stages: LearnedRounding has nothing to learn because all learning rates are 0: set at least one, such "
+                "as rounding_lr 0.004"
+            )
 
     def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before:
             raise UserError(
-                "stages: LearnedRounding starts from the codes of the stage before it, and there is none: put RTN, "
-                "OmniQuant, GPTQ or QuantEase first"
+                "stages: LearnedRounding needs a preceding stage, whose codes it starts from: put RTN, OmniQuant, GPTQ "
+                "or QuantEase first"
             )
 
     @property
@@ -100,38 +104,38 @@ class LearnedRounding(Reconstruction):
 
 
 class LearnedRoundingModule(ReconstructionModule):
-    """A block whose codes, scales and norms are being learned."""
+    """Learns codes, scales and norms of one block."""
 
     settings: LearnedRounding
 
     def __init__(self, task: BlockTask, settings: LearnedRounding) -> None:
         super().__init__(task, settings)
         if task.result is None:
-            raise RuntimeError(f"{task.name}: no codes to start from")
+            raise RuntimeError(f"{task.name}: the stage has no codes to start from")
         self.start = task.result
         self.weights = nn.ModuleDict()
         for name, linear in self.start.linears.items():
             self.weights[module_key(name)] = LearnedCodes(task.linear(name).weight.detach().float(), linear)
-        # On the device once and for all: a CUDA graph cannot fetch what a resumed run has read from disk.
+        # Moved to the device here, because a resumed run reads them to the host and a CUDA graph cannot copy them.
         self._plain = {name: value.to(task.device, torch.float32) for name, value in self.start.tensors.items()}
         kept = {f"{name}.weight" for name in task.layout.kept}
         norms = {name: value for name, value in self._plain.items() if name.endswith(".weight") and name not in kept}
         self.norms = nn.ParameterDict({module_key(name): torch.zeros_like(value) for name, value in norms.items()})
         for rate, parts in self._parts().items():
-            for part in parts:  # before DDP looks for parameters that get gradients
+            for part in parts:  # before DDP collects the parameters with gradients
                 part.requires_grad_(settings.rates[rate] > 0)
         self.to(task.device)
         if settings.augmented_loss:
             self.augment()
 
     def codes(self, name: str) -> "LearnedCodes":
-        """What is learned about one linear."""
+        """The learned codes and scales of one linear."""
         weight = self.weights[module_key(name)]
         assert isinstance(weight, LearnedCodes)
         return weight
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Norms and biases by name, float32; differentiable in what is learned."""
+        """Norms and biases by name, float32; differentiable in the learned norm factors."""
         keys = {name: module_key(name) for name in self._plain}
         return {
             name: value * self.norms[keys[name]].exp() if keys[name] in self.norms else value
@@ -147,7 +151,7 @@ class LearnedRoundingModule(ReconstructionModule):
         return tensors
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
-        """What could be learned, by the name of its rate."""
+        """All learnable parameters, by the name of their learning rate."""
         each = [self.codes(name) for name in self.start.linears]
         return {
             "rounding_lr": [codes.position for codes in each],
@@ -155,7 +159,7 @@ class LearnedRoundingModule(ReconstructionModule):
             "norm_lr": list(self.norms.values()),
         }
 
-    def learned(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         return [
             {"params": parts, "lr": rate}
             for name, parts in self._parts().items()
@@ -181,8 +185,8 @@ class LearnedCodes(nn.Module):
     """Codes and scales of one linear.
 
     Args:
-        weight: in full precision, float32 ``[o, i]``.
-        start: its codes and grid.
+        weight: the full-precision weight, float32 ``[o, i]``.
+        start: its initial codes, scales and zero points.
     """
 
     first: Tensor
@@ -202,24 +206,24 @@ class LearnedCodes(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
 
     def forward(self) -> Tensor:
-        """The weight, float32 ``[o, i]``."""
+        """The quantized weight, float32 ``[o, i]``."""
         codes = _Round.apply(self.position, self.grid.max_code)
         return self.grid.dequantize(codes, self.scale * self.log_scale.exp(), self.zero_point)
 
     def linear(self) -> QuantizedLinear:
-        """As stored."""
+        """The linear as stored, with codes and storage-rounded scales."""
         codes = _Round.apply(self.position, self.grid.max_code)
         scale = self.grid.store(self.scale * self.log_scale.exp())
         return QuantizedLinear.of(self.grid, codes, scale, self.zero_point)
 
     def reset(self) -> None:
-        """Back to the start."""
+        """Restore the initial codes and scales."""
         self.position.copy_(self.first)
         self.log_scale.zero_()
 
 
 class _Round(torch.autograd.Function):
-    """Codes of positions; straight-through, except for what leads out of the grid."""
+    """Round positions to codes; straight-through, but without gradients that point out of the grid."""
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, max_code: int) -> Tensor:

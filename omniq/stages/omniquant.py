@@ -5,18 +5,20 @@ For a block ``F`` with weights ``W`` and inputs ``X`` (the quantized stream), eq
 
     minimise over clipping and transform   || F(W, X_fp) - F(Q(T(W); clipping), X) ||^2        (mean over all elements)
 
-``T`` moves scales and shifts between norms, activations and weights (LET, section 3.3) and changes nothing that ``F``
-computes in full precision. Where the scheme has activation bits, the quantized block computes on quantized inputs,
-queries, keys and values, in training as when deployed. After the last step ``T`` is fused into the block.
+1. ``T`` moves scales and shifts between norms, activations and weights (LET, section 3.3) without changing the
+   full-precision output of ``F``. Its initial values are fused into the block first.
+2. The clipping learns the range of each group of weights (LWC, section 3.2).
+3. Each batch is one AdamW step (``omniq.calibration.reconstruction``). Where the scheme has activation bits, the
+   quantized block computes on quantized inputs, queries, keys and values, in training as in the exported model.
+4. After the last step, ``T`` is fused into the block and the weights are rounded.
 
-One AdamW step for each batch (``omniq.calibration.reconstruction``); the paper's scripts use batches of one sample, 20
-epochs (40 at 2 bits), rate 1e-2, no weight decay, constant rate, natural order, and the augmented loss at 2 bits and at
-the W4A4 of the first LLaMA.
+The paper's scripts use batches of one sample, 20 epochs (40 at 2 bits), rate 1e-2, no weight decay, a constant rate,
+natural order, and the augmented loss at 2 bits and for W4A4 of the first LLaMA.
 
-Deviations from the published code: zero points stay inside the code range; the last rounding is done in float32 on
-storage-rounded scales; the clipping may start from a searched range; a cosine decay of the rate and errors relative to
-each token are offered; the transform is exact (``omniq.transforms.transform``), learned as ``exp(theta)`` and with
-shifts for every family.
+Deviations from the published code: zero points stay inside the code range. The last rounding is done in float32 on
+storage-rounded scales. The clipping can start from a searched range. Cosine decay of the rate and token-relative errors
+are available. The transform is exact (``omniq.transforms.transform``), learned as ``exp(theta)``, with shifts for every
+family.
 """
 
 from collections.abc import Sequence
@@ -46,18 +48,19 @@ class OmniQuant(Reconstruction):
 
     Args:
         epochs: passes over the samples for each block.
-        batch_size: samples a step (the paper: 1); of several processes, of each.
-        clipping: what is learned about the range of each group: LWC, PACT or LSQ, or a fixed MinMax or Searched.
-        clipping_lr: AdamW rate of the clipping (published code: 1e-2; the paper's text has it swapped with LET's).
-        transform: scales and shifts that are learned with it; none if not given (published for weight-only LLaMA).
-        augmented_loss: add the distance to the full-precision block on the quantized stream (published for 2 bits, and
-            for W4A4 of the first LLaMA).
-        schedule: ``constant`` (published) or ``cosine``, which decays the rate to zero over the block.
-        shuffle: draw a new order of samples each epoch; off as published.
-        token_weights: how much each token counts in the loss (and in a search for its start); ``uniform`` as published.
+        batch_size: samples per step and process (1 in the paper).
+        clipping: how to choose the range of each group: learned by LWC, PACT or LSQ, or fixed by MinMax or Searched.
+        clipping_lr: AdamW learning rate of the clipping (published code: 1e-2; the paper's text swaps it with LET's).
+        transform: settings of LET, which learns scales and shifts; by default no transform (as published for
+            weight-only LLaMA).
+        augmented_loss: add the distance to the output of the full-precision block on the quantized stream (published
+            for 2 bits, and for W4A4 of the first LLaMA).
+        schedule: ``constant`` (published), or ``cosine`` to decay the learning rate to zero over the block.
+        shuffle: draw a new order of the samples for each epoch; off as published.
+        token_weights: the weight of each token in the loss and in the search of a range; ``uniform`` as published.
 
     Raises:
-        UserError: a rate outside 0 to 1, or nothing to learn; see ``Reconstruction``.
+        UserError: a learning rate is outside 0 to 1, or nothing can be learned; see ``Reconstruction``.
     """
 
     def __init__(
@@ -76,11 +79,11 @@ class OmniQuant(Reconstruction):
         self.clipping = clipping or LWC()
         self.clipping_lr, self.transform = clipping_lr, transform
         if not 0 < clipping_lr < 1:
-            raise UserError(f"stages: OmniQuant.clipping_lr {clipping_lr} is not between 0 and 1: the paper's is 0.01")
+            raise UserError(f"stages: OmniQuant.clipping_lr {clipping_lr} is not between 0 and 1: try the paper's 0.01")
         if isinstance(clipping, RangeEstimator) and transform is None:
             raise UserError(
-                f"stages: OmniQuant has nothing to learn with clipping {type(clipping).__name__}: give it one that "
-                "learns, such as LWC, or a transform"
+                f"stages: OmniQuant has nothing to learn with clipping {type(clipping).__name__}: give a learnable "
+                "clipping, such as LWC, or a transform"
             )
 
     @property
@@ -99,11 +102,11 @@ class OmniQuant(Reconstruction):
 
 
 class OmniQuantModule(ReconstructionModule):
-    """A block whose clipping and transform are being learned.
+    """Learns clipping and transform of one block.
 
     Args:
         task: the block, its streams and its grids.
-        settings: of the stage.
+        settings: the settings of the stage.
     """
 
     settings: OmniQuant
@@ -113,8 +116,8 @@ class OmniQuantModule(ReconstructionModule):
         self.transform, self.moves = self._start_transform()  # NOTE: checkpoints hold the name ``moves``
         if self.transform is None and isinstance(settings.clipping, RangeEstimator):
             raise UserError(
-                "stages: OmniQuant has nothing to learn: a scale between queries and keys changes nothing while both "
-                "stay at 16 bits; add norm to transform.equivalences, or give a clipping that learns, such as LWC"
+                "stages: OmniQuant has nothing to learn: a scale between queries and keys has no effect while both "
+                "stay at 16 bits; add norm to transform.equivalences, or give a learnable clipping, such as LWC"
             )
         second_moment = second_moments_for(settings.clipping, task, settings.token_weights)
         weights = {name: task.linear(name).weight.detach() for name in task.layout.linears}
@@ -129,11 +132,11 @@ class OmniQuantModule(ReconstructionModule):
             self.augment()
 
     def _start_transform(self) -> tuple[Transform | None, nn.ParameterDict | None]:
-        """Fuse the initial values into the block; what is learned from there starts at the identity."""
+        """Fuse the initial values into the block; the learned transform then starts at the identity."""
         task, let = self.task, self.settings.transform
         kinds = self.settings.equivalence_kinds(task.layout, task.activations)
         if let is not None and len(kinds) < len(let.equivalences):
-            warn_once("no scale between queries and keys: it changes nothing where both stay at 16 bits")
+            warn_once("no scale between queries and keys is learned: it has no effect while both stay at 16 bits")
         if let is None or not kinds:
             return None, None
         transform = block_transform(task, kinds, let.shift)
@@ -142,7 +145,7 @@ class OmniQuantModule(ReconstructionModule):
         return transform, transform.parameters()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Full-precision tensors of the block as the transform makes them, differentiable in it."""
+        """Full-precision tensors of the block after the transform; differentiable in its parameters."""
         return {name: materialize(value) for name, value in self._transformed().items()}
 
     def quantized_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -153,7 +156,7 @@ class OmniQuantModule(ReconstructionModule):
         return {name: materialize(value) for name, value in tensors.items()}
 
     def _transformed(self) -> dict[str, Tensor | ScaledWeight]:
-        """The same, weights that the transform changes with their factors beside them; without one, weights alone."""
+        """As ``tensors``, with the factors of transformed weights kept separate; without a transform, weights only."""
         if self.transform is None or self.moves is None:
             return {f"{name}.weight": self.task.linear(name).weight for name in self.task.layout.linears}
         return self.transform.apply_factored(dict(self.task.block.named_parameters()), self.moves)
@@ -164,7 +167,7 @@ class OmniQuantModule(ReconstructionModule):
         assert isinstance(clip, FakeQuantWeight)
         return clip
 
-    def learned(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         clips = [each for each in self.clips.parameters() if each.requires_grad]
         groups: list[dict[str, Any]] = [{"params": clips, "lr": self.settings.clipping_lr}] if clips else []
         if self.settings.transform is not None and self.moves is not None:
@@ -182,7 +185,7 @@ class OmniQuantModule(ReconstructionModule):
         if self.transform is None or self.moves is None:
             return BlockResult(linears, task.plain_tensors())
         result = BlockResult(linears, {name: tensors[name].to(dtype) for name in task.plain_tensors()})
-        if result.first_unstorable(dtype) is None:  # else the block stays as it was, for what ``abandon`` leaves
+        if result.first_unstorable(dtype) is None:  # else the block stays unchanged for ``abandon``
             fuse(task.block, self.transform, self.moves)
         return result
 

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outlier Suppression+ (arXiv 2304.09145): shift channels to their middle, scale the outliers down, then round.
+"""Outlier Suppression+ (arXiv 2304.09145): center channels by shifts, scale outliers down, then round to nearest.
 
-For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a threshold ``t``:
+For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a threshold ``t`` (section 4):
 
     d_j = (hi_j + lo_j) / 2                                          shift
-    s_j = max(1, max|x_j - d_j| / t)                                 scale: only channels beyond t are touched
-    t   = argmin || Q((X - d) / s) Q(W s)^T - (X - d) W^T ||^2       over a few samples, each input by itself
+    s_j = max(1, max|x_j - d_j| / t)                                 scale: changes only channels beyond t
+    t   = argmin || Q((X - d) / s) Q(W s)^T - (X - d) W^T ||^2       over a few samples, independently for each input
 
-No gradients. Candidates for ``t`` are even steps from the largest channel down; the first leaves all scales at one.
-Alone it is the baseline of that name; before another stage it prepares the block. Several processes look at the same
-samples as one, each at those that it holds, and add up their errors.
+1. Measure the channel ranges on the quantized stream, and compute the shifts.
+2. Try evenly spaced thresholds, from the largest channel down. The first one leaves all scales at one.
+3. Fuse shifts and scales into the block, then round to nearest.
 
-Deviations: shifts only where the stock module can store the biases they make (in LLaMA from values to output), instead
-of a norm with a bias of its own; the objective is summed over all readers of an input, as published for q, k and v.
+The stage uses no gradients. Alone, it is the baseline of this name; before another stage, it prepares the block.
+Several processes use the same samples as a single process: each evaluates the samples that it holds, and the errors are
+summed.
+
+Deviations: shifts are used only where the stock module can store the resulting biases (in LLaMA from values to output),
+instead of a norm with its own bias. The objective is summed over all readers of an input, as published for q, k and v.
 
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``i`` input features, ``o`` output features, ``c`` parameters of an
 equivalence.
@@ -45,15 +49,15 @@ _KINDS = ("norm", "value_output")
 
 
 class OutlierSuppression(Stage):
-    """Shifts and searched scales, no learning.
+    """Shifts and searched scales, without learning.
 
     Args:
-        candidates: thresholds to try for each input.
-        samples: that the search looks at, from the front; of several processes, all together.
-        clipping: the range of each group of weights; min-max by default.
+        candidates: number of thresholds to try for each input.
+        samples: number of calibration samples for the search, over all processes.
+        clipping: how to choose the range of each group of weights; min-max by default.
 
     Raises:
-        UserError: no candidates or no samples.
+        UserError: ``candidates`` or ``samples`` is less than 1.
     """
 
     def __init__(self, candidates: int = 20, samples: int = 8, clipping: RangeEstimator | None = None) -> None:
@@ -77,7 +81,7 @@ class OutlierSuppression(Stage):
 
 
 class OutlierSuppressionModule(RTNModule):
-    """A block whose outliers are suppressed, rounded once."""
+    """Suppresses the outliers of one block and rounds it once."""
 
     def __init__(self, task: BlockTask, settings: OutlierSuppression) -> None:
         super().__init__(task, settings.clipping)
@@ -91,7 +95,7 @@ class OutlierSuppressionModule(RTNModule):
         values = transform.initial(dict(task.block.named_parameters()), ranges, alpha=None)
         inputs = self._inputs()
         for key, equivalence in transform.equivalences.items():
-            if not any(name in inputs for name in equivalence.readers):  # no token reaches it: its scales stay at one
+            if not any(name in inputs for name in equivalence.readers):  # no token reaches them: scales stay at one
                 continue
             shift = values.get(f"{key}/shift")
             scale = self._scale(equivalence, transform.heads, ranges, shift, inputs)
@@ -100,9 +104,9 @@ class OutlierSuppressionModule(RTNModule):
         return super().finish()
 
     def _inputs(self) -> dict[str, Tensor]:
-        """The inputs of the linears in the first samples of the run that this process has, ``[n, t, i]`` each.
+        """Inputs of the linears in this process's share of the first samples of the run, each ``[n, t, i]``.
 
-        ``n`` may be 0. For a linear that sees some tokens only it is 1; one that no token reaches is left out.
+        ``n`` may be 0. It is 1 for a linear that sees only some tokens. A linear that no token reaches has no entry.
         """
         task, length = self.task, self.task.inputs.shape[1]
         share = len(range(collectives.rank(), self.settings.samples, collectives.world_size()))
@@ -124,7 +128,7 @@ class OutlierSuppressionModule(RTNModule):
         shift: Tensor | None,
         inputs: dict[str, Tensor],
     ) -> Tensor:
-        """The scales ``[c]`` of the best threshold."""
+        """The scales ``[c]`` for the best threshold."""
         readers = tuple(name for name in equivalence.readers if name in self.task.layout.linears)
         first = next(name for name in readers if name in inputs)
         lo, hi, x = ranges.lo[first], ranges.hi[first], inputs[first]
@@ -143,7 +147,7 @@ class OutlierSuppressionModule(RTNModule):
         return best
 
     def _error(self, readers: tuple[str, ...], x: Tensor, scale: Tensor) -> Tensor:
-        """Squared error of the outputs of quantized readers, summed over all processes; over samples in float64."""
+        """Squared error of the outputs of the quantized readers, summed over samples and processes in float64."""
         given, total = self.task.activations, x.new_zeros((), dtype=torch.float64)
         if not len(x):
             return collectives.all_reduce_sum(total)

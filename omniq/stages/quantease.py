@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantEase (arXiv 2309.01885): cyclic coordinate descent on the codes of each layer, as a stage without gradients.
+"""QuantEase (arXiv 2309.01885): cyclic coordinate descent on the codes of each layer, without gradients.
 
-For the linears of one shared input, with Gram matrix S of that input,
+For the linears of one shared input, with Gram matrix S of that input (section 3 of the paper),
 
     minimise ||(W - W^) X||^2 = tr((W - W^) S (W - W^)^T)   with W^ on its grid
 
-one column after the other, each rounded to its best grid point given all others. The optimizer is
-``CoordinateDescent``: one ``step()`` is one sweep, every third of them unrounded. The error of each linear is logged
-after every sweep as ``block/007/q_proj/recon_error``: of the iterate, not of the best codes, which are kept.
+one column after the other; each column is rounded to its best grid points given all other columns. The optimizer is
+``CoordinateDescent``: one ``step()`` is one sweep, and every third sweep does not round. The error of each linear is
+logged after every sweep as ``block/007/q_proj/recon_error``. It is the error of the current iterate, not of the best
+codes, which the optimizer keeps.
 
-Where the descent starts and on which grid are independent choices; its target is always the original weights, which the
-published ``gptq_quantease`` gets wrong. After another stage it keeps that stage's grid by default: all there is to keep
-of learned clipping. After one that has chosen codes (GPTQ) it has to go on from them, by ``start: previous``. Outliers
-(section 4 of the paper) are kept beside the codes in float16: with the masked sweep, which leaves supported entries
-unrounded, or by Algorithm 3, which lets the support move.
+The starting point and the grid are independent choices. The target is always the original weights, which the published
+``gptq_quantease`` gets wrong. After another stage, QuantEase keeps the grid of that stage by default, which preserves
+learned clipping. After a stage that has chosen codes (GPTQ), it must continue from these codes (``start: previous``).
+Outliers (section 4) are kept beside the codes in float16, with one of two methods: the masked sweep leaves the chosen
+entries unrounded; Algorithm 3 chooses them again in each sweep.
 
-Deviations from the published code: one searched grid instead of min-max, a per-row best iterate, early stop, blocked
-arithmetic with the same codes, damping; group grids always belong to runs of neighbours in the original order (the
-published ``--static-groups``), because no runtime reads scattered groups any more. Several processes solve a share of
-the rows each, and then gather codes, scales and outliers; under Algorithm 3 each solves all of them.
+Deviations from the published code: a searched grid instead of min-max, a best iterate for each row, an early stop,
+blocked arithmetic with the same codes, and damping. Groups always consist of neighbouring columns in the original order
+(the published ``--static-groups``), because runtimes no longer read scattered groups. Each of several processes solves
+a share of the rows and then gathers codes, scales and outliers; with Algorithm 3, each process solves all rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,29 +50,30 @@ Start = Literal["weights", "nearest", "gptq", "previous"]
 
 
 class QuantEase(GramStage):
-    """Coordinate descent.
+    """Coordinate descent on the codes.
 
     Args:
-        sweeps: over all columns (30 in the published code).
-        start: ``weights`` (published: the first sweep rounds), ``nearest``, ``gptq``, or ``previous`` for the codes of
-            the stage before.
-        grid: ``clipping`` chooses a new one, ``previous`` keeps that of the stage before, ``auto`` keeps it if there is
-            such a stage.
-        clipping: the range of each group; searched by default. Not used with the grid of the stage before.
-        damping: added to the diagonal of the Gram matrix, as a share of its mean.
-        act_order: visit columns by descending mean square of their input (slightly worse, measured).
-        refit_scales: refit scales by least squares between sweeps, kept where the error falls.
-        outliers: weights that are kept in float16 beside the codes; a plain number is per cent (earlier spelling).
-        precision: of the products on a GPU.
-        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
-        batch_size: samples a gathering step.
-        token_weights: how much each token counts in the Gram matrix; ``uniform`` as published.
+        sweeps: number of passes over all columns (30 in the published code).
+        start: initial weights: ``weights`` for the original ones (published; the first sweep rounds them), ``nearest``
+            for round-to-nearest, ``gptq`` for the result of GPTQ, or ``previous`` for the codes of the previous stage.
+        grid: ``clipping`` chooses a new grid, ``previous`` keeps the grid of the previous stage, and ``auto`` keeps it
+            if there is a previous stage.
+        clipping: how to choose the range of each group; searched by default. Not used if the previous grid is kept.
+        damping: the fraction of the mean diagonal of the Gram matrix to add to its diagonal.
+        act_order: visit columns in descending order of the mean square of their input (measured: slightly worse).
+        refit_scales: refit scales by least squares between sweeps; a new scale is kept where the error decreases.
+        outliers: weights to keep in float16 beside the codes; a plain number is per cent (earlier spelling).
+        precision: precision of the matrix products on a GPU.
+        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
+        batch_size: samples per gathering step.
+        token_weights: the weight of each token in the Gram matrix; ``uniform`` as published.
         outlier_columns: earlier spelling of ``outliers.columns``.
         outlier_support: earlier spelling of ``outliers.support``.
         outlier_method: earlier spelling of ``outliers.method``.
 
     Raises:
-        UserError: no sweeps, too many outliers, a start that Algorithm 3 cannot have; see ``GramStage``.
+        UserError: ``sweeps`` is less than 1, the outliers are out of range, or Algorithm 3 does not support ``start``;
+            see ``GramStage``.
     """
 
     settings_that_take: ClassVar[Mapping[Part, str]] = {"grid": "start 'previous'", "codes": "start 'previous'"}
@@ -97,13 +99,11 @@ class QuantEase(GramStage):
     ) -> None:
         super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
         if sweeps < 1:
-            raise UserError(
-                f"sweeps {sweeps} of QuantEase would leave the weights unrounded: give 1 or more (30 is usual)"
-            )
+            raise UserError(f"sweeps {sweeps} of QuantEase is too small: give 1 or more (30 is usual)")
         earlier = {"columns": outlier_columns, "support": outlier_support, "method": outlier_method}
         self.outliers = OutlierSettings.of_earlier_release(outliers, earlier)
         if self.algorithm3 and start != "weights":
-            raise UserError(f"start {start!r} of QuantEase does not go with Algorithm 3: use 'weights'")
+            raise UserError(f"start {start!r} of QuantEase is not supported by Algorithm 3: use 'weights'")
         self.sweeps, self.start, self.grid = sweeps, start, grid
         self.act_order, self.refit_scales, self.precision = act_order, refit_scales, precision
 
@@ -111,13 +111,13 @@ class QuantEase(GramStage):
         if not before and (self.start == "previous" or self.grid == "previous"):
             what = "start" if self.start == "previous" else "grid"
             raise UserError(
-                f"stages: QuantEase with {what} 'previous' refines the codes of the stage before it, and there is "
-                f"none: put another stage first, or change {what}"
+                f"stages: QuantEase with {what} 'previous' needs a preceding stage: put another stage first, or change "
+                f"{what}"
             )
 
     @property
     def takes(self) -> frozenset[Part]:
-        """A start from previous codes takes their grid as well: they are values on it, whatever grid comes next."""
+        """A start from previous codes also takes their grid, even if a new grid follows: their values lie on it."""
         if self.start == "previous":
             return frozenset({"block", "grid", "codes"})
         return frozenset({"block"} if self.grid == "clipping" else {"block", "grid"})
@@ -128,7 +128,7 @@ class QuantEase(GramStage):
 
     @property
     def algorithm3(self) -> bool:
-        """Whether the support of the outliers moves from sweep to sweep."""
+        """True if the support of the outliers changes from sweep to sweep."""
         return self.outliers is not None and self.outliers.method == "algorithm3"
 
     def module(self, task: BlockTask) -> "QuantEaseModule":
@@ -136,7 +136,7 @@ class QuantEase(GramStage):
 
 
 class QuantEaseModule(GramModule):
-    """A block in the hands of coordinate descent: one solver step is one sweep of one optimizer for each stack."""
+    """Coordinate descent on one block: a solver step is one sweep of the optimizer of each stack."""
 
     settings: QuantEase
 
@@ -152,10 +152,10 @@ class QuantEaseModule(GramModule):
             last = number == self.stacks_in(k)[-1]
             own = gram if last else gram.clone()  # an optimizer damps its Gram matrix in place
             optimizer = self.optimizers_of[number] = opening(number, stack, own)
-            # The optimizer has what it needs of the weights, and the Gram matrix as it needs it, damped and in order.
+            # The optimizer holds its own weights and the damped, reordered Gram matrix: free the copies.
             stack.weight, self.grams[k] = stack.weight.new_empty(0), optimizer.problem.gram if last else gram
         optimizer = self.optimizers_of[number]
-        # Rows stop together, wherever they are solved: all have the sweeps they would have in one process.
+        # Rows in all processes stop together, so that each row has the same sweeps as in one process.
         if optimizer.must_continue or not collectives.all_ranks(optimizer.converged):
             optimizer.step()
         powers = optimizer.state[optimizer.weight]["baseline"]
@@ -163,7 +163,7 @@ class QuantEaseModule(GramModule):
         return None if step + 1 < self.work else self._finished(number, stack)
 
     def _finished(self, number: int, stack: StackedLinears) -> dict[str, QuantizedLinear]:
-        """What the optimizers of all processes found for one stack."""
+        """The solution of one stack, gathered from the optimizers of all processes."""
         solution, order = self.optimizers_of.pop(number).result(last=True), self.orders.pop(number)
         back = slice(None) if order is None else order.argsort()
         if self._shared:
@@ -179,20 +179,20 @@ class QuantEaseModule(GramModule):
 
     @property
     def _shared(self) -> bool:
-        """Whether each process solves its share of the rows. Algorithm 3 moves weights from row to row: all do all."""
+        """True if each process solves a share of the rows; Algorithm 3 moves the support across rows and needs all."""
         return not self.settings.algorithm3
 
     def _rows(self, stack: StackedLinears) -> slice:
         """The rows that this process solves."""
-        return stack.my_rows if self._shared else slice(0, sum(stack.rows))
+        return stack.local_rows if self._shared else slice(0, sum(stack.rows))
 
     def _open(self, number: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
-        """Choose support, scales, start and order of one stack, and set up its optimizer."""
+        """Choose support, scales, start and column order of one stack, and set up its optimizer."""
         settings, previous, rows = self.settings, self.task.result, self._rows(stack)
         mask = None if settings.outliers is None else self._support(stack, gram, settings.outliers)[rows]
         if settings.grid != "clipping" and previous is not None:
             stack.fit_from(previous)
-        part = stack.part(rows)
+        part = stack.select_rows(rows)
         if part.fitted is None:
             free = part.weight if mask is None else part.weight.masked_fill(mask, 0)
             lo, hi = settings.clipping.range(free, part.grid, self.second_moment(number))
@@ -206,7 +206,7 @@ class QuantEaseModule(GramModule):
             gram, weight, group_index = gram[order][:, order], weight[:, order], group_index[order]
             mask, start = (None if each is None else each[:, order] for each in (mask, start))
         fitted = part.scale, part.zero_point
-        return self._optimizer(weight, gram, part.grid, fitted, group_index, mask, start, settings.damping)
+        return self._optimizer(weight, gram, part.grid, fitted, group_index, mask, start, settings.damping, part.rows)
 
     def _optimizer(
         self,
@@ -218,6 +218,7 @@ class QuantEaseModule(GramModule):
         mask: Tensor | None,
         start: Tensor | None,
         damping: float,
+        rows: tuple[int, ...],
     ) -> CoordinateDescent:
         settings = self.settings
         common: dict[str, Any] = {
@@ -231,15 +232,13 @@ class QuantEaseModule(GramModule):
         parameter = nn.Parameter((weight if start is None else start).to(dtype), requires_grad=False)
         outliers = settings.outliers
         if mask is not None and outliers is not None and outliers.method == "algorithm3":
-            common |= {"support": mask, "structured": outliers.columns}
+            common |= {"support": mask, "structured": outliers.columns, "rows": rows}
             return AlternatingDescent([parameter], gram, grid, *fitted, **common)
         target = None if start is None else weight
         return CoordinateDescent([parameter], gram, grid, *fitted, target=target, mask=mask, **common)
 
     def _support(self, stack: StackedLinears, gram: Tensor, outliers: OutlierSettings) -> Tensor:
-        """The weights to keep in float16, bool ``[o, i]``: a share of each linear; for Algorithm 3, of the stack."""
-        together = outliers.method == "algorithm3"
-        parts = [stack.weight] if together else [part for _, part in stack.split(stack.weight)]
+        """Mask of the weights to keep in float16, bool ``[o, i]``: the same fraction of each linear."""
         chosen = [
             choose_support(
                 part,
@@ -249,12 +248,12 @@ class QuantEaseModule(GramModule):
                 second_moment=gram.diagonal(),
                 grid=stack.grid,
             )
-            for part in parts
+            for _, part in stack.split(stack.weight)
         ]
         return torch.cat(chosen)
 
     def _start(self, part: StackedLinears, gram: Tensor, mask: Tensor | None, rows: slice) -> Tensor | None:
-        """Quantized weights to start from, ``[o, i]``, for some rows; None for the weights themselves."""
+        """Initial weights of some rows, ``[o, i]``; None to start from the original weights."""
         settings, grid = self.settings, part.grid
         if settings.start == "weights":
             return None
@@ -277,12 +276,12 @@ class QuantEaseModule(GramModule):
 
     def load_solver_state(self, state: dict[int, Any]) -> None:
         self._saved = state
-        # The optimizer keeps the Gram matrix; it was not written a second time.
+        # The Gram matrix is saved only once, in the state of the optimizer.
         for number, saved in state.items():
             self.grams[self.plan[number][0]] = saved["state"][0]["gram"].to(self.task.device)
 
     def _reopen(self, number: int, stack: StackedLinears, gram: Tensor) -> CoordinateDescent:
-        """Set up the optimizer of a stack in mid-solution, and give it back its state."""
+        """Set up the optimizer of an unfinished stack and restore its state."""
         saved = self._saved.pop(number)
         state = {name: value.to(gram.device) for name, value in saved["state"][0].items()}
         self.orders[number] = order = None if saved["order"] is None else saved["order"].to(gram.device)
@@ -290,7 +289,9 @@ class QuantEaseModule(GramModule):
         mask = None if support is None else support.t()
         weight = stack.weight if order is None else stack.weight[:, order]
         fitted = state["scale"].t(), state["zero_point"].t()
-        # No damping: the saved Gram matrix has had it.
-        optimizer = self._optimizer(weight, gram, stack.grid, fitted, state["group_index"], mask, None, damping=0.0)
+        # No damping: the saved Gram matrix is already damped.
+        optimizer = self._optimizer(
+            weight, gram, stack.grid, fitted, state["group_index"], mask, None, damping=0.0, rows=stack.rows
+        )
         optimizer.load_state_dict(saved)
         return optimizer

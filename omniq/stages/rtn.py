@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round to nearest: every weight goes to the nearest point of its grid, without looking at what the layer computes.
+"""Round to nearest (RTN): round every weight to the nearest point of its grid, independently of the layer's output.
 
-The baseline of every table. With min-max clipping it needs no data; with a searched range it uses the mean square of
-each input.
+    q = clamp(round(w / s) + z, 0, 2^b - 1)
+
+Every results table has this baseline. Min-max clipping needs no calibration data; a searched range uses the mean square
+of each input.
 """
 
 from omniq.calibration.rounding import RTNModule
@@ -15,7 +17,7 @@ class RTN(Stage):
     """Round to nearest.
 
     Args:
-        clipping: the range of each group; min-max by default.
+        clipping: how to choose the range of each group; min-max by default.
     """
 
     def __init__(self, clipping: RangeEstimator | None = None) -> None:

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmoothQuant (arXiv 2211.10438): move part of the activations' range into the weights, then round to nearest.
 
-    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),      x_j / s_j,  W_j s_j        for every input channel j of a norm
+For every input channel ``j`` (section 4, equation 4):
 
-No gradients. Alone it is the baseline of that name; before another stage (GPTQ, QuantEase, OmniQuant) it only prepares
-the block, and its codes are replaced. Where the scales come from: ``omniq.transforms.initial``.
+    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),      x_j <- x_j / s_j,      W_j <- W_j s_j
+
+1. Measure the range of each input on the quantized stream, without quantized activations.
+2. Compute the scales (``omniq.transforms.initial``) and fuse them into the norm, or into the other module that makes
+   the input, and into the weights.
+3. Round to nearest.
+
+The stage uses no gradients. Alone, it is the baseline of this name. Before another stage (GPTQ, QuantEase, OmniQuant),
+it only prepares the block, and the other stage replaces its codes.
 """
 
 from collections.abc import Sequence
@@ -24,15 +31,16 @@ from omniq.transforms.let import MEASURED_KINDS, check_kinds
 
 
 class SmoothQuant(Stage):
-    """Scales from maxima, no learning.
+    """Scales from maxima, without learning.
 
     Args:
-        alpha: how much of the range moves, 0 none to 1 all.
-        equivalences: where it moves: norm (the paper), value_output, up_down.
-        clipping: the range of each group of weights; min-max by default.
+        alpha: migration strength: the fraction of the activations' range to move into the weights, from 0 to 1.
+        equivalences: where to move it: ``norm`` (as in the paper), ``value_output``, ``up_down``.
+        clipping: how to choose the range of each group of weights; min-max by default.
 
     Raises:
-        UserError: alpha outside 0..1, no equivalence, one that has no maxima to go by, or one given twice.
+        UserError: ``alpha`` is outside 0 to 1, or ``equivalences`` is empty, repeats a kind, or has a kind whose scales
+            do not follow from maxima.
     """
 
     def __init__(
@@ -57,7 +65,7 @@ class SmoothQuant(Stage):
 
 
 class SmoothQuantModule(RTNModule):
-    """A block that is smoothed and rounded once."""
+    """Smooths one block and rounds it once."""
 
     def __init__(self, task: BlockTask, settings: SmoothQuant) -> None:
         super().__init__(task, settings.clipping)

@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SpQR (arXiv 2306.03078): small groups whose scales are codes themselves, and the most sensitive weights in float16.
+"""SpQR (arXiv 2306.03078, Algorithm 1): small groups with quantized scales, and the most sensitive weights in float16.
 
-The arithmetic is ``omniq.solvers.spqr``, how scales and zero points are stored ``omniq.grid.quantized_scales``. With
-codes of ``b`` bits in groups of ``g`` and ``k`` bits a scale, a weight takes
+With ``U`` the Cholesky factor of GPTQ (``omniq.stages.gptq``), rounding a weight ``w_j`` to ``q_j`` costs
+
+    d_j (w_j - q_j)^2,      d_j = 1 / U_jj^2
+
+after all later columns have compensated for the error. A weight is an outlier if this cost exceeds a threshold.
+
+For each linear:
+
+1. Choose grids of small groups with quantized scales and zero points (``omniq.grid.quantized_scales``).
+2. Round the columns with the error feedback of GPTQ, and keep outliers in float16 (``omniq.solvers.spqr``).
+
+With codes of ``b`` bits in groups of ``g``, ``k`` bits per scale and runs of ``rows`` output features, a weight takes
 
     b + k / g + 2 * 16 / (g rows) + b / g + 32 share        bits
 
-``share`` is that of the outliers, each a float16 and the number of its column: 3.5 bits at W3A16g16 without outliers,
-3.8 with one per cent. Choose the small groups by the scheme, such as ``W3A16g16``. Only export format ``omniq`` holds
-outliers and second levels, and what ``bits_per_weight`` counts is what it stores.
+where ``share`` is the fraction of outliers; each outlier is stored as a float16 value and a column index. W3A16g16
+takes 3.5 bits without outliers, and 3.8 with one per cent. The scheme sets the small groups, such as ``W3A16g16``. Only
+export format ``omniq`` stores outliers and quantized scales; ``bits_per_weight`` counts the bits that it stores.
 
-Zero points are integers of ``b`` bits. A second level of as many bits or more (``zero_bits`` 3 at W3) could only store
-more, so it is left out there; at W4 it saves 0.03 bits a weight. (In the paper zero points are real numbers, for which
-3 bits are always a saving.) All values between the least and the greatest zero point of a run are kept exactly as long
-as these are at most ``2^zero_bits - 1`` apart.
+Linears that share an input share one inverse, but each linear has its own threshold and its own runs of rows.
 
-Linears that share an input share one inverse, but thresholds and runs of rows are those of each linear alone.
+Deviation from the paper: zero points are integers of ``b`` bits instead of real numbers, for which 3-bit codes always
+save space. Codes of as many bits or more (``zero_bits`` 3 at W3) cannot save space, so zero points are stored as they
+are there; at W4, codes save 0.03 bits per weight. All zero points of a run are kept exactly as long as the smallest and
+the largest are at most ``2^zero_bits - 1`` apart.
 """
 
 import math
@@ -26,7 +36,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.input_statistics import power_of, relative
+from omniq.calibration.input_statistics import power_of, relative_error
 from omniq.calibration.stacked_linears import StackedLinears
 from omniq.calibration.stage import Part
 from omniq.calibration.task import BlockTask
@@ -42,23 +52,24 @@ class SpQR(GramStage):
     """SpQR.
 
     Args:
-        threshold: a weight is kept in float16 if rounding it costs more than this many times the mean cost of leaving
-            a weight out (0.2 in the published scripts, for 4 bits); 0 for no outliers. On layers of SmolLM2 at W3A16g16
-            0.2 keeps 2 per cent of the weights, 0.5 half a per cent.
-        scale_bits: of a scale's code, 2 to 8; 0 to store scales as they are.
-        zero_bits: of a zero point's code, 2 to 8; 0 to store zero points as they are, and so if not fewer than the
-            bits of the weights.
-        scale_group: output features whose scales share a range (16 in the paper).
-        clipping: the range of each group; min-max by default, as in the paper. ``Searched`` has 1 to 9 per cent less
-            error on layers of SmolLM2 and takes three times as long, on a GPU more.
-        damping: added to the diagonal of the Gram matrix, as a share of its mean.
-        act_order: visit groups, and columns inside of them, by descending mean square of their input, as the published
-            scripts do (a fifth less error on layers of SmolLM2).
-        true_sequential: gather the inputs of a group of linears after the groups before it were quantized.
-        batch_size: samples a gathering step.
+        threshold: keep a weight in float16 if rounding it costs more than this multiple of the mean cost of leaving a
+            weight out (0.2 in the published scripts, for 4 bits); 0 for no outliers. On layers of SmolLM2 at W3A16g16,
+            0.2 keeps 2 per cent of the weights and 0.5 keeps half a per cent.
+        scale_bits: bits of the code of a scale, 2 to 8; 0 to store scales without codes.
+        zero_bits: bits of the code of a zero point, 2 to 8; 0 to store zero points without codes. Zero points are also
+            stored without codes if this is not less than the bits of the weights.
+        scale_group: number of output features whose scales share a range (16 in the paper).
+        clipping: how to choose the range of each group; min-max by default, as in the paper. On layers of SmolLM2,
+            ``Searched`` has 1 to 9 per cent less error and takes three times as long (more on a GPU).
+        damping: the fraction of the mean diagonal of the Gram matrix to add to its diagonal.
+        act_order: quantize groups, and columns inside them, in descending order of the mean square of their input, as
+            the published scripts do (a fifth less error on layers of SmolLM2).
+        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
+        batch_size: samples per gathering step.
 
     Raises:
-        UserError: a threshold, second level or clipping that cannot work; see ``GramStage``.
+        UserError: the threshold, ``scale_bits``, ``zero_bits`` or ``scale_group`` is out of range, or the clipping is
+            not supported; see ``GramStage``.
     """
 
     settings_that_omit: ClassVar[Mapping[Part, str]] = {
@@ -80,10 +91,12 @@ class SpQR(GramStage):
     ) -> None:
         super().__init__(clipping or MinMax(), true_sequential, batch_size, damping=damping)
         if not 0 <= threshold < math.inf:
-            raise UserError(f"threshold {threshold} of SpQR is not usable: give 0 for no outliers, or such as 0.2")
+            raise UserError(
+                f"threshold {threshold} of SpQR is out of range: give 0 for no outliers, or a number such as 0.2"
+            )
         if self.clipping.needs_gram:
             raise UserError(
-                "clipping of SpQR with weighting 'gram' does not suit a stage that compensates for errors: use "
+                "clipping of SpQR does not support weighting 'gram', because SpQR compensates for rounding errors: use "
                 "'diagonal'"
             )
         self.second = QuantizedScales(scale_bits, zero_bits, scale_group)
@@ -96,7 +109,7 @@ class SpQR(GramStage):
         return super().leaves | outliers | scale_codes
 
     def grid(self, grid: Grid) -> Grid:
-        """The grid that was asked for, with as much of a second level as saves anything on it."""
+        """The grid of the scheme, with codes for scales and zero points where they save space."""
         zero_bits = self.second.zero_bits if self.second.zero_bits < grid.bits and not grid.symmetric else 0
         second = replace(self.second, zero_bits=zero_bits)
         return replace(grid, second=second if second.scale_bits or second.zero_bits else None)
@@ -106,7 +119,7 @@ class SpQR(GramStage):
 
 
 class SpQRModule(GramModule):
-    """A block in the hands of SpQR: one solver step for each stack of linears."""
+    """SpQR on one block: one solver step for each stack of linears."""
 
     settings: SpQR
 
@@ -120,7 +133,7 @@ class SpQRModule(GramModule):
             found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
             missed = weight - grid.dequantize(codes, scale, zero_point)
             missed = missed if sparse is None else missed - sparse
-            error = relative(power_of(missed, gram), power_of(weight, gram))
+            error = relative_error(power_of(missed, gram), power_of(weight, gram))
             self.track(f"{name.rpartition('.')[2]}/recon_error", error)
         return found
 

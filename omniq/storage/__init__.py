@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on disk: the run directory, its lock, sealed files, the background writer, ``BlockResult``.
+"""Files of a run: the run directory, its lock, sealed files, the background writer, and ``BlockResult``.
 
 May import quantizers, grid and distributed. Read ``run_dir.py`` first.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished block is: integer codes, scales, zero points and every other parameter as deployed.
+"""The result of a finished block: integer codes, scales, zero points and all other parameters as exported.
 
-Codes are the truth. Stages write them, packers rearrange their bits, and nothing in between rounds again.
-A result lives in one safetensors file whose metadata holds the grids, a summary and a SHA-256 over all tensors.
+The codes are authoritative: stages write them, packers rearrange their bits, and no step in between rounds again.
+A result is one safetensors file. Its metadata holds the grids, a summary and a SHA-256 over all tensors.
 """
 
 import json
@@ -19,16 +19,16 @@ from omniq.grid.affine import Grid
 from omniq.grid.dtypes import dtype_name
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.quantizers.activations import StaticGrid
-from omniq.storage.sealed import NOBODY, Owner, load_tensors, save_tensors
+from omniq.storage.sealed import NO_OWNER, Owner, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """The sparse float16 part of a layer, in compressed sparse rows; it is added to the dense part.
+    """The sparse float16 part of a layer, in compressed sparse rows. It is added to the dense part.
 
     Args:
         row_pointer: int32 ``[o + 1]``; row ``r`` owns entries ``row_pointer[r]:row_pointer[r + 1]``.
-        column: ``[n]``, int16 where the layer has at most 32,768 inputs, else int32.
+        column: ``[n]``, int16 if the layer has at most 32,768 inputs, else int32.
         value: float16 ``[n]``.
     """
 
@@ -46,7 +46,7 @@ class Outliers:
         return cls(pointer, column.cpu(), dense[mask].to(torch.float16).cpu())
 
     def dense(self, width: int, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
-        """The same as ``[o, i]``, zero elsewhere; on the device of ``value`` if none is given."""
+        """Make the dense tensor ``[o, i]``, on the device of ``value`` by default."""
         rows = self.row_pointer.diff().long()
         row = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
         out = torch.zeros(len(rows), width, dtype=dtype, device=device or self.value.device)
@@ -54,7 +54,7 @@ class Outliers:
         return out
 
 
-# Parts of a linear that have tensors of their own, by their name there.
+# Attributes of a quantized linear that hold several tensors, with their types.
 _NESTED: dict[str, type[Outliers] | type[StaticGrid]] = {"outliers": Outliers, "input": StaticGrid}
 
 
@@ -67,8 +67,8 @@ class QuantizedLinear:
         codes: uint8 ``[o, i]``.
         scale: ``[o, G]`` in ``grid.scale_dtype``.
         zero_point: uint8 ``[o, G]``.
-        outliers: the sparse part, if the method has one.
-        input: the grid of its input, if the scheme fixes that.
+        outliers: the sparse part, if the method produces one.
+        input: the grid of the input, if the scheme uses static ranges.
     """
 
     grid: Grid
@@ -79,8 +79,8 @@ class QuantizedLinear:
     input: StaticGrid | None = None
 
     def __post_init__(self) -> None:
-        # A stage sees the result of an earlier one in memory or, after a kill, from a file. Both must have one memory
-        # layout: products add up in an order that depends on strides.
+        # A stage receives the result of an earlier stage in memory or, after a kill, from a file. Both must have the
+        # same memory layout, because the order of summation in a product depends on strides.
         for name in ("codes", "scale", "zero_point"):
             object.__setattr__(self, name, getattr(self, name).contiguous())
 
@@ -88,7 +88,7 @@ class QuantizedLinear:
     def of(
         cls, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor, outliers: Outliers | None = None
     ) -> "QuantizedLinear":
-        """Bring codes and grid to their storage dtypes on the CPU."""
+        """Convert codes, scales and zero points to their storage dtypes on the CPU."""
         return cls(
             grid,
             codes.to("cpu", torch.uint8),
@@ -98,7 +98,7 @@ class QuantizedLinear:
         )
 
     def to_state(self) -> dict[str, Any]:
-        """Plain containers and tensors, for a checkpoint."""
+        """Convert to plain containers and tensors, for a checkpoint."""
         nested = {key: getattr(self, key) for key in _NESTED}
         parts = {key: None if part is None else dict(vars(part)) for key, part in nested.items()}
         return {**vars(self), "grid": _grid_to_json(self.grid), **parts}
@@ -110,10 +110,11 @@ class QuantizedLinear:
         return cls(**{**state, "grid": _grid_from_json(state["grid"]), **parts})
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> Tensor:
-        """The weight a runtime computes, ``[o, i]``, rounded once to ``dtype``: the same bits on every device.
+        """Compute the weight as a runtime does, ``[o, i]``, rounded once to ``dtype``: the same bits on every device.
 
         Args:
-            device: where to make it; where the codes lie if not given.
+            dtype: dtype of the weight.
+            device: device of the weight. The default is the device of the codes.
         """
         device = device or self.codes.device
         codes, scale, zero_point = (part.to(device) for part in (self.codes, self.scale, self.zero_point))
@@ -123,7 +124,7 @@ class QuantizedLinear:
         return weight.to(dtype)
 
     def bits_per_weight(self) -> float:
-        """Stored bits of codes, scales, zero points and outliers over the number of weights."""
+        """Return the stored bits of codes, scales, zero points and outliers, divided by the number of weights."""
         grid, second = self.grid, self.grid.second or QuantizedScales(0, 0)
         bits = self.codes.numel() * grid.bits
         bits += second.stored_bits(self.scale, second.scale_bits, 8 * self.scale.element_size())
@@ -137,12 +138,12 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """A finished block.
+    """The result of a finished block.
 
     Args:
-        linears: by name inside the block, such as ``self_attn.q_proj``.
-        tensors: every other parameter of the block as deployed (norms, biases), by name inside the block.
-        summary: what is worth telling of the block: losses, warnings, seconds.
+        linears: the quantized linears, by name inside the block, such as ``self_attn.q_proj``.
+        tensors: all other parameters of the block as exported (norms, biases), by name inside the block.
+        summary: losses, warnings and seconds of the block.
     """
 
     linears: Mapping[str, QuantizedLinear]
@@ -150,41 +151,41 @@ class BlockResult:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # as in QuantizedLinear: the memory layout is that of a file
+        # same memory layout as after a load, for the reason given in QuantizedLinear
         object.__setattr__(self, "tensors", {name: value.contiguous() for name, value in self.tensors.items()})
 
     def with_summary(self, **entries: Any) -> "BlockResult":
-        """The same result with more in its summary."""
+        """Return the result with additional entries in its summary."""
         return replace(self, summary={**self.summary, **entries})
 
     def on_host(self) -> "BlockResult":
-        """The same result with all tensors in host memory, where codes are anyway."""
+        """Return the result with all tensors in host memory, where the codes already are."""
         return replace(self, tensors={name: value.cpu() for name, value in self.tensors.items()})
 
     def with_inputs(self, grids: Mapping[str, StaticGrid]) -> "BlockResult":
-        """The same result with the grid of each linear's input."""
+        """Return the result with the grid of each linear's input."""
         linears = {name: replace(linear, input=grids[name]) for name, linear in self.linears.items()}
         return replace(self, linears=linears)
 
     def dequantized(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> Iterator[tuple[str, Tensor]]:
-        """All parameters of the block as a plain module holds them, one at a time: the items of a state dict."""
+        """Yield all parameters of the block, dequantized, as the items of a state dict."""
         for name, linear in self.linears.items():
             yield f"{name}.weight", linear.dequantize(dtype, device)
         for name, tensor in self.tensors.items():
             yield name, tensor.to(device, dtype)
 
     def first_unstorable(self, dtype: torch.dtype) -> str | None:
-        """The first parameter with values beyond a dtype of deployment, or none at all; None if all are well."""
+        """Return the first parameter whose values are not finite in the export dtype; None if all values are finite."""
         ranges = {
             f"{name}.weight": linear.scale.float() * linear.grid.max_code for name, linear in self.linears.items()
         }
         values = {**ranges, **self.tensors}
         return next((name for name, value in values.items() if not value.to(dtype).isfinite().all()), None)
 
-    def save(self, path: Path, owner: Owner = NOBODY) -> None:
-        """Write to ``path`` atomically: beside it, flushed, renamed."""
+    def save(self, path: Path, owner: Owner = NO_OWNER) -> None:
+        """Write the result to ``path`` atomically."""
         tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
         grids = {}
         for name, linear in self.linears.items():
@@ -201,14 +202,15 @@ class BlockResult:
         """Read what ``save`` wrote.
 
         Args:
-            owner: of the file; any if not given.
+            path: the file.
+            owner: the required owner of the file. By default any owner is accepted.
 
         Raises:
-            CorruptFile: the file is truncated or altered, is no block result, or belongs to another owner.
+            CorruptFile: the file is truncated or altered, is not a block result, or belongs to another owner.
         """
         tensors, head = load_tensors(path, owner)
         if not {"grids", "summary"} <= head.keys():
-            raise CorruptFile(f"{path}: the file is no block result")
+            raise CorruptFile(f"{path}: the file is not a block result")
         linears: dict[str, QuantizedLinear] = {}
         for name, grid in json.loads(head["grids"]).items():
             prefix = f"linears.{name}:"
@@ -229,7 +231,6 @@ def _grid_to_json(grid: Grid) -> dict[str, Any]:
 
 
 def _grid_from_json(grid: dict[str, Any]) -> Grid:
-    second = (
-        QuantizedScales(**grid["second"]) if grid.get("second") else None
-    )  # results of earlier versions have no key
+    # Results of earlier versions lack the key "second".
+    second = QuantizedScales(**grid["second"]) if grid.get("second") else None
     return Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"]), "second": second})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint file of a run directory: which run lives there, and whether a command may continue it."""
+"""The fingerprint file of a run directory. It identifies the run and decides whether a command may continue it."""
 
 import hashlib
 import json
@@ -11,22 +11,22 @@ from omniq.errors import UserError
 from omniq.storage.atomic import atomic_write
 from omniq.storage.ownership import FINGERPRINT
 
-_SEALED = {"run directory": 2}  # every sealed file of the run names the run and its place there
+_SEALED = {"run directory": 2}  # version 2: every sealed file names its run and its path in it
 
 
 def claim(path: Path, fingerprint: Mapping[str, Any], config: str) -> bool:
-    """Start a run in a folder, or make sure that the run that started there is the same.
+    """Start a run in a folder, or check that the existing run in the folder is the same.
 
     Args:
         path: the run directory.
-        fingerprint: flat mapping of everything that determines the result.
+        fingerprint: flat mapping of all settings and digests that determine the result.
         config: the resolved configuration as YAML.
 
     Returns:
-        True if a run is being continued.
+        True if the command continues an existing run.
 
     Raises:
-        UserError: a run with other settings lives there; names each key with both values.
+        UserError: the folder holds a run with other settings; names each key with both values.
     """
     file = path / FINGERPRINT
     wanted, resumed = json.loads(json.dumps(fingerprint)), file.exists()
@@ -34,12 +34,12 @@ def claim(path: Path, fingerprint: Mapping[str, Any], config: str) -> bool:
         _compare(path, read_fingerprint(path), wanted)
     else:
         atomic_write(file, json.dumps({**wanted, **_SEALED}, indent=1).encode())
-    atomic_write(path / "config.yaml", config.encode())  # keys that are free to change have their last value
+    atomic_write(path / "config.yaml", config.encode())  # records the latest values of settings that may change
     return resumed
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
-    """What determines the result of the run that lives in a folder.
+    """Read the settings and digests that determine the result of the run in a folder.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -48,9 +48,9 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def identity(path: Path) -> tuple[str, bool]:
-    """A digest of the fingerprint of a run, and whether all its sealed files carry that digest.
+    """Return a digest of the fingerprint of a run, and whether all its sealed files carry that digest.
 
-    Runs of omniq 0.1 wrote files without it. A folder without a fingerprint has the empty digest.
+    Runs of omniq 0.1 wrote files without the digest. The digest of a folder without a fingerprint is empty.
     """
     if not (path / FINGERPRINT).exists():
         return "", False
@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
     file = path / FINGERPRINT
     try:
         return {**json.loads(file.read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:  # TypeError if it holds no mapping
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # TypeError if the content is not a mapping
         raise UserError(f"{file} is damaged ({error}): remove {path} to start over") from error
 
 

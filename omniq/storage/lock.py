@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock of a run directory: one process works there at a time."""
+"""The lock of a run directory. It prevents two processes from working in the same directory."""
 
 import errno
 import fcntl
@@ -16,11 +16,11 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, err
 
 
 def lock(path: Path) -> int:
-    """Take the lock file ``path``, which the kernel releases when the process ends.
+    """Lock the file ``path``. The kernel releases the lock when the process ends.
 
     Returns:
-        the file descriptor; closing it releases the lock. On a filesystem without locks the file is open and a warning
-        says that a second process would not be noticed.
+        The file descriptor; closing it releases the lock. On a filesystem without locks, the file is open but not
+        locked, and a warning says so.
 
     Raises:
         UserError: another process holds the lock, or the filesystem refuses it.
@@ -31,7 +31,7 @@ def lock(path: Path) -> int:
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             log.warning(
-                "out %s: this filesystem has no file locks (%s): make sure that no other process of omniq works there",
+                "out %s: this filesystem has no file locks (%s): make sure that no other omniq process works there",
                 path.parent,
                 error.strerror,
             )

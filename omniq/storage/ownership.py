@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose folder ``out`` is: a run makes, replaces and removes files in it, so nothing of the user's may be there.
+"""Ownership of the folder ``out``: a run creates, replaces and removes files in it, so it must not be the user's.
 
-A folder is a run's if it holds a fingerprint. Without one it must be empty, or hold no more than what a run makes
-before its fingerprint; anything else is the user's, or of a run whose settings nobody knows any more, and is refused
-before anything is touched. In a run's folder only the names below are ever written or removed, with what is in
-``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export has filled it
+A folder belongs to a run if it holds a fingerprint. A folder without a fingerprint must be empty, or hold only the
+entries that a run creates before its fingerprint. Any other entry belongs to the user, or to a run whose settings are
+lost; omniq refuses such a folder before it changes anything. In the folder of a run, omniq writes and removes only the
+names below, the content of ``blocks``, ``current`` and ``tensorboard``, and ``model`` if an export wrote it
 (``omniq.export.output_folder``).
 """
 
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from omniq.errors import UserError
+from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
 _RECORDS = (
@@ -21,16 +22,17 @@ _RECORDS = (
 )
 _FOLDERS = ("blocks", "current", "tensorboard")
 _BLOCK_FILE = re.compile(r"\d{3,}\..+")  # such as 007.safetensors, 007.0.csv and 007.0.last.ckpt
-# What there is of a run that was killed before it had a fingerprint; the folders are empty then.
-_FIRST = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
+_LONGEST = "current/." + 50 * "x"  # no shorter than any file of a run, temporary names included
+# Entries of a run that was killed before it wrote its fingerprint. The folders are empty at that time.
+_BEFORE_FINGERPRINT = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a run directory that could not be made or is not a run's, without touching it.
+    """Refuse a run directory that cannot be created or does not belong to a run, without changing it.
 
     Raises:
-        UserError: the working directory itself, which an empty ``out`` means too; a file is in the way; there is no
-            permission; or it holds files, but no run.
+        UserError: the path is the working directory (which an empty ``out`` also means), a parent is a file or not
+            writable, the paths of its files would be too long, or the folder holds files but no run.
     """
     if path == Path():
         raise UserError(
@@ -43,13 +45,14 @@ def check_writable(path: Path) -> None:
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError for a ring of links, ValueError for NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"out {path} cannot be written: {reason}; choose another folder") from error
+    check_possible(path / _LONGEST)
     if not there.is_dir():
         raise UserError(f"out {path} cannot be written: {there} is a file; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"out {path} cannot be written: no permission in {there}; choose another folder")
     if not is_run(place):
         check_outside_runs("out", place)
-    check_own(path)
+    check_empty_or_run(path)
 
 
 def is_run(path: Path) -> bool:
@@ -79,27 +82,27 @@ def is_block_file(path: Path) -> bool:
     return _BLOCK_FILE.fullmatch(path.name) is not None
 
 
-def check_own(path: Path) -> None:
-    """Refuse a folder that is neither a run's nor empty nor still to be made.
+def check_empty_or_run(path: Path) -> None:
+    """Refuse a folder unless it belongs to a run, is empty, or does not exist.
 
     Raises:
-        UserError: names the first file in it that is not a run's.
+        UserError: names the first file that does not belong to a run.
     """
     if (path / FINGERPRINT).exists():
         return
     for place in (path, path / "blocks", path / "current"):
         for entry in sorted(place.iterdir()) if place.is_dir() else ():
-            if place != path or entry.name not in _FIRST:
+            if place != path or entry.name not in _BEFORE_FINGERPRINT:
                 raise UserError(
-                    f"out {path} holds {entry.relative_to(path)} and no {FINGERPRINT}, so it is no run to continue: "
-                    "choose an empty or a new folder"
+                    f"out {path} holds {entry.relative_to(path)} and no {FINGERPRINT}, so it is not a run directory: "
+                    "choose an empty or new folder"
                 )
 
 
 def check_entries(path: Path) -> None:
-    """Refuse a run directory in which a folder or a link stands where the run keeps a file, or the other way round.
+    """Refuse a run directory in which an entry has the wrong type: a link, a folder instead of a file, or the reverse.
 
-    A link would lead reads and removals out of the run directory.
+    A link would redirect reads and removals to a path outside the run directory.
 
     Raises:
         UserError: names the entry.
@@ -107,28 +110,24 @@ def check_entries(path: Path) -> None:
     for name in _FOLDERS:
         entry = path / name
         if entry.is_symlink() or (entry.exists() and not entry.is_dir()):
-            raise UserError(f"{entry} is {_kind(entry)}, and the run keeps a folder there: move it away")
+            raise UserError(f"{entry} is {_kind(entry)}, but the run keeps a folder there: move it away")
     own = [path / name for name in (*_RECORDS, "lock")]
     own += [entry for name in ("blocks", "current") if (path / name).is_dir() for entry in (path / name).iterdir()]
     for entry in own:
         if entry.is_symlink() or (entry.exists() and not entry.is_file()):
-            raise UserError(f"{entry} is {_kind(entry)}, and the run keeps a file there: move it away")
+            raise UserError(f"{entry} is {_kind(entry)}, but the run keeps a file there: move it away")
 
 
 def _kind(entry: Path) -> str:
-    return (
-        "a link"
-        if entry.is_symlink()
-        else "a folder"
-        if entry.is_dir()
-        else "a file"
-        if entry.is_file()
-        else "a device"
-    )
+    if entry.is_symlink():
+        return "a link"
+    if entry.is_dir():
+        return "a folder"
+    return "a file" if entry.is_file() else "a device"
 
 
 def remove_partial_files(path: Path) -> None:
-    """Remove what a process that was killed while it wrote has left of a run's own files."""
+    """Remove partial files of a run that a killed process left behind."""
     for name in _RECORDS:
         (path / f".{name}.partial").unlink(missing_ok=True)
     for folder in ("blocks", "current"):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of a run in JSON, and the summaries of its finished blocks; read without torch.
+"""Records of a run in JSON, and the summaries of its finished blocks. This module does not need torch.
 
-A record that a later process relies on is sealed: it holds a SHA-256 of its content. The summary of a block is in the
-header of its safetensors file (8 bytes with the length of the header, then the header as JSON), so that a report reads
-a few kilobytes of each block.
+A record that a later process relies on is sealed: it holds a SHA-256 of its content. The summary of a block is stored
+in the header of its safetensors file (8 bytes with the length of the header, then the header as JSON), so that a report
+reads only a few kilobytes per block.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from omniq.errors import CorruptFile
 from omniq.storage.atomic import atomic_write
 
 
-def finite(content: Any) -> Any:
-    """The same containers with None for every number that is not finite: JSON has no infinity."""
+def without_non_finite(content: Any) -> Any:
+    """Replace every number that is not finite by None in nested containers, because JSON has no infinity."""
     if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
+        return {key: without_non_finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
+        return [without_non_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def save_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what JSON can hold, for people and tools, sealed by a checksum."""
+    """Write a JSON record, sealed by a checksum."""
     atomic_write(path, json.dumps({**content, "sha256": _seal(content)}, indent=1).encode())
 
 
@@ -35,7 +35,7 @@ def load_record(path: Path) -> dict[str, Any]:
     """Read what ``save_record`` wrote.
 
     Raises:
-        CorruptFile: truncated or altered.
+        CorruptFile: the record is truncated or altered.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -51,21 +51,21 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def finished_blocks(run: Path) -> list[int]:
-    """Indices of the blocks that are done, in ascending order."""
+    """Return the indices of the finished blocks, in ascending order."""
     names = (path.stem for path in (run / "blocks").glob("[0-9]*.safetensors"))
-    return sorted(int(name) for name in names if name.isdecimal())  # a copy beside them is the user's
+    return sorted(int(name) for name in names if name.isdecimal())  # ignores copies that the user made
 
 
 def block_path(run: Path, index: int, suffix: str = "safetensors") -> Path:
-    """``blocks/007.safetensors``."""
+    """Return the path of a file of a block, such as ``blocks/007.safetensors``."""
     return run / "blocks" / f"{index:03d}.{suffix}"
 
 
 def load_summary(path: Path) -> dict[str, Any]:
-    """The summary in the header of a block result. The tensors, and the checksum over them, are not read.
+    """Read the summary in the header of a block result, without the tensors and without a check of their checksum.
 
     Raises:
-        CorruptFile: the file is truncated or not a block result.
+        CorruptFile: the file is truncated or is not a block result.
     """
     try:
         with path.open("rb") as file:

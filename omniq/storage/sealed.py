@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or not there, and that know when they were altered.
+"""Sealed files: written atomically, with a checksum that reveals any later change.
 
-Everything is written beside its final name, flushed and renamed, and then the new name is flushed: what is written
-later is never on the disk without it. Tensors go to safetensors files whose metadata holds
-a SHA-256 over all of their content; Python state goes to a digest followed by what ``torch.save`` writes. Records in
-JSON: ``omniq.storage.records``.
+Each file is written under a temporary name, flushed and renamed, and then its folder is flushed. A file that is written
+later is therefore never on the disk without the earlier ones. Tensors are stored in safetensors files whose metadata
+holds a SHA-256 over the whole content. Python state is stored as a digest followed by the output of ``torch.save``.
+``omniq.storage.records`` handles records in JSON.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from omniq.storage.atomic import atomic_write
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that a file belongs to, and its place there: the seal of the file covers both.
+    """The run that a file belongs to and the path of the file in it. The seal of the file covers both.
 
     Args:
-        name: run and place, such as ``3f2a…/blocks/007.safetensors``; empty for a file of no run.
+        name: run and path, such as ``3f2a…/blocks/007.safetensors``; empty for a file outside a run.
         strict: refuse a file without an owner. Runs of omniq 0.1 wrote such files.
     """
 
@@ -38,18 +38,18 @@ class Owner:
     strict: bool = False
 
     def accepts(self, found: str) -> bool:
-        """Whether a file of this owner may be read here."""
+        """Return whether a file with the owner ``found`` may be read."""
         return found == self.name or (not found and not self.strict)
 
 
-NOBODY = Owner()
+NO_OWNER = Owner()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str], owner: Owner = NOBODY) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, str], owner: Owner = NO_OWNER) -> None:
     """Write tensors and a few strings, sealed by a checksum."""
     head = {**head, "owner": owner.name} if owner.name else head
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each one is aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligns every tensor
     header = _header(tensors, {**head, "sha256": _digest(tensors, head)})
     atomic_write(path, header, *(_bytes(tensor) for tensor in tensors.values()))
 
@@ -58,10 +58,11 @@ def load_tensors(path: Path, owner: Owner | None = None) -> tuple[dict[str, Tens
     """Read what ``save_tensors`` wrote.
 
     Args:
-        owner: of the file; any if not given.
+        path: the file.
+        owner: the required owner of the file. By default any owner is accepted.
 
     Raises:
-        CorruptFile: the file is truncated or altered, was never such a file, or belongs to another owner.
+        CorruptFile: the file is truncated or altered, has another format, or belongs to another owner.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -73,19 +74,19 @@ def load_tensors(path: Path, owner: Owner | None = None) -> tuple[dict[str, Tens
         raise CorruptFile(f"{path}: the checksum does not match its content")
     found = head.pop("owner", "")
     if owner is not None and not owner.accepts(found):
-        raise CorruptFile(f"{path}: the file belongs to another run or to another place in this run")
+        raise CorruptFile(f"{path}: the file belongs to another run or to another path in this run")
     return tensors, head
 
 
-def save_state(path: Path, state: Any, owner: Owner = NOBODY) -> None:
+def save_state(path: Path, state: Any, owner: Owner = NO_OWNER) -> None:
     """Write Python state (tensors, numbers, strings, containers), sealed by a checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     atomic_write(path, _state_digest(buffer.getbuffer(), owner.name), buffer.getbuffer())
 
 
-def load_state(path: Path, map_location: Any = "cpu", owner: Owner = NOBODY) -> Any:
-    """Read what ``save_state`` wrote; only plain containers and tensors are unpickled.
+def load_state(path: Path, map_location: Any = "cpu", owner: Owner = NO_OWNER) -> Any:
+    """Read what ``save_state`` wrote. Only plain containers and tensors are unpickled.
 
     Raises:
         CorruptFile: the file is truncated or altered, belongs to another owner, or holds other objects.
@@ -93,11 +94,11 @@ def load_state(path: Path, map_location: Any = "cpu", owner: Owner = NOBODY) -> 
     data = path.read_bytes()
     names = (name for name in (owner.name, "") if owner.accepts(name))
     if data[:32] not in [_state_digest(memoryview(data)[32:], name) for name in names]:
-        raise CorruptFile(f"{path}: the checksum does not match its content, its run and its place there")
+        raise CorruptFile(f"{path}: the checksum does not match its content, its run and its path there")
     try:
         return torch.load(io.BytesIO(memoryview(data)[32:]), map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:  # such as the state of a callback that holds more than plain containers
-        raise CorruptFile(f"{path}: it holds objects that are not read back safely") from error
+    except pickle.UnpicklingError as error:  # for example, the state of a callback with custom objects
+        raise CorruptFile(f"{path}: it holds objects that cannot be read back safely") from error
 
 
 def _state_digest(data: memoryview, owner: str) -> bytes:
@@ -115,7 +116,7 @@ def _digest(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> str:
 
 
 def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
-    """What precedes the tensors in a safetensors file. Written here because the library copies all tensors first."""
+    """Make the header of a safetensors file. The safetensors library would copy all tensors before it writes them."""
     entries: dict[str, Any] = {"__metadata__": dict(head)}
     end = 0
     for name, tensor in tensors.items():
@@ -123,10 +124,10 @@ def _header(tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> bytes:
         code = CODES[dtype_name(tensor.dtype)]
         entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The content of a contiguous tensor on the CPU, not copied."""
+    """Return the content of a contiguous CPU tensor without a copy."""
     return tensor.flatten().view(torch.uint8).numpy().data

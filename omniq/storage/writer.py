@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Writer:
-    """Writes one thing after another while the caller goes on; as a context manager it ends with everything written.
+    """Runs writes in order in a background thread. As a context manager, it waits for all writes on exit.
 
-    After an error nothing else is written: what comes later may count on what came before. Whoever waits is told.
+    After an error, later writes are skipped, because they may depend on the failed one. ``wait`` raises the error.
     """
 
     def __init__(self) -> None:
@@ -28,16 +28,16 @@ class Writer:
             self.wait()
 
     def start(self, work: Callable[..., None], *args: Any) -> "Future[None]":
-        """Do this once everything that was started before is done.
+        """Call ``work`` in the background, after all earlier writes.
 
         Returns:
-            what tells when it is.
+            A future of this write.
         """
         self._last = self._thread.submit(_after, self._last, work, *args)
         return self._last
 
     def wait(self) -> None:
-        """Return when everything is written."""
+        """Wait until all writes are done, and raise the first error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Equivalence``: a change of a block's tensors by scales and shifts that leaves the output of the block unchanged.
 
-With a scale ``s = exp(theta)`` and a shift ``d`` for each channel (OmniQuant, arXiv 2308.13137, section 3.3), some
-module divides its output and other modules, the *readers*, compensate for it. Each kind of equivalence is one file in
-``omniq.transforms.equivalences``. ``omniq.transforms.transform`` applies those of a block together.
+With a scale ``s = exp(theta)`` and a shift ``d`` for each channel (OmniQuant, arXiv 2308.13137, section 3.3), one
+module divides its output, and other modules, the *readers*, compensate for it. Each kind of equivalence is one file in
+``omniq.transforms.equivalences``. ``omniq.transforms.transform`` applies all equivalences of a block.
 
-They hold exactly, not only in the published cases:
+Equivalences are exact, also beyond the published cases:
 
 - Query heads that read the same KV head share its parameters: one scale and shift for each KV channel.
 - Channels that rotary embedding turns as a pair share one scale (``omniq.transforms.heads``).
-- Norms of queries and keys would undo a scale of the projection; they take it into their own weight instead.
-- A shift needs a bias in every module that it touches. ``Transform`` drops the shift where one cannot be stored.
+- Norms of queries and keys would undo a scale of the projection, so the scale goes into their weight instead.
+- A shift needs a bias in every module that it touches. ``Transform`` drops the shift if a bias cannot be stored.
 
 Shapes: ``i`` input features, ``c`` parameters of an equivalence, ``n`` input features that share one parameter.
 """
@@ -32,8 +32,8 @@ class Equivalence(ABC):
     """One equivalence of one block; subclasses are frozen dataclasses that name the modules.
 
     Attributes:
-        kind: the word for it in YAML.
-        measured: whether sizes of activations and weights determine a scale, as SmoothQuant and AWQ have it.
+        kind: the name of the kind in YAML.
+        measured: True if a scale follows from the sizes of activations and weights, as in SmoothQuant and AWQ.
     """
 
     kind: ClassVar[str]
@@ -41,12 +41,12 @@ class Equivalence(ABC):
 
     @property
     def shift(self) -> bool:
-        """Whether a shift leaves the output of the block unchanged, too."""
+        """True if a shift also leaves the output of the block unchanged."""
         return False
 
     @property
     def power(self) -> float:
-        """The inputs of the readers are divided by the scale to this power."""
+        """Exponent: the inputs of the readers are divided by the scale to this power."""
         return 1.0
 
     @property
@@ -57,7 +57,7 @@ class Equivalence(ABC):
     @property
     @abstractmethod
     def readers(self) -> tuple[str, ...]:
-        """The linears that read the divided output and whose columns are multiplied; they share one input."""
+        """The linears that read the divided output; their columns are multiplied. They share one input."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -67,14 +67,14 @@ class Equivalence(ABC):
     @property
     @abstractmethod
     def factored(self) -> tuple[str, ...]:
-        """Names of the linears whose weights get factors of rows or columns."""
+        """Names of the linears whose rows or columns are multiplied by factors."""
 
     def shapes(self, tensors: Mapping[str, Tensor], heads: Heads) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters ``log_scale`` and, if ``shift``, ``shift``.
+        """Shapes of the parameters: ``log_scale`` and, if the equivalence has a shift, ``shift``.
 
         Args:
             tensors: the parameters of the block by name.
-            heads: of its attention.
+            heads: the attention heads of the block.
         """
         shape = (self.divided.features(tensors),)
         return {"log_scale": shape, "shift": shape} if self.shift else {"log_scale": shape}
@@ -94,12 +94,14 @@ class Equivalence(ABC):
     def initial(
         self, tensors: Mapping[str, Tensor], ranges: ChannelRanges, heads: Heads, alpha: float | None, shift: bool
     ) -> dict[str, Tensor]:
-        """Initial values of the parameters (``omniq.transforms.initial``); those not given start at zero.
+        """Initial values of the parameters (``omniq.transforms.initial``); missing parameters start at zero.
 
         Args:
             tensors: the parameters of the block by name.
-            ranges: of the inputs of linears; of at least one reader, or nothing is given.
-            alpha: how much of the size of activations moves into the weights, 0 to 1; None: scales start at one.
+            ranges: ranges of the inputs of linears; without the range of any reader, the result is empty.
+            heads: the attention heads of the block.
+            alpha: migration strength: the fraction of the activations' size to move into the weights, 0 to 1; None
+                to start scales at one.
             shift: start the shift at the middle of the range.
         """
         seen = next((name for name in self.readers if name in ranges.lo), None)

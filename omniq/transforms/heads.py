@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention heads as transforms must know them: which share keys and values, and which channels turn together.
+"""Attention heads: which query heads share keys and values, and which channels rotary embedding turns together.
 
 - Grouped-query attention (multi-query with one KV head) repeats each KV head in place, so query head ``h`` reads KV
   head ``h // (H / K)``.
-- Rotary embedding turns channels of a head in pairs: ``half`` pairs i with i + r/2, ``interleaved`` 2i with 2i + 1,
-  among the first ``r`` channels. It commutes with a scale only if both channels of a pair have the same.
+- Rotary embedding turns channels of a head in pairs: ``half`` pairs i with i + r/2, ``interleaved`` pairs 2i with
+  2i + 1, among the first ``r`` channels. It commutes with a scale only if both channels of a pair have the same scale.
 
 Shapes: ``H`` query heads, ``K`` KV heads, ``c`` channels of a head, ``P`` channels of a head after tying pairs.
 """
@@ -21,9 +21,9 @@ class Heads:
     """Attention heads of a block.
 
     Args:
-        query: query heads ``H``.
-        key: KV heads ``K``; divides ``H``.
-        rotary: leading channels of a head that rotary embedding turns; None for all.
+        query: number of query heads ``H``.
+        key: number of KV heads ``K``; divides ``H``.
+        rotary: number of leading channels of a head that rotary embedding turns; None for all.
     """
 
     query: int
@@ -33,11 +33,12 @@ class Heads:
 
     @classmethod
     def of(cls, config: Any, partial_rotary: bool = False) -> "Heads":
-        """Read the config of a transformers model.
+        """Create from the config of a transformers model.
 
         Args:
-            partial_rotary: whether the code of the model heeds ``partial_rotary_factor``. LLaMA's does not: it turns
-                whole heads even if its config has that key.
+            config: the config.
+            partial_rotary: True if the code of the model uses ``partial_rotary_factor``. LLaMA's code does not: it
+                turns whole heads even if its config has that key.
         """
         query = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // query
@@ -47,19 +48,19 @@ class Heads:
         return cls(query, getattr(config, "num_key_value_heads", None) or query, rotary)
 
     def to_query(self, per_key: Tensor) -> Tensor:
-        """Expand what belongs to channels of KV heads over the query heads that read them: ``[K c] -> [H c]``."""
+        """Expand values of KV channels over the query heads that read them: ``[K c] -> [H c]``."""
         return per_key.unflatten(0, (self.key, -1)).repeat_interleave(self.query // self.key, 0).flatten()
 
     def by_key(self, per_query: Tensor) -> Tensor:
-        """Gather what belongs to channels of query heads by the KV channel they read: ``[H c] -> [K c, H / K]``."""
+        """Gather values of query channels by the KV channel that they read: ``[H c] -> [K c, H / K]``."""
         return per_query.unflatten(0, (self.key, self.query // self.key, -1)).transpose(1, 2).flatten(0, 1)
 
     def tied_channels(self, channels: int, layout: str | None) -> Tensor:
-        """Which of ``P`` parameters each channel of a head takes, int64 ``[c]``.
+        """Index of the parameter, among ``P``, of each channel of a head, int64 ``[c]``.
 
         Args:
-            channels: of a head.
-            layout: ``half``, ``interleaved``, or None where no embedding turns and nothing is tied.
+            channels: number of channels of a head.
+            layout: ``half``, ``interleaved``, or None without rotary embedding, which ties no channels.
         """
         position = torch.arange(channels)
         if layout is None:
@@ -69,7 +70,7 @@ class Heads:
         return torch.where(position < turned, pair, position - turned // 2)
 
     def tied_on(self, device: torch.device, channels: int, layout: str | None) -> Tensor:
-        """``tied_channels`` on a device; kept there, since a CUDA graph cannot capture a copy from the host."""
+        """``tied_channels`` on a device; cached, because a CUDA graph cannot capture a copy from the host."""
         where = (device, channels, layout)
         if where not in self._tied:
             self._tied[where] = self.tied_channels(channels, layout).to(device)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a transform starts: SmoothQuant's scales and Outlier Suppression+'s shifts, from one pass over the inputs.
+"""Initial values of a transform: SmoothQuant's scales and Outlier Suppression+'s shifts, from one pass over the inputs.
 
 For input channel ``j`` with observed range ``[lo_j, hi_j]``:
 
     d_j = (hi_j + lo_j) / 2                                 shift (Outlier Suppression+, arXiv 2304.09145)
-    a_j = max(hi_j - d_j, d_j - lo_j)                       size of what remains after the shift; d = 0 without one
-    w_j = max over every consumer and output row |W_oj|     size of the weights
+    a_j = max(hi_j - d_j, d_j - lo_j)                       size of the activations after the shift (d = 0 without one)
+    w_j = max over every reader and output row |W_oj|       size of the weights
     s_j = a_j^alpha / w_j^(1 - alpha)                       scale (SmoothQuant, arXiv 2211.10438, equation 4)
 
-Scales of query . key start at one. With grouped-query attention the channels of a KV head's readers are taken together:
-the widest range, the largest weight.
+Scales between queries and keys start at one. With grouped-query attention, the channels of all readers of a KV head are
+combined: the widest range and the largest weight.
 
-Deviations from OmniQuant's code: all consumers of an input count, not only q_proj or up_proj; ``a`` is measured after
-the shift; the range is exact over the samples, where the published code takes the maximum for scales but an exponential
+Deviations from OmniQuant's code: all readers of an input count, not only q_proj or up_proj. ``a`` is measured after the
+shift. The range is exact over the samples, where the published code takes the maximum for scales but an exponential
 average for shifts.
 
 Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equivalence.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from omniq.errors import UserError
 
-LIMIT = 10.0  # of |theta|: e^10 = 22026, of the order of the largest half-precision number
-FLOOR = 1e-5  # of activation and weight sizes, so that a dead channel gets a finite scale (OmniQuant's code)
+LIMIT = 10.0  # largest |theta|: e^10 = 22026, of the order of the largest half-precision number
+FLOOR = 1e-5  # smallest activation and weight size, so that a dead channel gets a finite scale (OmniQuant's code)
 
 
 @dataclass
@@ -42,18 +42,19 @@ class ChannelRanges:
 
 
 def smooth_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """SmoothQuant's scale ``activation^alpha / weight^(1 - alpha)`` from sizes ``[c]``, within a transform's limits."""
+    """SmoothQuant's scale ``activation^alpha / weight^(1 - alpha)`` from sizes ``[c]``, clamped to the limits."""
     scale = activation.clamp(min=FLOOR) ** alpha / weight.clamp(min=FLOOR) ** (1 - alpha)
     return scale.clamp(math.exp(-LIMIT), math.exp(LIMIT))
 
 
 def check_alpha(alpha: float | None) -> None:
-    """Refuse a migration strength outside 0..1.
+    """Refuse a migration strength outside 0 to 1.
 
     Raises:
-        UserError: names it.
+        UserError: names the value and the range.
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise UserError(
-            f"alpha {alpha} is outside 0..1: 0 leaves activations alone, 1 moves all of their range to weights"
+            f"alpha {alpha} is outside 0 to 1: give 0 to keep the range of activations, up to 1 to move all of it into "
+            "the weights"
         )

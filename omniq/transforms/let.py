@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LET in YAML: which equivalences of a block are used, where they start, and how fast they are learned.
+"""Settings of LET in YAML: which equivalences of a block to use, their initial values, and their learning rate.
 
-The start (SmoothQuant's scales, Outlier Suppression+'s shifts) is fused into the block before anything is learned, with
-the same function that fuses the end. What is learned is then a further transform that begins at the identity, and every
-statistic taken in between (a searched clipping, for instance) sees the weights as they are.
+The initial values (SmoothQuant's scales, Outlier Suppression+'s shifts) are fused into the block before learning, with
+the function that also fuses the result. The learned transform is therefore a further transform that starts at the
+identity, and every statistic gathered in between (for a searched clipping, for instance) sees the actual weights.
 
-A shift needs a bias at its far end. Linears of the stock module that have none can get one only if the config has a
-switch for it (LLaMA's ``attention_bias``), since the exported model must be a stock model, and only if runtimes heed
-that switch, which a family knows.
+A shift needs a bias in the modules that compensate for it. The exported model must be a stock model, so a linear
+without a bias can get one only if the config has a switch for it (LLaMA's ``attention_bias``), and only if runtimes use
+that switch, which the family declares.
 """
 
 import functools
@@ -29,15 +29,17 @@ class LET:
     """Learnable equivalent transformation.
 
     Args:
-        alpha: migration strength of the initial scales, 0 to 1 (the paper's scripts: 0.5, for some models 0.75);
-            null starts at one.
-        lr: AdamW rate (published code: 5e-3, for some models 1e-3; the paper's text has it swapped with clipping's).
-        shift: learn shifts where the stock module can store the biases they make.
-        equivalences: those to use; the paper's by default, which leave out ``up_down``. ``query_key`` is learned only
-            where queries or keys are quantized.
+        alpha: migration strength of the initial scales, 0 to 1 (the paper's scripts: 0.5, for some models 0.75); null
+            to start scales at one.
+        lr: AdamW learning rate (published code: 5e-3, for some models 1e-3; the paper's text swaps it with the rate of
+            the clipping).
+        shift: learn shifts where the stock module can store the resulting biases.
+        equivalences: kinds of equivalences to use; by default those of the paper, which omit ``up_down``.
+            ``query_key`` is learned only if queries or keys are quantized.
 
     Raises:
-        UserError: alpha outside 0..1, a rate outside 0..1, no equivalence, an unknown one or one given twice.
+        UserError: ``alpha`` or ``lr`` is outside 0 to 1, or ``equivalences`` is empty, repeats a kind, or has an
+            unknown kind.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class LET:
     ) -> None:
         check_alpha(alpha)
         if not 0 < lr < 1:
-            raise UserError(f"transform.lr {lr} is no usable rate: give one such as 5e-3")
+            raise UserError(f"transform.lr {lr} is not between 0 and 1: give a learning rate such as 5e-3")
         check_kinds(equivalences)
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
 
@@ -58,29 +60,31 @@ def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", cho
     """Refuse an empty selection of equivalences, unknown ones and repetitions.
 
     Args:
-        field: where they were given.
-        choices: those that are of use there.
+        kinds: the selection.
+        field: the setting that holds the selection, for the message.
+        choices: the kinds that this setting accepts.
 
     Raises:
-        UserError: names it and what there is.
+        UserError: names the wrong kind and the accepted kinds.
     """
     unknown = [kind for kind in kinds if kind not in choices]
     if unknown or not kinds:
         given = repr(unknown[0]) if unknown else "an empty list"
-        raise UserError(f"{field}: {given} is not usable, choose from {', '.join(choices)}")
+        raise UserError(f"{field}: {given} is not accepted: choose from {', '.join(choices)}")
     if twice := [kind for kind in choices if list(kinds).count(kind) > 1]:
-        raise UserError(f"{field}: {twice[0]!r} is there more than once: give each once")
+        raise UserError(f"{field}: {twice[0]!r} is given more than once: give each kind once")
 
 
 def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str, ...]:
-    """These kinds, but ``query_key`` only where queries or keys are quantized.
+    """The kinds that are worth learning: all but ``query_key``, which is kept only if queries or keys are quantized.
 
-    A scale of rows takes their grids with it: all that it changes is what queries and keys look like to a quantizer.
-    Without one its gradient is rounding noise, which AdamW would follow at full rate.
+    A scale of a row also scales the grid of the row, so it changes no codes. It only changes the queries and keys that
+    a quantizer sees. Without a quantizer, its gradient is rounding noise, which AdamW would follow at the full rate.
     """
     return tuple(kind for kind in kinds if quantized_attention or kind != "query_key")
 
 
 @functools.cache
 def warn_once(reason: str) -> None:
+    """Log a warning once per process."""
     log.warning("%s", reason)

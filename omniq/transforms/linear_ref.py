@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``LinearRef``: a linear of a block, or a slice of the output features of a fused one.
+"""``LinearRef``: a linear of a block, or a range of the output features of a fused linear.
 
 Phi-3 computes queries, keys and values with one linear ``self_attn.qkv_proj``, rows ``[q | k | v]``. An equivalence
 that scales the values names ``LinearRef("self_attn.qkv_proj", (start, stop))``. A plain string names a whole linear.
@@ -16,8 +16,8 @@ class LinearRef:
     """A linear, or some of its output features.
 
     Args:
-        name: of the linear inside the block.
-        rows: first output feature and the one after the last; None for all.
+        name: name of the linear inside the block.
+        rows: index of the first output feature and of the one after the last; None for all.
     """
 
     name: str
@@ -30,7 +30,7 @@ class LinearRef:
 
     @property
     def key(self) -> str:
-        """A name without dots, for parameters: ``self_attn/qkv_proj``, with rows ``self_attn/qkv_proj:96-128``."""
+        """Key for parameters, without dots: ``self_attn/qkv_proj``, with rows ``self_attn/qkv_proj:96-128``."""
         key = self.name.replace(".", "/")
         return key if self.rows is None else f"{key}:{self.rows[0]}-{self.rows[1]}"
 
@@ -45,4 +45,4 @@ class LinearRef:
 
 
 Linear = str | LinearRef
-"""How equivalences name linears."""
+"""A reference to a linear in an equivalence: a ``LinearRef``, or the name of a whole linear."""

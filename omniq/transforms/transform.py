@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learnable equivalent transformation (LET): the equivalences of one block with learnable parameters.
 
-A ``Transform`` turns the equivalences that a layout declares into parameters, and ``apply`` rewrites the tensors of the
-block. The same call serves training, where it is differentiated, and fusing, where its result is stored: what is
-optimised is what is exported (the published code has two, and its OPT one differs).
+A ``Transform`` turns the equivalences of a layout into parameters, and ``apply`` rewrites the tensors of the block. The
+same function serves training, where it is differentiated, and fusing, where its result is stored. Training therefore
+optimises exactly the exported model (the published code has two functions, which differ for OPT).
 
 ``theta`` is clamped to +-10, so a scale stays within 4.5e-5 .. 2.2e4: positive and finite, without the published
-truncation at 1e-2. The order of the equivalences does not matter: each holds for whatever tensors the others leave.
+truncation at 1e-2. The order of the equivalences does not matter, because each is exact for any tensors.
 
-Tensors are promoted to the dtype of the parameters (float32), so that no value is rounded between what is learned and
-the grid. A transform that is fused into a block in half precision is rounded there, once.
+Tensors are promoted to the dtype of the parameters (float32), so that no value is rounded between the learned
+parameters and the grid. Fusing a transform into a half-precision block rounds once.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,16 +28,16 @@ class Transform:
     """The equivalences of one block, ready to learn and to apply.
 
     Args:
-        equivalences: those to use: all that the layout declares, or a selection.
-        heads: of the attention of the block.
-        tensors: the parameters of the block by name, for their shapes and for which biases exist.
-        can_bias: modules without a bias for which one may be created (then new among the tensors).
+        equivalences: the equivalences to use: all that the layout declares, or a selection.
+        heads: the attention heads of the block.
+        tensors: the parameters of the block by name; determine shapes and existing biases.
+        can_bias: modules without a bias for which the transform may create one.
         shift: learn shifts where they can be stored.
 
     Attributes:
-        equivalences: by key: the module that is divided, ``/`` for ``.``.
-        shapes: of the parameters by name, ``<key>/log_scale`` and, where there is one, ``<key>/shift``.
-        unshifted: why an equivalence has no shift, by key.
+        equivalences: the equivalences by key: the name of the divided module with ``/`` for ``.``.
+        shapes: shapes of the parameters by name, ``<key>/log_scale`` and, with a shift, ``<key>/shift``.
+        unshifted: the reason why an equivalence has no shift, by key.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Transform:
                 self.shapes[f"{key}/shift"] = shapes["shift"]
 
     def parameters(self, values: Mapping[str, Tensor] | None = None) -> nn.ParameterDict:
-        """Learnable parameters, float32: these initial values, and zero, the identity, where there are none."""
+        """Create the learnable parameters, float32, with these initial values; missing ones are zero (the identity)."""
         given = values or {}
         start = {name: given[name] if name in given else torch.zeros(shape) for name, shape in self.shapes.items()}
         return nn.ParameterDict({name: nn.Parameter(value.detach().float().clone()) for name, value in start.items()})
@@ -77,12 +77,13 @@ class Transform:
 
         Args:
             tensors: the parameters of the block by name.
-            ranges: of the inputs of the linears of the block.
-            alpha: how much of the size of activations moves into the weights: 0 none, 1 all. None: scales start at one.
-            shift: start shifts at the middle of the range, where the transform has them; else at zero.
+            ranges: ranges of the inputs of the linears of the block.
+            alpha: migration strength: the fraction of the activations' size to move into the weights, 0 to 1; None to
+                start scales at one.
+            shift: start the shifts of the transform at the middle of the range instead of zero.
 
         Raises:
-            UserError: alpha outside 0..1.
+            UserError: ``alpha`` is outside 0 to 1.
         """
         check_alpha(alpha)
         values = {}
@@ -98,18 +99,19 @@ class Transform:
         """The tensors of the block after the transform.
 
         Args:
-            tensors: the parameters of the block by name, linears ``[o, i]``; not changed.
-            parameters: by the names of ``shapes``; differentiable in them. A shift may be missing.
+            tensors: the parameters of the block by name, linears ``[o, i]``; not modified.
+            parameters: the parameters by the names in ``shapes``; a shift may be missing.
 
         Returns:
-            every tensor by name: those that changed are new, and biases that shifts create are added.
+            every tensor by name, differentiable in the parameters: changed tensors are new, and biases that shifts
+            create are added.
         """
         return {name: materialize(value) for name, value in self.apply_factored(tensors, parameters).items()}
 
     def apply_factored(
         self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | nn.ParameterDict
     ) -> dict[str, Tensor | ScaledWeight]:
-        """As ``apply``, but weights of linears that changed keep the factors of their rows and columns beside them."""
+        """As ``apply``, but the row and column factors of changed weights are kept separate from the weights."""
         linears = [name for equivalence in self.equivalences.values() for name in equivalence.factored]
         transformed = TransformedTensors(tensors, linears, self.heads)
         for key, equivalence in self.equivalences.items():

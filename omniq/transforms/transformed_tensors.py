@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of a block while equivalences are applied to them.
 
-Weights of linears are not multiplied. They collect factors of their rows and columns
-(``omniq.kernels.scaled_weight``), so that training under a transform makes no float32 copy of a matrix that is frozen.
-All other tensors (norms, biases) are small and are computed at once.
+Weights of linears are not multiplied at once. They collect factors of their rows and columns
+(``omniq.kernels.scaled_weight``), so that training a transform makes no float32 copy of a frozen matrix. All other
+tensors (norms, biases) are small and are computed immediately.
 
 Shapes: ``o`` output features, ``i`` input features.
 """
@@ -22,13 +22,13 @@ class TransformedTensors:
     """The tensors of a block, to which equivalences apply scales and shifts.
 
     Args:
-        tensors: by name; not changed.
-        linears: names of those whose weights collect factors.
-        heads: of the attention of the block.
+        tensors: the tensors by name; not modified.
+        linears: names of the linears whose weights collect factors.
+        heads: the attention heads of the block.
 
     Attributes:
         plain: every tensor that is not the weight of one of these linears, by name.
-        weights: of these linears, by the name of the linear.
+        weights: weights of these linears, by the name of the linear.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], linears: Collection[str], heads: Heads) -> None:
@@ -37,7 +37,7 @@ class TransformedTensors:
         self.weights = {name: ScaledWeight(self.plain.pop(f"{name}.weight")) for name in dict.fromkeys(linears)}
 
     def features(self, linear: LinearRef) -> int:
-        """Number of output features."""
+        """Number of output features of a linear."""
         factored = {f"{name}.weight": weight.weight for name, weight in self.weights.items()}
         return linear.features(self.plain | factored)
 
@@ -45,14 +45,16 @@ class TransformedTensors:
         """Subtract ``shift`` from the output of a norm, then divide it by ``scale``.
 
         Args:
-            offset: the norm multiplies by ``offset + weight``: 1 in Gemma, 0 in most families.
+            name: name of the norm.
+            scale, shift: values for each channel.
+            offset: the norm multiplies by ``offset + weight``; 1 in Gemma, 0 in most families.
         """
         weight = self.plain[f"{name}.weight"]
         self.plain[f"{name}.weight"] = (weight + offset) / scale - offset if offset else weight / scale
         self._divide_bias(name, scale, shift)
 
     def divide(self, linear: LinearRef, scale: Tensor, shift: Tensor | None = None) -> None:
-        """Subtract ``shift`` from outputs of a linear, then divide them by ``scale``, both ``[rows]``."""
+        """Subtract ``shift`` from the outputs of a linear, then divide them by ``scale``; both are ``[rows]``."""
         weight, factor = self.weights[linear.name], 1 / scale
         if linear.rows is None:
             self.weights[linear.name] = weight.times_rows(factor)
@@ -64,7 +66,7 @@ class TransformedTensors:
         self._divide_bias(linear.name, pad(scale, around, value=1.0), None if shift is None else pad(shift, around))
 
     def multiply_inputs(self, name: str, scale: Tensor, shift: Tensor | None = None) -> None:
-        """Compensate for inputs of a linear that lost ``shift`` and were divided by ``scale``, both ``[i]``."""
+        """Compensate for inputs of a linear that lost ``shift`` and were divided by ``scale``; both are ``[i]``."""
         if shift is not None:
             lost = self.weights[name].product(shift)
             self.plain[f"{name}.bias"] = self.plain[f"{name}.bias"] + lost if f"{name}.bias" in self.plain else lost
@@ -78,5 +80,5 @@ class TransformedTensors:
             self.plain[f"{name}.bias"] = bias / scale
 
     def factored(self) -> dict[str, Tensor | ScaledWeight]:
-        """Every tensor by name, weights of linears with their factors."""
+        """Every tensor by name; weights of linears with separate factors."""
         return self.plain | {f"{name}.weight": weight for name, weight in self.weights.items()}

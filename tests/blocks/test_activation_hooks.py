@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of a running block: who quantizes what and how often; decoding computes what a full forward does."""
+"""Activations of a running block: which inputs are quantized and how often; decoding equals a full forward."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from omniq.data import Evaluation, LocalText
 from omniq.errors import UserError
 from omniq.evaluate import evaluate_model
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Activations, Scheme
+from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.activations import quantize_tokens
 from omniq.storage.block_result import QuantizedLinear
@@ -33,7 +33,7 @@ FAMILIES = ["llama", "qwen3", "opt"]
 
 
 def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Activations) -> Tensor:
-    """A LLaMA block written out in float32 torch, every quantizer in its place."""
+    """A LLaMA block written out in float32 torch, with all quantizers in place."""
     attention = block.self_attn
     q8 = lambda value, bits: value if bits == 16 else quantize_tokens(value, bits, given.symmetric)  # noqa: E731
     hidden = q8(block.input_layernorm(x), given.inputs)
@@ -52,8 +52,8 @@ def own_attention(block: nn.Module, x: Tensor, kwargs: dict[str, Any], given: Ac
     return x + block.mlp.down_proj(q8(gated, given.inputs))
 
 
-def test_nothing_is_held_after_the_last_linear() -> None:
-    """Of a whole model that would be every linear's input at once."""
+def test_shared_input_after_last_linear_is_released() -> None:
+    """Otherwise the inputs of all linears of a model would stay in memory at once."""
     first, last = nn.Linear(8, 8), nn.Linear(8, 8)
     shared = SharedInput(Activations(8), None, last, SampleLength())
     x = torch.randn(3, 8)
@@ -70,7 +70,7 @@ GIVEN = [Activations(8), Activations(4, 4, 4), Activations(16, 16, 4), Activatio
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_against_a_block_written_out(given: Activations, implementation: str) -> None:
+def test_quantized_block_equals_block_written_out(given: Activations, implementation: str) -> None:
     block, kwargs = tiny_block("llama")
     block.self_attn.config._attn_implementation = implementation
     if implementation == "eager":
@@ -88,7 +88,7 @@ def test_against_a_block_written_out(given: Activations, implementation: str) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_each_shared_input_is_quantized_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_block_shared_input_is_quantized_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
     def counting(x: Tensor, *how: Any) -> Tensor:
@@ -106,7 +106,7 @@ def test_each_shared_input_is_quantized_once(family: str, monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
-def test_finished_block_leaves_inputs_of_kept_linears_as_they_are() -> None:
+def test_finished_block_inputs_of_kept_linears_stay_unquantized() -> None:
     block, kwargs = tiny_block("llama")
     layout = tiny_layout("llama")
     linear = QuantizedLinear.of(Grid(4), torch.zeros(2, 2), torch.ones(2, 1), torch.zeros(2, 1))
@@ -123,7 +123,7 @@ def test_finished_block_leaves_inputs_of_kept_linears_as_they_are() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_token_by_token_with_a_cache_equals_the_full_forward(family: str) -> None:
+def test_attached_model_with_cache_token_by_token_equals_full_forward(family: str) -> None:
     model = tiny_model(family)
     attach_all(((block, tiny_layout(family), None) for block in model.get_decoder().layers), Activations(4, 4, 4))
     tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -140,8 +140,8 @@ def test_token_by_token_with_a_cache_equals_the_full_forward(family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("first", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
 @torch.no_grad()
-def test_another_implementation_may_be_chosen_later(family: str, first: str, then: str) -> None:
-    """Masks are made for what the model's config says now; a token must not see the ones after it."""
+def test_attention_implementation_chosen_later_gives_same_logits(family: str, first: str, then: str) -> None:
+    """The mask depends on the config of the model at the time of the call; it must stay causal."""
     logits = []
     tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(4))
     for start in (first, then):
@@ -159,8 +159,8 @@ def test_another_implementation_may_be_chosen_later(family: str, first: str, the
 
 
 @torch.no_grad()
-def test_an_implementation_sees_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention looks for it in the config of the module."""
+def test_attention_implementation_registered_sees_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention reads this name from the config of the module."""
     seen: list[str] = []
 
     def known(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -176,8 +176,8 @@ def test_an_implementation_sees_its_own_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
-def test_autocast_quantizes_in_the_dtype_of_the_product() -> None:
-    """A LayerNorm under autocast hands over float32; a deployed bfloat16 model would not."""
+def test_quantized_block_under_autocast_quantizes_in_dtype_of_product() -> None:
+    """Under autocast a LayerNorm returns float32; in a deployed bfloat16 model it returns bfloat16."""
     block, kwargs = tiny_block("opt")
     seen: list[torch.dtype] = []
     with quantized_activations(block, tiny_layout("opt"), Activations(8)), torch.autocast("cpu", torch.bfloat16):
@@ -186,35 +186,7 @@ def test_autocast_quantizes_in_the_dtype_of_the_product() -> None:
     assert seen == [torch.bfloat16]
 
 
-def test_schemes_by_name() -> None:
-    assert Scheme("W6A6").activations == Activations(6)
-    assert Scheme("W4A4KV8", queries=True, activation_symmetric=True).activations == Activations(4, 4, 8, True)
-    assert Scheme("W8A8", activation_range="tensor").activations == Activations(8, static=True)
-    assert not Scheme("W3A16g128").activations.quantized
-    assert Scheme("W4A16KV4").activations == Activations(16, 16, 4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"name": "W4A12"}, "scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"),
-        ({"name": "W4A4KV1"}, "scheme.name 'W4A4KV1': keys and values of 1 bits are not possible"),
-        ({"name": "W4A16", "activation_symmetric": True}, "activation_symmetric: 'W4A16' quantizes no activations"),
-        (
-            {"name": "W4A16KV4", "activation_range": "tensor"},
-            "scheme.activation_range: 'W4A16KV4' quantizes no inputs of linears; use a name such as W8A8",
-        ),
-        ({"name": "W4A16", "queries": True}, "scheme.queries: 'W4A16' has no activation bits to give to queries"),
-        ({"name": "W9A16"}, "weight bits 9 are outside 2..8"),
-        ({"name": "int4"}, "scheme 'int4' is not understood"),
-    ],
-)
-def test_bad_schemes(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=re.escape(words)):
-        Scheme(**settings)
-
-
-def test_family_whose_attention_cannot_be_reached() -> None:
+def test_check_attention_of_unreachable_family_is_refused() -> None:
     bloom = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
     check_attention(bloom, Activations(8))
     words = "attention of bloom does not call transformers' attention interface.*use a scheme without KV bits"
@@ -234,10 +206,10 @@ SCHEMES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme["name"])
-def test_reloaded_model_has_the_perplexity_that_was_measured(
+def test_exported_model_reloaded_has_measured_perplexity(
     scheme: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """With a transform: learned, exported, verified, and opened by plain transformers."""
+    """The model is learned with a transform, exported, verified, and opened by transformers alone."""
     evaluation = configuration(tmp_path)["evaluation"] | {"max_windows": 100}
     stages = [omniquant(transform={"alpha": 0.5})]
     assert main(write_run(tmp_path, scheme=scheme, stages=stages, evaluation=evaluation)) == 0
@@ -257,12 +229,12 @@ def test_reloaded_model_has_the_perplexity_that_was_measured(
 @pytest.mark.parametrize(
     ("family", "scheme", "words"),
     [
-        ("opt", {"name": "W8A8"}, "give all tokens one range in fc1, fc2 of opt .* scheme.activation_range to tensor"),
-        ("llama", {"name": "W4A4KV4"}, "cannot hold a dynamic KV cache of 4 bits: use KV16, or format omniq"),
-        ("llama", {"name": "W4A4", "queries": True}, "cannot hold quantized queries: set scheme.queries to false"),
+        ("opt", {"name": "W8A8"}, "a range for each token in fc1, fc2 of opt, .* scheme.activation_range to tensor"),
+        ("llama", {"name": "W4A4KV4"}, "does not support a dynamic KV cache of 4 bits: use KV16, or format omniq"),
+        ("llama", {"name": "W4A4", "queries": True}, "does not support quantized queries: set scheme.queries to false"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_before_the_run(
+def test_quantize_unexportable_scheme_is_refused_before_run(
     family: str, scheme: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(write_run(tmp_path, family, scheme=scheme)) == 2
@@ -271,7 +243,7 @@ def test_what_cannot_be_exported_is_refused_before_the_run(
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_everything_quantized_runs_without_export(family: str, tmp_path: Path) -> None:
+def test_quantize_with_queries_and_keys_quantized_runs_without_export(family: str, tmp_path: Path) -> None:
     scheme = {"name": "W4A4KV4", "queries": True}
     stages = [omniquant(transform={}, augmented_loss=True)]
     assert main(write_run(tmp_path, family, scheme=scheme, stages=stages, export={"format": "none"})) == 0
@@ -279,14 +251,14 @@ def test_everything_quantized_runs_without_export(family: str, tmp_path: Path) -
     assert models["omniq"]["perplexity"] != models["full precision"]["perplexity"]
 
 
-def test_blocks_that_are_left_alone_compute_in_full_precision(tmp_path: Path) -> None:
-    """As they do in a runtime, which quantizes the inputs of quantized linears only: the export is verified."""
+def test_quantize_some_blocks_leaves_others_in_full_precision(tmp_path: Path) -> None:
+    """The run verifies its export: a runtime quantizes the inputs of quantized linears only."""
     assert main(write_run(tmp_path, scheme={"name": "W4A4"}, blocks=1)) == 0
 
 
 @needs_smol
 @pytest.mark.slow
-def test_a_real_model_has_the_perplexity_that_was_measured(tmp_path: Path) -> None:
+def test_real_model_reloaded_has_measured_perplexity(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
     run = configuration(tmp_path, model={"path": SMOL}, scheme={"name": "W4A4"}, export={"verify": False})
     run |= {"stages": [{"class_path": "omniq.stages.SmoothQuant"}]}
@@ -297,7 +269,3 @@ def test_a_real_model_has_the_perplexity_that_was_measured(tmp_path: Path) -> No
     assert main(["evaluate", *given, "--device", "cpu", "--out", str(tmp_path / "theirs.json")]) == 0
     (theirs,) = json.loads((tmp_path / "theirs.json").read_text())["results"].values()
     assert theirs["perplexity"] == pytest.approx(ours, rel=1e-5)  # measured 0.0; in float32 it is 12 % off
-
-
-def test_grid_of_a_scheme() -> None:
-    assert Scheme("W3A16g64", symmetric=True, dtype="bfloat16").grid == Grid(3, 64, True, torch.bfloat16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams in every place, and what decides where they live."""
+"""Streams on a device, in host memory and on disk, and the choice between these places."""
 
 import os
 from pathlib import Path
@@ -24,10 +24,10 @@ PLACES: list[Location] = ["device", "host", "disk"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) -> None:
+def test_placed_stream_in_each_place_keeps_values(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=5)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    stream = home.place(task.inputs)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    stream = chosen.place(task.inputs)
     assert list(tmp_path.iterdir()) == []  # a file on disk has no name
     mapped = stream.untyped_storage().filename
     assert (mapped is not None) == (place == "disk")
@@ -38,7 +38,7 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
     assert torch.equal(stream, expected)
     for samples in (torch.tensor([3, 0]), slice(1, 4)):
         assert torch.equal(gather_samples(stream, samples, CPU), expected[samples])
-    for copies, in_file in ((home.copies, place == "disk"), (tmp_path, True)):
+    for copies, in_file in ((chosen.copy_folder, place == "disk"), (tmp_path, True)):
         snapshot = Streams(1, stream, stream).snapshot(copies)
         assert snapshot is not None
         assert torch.equal(snapshot.quantized, expected)
@@ -47,11 +47,11 @@ def test_a_stream_is_the_same_in_every_place(tmp_path: Path, place: Location) ->
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Location) -> None:
+def test_task_on_placed_streams_gives_same_batches_and_outputs(tmp_path: Path, place: Location) -> None:
     task = tiny_task(Grid(4), samples=4)
     outputs = task.run(task.inputs)
-    home = ActivationPlacement(place, CPU, tmp_path)
-    task.inputs, task.targets = home.place(task.inputs), home.place(task.targets)
+    chosen = ActivationPlacement(place, CPU, tmp_path)
+    task.inputs, task.targets = chosen.place(task.inputs), chosen.place(task.targets)
     assert torch.equal(task.run(task.inputs), outputs)
 
     class Module(BlockModule):
@@ -62,7 +62,7 @@ def test_batches_and_statistics_know_no_place(tmp_path: Path, place: Location) -
     assert torch.equal(targets, task.targets[[2, 1]])
 
 
-def test_a_sweep_gives_each_batch_and_its_place() -> None:
+def test_forward_stream_reports_each_batch_with_its_slice() -> None:
     task = tiny_task(Grid(4), samples=5)
     seen: list[tuple[slice, int]] = []
     forward_stream(
@@ -72,7 +72,7 @@ def test_a_sweep_gives_each_batch_and_its_place() -> None:
 
 
 @pytest.mark.parametrize(("host", "size", "expected"), [(100, 33, "host"), (100, 34, "disk"), (0, 1, "disk")])
-def test_auto_goes_by_what_is_free(
+def test_placement_auto_depends_on_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, size: int, expected: str
 ) -> None:
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * host)
@@ -87,8 +87,8 @@ def test_auto_goes_by_what_is_free(
     [
         ("auto", 64, {}, "host", False),  # 3 streams of 64
         ("auto", 65, {}, "disk", False),  # of 128: torch pins powers of two
-        ("auto", 16, {"neighbours": 4}, "host", False),
-        ("auto", 16, {"neighbours": 5}, "disk", False),  # each of five takes 48
+        ("auto", 16, {"processes": 4}, "host", False),
+        ("auto", 16, {"processes": 5}, "disk", False),  # each of five takes 48
         ("auto", 64, {"count": 4}, "disk", False),
         ("auto", 32, {"saved": 104}, "host", False),  # 96 are taken by the streams
         ("auto", 32, {"saved": 105}, "host", True),
@@ -98,7 +98,7 @@ def test_auto_goes_by_what_is_free(
         ("disk", 1, {"saved": 1000}, "disk", False),
     ],
 )
-def test_what_takes_host_memory(
+def test_placement_counts_streams_of_all_processes_and_saved_copy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     asked: str,
@@ -107,15 +107,15 @@ def test_what_takes_host_memory(
     place: str,
     copy_on_disk: bool,
 ) -> None:
-    """All streams of the processes of a machine as they are allocated, then the copy that is written."""
+    """The allocated streams of all processes of a machine count, then the copy that is saved."""
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
     monkeypatch.setattr(placement, "_free_device_memory", lambda device: 0)
-    home = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
-    assert (home.location, home.copy_on_disk) == (place, copy_on_disk)
-    assert home.copies == (tmp_path if place == "disk" or copy_on_disk else None)
+    chosen = ActivationPlacement.choose(asked, torch.device("cuda"), tmp_path, size, **others)
+    assert (chosen.location, chosen.copy_on_disk) == (place, copy_on_disk)
+    assert chosen.copy_folder == (tmp_path if place == "disk" or copy_on_disk else None)
 
 
-def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement_on_cpu_counts_host_memory_for_each_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "free_host_memory", lambda: 2 * 200)
     assert not ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=50).copy_on_disk
     assert ActivationPlacement.choose("device", CPU, tmp_path, 50, saved=51).copy_on_disk
@@ -124,12 +124,12 @@ def test_streams_of_a_cpu_are_in_host_memory_by_any_name(tmp_path: Path, monkeyp
     ).copy_on_disk  # nothing is pinned without a GPU
 
 
-def test_free_memory_is_a_number() -> None:
+def test_free_memory_of_machine_is_plausible_number() -> None:
     assert 0 < memory.free_host_memory() < 2**60 or not Path("/proc/meminfo").exists()
     assert placement._free_device_memory(CPU) == 0
 
 
-def test_a_container_has_less(tmp_path: Path) -> None:
+def test_free_host_memory_in_container_is_limited(tmp_path: Path) -> None:
     assert memory.free_host_memory(tmp_path) == 2**62
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal:       8000 kB\nMemAvailable:   5000 kB\n")
@@ -145,7 +145,7 @@ def test_a_container_has_less(tmp_path: Path) -> None:
     assert memory.free_host_memory(tmp_path) == 0
 
 
-def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement_on_full_disk_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int, start: int, size: int) -> None:
         raise OSError(28, os.strerror(28))
 
@@ -155,7 +155,9 @@ def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_are_equal_wherever_streams_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_with_each_stream_placement_gives_same_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = write_run(tmp_path, model=SMALL, stages=[omniquant(augmented_loss=True)], evaluation=None)
     outcomes = []
     for place in ("auto", *PLACES, "nowhere"):
@@ -168,8 +170,8 @@ def test_runs_are_equal_wherever_streams_live(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.gpu
-def test_pinned_memory_is_counted_as_it_is_allocated(tmp_path: Path) -> None:
-    """Three quarters of a power of two take all of it, and what was freed is given back before free memory is read."""
+def test_free_host_memory_counts_pinned_memory_as_allocated(tmp_path: Path) -> None:
+    """Pinned memory is allocated in powers of two; cached memory is returned before free memory is read."""
 
     def pinned(kind: str) -> int:
         return int(torch.cuda.host_memory_stats()[f"{kind}_bytes.current"])
@@ -185,3 +187,14 @@ def test_pinned_memory_is_counted_as_it_is_allocated(tmp_path: Path) -> None:
     memory.free_host_memory()
     if hasattr(torch.accelerator, "empty_host_cache"):
         assert pinned("allocated") == before
+
+
+def test_streams_snapshot_is_copy() -> None:
+    stream = torch.zeros(5, 2, 3)
+    streams = Streams.start(stream)
+    snapshot = streams.snapshot()
+    assert snapshot is not None
+    stream += 1
+    streams.quantized += 2
+    assert not snapshot.full_precision.any()
+    assert not snapshot.quantized.any()

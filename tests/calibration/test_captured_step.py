@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batches become a CUDA graph: those of the first one's size, whatever comes in between."""
+"""Batches of the size of the first batch become a CUDA graph; other batches run eagerly."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +37,8 @@ def batch(size: int) -> Any:
 
 
 @pytest.mark.parametrize("position", range(1, 6))
-def test_a_smaller_batch_is_never_captured(position: int) -> None:
-    """Passes whose last batch is smaller, so that it comes first, second … and where the capture would be."""
+def test_captured_step_smaller_batch_runs_eagerly(position: int) -> None:
+    """The smaller last batch of a pass comes at each position, also at the one of the capture."""
     step = Counted()
     for turn in range(3):
         for number in range(position + 1):
@@ -52,8 +52,7 @@ def test_a_smaller_batch_is_never_captured(position: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_with_a_smaller_batch_after_each_pass() -> None:
-    """The numbers of eager steps, whatever the order of sizes."""
+def test_captured_step_with_smaller_batches_equals_eager() -> None:
     inputs = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)).cuda()
     found: list[Tensor] = []
     for graph in (False, True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layer-wise stages share: how Gram matrices are summed, what is refused or told about them, and logged."""
+"""What the layer-wise stages share: sums of Gram matrices, refused inputs, warnings and logged errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from omniq.calibration.gram import GramModule, PlanLoader
-from omniq.calibration.input_statistics import gram_of
+from omniq.calibration.gram import GramModule
+from omniq.calibration.input_statistics import gram_of, power_of
+from omniq.calibration.loader import PlanLoader
 from omniq.calibration.observe import Observation
 from omniq.calibration.stage import Stage
 from omniq.errors import UserError
@@ -44,7 +45,7 @@ def logged(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_accumulates_in_float32(dtype: torch.dtype) -> None:
+def test_gram_of_half_inputs_accumulates_in_float32(dtype: torch.dtype) -> None:
     x = (100 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))).to(dtype)
     gram = gram_of(x)
     reference = x.double().t() @ x.double()
@@ -63,15 +64,17 @@ def test_gram_accumulates_in_float32(dtype: torch.dtype) -> None:
         lambda: OmniQuant(epochs=1, clipping=LWC(initial=Searched("gram"))),
     ],
 )
-def test_inputs_that_are_not_finite_are_named_and_counted(stage: Callable[[], Stage], tmp_path: Path) -> None:
+def test_stage_with_nonfinite_inputs_names_and_counts_them(stage: Callable[[], Stage], tmp_path: Path) -> None:
     task = tiny_task(GRID, samples=6)
     task.inputs[2, 3] = torch.inf
     task.inputs[5] = torch.nan
-    with pytest.raises(UserError, match=r"block/000 self_attn.q_proj: .* not finite, 2 of 6 samples .*; use .*32-true"):
+    with pytest.raises(
+        UserError, match=r"block/000 self_attn.q_proj: .* not finite because 2 of 6 samples .*: set .*32-true"
+    ):
         fitted(stage(), task, tmp_path)
 
 
-def test_inputs_too_large_to_square_are_told_from_bad_ones(tmp_path: Path) -> None:
+def test_gptq_with_inputs_too_large_to_square_says_so(tmp_path: Path) -> None:
     task = tiny_task(GRID, samples=6)
     with torch.no_grad():
         task.block.input_layernorm.weight.mul_(1e25)
@@ -81,26 +84,26 @@ def test_inputs_too_large_to_square_are_told_from_bad_ones(tmp_path: Path) -> No
 
 @layer_wise
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
-def test_weights_that_are_not_finite_are_named(stage: Callable[[], Stage], name: str, tmp_path: Path) -> None:
+def test_gram_stage_with_nonfinite_weights_names_linear(stage: Callable[[], Stage], name: str, tmp_path: Path) -> None:
     for sequential in (True, False):
         task, method = tiny_task(GRID, samples=6), stage()
         vars(method)["true_sequential"] = sequential
         task.linear(name).weight.data[1, :3] = torch.nan
-        with pytest.raises(UserError, match=f"block/000 {name}: 3 weights of the model are not finite: use a checkpoi"):
+        with pytest.raises(UserError, match=f"block/000 {name}: 3 weights of the model are not finite: use an undam"):
             fitted(method, task, tmp_path / str(sequential))
 
 
-def test_too_few_tokens_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gptq_with_fewer_tokens_than_inputs_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fitted(GPTQ(), tiny_task(GRID, samples=1), tmp_path)
     assert "self_attn.q_proj: 12 tokens for 32 inputs" in caplog.text
 
 
 @layer_wise
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.down_proj"])
-def test_a_linear_whose_outputs_carry_nothing_is_no_error(
+def test_gram_stage_with_all_zero_linear_has_finite_result(
     stage: Callable[[], Stage], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values of zero leave the inputs of the output projection dead, too."""
+    """Values of zero also make the inputs of the output projection zero."""
     monkeypatch.setattr(GramModule, "save_interval", 0.0)
     task = tiny_task(GRID, samples=6)
     task.linear(name).weight.data.zero_()
@@ -114,7 +117,7 @@ def test_a_linear_whose_outputs_carry_nothing_is_no_error(
 
 
 @pytest.mark.parametrize("stage", [GPTQ, SpQR], ids=["GPTQ", "SpQR"])
-def test_logged_errors_are_those_of_the_result(stage: Callable[[], Stage], tmp_path: Path) -> None:
+def test_gram_stage_logged_errors_equal_errors_of_result(stage: Callable[[], Stage], tmp_path: Path) -> None:
     task = tiny_task(GRID, samples=6)
     fitted(stage(), task, tmp_path)
     assert task.result is not None
@@ -128,8 +131,8 @@ def test_logged_errors_are_those_of_the_result(stage: Callable[[], Stage], tmp_p
         assert logged(tmp_path)[f"{name}/recon_error"] == [pytest.approx(error, rel=1e-3)]
 
 
-def test_a_gram_matrix_is_added_up_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 28672 inputs it has 3 GiB: the sum, what is added and no third one."""
+def test_gptq_gram_matrix_is_summed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 28672 inputs a Gram matrix has 3 GiB, so a third copy beside the sum and the summand is too many."""
     places: dict[str, set[int]] = {}
     run_batch = Observation.run_batch
 
@@ -144,8 +147,10 @@ def test_a_gram_matrix_is_added_up_in_place(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-def test_codes_become_weights_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the host that takes longer than the descent; and what other processes are told lies on no GPU."""
+def test_gram_stage_on_cuda_dequantizes_on_gpu_and_returns_cpu_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host, dequantizing takes longer than the descent. Other processes receive tensors of the CPU."""
     devices, dequantize = [], QuantizedLinear.dequantize
 
     def watched(linear: QuantizedLinear, *args: Any, **options: Any) -> torch.Tensor:
@@ -163,10 +168,10 @@ def test_codes_become_weights_on_the_gpu(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("processes", "ends"), [(1, [3, 4, 5, 6, 9, 10, 11, 12]), (2, [3, 6, 9, 12])])
-def test_passes_end_where_all_that_is_held_can_be_saved(
+def test_plan_loader_passes_end_where_state_can_be_saved(
     processes: int, ends: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not between the sweeps of several processes, each of which has rows of its own."""
+    """Between the sweeps of several processes the state cannot be saved: each process has its own rows."""
     monkeypatch.setattr("omniq.distributed.collectives.world_size", lambda: processes)
     loader = PlanLoader(samples=5, batch_size=2, rounds=2, work=3)
     assert len(loader) == 12
@@ -174,7 +179,7 @@ def test_passes_end_where_all_that_is_held_can_be_saved(
 
 
 @layer_wise
-def test_solvers_multiply_in_float32_whatever_the_run_does(
+def test_gram_stage_under_reduced_matmul_precision_solves_in_float32(
     stage: Callable[[], Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -204,13 +209,34 @@ def test_solvers_multiply_in_float32_whatever_the_run_does(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"batch_size": 0}, "batch_size 0 of {} gathers nothing: give 1 or more"),
+        ({"batch_size": 0}, "batch_size 0 of {} is too small: give 1 or more"),
         ({"batch_size": -1}, "batch_size -1 of {}"),
         ({"damping": -0.1}, r"damping -0\.1 of {} is outside 0 to 1"),
         ({"damping": 1.0}, r"damping 1\.0 of {}"),
         ({"damping": float("nan")}, "damping nan of {}"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(stage: type[Stage], settings: dict[str, Any], told: str) -> None:
+def test_gram_stage_invalid_settings_are_refused(stage: type[Stage], settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told.format(stage.__name__)):
         stage(**settings)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_of_under_autocast_equals_float64(dtype: torch.dtype, weighted: bool, device: str) -> None:
+    """The entries exceed the range of float16; the error is that of float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (100 * torch.randn(200, 24, generator=generator)).to(dtype), torch.randn(8, 24, generator=generator)
+    tokens = torch.rand(200, generator=generator) + 0.5 if weighted else None
+    wide = x.double() if tokens is None else x.double() * tokens.double().sqrt().unsqueeze(1)
+    expected = wide.t() @ wide
+    given = None if tokens is None else tokens.to(device)
+    for low in (torch.float16, torch.bfloat16):
+        with torch.autocast(device, low), matmul_precision("float32", torch.device(device)):
+            gram = gram_of(x.to(device), given)
+            power = power_of(weight.to(device), gram)
+        assert gram.dtype == power.dtype == torch.float32
+        torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+        carried = (weight.double() @ expected * weight.double()).sum()
+        torch.testing.assert_close(power.cpu().double(), carried, rtol=1e-5, atol=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of inputs of any length against float64, and what becomes of linears that no token reaches."""
+"""Statistics of inputs of any length against float64, and the treatment of linears that no token reaches."""
 
 import os
 import subprocess
@@ -77,8 +77,8 @@ def test_observe_any_number_of_tokens_equals_float64(statistic: type[Statistic],
         torch.testing.assert_close(total.double(), REFERENCES[statistic](x), rtol=1e-5, atol=1e-5)  # measured 2e-6
 
 
-def test_observe_expert_sees_another_number_of_tokens_in_each_batch() -> None:
-    """Else the tests above could pass with the tokens of one sample at a time."""
+def test_routed_task_expert_token_count_differs_between_batches() -> None:
+    """With equal counts, code that mixes up the tokens of batches could pass the tests above."""
     task = routed_task(SOME)
     counts = [(batch[..., 0] > SOME).sum().item() for batch in task.inputs.split(4)]
     assert len(set(counts)) == len(counts)
@@ -86,7 +86,7 @@ def test_observe_expert_sees_another_number_of_tokens_in_each_batch() -> None:
 
 
 @pytest.mark.parametrize("moments", [input_second_moments, input_grams])
-def test_second_moments_are_means_over_the_tokens_that_a_linear_sees(moments: Callable[..., Any]) -> None:
+def test_second_moments_of_routed_linear_are_means_over_its_tokens(moments: Callable[..., Any]) -> None:
     task = routed_task(SOME)
     for name, x in reference_inputs(task).items():
         gram = x.t() @ x / len(x)
@@ -113,7 +113,7 @@ def test_observe_relative_weights_of_all_tokens_equal_float64() -> None:
 
 @pytest.mark.parametrize(("threshold", "flat"), [(SOME, ()), (SOME, GROUPS[1]), (ALL, ())])
 def test_observe_relative_weights_of_unknown_rows_are_refused(threshold: float, flat: tuple[str, ...]) -> None:
-    """An expert may see all tokens in another order: their number alone does not tell."""
+    """An expert may receive all tokens in another order, so the number of tokens does not identify them."""
     task = routed_task(threshold)
     task.layout = replace(task.layout, flat=flat)
     with pytest.raises(UserError, match="block/000 expert.up: token_weights 'relative' .* set token_weights to 'unif"):
@@ -126,9 +126,13 @@ def test_observe_not_finite_tokens_of_an_expert_are_counted() -> None:
     task.inputs[0, 1, 0] = 1.0
     tokens = int((task.inputs[..., 0] > SOME).sum())
     task.inputs[0, :2, 1] = torch.nan
-    with pytest.raises(UserError, match=f"expert.up: the Gram matrix is not finite, 2 of {tokens} tokens have inputs"):
+    with pytest.raises(
+        UserError, match=f"expert.up: the Gram matrix is not finite because 2 of {tokens} tokens have non-finite"
+    ):
         observe(task, [InputGram()], [EXPERT])
-    with pytest.raises(UserError, match="first: the range of its inputs is not finite, 1 of 6 samples have inputs"):
+    with pytest.raises(
+        UserError, match="first: the range of its inputs is not finite because 1 of 6 samples have non-finite"
+    ):
         observe(task, [InputRange()])
 
 
@@ -143,7 +147,7 @@ def completed(threshold: float, skips: bool, batches: int) -> int:
     return task.block.completed
 
 
-def test_observation_stops_once_all_inputs_are_seen() -> None:
+def test_observation_with_all_inputs_seen_stops_early() -> None:
     task = routed_task(ALL)
     Observation(task, [InputGram()], ["first", EXPERT]).run_batch(slice(0, 4))
     observe(task, [InputGram()])  # up to the input of the last linear
@@ -151,7 +155,7 @@ def test_observation_stops_once_all_inputs_are_seen() -> None:
     assert task.block.completed == 0
 
 
-def test_observation_linear_on_no_rows_does_not_defeat_the_early_stop() -> None:
+def test_observation_linear_called_on_no_rows_still_stops_early() -> None:
     assert completed(NONE, skips=False, batches=4) == 0
 
 
@@ -160,12 +164,12 @@ def test_observation_linear_not_called_stops_where_a_later_group_begins() -> Non
 
 
 def test_observation_linear_never_called_is_waited_for() -> None:
-    """Nothing but whole forwards can tell that no token reaches it."""
+    """Only whole forward passes show that no token reaches the linear."""
     assert completed(NONE, skips=True, batches=4) == 4
 
 
 def test_observation_linear_called_after_a_later_group_is_still_observed() -> None:
-    """A layout in another order than the block's costs time, and no tokens."""
+    """A layout whose order differs from that of the block costs time but loses no tokens."""
     task = routed_task(SOME)
     groups = (("last",), *GROUPS[:2])
     task.layout = replace(task.layout, groups=groups)
@@ -173,12 +177,12 @@ def test_observation_linear_called_after_a_later_group_is_still_observed() -> No
     assert seen["last"].tokens == 30
 
 
-def test_input_ranges_leave_unreached_linears_out() -> None:
+def test_input_ranges_of_unreached_linear_are_left_out() -> None:
     assert input_ranges(routed_task(NONE)).lo.keys() == {"first", "last"}
     assert input_ranges(routed_task(SOME)).lo.keys() == {"first", "last", "expert.up", "expert.gate"}
 
 
-def test_static_range_of_an_unreached_linear_is_refused() -> None:
+def test_static_range_of_unreached_linear_is_refused() -> None:
     task = routed_task(NONE)
     linears = {name: round_to_nearest(task.linear(name).weight, task.grids[name]) for name in task.layout.linears}
     with pytest.raises(UserError, match="expert.up: no calibration token reaches .* set scheme.activation_range to"):
@@ -294,7 +298,7 @@ collectives.finish_on_rank0()
 """
 
 
-def test_observe_processes_agree_where_one_of_them_sees_no_token(tmp_path: Path) -> None:
+def test_observe_process_without_tokens_agrees_with_others(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears with one input as one matrix, of which several processes solve some rows each."""
+"""Linears with one input as one matrix, whose rows several processes share."""
 
 import os
 import subprocess
@@ -19,14 +19,14 @@ from tests.helpers.stages import fitted, tiny_task
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(st.integers(1, 5), min_size=1, max_size=4), processes=st.integers(1, 6))
-def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
+def test_stacked_linears_parts_make_whole_stack(rows: list[int], processes: int) -> None:
     total = sum(rows)
     weight = torch.arange(2.0 * total).view(total, 2)
     stack = StackedLinears(
         tuple(f"linear{k}" for k in range(len(rows))), tuple(rows), weight, Grid(3), (weight[:, :1], weight[:, 1:])
     )
     ends = [total * number // processes for number in range(processes + 1)]
-    parts = [stack.part(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [stack.select_rows(slice(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
     for k, (name, whole) in enumerate(stack.split(weight)):
         split = [list(part.split(part.weight))[k] for part in parts]
         assert all(each == name for each, _ in split)
@@ -35,14 +35,14 @@ def test_parts_make_the_whole(rows: list[int], processes: int) -> None:
     assert torch.equal(torch.cat([part.zero_point for part in parts]), stack.zero_point)
 
 
-def test_one_process_has_all_rows() -> None:
+def test_stacked_linears_of_one_process_has_all_rows() -> None:
     stack = StackedLinears(("a", "b"), (3, 2), torch.arange(10.0).view(5, 2), Grid(3))
-    assert stack.my_rows == slice(0, 5)
+    assert stack.local_rows == slice(0, 5)
     assert stack.gather(stack.weight) is stack.weight
 
 
-def test_a_start_from_codes_of_another_grid_is_their_weights(tmp_path: Path) -> None:
-    """The start is what the stage before made of the weights, not its codes read on a grid that they do not mean."""
+def test_quantease_start_from_codes_of_other_grid_is_their_weights(tmp_path: Path) -> None:
+    """The start is the weights that the earlier stage made, not its codes read on the new grid."""
     grid, task = Grid(3, 16), tiny_task(Grid(3, 16), samples=6)
     previous = fitted(RTN(clipping=MinMax()), task, tmp_path / "rtn").task.result
     assert previous is not None
@@ -107,17 +107,17 @@ try:
     observe(task, [InputGram()])
 except UserError as error:
     assert isinstance(error, collectives.ErrorOnRank0) == (collectives.rank() > 0)
-    assert "block/000 self_attn.q_proj: the Gram matrix is not finite, 5 of 12 samples" in str(error)
+    assert "block/000 self_attn.q_proj: the Gram matrix is not finite because 5 of 12 samples" in str(error)
 else:
     raise AssertionError("not refused")
 collectives.finish_on_rank0()
 """
 
 
-def test_processes_share_the_rows(tmp_path: Path) -> None:
-    """From the same Gram matrix the same codes and scales, however many solve the rows; in float32 but for ties.
+def test_solvers_with_rows_shared_by_processes_equal_one_process(tmp_path: Path) -> None:
+    """The same Gram matrix gives the same codes and scales; float32 may differ at ties.
 
-    Each of three processes solves everything alone first, then its share; some shares are a row longer than others.
+    Each of three processes first solves all rows alone, then its share; the shares differ by one row.
     """
     script = tmp_path / "shares.py"
     script.write_text(SHARES)

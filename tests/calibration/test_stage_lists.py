@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which lists of stages are accepted, and what is said about the others.
+"""Lists of stages that are accepted, and the messages for the other ones.
 
 ``PAIRS`` is the table of commit 1b67ee7, which decided by five flags of a stage: what it accepted stays accepted, and
 what it refused stays refused. A row is the earlier stage, a column the later one, in the order of ``STAGES``; ``.``
@@ -92,15 +92,15 @@ def test_check_stages_pair_agrees_with_1b67ee7(earlier: str) -> None:
     [
         (
             QuantEase(start="previous"),
-            "QuantEase with start 'previous' refines the codes .* there is none: .* change start",
+            "QuantEase with start 'previous' needs a preceding stage: .* change start",
         ),
         (
             QuantEase(grid="previous"),
-            "QuantEase with grid 'previous' refines the codes .* there is none: .* change grid",
+            "QuantEase with grid 'previous' needs a preceding stage: .* change grid",
         ),
         (
             LearnedRounding(),
-            "LearnedRounding starts from the codes of the stage before it, and there is none: put RTN, ",
+            "LearnedRounding needs a preceding stage, whose codes it starts from: put RTN, ",
         ),
     ],
     ids=["start", "grid", "LearnedRounding"],
@@ -113,34 +113,38 @@ def test_check_stages_missing_predecessor_is_refused(stage: Stage, message: str)
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([GPTQ(), RTN()], "RTN would lose the grid and codes of GPTQ before it: leave one of the two stages out"),
+        ([GPTQ(), RTN()], "RTN would discard the grid and codes of the preceding GPTQ: remove one of the two stages"),
         (
             [GPTQ(), QuantEase()],
-            "QuantEase would lose the codes of GPTQ before it: use QuantEase with start 'previous', or leave one of",
+            "QuantEase would discard the codes of the preceding GPTQ: use QuantEase with start 'previous', or ",
         ),
         (
             [RTN(), QuantEase(grid="clipping")],
-            "QuantEase would lose the grid of RTN before it: use QuantEase with start 'previous', or leave one of",
+            "QuantEase would discard the grid of the preceding RTN: use QuantEase with start 'previous', or ",
         ),
         (
             [RTN(), LearnedRounding(norm_lr=1e-3), QuantEase(start="previous")],
-            "QuantEase would lose the norms of LearnedRounding before it: use LearnedRounding with norm_lr 0, or leave",
+            "QuantEase would discard the norms of the preceding LearnedRounding: use LearnedRounding with norm_lr 0, or ",
         ),
         (
             [QuantEase(outliers=1.0), LearnedRounding()],
-            "LearnedRounding would lose the outliers of QuantEase before it: use QuantEase with outliers 0, or leave",
+            "LearnedRounding would discard the outliers of the preceding QuantEase: use QuantEase with outliers 0, or ",
         ),
         (
             [SpQR(), LearnedRounding()],
-            "LearnedRounding would lose the outliers and scale codes of SpQR before it: use SpQR with threshold 0 and "
-            "SpQR with scale_bits 0 and zero_bits 0, or leave one of the two stages out",
+            "LearnedRounding would discard the outliers and scale codes of the preceding SpQR: use SpQR with "
+            "threshold 0 and "
+            "SpQR with scale_bits 0 and zero_bits 0, or remove one of the two stages",
         ),
         (
             [SpQR(threshold=0), QuantEase(grid="clipping")],
-            "QuantEase would lose the grid, codes and scale codes of SpQR before it: use QuantEase with start "
-            "'previous' and SpQR with scale_bits 0 and zero_bits 0, or leave",
+            "QuantEase would discard the grid, codes and scale codes of the preceding SpQR: use QuantEase with start "
+            "'previous' and SpQR with scale_bits 0 and zero_bits 0, or ",
         ),
-        ([SpQR(), GPTQ()], "GPTQ would lose the grid, codes, outliers and scale codes of SpQR before it: leave"),
+        (
+            [SpQR(), GPTQ()],
+            "GPTQ would discard the grid, codes, outliers and scale codes of the preceding SpQR: remove",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(type(stage).__name__ for stage in value),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed ranges of inputs: found when a block is finished, kept with it, and what a runtime computes with."""
+"""Fixed ranges of inputs: how they are measured, stored, exported and used by a runtime."""
 
 import shutil
 from pathlib import Path
@@ -56,10 +56,10 @@ def finished_with(layout: Layout, fixed: StaticGrid) -> Finished:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_tokens_share_a_range(family: str, symmetric: bool) -> None:
-    """The sample's while the block is calibrated, the fixed one when it is finished; none where it is not quantized.
+def test_static_activations_quantize_all_tokens_on_shared_range(family: str, symmetric: bool) -> None:
+    """Calibration uses the range of the sample, a finished block its fixed range; kept linears are not quantized.
 
-    Also where OPT hands over all tokens of a batch in one row.
+    OPT passes the tokens of a whole batch as rows of one matrix; the range is the same there.
     """
     block, kwargs = tiny_block(family)
     form, given = tiny_layout(family), Activations(6, symmetric=symmetric, static=True)
@@ -76,8 +76,8 @@ def test_all_tokens_share_a_range(family: str, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
-    """Against hooks of our own on a block with the rounded weights."""
+def test_calibrate_static_ranges_measures_deployed_block(family: str) -> None:
+    """The reference is measured with hooks of this test on a block with rounded weights."""
     block, kwargs = tiny_block(family)
     form, given, grid = tiny_layout(family), Activations(8, static=True), Grid(4, scale_dtype=torch.float32)
     task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
@@ -92,8 +92,8 @@ def test_ranges_are_those_of_the_deployed_block(family: str) -> None:
         assert found.zero_point.item() == round(-128 - lo / found.scale.item())
 
 
-def test_a_range_without_an_end_is_refused() -> None:
-    """It would become the largest scale there is, on which all but one input are zero, and nothing be said."""
+def test_calibrate_static_ranges_with_infinite_input_is_refused() -> None:
+    """Otherwise the scale would be the largest possible one, and nearly all inputs would silently become zero."""
     block, kwargs = tiny_block("llama")
     form, given, grid = tiny_layout("llama"), Activations(8, static=True), Grid(8)
     task = BlockTask(0, form, block, dict.fromkeys(form.linears, grid), X, X, kwargs, activations=given)
@@ -101,11 +101,13 @@ def test_a_range_without_an_end_is_refused() -> None:
         lambda module, args: (args[0].masked_fill(args[0] == args[0].max(), torch.inf),), prepend=True
     )
     linears = {name: round_to_nearest(task.linear(name).weight, grid) for name in form.linears}
-    with pytest.raises(UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite, \d of 6"):
+    with pytest.raises(
+        UserError, match=r"block/000 mlp.down_proj: the range of its inputs is not finite because \d of 6"
+    ):
         calibrate_static_ranges(task, BlockResult(linears, task.plain_tensors()))
 
 
-def test_they_are_saved_and_read(tmp_path: Path) -> None:
+def test_static_ranges_saved_are_read_back(tmp_path: Path) -> None:
     fixed = StaticGrid(torch.tensor([0.25], dtype=torch.float16), torch.tensor([-7], dtype=torch.int8))
     linear = round_to_nearest(torch.randn(4, 32), Grid(4))
     result = BlockResult({"a": linear, "b": linear}, {}).with_inputs({"a": fixed, "b": fixed})
@@ -120,7 +122,7 @@ def test_they_are_saved_and_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_exported_ranges_are_what_transformers_computes_with(
+def test_exported_static_ranges_are_used_by_transformers(
     symmetric: bool, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     def fixed(results: list[BlockResult], hi: float) -> list[BlockResult]:
@@ -131,7 +133,7 @@ def test_exported_ranges_are_what_transformers_computes_with(
         ]
 
     scheme = scheme_of(Grid(4, 32), 8, activation_symmetric=symmetric, activation_range="tensor")
-    with pytest.raises(ValueError, match="q_proj: the scheme fixes the range of its input, and it has none"):
+    with pytest.raises(ValueError, match="q_proj: the range of its input is missing, although the scheme fixes it"):
         export(source, results, tmp_path / "out", scheme=scheme)
     results = fixed(results, 3.0)
     out = export(source, results, tmp_path / "out", scheme=scheme)
@@ -144,8 +146,8 @@ def test_exported_ranges_are_what_transformers_computes_with(
         verify(out, source, rounded(source, Grid(4, 32)), scheme=scheme)
 
 
-def test_a_run_finds_keeps_and_exports_them(tmp_path: Path) -> None:
-    """OPT, whose MLP gets no tokens of its own; the range is that of the last stage, and a resume reads it."""
+def test_quantize_with_static_ranges_keeps_and_exports_ranges_of_last_stage(tmp_path: Path) -> None:
+    """A resumed run reads the ranges. The MLP of OPT receives tokens without a batch dimension."""
     stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
     scheme = {"name": "W8A8", "activation_range": "tensor"}
     command = write_run(tmp_path, "opt", scheme=scheme, stages=stages)
@@ -167,13 +169,13 @@ def test_a_run_finds_keeps_and_exports_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["SmoothQuant", "OutlierSuppression", "QuantEase"])
-def test_other_stages_are_exported_with_them(stage: str, tmp_path: Path) -> None:
+def test_stage_with_static_ranges_exports_and_verifies(stage: str, tmp_path: Path) -> None:
     scheme = {"name": "W4A8", "activation_range": "tensor"}
     stages = [{"class_path": f"omniq.stages.{stage}"}]
     assert main(write_run(tmp_path, scheme=scheme, stages=stages, evaluation=None)) == 0
 
 
-def test_learning_with_one_range_lowers_the_loss(tmp_path: Path) -> None:
+def test_omniquant_with_static_ranges_lowers_loss(tmp_path: Path) -> None:
     stages = [omniquant(epochs=8, transform={})]
     scheme = {"name": "W3A6", "activation_range": "tensor"}
     assert main(write_run(tmp_path, scheme=scheme, stages=stages, export={"format": "none"}, evaluation=None)) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that count relative to their own size, in losses, searches and Gram matrices."""
+"""Weights of tokens relative to their size, in losses, searches and Gram matrices."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def with_a_massive_token(samples: int = 4) -> BlockTask:
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 8), st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
-def test_relative_errors_ignore_the_size_of_a_token(b: int, t: int, h: int, seed: int) -> None:
+def test_weighted_error_relative_ignores_size_of_token(b: int, t: int, h: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     target, noise = (torch.randn(b, t, h, generator=generator) for _ in range(2))
     output = target + 0.1 * noise
@@ -44,12 +44,12 @@ def test_relative_errors_ignore_the_size_of_a_token(b: int, t: int, h: int, seed
     assert uniform.item() == pytest.approx(((output - target).double() ** 2).mean().item(), rel=1e-5)
 
 
-def test_a_token_that_is_zero_has_a_finite_weight() -> None:
+def test_relative_weights_of_zero_token_are_finite() -> None:
     assert torch.isfinite(relative_weights(torch.zeros(2, 3, 4))).all()
     assert torch.isfinite(weighted_error(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), "relative"))
 
 
-def test_importance_and_grams_weigh_tokens_alike() -> None:
+def test_second_moments_and_grams_weigh_tokens_alike() -> None:
     task = with_a_massive_token()
     weights = 1 / task.targets.double().square().mean(-1).flatten()
     x = task.inputs.double()
@@ -64,7 +64,7 @@ def test_importance_and_grams_weigh_tokens_alike() -> None:
     assert not torch.allclose(diagonal, input_second_moments(task)[name])
 
 
-def test_a_searched_start_weighs_tokens_as_the_loss_does() -> None:
+def test_omniquant_searched_start_weighs_tokens_as_loss_does() -> None:
     task, name, clipping = with_a_massive_token(), "self_attn.q_proj", LWC(initial=Searched())
     module = OmniQuant(clipping=clipping, token_weights="relative").module(task)
     weight = task.linear(name).weight
@@ -76,7 +76,7 @@ def test_a_searched_start_weighs_tokens_as_the_loss_does() -> None:
     assert not torch.equal(relative.start, uniform.start)
 
 
-def test_the_gram_matrix_of_a_layer_wise_stage_is_weighted(tmp_path: Path) -> None:
+def test_quantease_gram_matrix_is_weighted_by_tokens(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
 
     class Looking(QuantEase):
@@ -99,8 +99,8 @@ def test_the_gram_matrix_of_a_layer_wise_stage_is_weighted(tmp_path: Path) -> No
     assert (found[0] - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_learning_for_every_token_serves_the_ordinary_ones(tmp_path: Path) -> None:
-    """With one token a hundred times larger, the uniform loss forgets the others."""
+def test_omniquant_relative_weights_lower_error_of_ordinary_tokens(tmp_path: Path) -> None:
+    """One token is a hundred times larger than the others and dominates the uniform loss."""
     errors = {}
     for kind in ("uniform", "relative"):
         task = with_a_massive_token()
@@ -114,7 +114,7 @@ def test_learning_for_every_token_serves_the_ordinary_ones(tmp_path: Path) -> No
     assert errors["relative"] < errors["uniform"]
 
 
-def test_the_augmented_loss_is_the_sum_of_both_relative_errors(tmp_path: Path) -> None:
+def test_omniquant_augmented_relative_loss_equals_sum_of_both_errors(tmp_path: Path) -> None:
     task = with_a_massive_token(samples=1)
     stage = OmniQuant(epochs=1, augmented_loss=True, token_weights="relative")
     module = stage.module(task)

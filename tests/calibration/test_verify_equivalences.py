@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification of equivalences: every declared one passes on its family's block, wrong ones do not."""
+"""Verification accepts the declared equivalences of each family and refuses wrong ones."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,9 +11,8 @@ from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.models.families import FAMILIES, family_of_type
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, UpToDown
-from tests.helpers.tiny import tiny_block
+from tests.helpers.tiny import HALF_TURNED, tiny_block
 
-HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 DECLARED: list[tuple[str, dict[str, Any]]] = [(name, {}) for family in FAMILIES for name in family.model_types]
 
 
@@ -29,7 +28,7 @@ def of_kind(block: VerifiedBlock, kind: str) -> Equivalence:
 
 
 @pytest.mark.parametrize(("family", "model"), [*DECLARED, ("llama", HALF_TURNED), ("phi3", HALF_TURNED)])
-def test_declared_equivalence_passes_in_both_dtypes(family: str, model: dict[str, Any]) -> None:
+def test_verified_block_declared_equivalence_has_small_error(family: str, model: dict[str, Any]) -> None:
     for dtype, most in ((torch.float64, 1e-13), (torch.float32, 5e-6)):  # measured 1.1e-15 and 5.9e-7
         block = verified(family, dtype, **model)
         for equivalence in block.layout.equivalences:
@@ -40,14 +39,14 @@ def test_declared_equivalence_passes_in_both_dtypes(family: str, model: dict[str
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_plain_norm_of_gemma_moves_the_output(family: str, dtype: torch.dtype) -> None:
+def test_verified_block_plain_norm_of_gemma_has_large_error(family: str, dtype: torch.dtype) -> None:
     block = verified(family, dtype)
     norm = of_kind(block, "norm")
     assert isinstance(norm, NormToLinears)
     assert block.error(replace(norm, offset=0)) > 0.1  # measured 0.45 and more
 
 
-def test_wrong_declarations_move_the_output() -> None:
+def test_verified_block_wrong_declarations_have_large_error() -> None:
     block = verified("llama")
     norm = of_kind(block, "norm")
     assert isinstance(norm, NormToLinears)
@@ -60,7 +59,7 @@ def test_wrong_declarations_move_the_output() -> None:
     assert phi.error(of_kind(phi, "query_key")) > 1e-3
 
 
-def test_large_residual_does_not_hide_a_wrong_equivalence() -> None:
+def test_verified_block_large_residual_does_not_hide_wrong_equivalence() -> None:
     """The norms make the contribution of the block independent of the size of its input."""
     block = verified("gemma", scale=1e6)
     norm = of_kind(block, "norm")
@@ -71,7 +70,7 @@ def test_large_residual_does_not_hide_a_wrong_equivalence() -> None:
     assert block.error(norm) < TOLERANCE[torch.float64]
 
 
-def test_verification_leaves_the_tensors_of_the_block_alone() -> None:
+def test_verified_block_error_leaves_tensors_unchanged() -> None:
     block = verified("opt")
     before = {name: value.clone() for name, value in block.tensors.items()}
     for equivalence in block.layout.equivalences:
@@ -79,7 +78,7 @@ def test_verification_leaves_the_tensors_of_the_block_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in block.block.named_parameters())
 
 
-def test_block_that_is_not_finite_is_left_to_the_run() -> None:
+def test_verified_block_with_nonfinite_output_reports_no_error() -> None:
     block, kwargs = tiny_block("llama")
     block.get_parameter("mlp.up_proj.weight")[0, 0] = torch.nan
     layout = family_of_type("llama").layout(block, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input on the command line: one line with status 2, before anything is written."""
+"""Bad input on the command line gives one line and status 2 before anything is written."""
 
 import errno
 import json
@@ -53,30 +53,39 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--stages.init_args.epoch 3", ["epoch", "not accepted"]),
         ("--stages.init_args.epochs many", ["epochs", "many"]),
         ("--stages.init_args.schedule linear", ["schedule", "'constant', 'cosine'", "linear"]),
-        ("--stages []", ["stages is empty: name at least one"]),
+        ("--stages []", ["stages is empty: give at least one"]),
         ("--stages.init_args.epochs 0", ["OmniQuant.epochs 0 is too small"]),
         ("--stages.init_args.batch_size 0", ["OmniQuant.batch_size 0 is too small"]),
         ("--stages.init_args.clipping_lr=-1", ["OmniQuant.clipping_lr -1.0 is not between 0 and 1"]),
         ("--scheme.name W1A16", ["weight bits 1 are outside 2..8: choose"]),
         ("--scheme.name W9A16", ["weight bits 9 are outside 2..8: choose"]),
-        ("--scheme.name 4bit", ["scheme '4bit' is not understood: write W<bits>A<bits>"]),
+        ("--scheme.name 4bit", ["scheme '4bit' is not valid: write W<bits>A<bits>"]),
         ("--scheme.name W4A16g0", ["group size 0 is not usable"]),
         (
             "--scheme.name W4A16g48",
             ["group size 48 does not divide the 32 inputs of model.layers.0.self_attn.q_proj", "16, 32, or -1"],
         ),
         ("--scheme.dtype int8", ["scheme.dtype", "int8", "'float16', 'bfloat16', 'float32'"]),
-        ("--scheme.name W4A12", ["scheme.name 'W4A12': activations of 12 bits are not possible: use 2 to 8, or 16"]),
-        ("--scheme.name W4A4KV12", ["scheme.name 'W4A4KV12': keys and values of 12 bits are not possible: use 2"]),
-        ("--scheme.name W4A4KV4", ["compressed-tensors cannot hold a dynamic KV cache of 4 bits: use KV16"]),
+        ("--scheme.name W4A12", ["scheme.name 'W4A12': activations of 12 bits are not valid: use 2 to 8, or 16"]),
+        ("--scheme.name W4A4KV12", ["scheme.name 'W4A4KV12': keys and values of 12 bits are not valid: use 2"]),
+        ("--scheme.name W4A4KV4", ["compressed-tensors does not support a dynamic KV cache of 4 bits: use KV16"]),
         ("--scheme.activation_symmetric true", ["scheme.activation_symmetric: 'W3A16g16' quantizes no activations"]),
         ("--scheme.activation_range tensor", ["scheme.activation_range: 'W3A16g16' quantizes no inputs of linears"]),
         ("--scheme.activation_range row", ["scheme.activation_range", "'token', 'tensor'", "row"]),
         ("--scheme.queries true", ["scheme.queries: 'W3A16g16' has no activation bits to give to queries; use a name"]),
-        ("--stages.transform.alpha 1.5", ["omniq: alpha 1.5 is outside 0..1: 0 leaves activations alone, 1 moves all"]),
-        ("--stages.transform.lr 0", ["omniq: transform.lr 0.0 is no usable rate: give one such as 5e-3"]),
-        ("--stages.transform.equivalences []", ["omniq: transform.equivalences: an empty list is not usable, choose"]),
-        ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0..1: 0 leaves"]),
+        (
+            "--stages.transform.alpha 1.5",
+            ["omniq: alpha 1.5 is outside 0 to 1: give 0 to keep the range of activations, up"],
+        ),
+        (
+            "--stages.transform.lr 0",
+            ["omniq: transform.lr 0.0 is not between 0 and 1: give a learning rate such as 5e-3"],
+        ),
+        (
+            "--stages.transform.equivalences []",
+            ["omniq: transform.equivalences: an empty list is not accepted: choose"],
+        ),
+        ("--stages+=omniq.stages.SmoothQuant --stages.alpha=-1", ["omniq: alpha -1.0 is outside 0 to 1: give 0"]),
         ("--stages.token_weights mean", ["token_weights", "'uniform', 'relative'", "mean"]),
         (
             "--stages.token_weigths relative",
@@ -105,33 +114,39 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ("--batch x", ["batch", "x"]),
         ("--matmul fp16", ["matmul", "'tf32', 'ieee', 'bf16'", "fp16"]),
         ("--save_streams_every=-1", ["save_streams_every -1 is negative: give 0"]),
-        ("--export.max_shard_size 0", ["export.max_shard_size 0.0 is not usable: give gigabytes above 0, such as 5"]),
-        ("--export.max_shard_size=-1", ["export.max_shard_size -1.0 is not usable"]),
-        ("--export.max_shard_size .inf", ["export.max_shard_size inf is not usable"]),
+        ("--export.max_shard_size 0", ["export.max_shard_size 0.0 is not a valid size: give gigabytes"]),
+        ("--export.max_shard_size=-1", ["export.max_shard_size -1.0 is not a valid size"]),
+        ("--export.max_shard_size .inf", ["export.max_shard_size inf is not a valid size"]),
         ("--export.format gguf9", ["export format 'gguf9' is not known: choose one of compressed-tensors"]),
         ("--model.path /no/such/model", ["model.path '/no/such/model' does not exist: give a folder"]),
         ("--model.path /no/such.gguf", ["model.path '/no/such.gguf' does not exist: give a folder"]),
-        ("--model.path ~no-such-user/model", ["~no-such-user/model: there is no home folder of that user; give"]),
-        ("--out=~no-such-user/run", ["~no-such-user/run: there is no home folder of that user; give the path"]),
-        ("--model.dtype bfloat16", ["model.dtype 'bfloat16' is not a setting of omniq quantize", "trainer.precision"]),
-        ("--trainer.precision 16-true", ["trainer.precision '16-true' would round what is learned", *COMPUTE_DTYPES]),
-        ("--trainer.precision 64-true", ["trainer.precision '64-true' is not one that omniq calibrates in: use one"]),
+        ("--model.path ~no-such-user/model", ["~no-such-user/model: this user has no home folder; give"]),
+        ("--out=~no-such-user/run", ["~no-such-user/run: this user has no home folder; give the path"]),
+        (
+            "--model.dtype bfloat16",
+            ["model.dtype 'bfloat16' is no longer a setting of omniq quantize", "trainer.precision"],
+        ),
+        (
+            "--trainer.precision 16-true",
+            ["trainer.precision '16-true' would round the learned parameters", *COMPUTE_DTYPES],
+        ),
+        ("--trainer.precision 64-true", ["trainer.precision '64-true' is not supported: use one"]),
         ("--trainer.num_nodes 2", ["trainer.num_nodes 2 means 2 process(es), but one was started", "--nnodes 2"]),
         ("--trainer.precision 16-mixed", ["trainer.precision '16-mixed' needs a GPU: use bf16-mixed or 32-true"]),
         ("--trainer.nothing 1", ["nothing", "not accepted"]),
         ("--trainer.accelerator abacus", ["trainer: ", "abacus", "Available names"]),
-        ("--trainer.strategy abacus", ["trainer.strategy 'abacus' does not go with omniq", "leave it out"]),
-        ("--trainer.max_epochs 3", ["trainer.max_epochs 3 is decided for each block: use a stage's epochs"]),
-        ("--trainer.max_epochs 0", ["trainer.max_epochs 0 is decided for each block: use a stage's epochs"]),
+        ("--trainer.strategy abacus", ["trainer.strategy 'abacus' is not supported", "remove it"]),
+        ("--trainer.max_epochs 3", ["trainer.max_epochs 3 is set by omniq for each block: use a stage's epochs"]),
+        ("--trainer.max_epochs 0", ["trainer.max_epochs 0 is set by omniq for each block: use a stage's epochs"]),
         ("--trainer.max_steps 3", ["trainer.max_steps 3", "use a stage's epochs"]),
-        ("--trainer.max_steps 0", ["trainer.max_steps 0 is decided for each block: use a stage's epochs"]),
-        ("--trainer.callbacks []", ["trainer.callbacks [] is decided for each block: use the callbacks section"]),
+        ("--trainer.max_steps 0", ["trainer.max_steps 0 is set by omniq for each block: use a stage's epochs"]),
+        ("--trainer.callbacks []", ["trainer.callbacks [] is set by omniq for each block: use the callbacks section"]),
         ("--trainer.default_root_dir /x", ["trainer.default_root_dir", "use out"]),
         ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches 2", "use data.samples"]),
-        ("--trainer.limit_train_batches 0", ["trainer.limit_train_batches 0 is decided for each block: use data"]),
-        ("--trainer.limit_train_batches 0.0", ["trainer.limit_train_batches 0.0 is decided for each block"]),
+        ("--trainer.limit_train_batches 0", ["trainer.limit_train_batches 0 is set by omniq for each block: use data"]),
+        ("--trainer.limit_train_batches 0.0", ["trainer.limit_train_batches 0.0 is set by omniq for each block"]),
         ("--trainer.accumulate_grad_batches 2", ["trainer.accumulate_grad_batches 2", "use a stage's batch_size"]),
-        ("--trainer.gradient_clip_val 1.0", ["trainer.gradient_clip_val 1.0 is decided for each block"]),
+        ("--trainer.gradient_clip_val 1.0", ["trainer.gradient_clip_val 1.0 is set by omniq for each block"]),
         ("--trainer.fast_dev_run true", ["trainer.fast_dev_run True", "use data.samples"]),
         ("--trainer.max_time 00:01:00:00", ["trainer.max_time", "killed at any moment and continued"]),
         ("--trainer.barebones true", ["trainer.barebones True"]),
@@ -142,7 +157,7 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_options(
+def test_quantize_bad_options_are_refused_with_reason(
     options: str, parts: list[str], folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "EMPTY.txt").write_text("")
@@ -162,18 +177,20 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
-def test_absent_gpu(accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_on_absent_gpu_is_refused(
+    accelerator: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refused("--trainer.accelerator", accelerator)
     assert f"trainer.accelerator '{accelerator}': no GPU is present; use cpu or auto" in message
 
 
-def test_unknown_section_in_a_file(refused: Callable[..., str]) -> None:
+def test_quantize_file_with_unknown_section_is_refused(refused: Callable[..., str]) -> None:
     assert "quantizer" in refused(config={"quantizer": {"bits": 3}})
     assert "lenght" in refused(config={"data": {"lenght": 3}})
 
 
-def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_without_required_sections_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -182,15 +199,17 @@ def test_required_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("args", [[], ["quantise"], ["--config", "x.yaml"]])
-def test_unknown_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_unknown_command_is_refused_in_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     message = capsys.readouterr().err
     assert message.startswith("omniq: ")
     assert message.count("\n") == 1
 
 
-def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's and the text's: each message says how a local path is given."""
+def test_quantize_hub_names_while_offline_are_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The messages for the model and for the text both say how to give a local path."""
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -206,7 +225,7 @@ def test_hub_names_while_offline(refused: Callable[..., str], monkeypatch: pytes
 
 
 def source_with(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
-    """A copy of the model with something wrong."""
+    """A copy of the model after a change that breaks it."""
     path = tmp_path / "broken"
     shutil.copytree(folder / "source", path)
     change(path)
@@ -222,12 +241,55 @@ def holding(name: str, value: float) -> Callable[[Path], None]:
     return change
 
 
-def retyped(model_type: str) -> Callable[[Path], None]:
+def with_config(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        (path / "config.json").write_text(json.dumps({**config, **changes}))
 
     return change
+
+
+def retyped(model_type: str) -> Callable[[Path], None]:
+    return with_config(model_type=model_type)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/".join(["b" * 200] * 25)], ids=["name", "path"])
+def test_paths_beyond_the_limits_are_refused(
+    name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, run = str(tmp_path / name), ["--config", str(folder / "run.yaml")]
+    (tmp_path / "text.yaml").write_text(json.dumps({"evaluation": configuration(folder)["evaluation"]}))
+    evaluate = ["evaluate", "--config", str(tmp_path / "text.yaml"), "--model.path"]
+    for args in (
+        ["quantize", *run, "--out", place],
+        ["quantize", *run, "--model.path", place],
+        ["export", "--run", str(tmp_path), "--out", place],
+        ["report", "--run", place],
+        [*evaluate, str(folder / "source"), "--out", place],
+    ):
+        assert main(args) == 2, args
+        errors = capfd.readouterr().err
+        assert f"a path of {len(place)} characters, or one of its names, is too long for this filesystem" in errors
+        assert errors.count("\n") == 1
+
+
+def test_out_whose_files_would_exceed_the_limit_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    """The folder itself could be made; a name of 250 characters leaves no room for the temporary name of an export."""
+    place = tmp_path / "/".join(["b" * 200] * ((4060 - len(str(tmp_path))) // 201))
+    place = place / ("c" * (4085 - len(str(place)) - 1))
+    assert "is too long for this filesystem" in refused("--out", str(place))
+
+
+def test_evaluate_out_that_is_a_device_is_refused(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is renamed there would take the place of the device: a pipe stands for /dev/full."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.yaml").write_text(json.dumps({"evaluation": configuration(folder)["evaluation"]}))
+    args = ["evaluate", "--config", str(tmp_path / "text.yaml"), "--model.path", str(folder / "source")]
+    assert main([*args, "--out", str(tmp_path / "pipe")]) == 2
+    assert "pipe cannot be written: it is no regular file; give the name of a JSON file" in capfd.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -238,11 +300,21 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         (lambda path: (path / "config.json").unlink(), ["config.json cannot be read", "a model folder needs it"]),
         (lambda path: (path / "config.json").write_text("{"), ["config.json is not valid JSON", "get the file again"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["no tokenizer can be read from", "put its files there"]),
-        (holding("model.norm.weight", 1e5), ["model.norm.weight holds values beyond scheme.dtype float16: set scheme"]),
-        (holding("lm_head.weight", float("nan")), ["lm_head.weight holds NaN or infinity: get the model's weights"]),
+        (
+            holding("model.norm.weight", 1e5),
+            ["model.norm.weight contains values beyond the range of float16: set scheme"],
+        ),
+        (
+            holding("lm_head.weight", float("nan")),
+            ["lm_head.weight contains NaN or infinity: download the model's weights"],
+        ),
         (only_pickle, ["pytorch_model.bin is a pickle file", "convert the model to safetensors first"]),
+        (with_config(hidden_act="nope"), ["config.json describes (KeyError: 'nope'): correct this value"]),
+        (with_config(rope_parameters={"rope_type": "nope", "rope_theta": 1e4}), ["(KeyError: 'nope'): correct this"]),
+        (with_config(num_hidden_layers=0), ["config.json: the model has no blocks: correct the number of layers"]),
+        (with_config(num_hidden_layers=-1), ["config.json: the model has no blocks: correct the number of layers"]),
         (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
-        (retyped("bloom"), ["'bloom' is not supported: it attends in code of its own", *FAMILIES[0].model_types]),
+        (retyped("bloom"), ["'bloom' is not supported: its attention does not use", *FAMILIES[0].model_types]),
         (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
     ],
     ids=[
@@ -254,12 +326,16 @@ def retyped(model_type: str) -> Callable[[Path], None]:
         "large",
         "NaN",
         "pickle",
+        "activation",
+        "rope",
+        "no blocks",
+        "negative blocks",
         "type",
         "bloom",
         "falcon",
     ],
 )
-def test_broken_models(
+def test_quantize_broken_model_is_refused_with_reason(
     change: Callable[[Path], None], parts: list[str], folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     message = refused("--model.path", source_with(folder, tmp_path, change))
@@ -267,12 +343,14 @@ def test_broken_models(
         assert part in message
 
 
-def test_a_pickle_file_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_quantize_pickle_file_is_refused_by_name(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     path = source_with(folder, tmp_path, only_pickle)
     assert "pytorch_model.bin is a pickle file" in refused("--model.path", f"{path}/pytorch_model.bin")
 
 
-def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+def test_quantize_without_permission_to_write_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, *rest, **more: not Path(path).is_dir() and real(path, *rest, **more))
     assert "cannot be written: no permission in" in refused()
@@ -282,20 +360,20 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: C
     ("scheme", "format", "bits"),
     [("W3A16", "compressed-tensors", 3), ("W3A4", "compressed-tensors", 8), ("W3A4", "omniq", 3)],
 )
-def test_a_disk_without_room(
+def test_quantize_on_disk_without_room_is_refused_before_run(
     scheme: str, format: str, bits: int, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """Of the tiny model 18,432 codes, a byte each; their bits once more, and table, head and norm in float16."""
+    """The model has 18,432 codes: a byte each, their packed bits, and table, head and norm in float16."""
     needed = 18432 + 18432 * bits // 8 + 2 * (2 * 272 * 32 + 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     said = refused("--scheme.name", scheme, "--export.format", format)
-    assert f"the run has {needed:,} bytes to write at least and the disk has {needed - 1:,}: free some" in said
+    assert f"the run writes at least {needed:,} bytes and the disk has {needed - 1:,} free: free some" in said
 
 
-def test_full_disk(
+def test_quantize_on_disk_that_fills_up_stops_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of a run: one line, nothing half-written under its final name, and the run can go on."""
+    """The error is one line, no partial file remains, and the run can continue."""
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[omniquant()]))
     args += ["--out", str(tmp_path / "run")]
     real, left = os.fsync, [5]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``omniq evaluate``: which models it measures and how, and what it refuses in one line before it measures anything."""
+"""``omniq evaluate``: the models that it measures, and the input that it refuses before it measures anything."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, ``source``, the same with codes of four bits, ``quantized``, and a text."""
+    """A folder with a model ``source``, the same model with codes of four bits ``quantized``, and a text."""
     place = tmp_path_factory.mktemp("evaluate")
     source = opened(place / "source", Grid(4, 32))
     export(source, rounded(source, Grid(4, 32)), place / "quantized")
@@ -96,10 +96,10 @@ def save_gpt2(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_family_that_only_transformers_knows(
+def test_evaluate_family_unknown_to_omniq_equals_transformers(
     dtype: str, place: Path, tmp_path: Path, evaluate: Callable[..., dict[str, Any]]
 ) -> None:
-    """On a CPU in float32, whatever the checkpoint is stored in."""
+    """On a CPU the evaluation runs in float32, whatever the dtype of the checkpoint."""
     folder = save_gpt2(tmp_path / "gpt2")
     AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(folder)
     found = evaluate(folder)
@@ -107,7 +107,7 @@ def test_a_family_that_only_transformers_knows(
     assert found["windows"] == 4
 
 
-def test_a_quantized_model_in_its_own_dtype(place: Path, evaluate: Callable[..., dict[str, Any]]) -> None:
+def test_evaluate_quantized_model_uses_its_own_dtype(place: Path, evaluate: Callable[..., dict[str, Any]]) -> None:
     tokens = windows(place)
     own, single = (
         evaluate_model(open_checkpoint(place / "quantized", dtype=name), tokens) for name in (None, "float32")
@@ -117,10 +117,10 @@ def test_a_quantized_model_in_its_own_dtype(place: Path, evaluate: Callable[...,
     assert own.nll != single.nll
 
 
-def test_names_on_the_hub(
+def test_evaluate_hub_name_downloads_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., dict[str, Any]]
 ) -> None:
-    """A quantized model too; it is looked up once."""
+    """This holds for models with and without quantization."""
     asked = []
 
     def download(name: str, **options: Any) -> str:
@@ -134,7 +134,7 @@ def test_names_on_the_hub(
     assert asked == ["me/source", "me/quantized"]
 
 
-def test_code_beside_the_weights_runs_when_asked(
+def test_evaluate_remote_code_runs_only_when_allowed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[..., str],
@@ -204,7 +204,7 @@ PICKLES = [(only_pickle, "pytorch_model.bin"), (_name_a_pickle, "adapter_model.b
         _need("bitsandbytes", quant_method="bitsandbytes", load_in_4bit=True),
     ],
 )
-def test_broken_checkpoints(
+def test_evaluate_broken_checkpoint_is_refused_with_reason(
     change: Callable[[Path], Any],
     parts: list[str],
     broken: Callable[[Callable[[Path], Any]], Path],
@@ -216,14 +216,14 @@ def test_broken_checkpoints(
 
 
 @pytest.mark.parametrize(("change", "name"), PICKLES)
-def test_load_refuses_pickles(
+def test_load_pickle_file_is_refused(
     change: Callable[[Path], Any], name: str, broken: Callable[[Callable[[Path], Any]], Path]
 ) -> None:
     with pytest.raises(UserError, match=f"{name} is a pickle file, which can run any code .*: convert the model"):
         omniq.load(broken(change))
 
 
-def test_load_names_atruncated_file(broken: Callable[[Callable[[Path], Any]], Path]) -> None:
+def test_load_truncated_file_is_named(broken: Callable[[Callable[[Path], Any]], Path]) -> None:
     with pytest.raises(UserError, match=r"broken/model\.safetensors is truncated or corrupt"):
         omniq.load(broken(truncate))
 
@@ -237,16 +237,15 @@ def test_load_names_atruncated_file(broken: Callable[[Callable[[Path], Any]], Pa
         ("--device xla", "device 'xla' cannot be used ("),
         ("--device meta", "device 'meta' cannot be used ("),
         ("--device abacus", "): use cpu, cuda or auto"),
-        ("--out PLACE/nowhere/x.json", "nowhere is no folder; make it, or choose another"),
+        ("--out PLACE/nowhere/x.json", "nowhere is not a folder; create it or choose another"),
         ("--out PLACE", "cannot be written: it is a folder; give the name of a file in it"),
         ("--model.attention flash_attention_2", "model.attention 'flash_attention_2'"),
     ],
 )
 @pytest.mark.parametrize("name", ["source", "quantized"])
-def test_options_that_cannot_be(
+def test_evaluate_impossible_options_are_refused_before_measuring(
     name: str, options: str, part: str, place: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before anything is measured."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(evaluate_command, "evaluate_model", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(evaluate_command, "evaluate_streamed", lambda *_: pytest.fail("measured"))
@@ -255,7 +254,7 @@ def test_options_that_cannot_be(
     assert part in refused(place / name, *options.replace("PLACE", str(place)).split())
 
 
-def test_no_permission_for_the_result(
+def test_evaluate_without_permission_for_result_is_refused(
     place: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.access

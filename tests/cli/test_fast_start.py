@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Help, mistakes and reports come without torch: importing it, transformers and Lightning takes seconds."""
+"""Help, input errors and reports do not import torch, transformers or Lightning, which takes seconds."""
 
 import json
 import subprocess
@@ -48,8 +48,8 @@ def test_help_imports_no_torch(command: str) -> None:
         ({"scheme": {"wbits": 3}}, [], "wbits"),
         ({"scheme": {"name": "W9A16"}}, [], "weight bits 9 are outside 2..8"),
         ({"seed": "many"}, [], "seed"),
-        ({"seed": None}, [], "seed: null is not a value of this setting"),
-        ({"stages": None}, [], "stages: null is not a value of this setting"),
+        ({"seed": None}, [], "seed: null is not allowed"),
+        ({"stages": None}, [], "stages: null is not allowed"),
         ({"data": {"source": "Stdlib", "samples": 0}}, [], "data.samples: 0 is too few"),
         ({"export": {"max_shard_size": -1}}, [], "export.max_shard_size -1.0"),
         ({}, ["--seed", "-1"], "seed -1 is out of range"),
@@ -57,10 +57,10 @@ def test_help_imports_no_torch(command: str) -> None:
         ({}, ["--trainer.accelerator=cpu", "--matmul", "fp16"], "matmul"),
         ({}, ["--nothing", "1"], "--nothing"),
         ({}, ["--config", "missing.yaml"], "config missing.yaml does not exist"),
-        ({}, ["--model.dtype", "float16"], "model.dtype 'float16' is not a setting of omniq quantize any more"),
+        ({}, ["--model.dtype", "float16"], "model.dtype 'float16' is no longer a setting of omniq quantize"),
     ],
 )
-def test_mistake_in_a_light_section_imports_no_torch(
+def test_quantize_mistake_in_light_section_imports_no_torch(
     change: dict[str, object], options: list[str], reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
@@ -71,14 +71,14 @@ def test_mistake_in_a_light_section_imports_no_torch(
     assert reason in errors
 
 
-def test_mistake_of_evaluate_imports_no_torch() -> None:
+def test_evaluate_mistake_imports_no_torch() -> None:
     last, errors = run("evaluate", "--model.path", "x", "--evaluation.source", "Stdlib", "--batch", "many")
     assert last == "2 []"
     assert "batch" in errors
 
 
-def test_report_imports_no_torch_and_no_class_of_the_configuration(tmp_path: Path) -> None:
-    """It shows what the run has recorded, whatever its configuration names."""
+def test_report_imports_no_torch_and_no_class_of_configuration(tmp_path: Path) -> None:
+    """The report reads the records of the run and no class that its configuration names."""
     args = write_run(tmp_path, **QUICK)
     assert main(args) == 0
     config = tmp_path / "run/config.yaml"
@@ -89,7 +89,7 @@ def test_report_imports_no_torch_and_no_class_of_the_configuration(tmp_path: Pat
     assert not (tmp_path / "mark").exists()
 
 
-def test_export_imports_no_class_of_sections_that_it_does_not_need(tmp_path: Path) -> None:
+def test_export_imports_no_class_of_unused_sections(tmp_path: Path) -> None:
     assert main(write_run(tmp_path, evaluation=None)) == 0
     config = tmp_path / "run/config.yaml"
     content = yaml.safe_load(config.read_text())
@@ -103,7 +103,7 @@ def test_export_imports_no_class_of_sections_that_it_does_not_need(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty", "deep"])
-def test_report_names_a_damaged_block(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_damaged_block_is_named(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(write_run(tmp_path, **QUICK)) == 0
     block = tmp_path / "run/blocks/001.safetensors"
     whole = block.read_bytes()
@@ -122,8 +122,10 @@ def test_report_names_a_damaged_block(tmp_path: Path, damage: str, capsys: pytes
     assert errors.count("\n") == 1
 
 
-def test_evaluate_reads_its_sections_of_a_file_for_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``out`` and ``batch`` of the recipe are those of the run."""
+def test_evaluate_config_of_quantize_reads_own_sections_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``out`` and ``batch`` in the file belong to the run, not to the evaluation."""
     args = write_run(tmp_path, batch=3, **QUICK)
     content = configuration(tmp_path)
     write_config(tmp_path / "run.yaml", {**content, "out": str(tmp_path / "run"), "batch": 3})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``lightning`` command: each command line reaches the program it means, as a list, with ``sys.argv`` untouched."""
+"""The ``lightning`` command passes each command line to the right program and leaves ``sys.argv`` unchanged."""
 
 import subprocess
 import sys
@@ -51,17 +51,19 @@ def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("run model --devices 2 train.py", "fabric", "--devices 2 train.py"),
     ],
 )
-def test_routes(calls: list[tuple[str, Sequence[str]]], line: str, target: str, passed: str) -> None:
+def test_lightning_run_line_reaches_its_target(
+    calls: list[tuple[str, Sequence[str]]], line: str, target: str, passed: str
+) -> None:
     assert lightning_run.main(line.split()) is None
     assert calls == [(target, passed.split())]
 
 
-def test_exit_status_is_passed_on(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_run_passes_exit_status_on(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omniq.cli.main", lambda args: 2)
     assert lightning_run.main(["run", "quantize"]) == 2
 
 
-def test_argv_is_left_alone_for_the_other_ranks(
+def test_lightning_run_leaves_argv_for_other_ranks(
     calls: list[tuple[str, Sequence[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning starts ranks 1, 2, ... by running ``sys.argv`` again."""
@@ -74,7 +76,7 @@ def test_argv_is_left_alone_for_the_other_ranks(
 
 
 @pytest.mark.parametrize("line", ["", "run", "run model", "run job", "login", "run script.sh"])
-def test_meaningless_lines_say_what_is_possible(
+def test_lightning_run_unknown_line_says_what_is_possible(
     calls: list[object], capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
     assert lightning_run.main(line.split()) == 2
@@ -85,14 +87,14 @@ def test_meaningless_lines_say_what_is_possible(
 
 
 @pytest.mark.parametrize("line", ["--help", "-h", "run --help", "run -h"])
-def test_help(calls: list[object], capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_lightning_run_help_is_printed(calls: list[object], capsys: pytest.CaptureFixture[str], line: str) -> None:
     assert lightning_run.main(line.split()) == 0
     assert "lightning run [model] SCRIPT.py" in capsys.readouterr().out
     assert not calls
 
 
-def test_fabric_gets_script_and_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real command line of Fabric parses what we pass; only its launch is replaced."""
+def test_lightning_run_script_reaches_fabric_with_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric's own command line parses the arguments; only its launch is replaced."""
     seen: list[tuple[Namespace, list[str]]] = []
     monkeypatch.setattr("lightning.fabric.cli.main", lambda args, script_args: seen.append((args, script_args)))
     script = tmp_path / "train.py"
@@ -104,13 +106,15 @@ def test_fabric_gets_script_and_arguments(tmp_path: Path, monkeypatch: pytest.Mo
     assert (args.script, args.devices, script_args) == (str(script), "2", ["--lr", "1"])
 
 
-def test_fabric_without_click(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lightning_run_script_without_click_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delattr("lightning.fabric.cli._main")
     assert lightning_run.main(["run", "train.py"]) == 2
     assert "pip install click" in capsys.readouterr().err
 
 
-def test_rest_goes_to_the_other_owner(
+def test_lightning_run_other_command_goes_to_other_owner(
     rival: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning", "login", "--now"])
@@ -119,7 +123,7 @@ def test_rest_goes_to_the_other_owner(
     assert capsys.readouterr().out == "rival ['lightning', 'login', '--now']\n"
 
 
-def test_warns_once_on_the_first_rank(
+def test_lightning_run_contested_command_warns_once_on_first_rank(
     rival: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("omniq.cli.main", lambda args: 0)
@@ -127,19 +131,19 @@ def test_warns_once_on_the_first_rank(
         assert lightning_run.main(["run", "quantize"]) == 0
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{rival} installs a `lightning` command too" in error
+    assert f"{rival} also installs a `lightning` command" in error
     lightning_run.warn_if_contested.cache_clear()
     monkeypatch.setenv("LOCAL_RANK", "1")
     lightning_run.main(["run", "quantize"])
     assert not capsys.readouterr().err
 
 
-def test_no_other_owner(calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+def test_lightning_run_without_other_owner_is_silent(calls: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     assert lightning_run.other_owner() is None
     lightning_run.warn_if_contested()
     assert not capsys.readouterr().err
 
 
-def test_help_does_not_import_torch() -> None:
+def test_lightning_run_help_imports_no_torch() -> None:
     code = "import sys; from omniq.cli.lightning_run import main; main(['run', '-h']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class paths of a configuration: refused before they are imported, or before they are instantiated."""
+"""Class paths of a configuration are refused before they are imported or instantiated."""
 
 import sys
 from pathlib import Path
@@ -85,13 +85,13 @@ def test_class_path_outside_the_allowed_packages_is_refused_in_one_line(
     [
         (
             {"trainer": named("omniq.cli.command.main", args=["report"])},
-            "trainer: omniq.cli.command.main is not a subclass of",
+            "trainer: omniq.cli.command.main is neither a subclass of",
         ),
         ({"trainer": "omniq.cli.command.main"}, "to be a function that returns"),
         ({"trainer": named("omniq.data.Stdlib")}, "Trainer"),
         (
             {"callbacks": [named("omniq.cli.command.main", args=[])]},
-            "callbacks.0: omniq.cli.command.main is not a subclass",
+            "callbacks.0: omniq.cli.command.main is neither a subclass",
         ),
         ({"callbacks": ["omniq.stages.RTN"]}, "Callback"),
         ({"stages": [named("omniq.data.Stdlib")]}, "does not correspond to a subclass of Stage"),
@@ -105,7 +105,7 @@ def test_class_path_of_another_type_is_refused(sections: dict[str, Any], reason:
     assert reason in str(caught.value)
 
 
-def test_users_package_is_imported_where_it_is_allowed(
+def test_class_path_of_users_package_is_imported_when_allowed(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = {**RUN, "trainer": named(f"{package}.Own", accelerator="cpu")}
@@ -123,19 +123,19 @@ def test_users_package_is_imported_where_it_is_allowed(
 
 
 @pytest.mark.parametrize("name", ["Other", "unsaid", "make"])
-def test_users_class_of_another_type_is_not_instantiated(package: str, name: str) -> None:
-    """A function with arguments is not a factory either: it would be called while the configuration is read."""
+def test_class_path_of_users_class_of_another_type_is_refused(package: str, name: str) -> None:
+    """A function with arguments is refused too: parsing the configuration would call it."""
     with pytest.raises(UserError):
         parse_run([], {**RUN, "trainer": named(f"{package}.{name}")}, allow_import=[package])
 
 
 @pytest.mark.parametrize("name", ["", "jsonargparse", "a/b", "*", "os system"])
-def test_allow_import_refuses_what_is_not_a_package(name: str) -> None:
+def test_allow_import_of_no_package_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="is not possible: give the name of your package"):
         parse_run([], RUN, allow_import=[name])
 
 
-def test_policy_ends_with_the_call() -> None:
+def test_parse_run_restores_import_policy() -> None:
     before = get_parsing_setting("import_path_verdicts")
     parse_run([], RUN)
     assert get_parsing_setting("import_path_verdicts") == before

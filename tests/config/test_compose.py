@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How configuration files compose, and which YAML texts are refused."""
+"""Rules by which configuration files compose, and YAML texts that are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_merge_replaces_lists_and_classes_and_merges_mappings(earlier: Any, late
     assert merge(earlier, later) == result
 
 
-def test_merge_inside_a_class_replaces_an_inner_class_and_keeps_the_rest() -> None:
+def test_merge_inside_class_replaces_inner_class_and_keeps_rest() -> None:
     later = {"x": 2, "inner": {"class_path": "B"}}
     assert merge(A, later) == {"class_path": "A", "init_args": {"x": 2, "inner": {"class_path": "B"}}}
     assert merge(A, {"inner": {"z": 4}})["init_args"]["inner"] == {"class_path": "B", "init_args": {"z": 4}}
@@ -50,7 +50,7 @@ def bomb() -> str:
 
 
 def keyed_bomb() -> str:
-    """The same with mappings in place of lists."""
+    """The same text with mappings in place of lists."""
     text = "a: &a {p: 1, q: 1, r: 1, s: 1, t: 1, u: 1}\n"
     for new, old in zip("bcdefghij", "abcdefghi", strict=True):
         text += f"{new}: &{new} {{p: *{old}, q: *{old}, r: *{old}, s: *{old}, t: *{old}, u: *{old}}}\n"
@@ -60,9 +60,9 @@ def keyed_bomb() -> str:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (bomb(), "its aliases stand for more than 100,000 values"),
-        (keyed_bomb(), "its aliases stand for more than 100,000 values"),
-        ("a: &a {b: &b {c: 1}, d: [*a]}", "an alias stands for something that contains it"),
+        (bomb(), "its aliases expand to more than 100,000 values"),
+        (keyed_bomb(), "its aliases expand to more than 100,000 values"),
+        ("a: &a {b: &b {c: 1}, d: [*a]}", "an alias refers to a node that contains it"),
         ("a: " + "[" * 60 + "]" * 60, "it is nested more than 50 deep"),
         ("a: " + "[" * 100_000 + "]" * 100_000, "it is nested more than 50 deep"),
         ("{a: " * 5_000 + "1" + "}" * 5_000, "it is nested more than 50 deep"),
@@ -100,5 +100,5 @@ def test_dump_and_load_round_trip(value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("5e-3", 5e-3), ("1E5", 1e5), (".5", 0.5), ("-1.", -1.0), (".inf", float("inf"))]
 )
-def test_load_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
+def test_load_numbers_follow_yaml_1_2(text: str, value: float) -> None:
     assert yaml_text.load(text) == value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that are null, and settings of earlier releases."""
+"""Settings that are null, settings of earlier releases, and options of named stages."""
 
 import logging
 from argparse import ArgumentError
@@ -49,13 +49,13 @@ def with_null(key: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_null_is_the_default_of_optional_settings_and_refused_by_name_elsewhere(key: str) -> None:
+def test_parse_run_null_is_accepted_for_optional_settings_only(key: str) -> None:
     if key in OPTIONAL:
         parse_run([], with_null(key))
         return
     with pytest.raises(UserError) as caught:
         parse_run([], with_null(key))
-    assert str(caught.value) == f"{key}: null is not a value of this setting: give one, or leave the line out"
+    assert str(caught.value) == f"{key}: null is not allowed: give a value or remove the line"
 
 
 def quantease(**settings: Any) -> dict[str, Any]:
@@ -74,13 +74,13 @@ def quantease(**settings: Any) -> dict[str, Any]:
         ({"outliers": 2.0, "outlier_support": "loss"}, {"outliers": {"fraction": 0.02, "support": "loss"}}),
     ],
 )
-def test_outliers_in_both_spellings_are_one_run(
+def test_quantease_outliers_in_both_spellings_have_one_fingerprint(
     earlier: dict[str, Any], now: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The fingerprint has the keys that runs of the earlier release have recorded."""
     with caplog.at_level(logging.WARNING, "omniq"):
         run, settings = parse_run([], quantease(**earlier))
-    assert ("the setting is now outliers.fraction" in caplog.text) == bool(earlier.get("outliers"))
+    assert ("use outliers.fraction" in caplog.text) == bool(earlier.get("outliers"))
     again, same = parse_run([], quantease(**now))
     (stage,), (other,) = run.stages, again.stages
     given, same_as = stage.outliers, other.outliers  # type: ignore[attr-defined]
@@ -102,26 +102,26 @@ def test_outliers_in_both_spellings_are_one_run(
         ({"outliers": 0.01}, "outliers 0.01 of QuantEase is ambiguous: write outliers.fraction 0.0001 to keep 0.01 %"),
         ({"outliers": 0.5}, "write outliers.fraction 0.005 to keep 0.5 % of the weights, or outliers.fraction 0.5"),
         ({"outliers": 51}, "outliers 51.0 of QuantEase is outside 0 to 50 per cent: write outliers.fraction 0.01"),
-        ({"outliers": {"fraction": 1}}, "outliers.fraction 1.0 of QuantEase is outside 0 to 0.5: it is a fraction"),
+        ({"outliers": {"fraction": 1}}, "outliers.fraction 1.0 of QuantEase is outside 0 to 0.5: give a fraction"),
         ({"outliers": {"fraction": 0}}, "outliers.fraction 0.0 of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": ".nan"}}, "outliers.fraction nan of QuantEase is outside 0 to 0.5"),
         ({"outliers": {"fraction": 0.1}, "outlier_columns": True}, "outlier_columns of QuantEase is given beside"),
-        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not a value of this setting"),
+        ({"outliers": {"fraction": None}}, "stages.0.outliers.fraction: null is not allowed"),
     ],
 )
-def test_outliers_that_may_be_misread_are_refused(settings: dict[str, Any], reason: str) -> None:
+def test_quantease_ambiguous_outliers_are_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_run([], quantease(**settings))
     assert reason in str(caught.value)
 
 
-def test_outlier_settings_of_earlier_release_without_outliers_are_none() -> None:
+def test_outlier_settings_of_earlier_release_without_fraction_are_none() -> None:
     beside = {"columns": True, "support": None, "method": None}
     assert OutlierSettings.of_earlier_release(None, beside) is None
     assert OutlierSettings.of_earlier_release(0.0, beside) is None
 
 
-def test_model_dtype_of_an_earlier_run_is_accepted_where_it_is_auto() -> None:
+def test_parse_run_model_dtype_of_earlier_run_is_accepted_when_auto() -> None:
     run, settings = parse_run([], {**RUN, "model": {"path": "x", "dtype": "auto"}})
     assert "dtype" not in vars(run.model)
     assert fingerprint(settings)["model.dtype"] == "auto"
@@ -130,7 +130,7 @@ def test_model_dtype_of_an_earlier_run_is_accepted_where_it_is_auto() -> None:
         parse_run([], {**RUN, "model": {"path": "x", "dtype": "bfloat16"}})
 
 
-def test_arguments_are_sorted_into_files_packages_and_options() -> None:
+def test_arguments_sort_into_files_packages_and_options() -> None:
     line = ["--config", "a.yaml", "--seed", "3", "--allow_import=mine", "--config=b.yaml", "--allow_import", "yours"]
     assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
     with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
@@ -140,7 +140,7 @@ def test_arguments_are_sorted_into_files_packages_and_options() -> None:
 TWO = {**RUN, "stages": ["omniq.stages.OmniQuant", {"class_path": "QuantEase", "init_args": {"sweeps": 7}}]}
 
 
-def test_option_of_a_named_stage_sets_that_stage() -> None:
+def test_option_of_named_stage_sets_that_stage() -> None:
     options = [
         "--stages.OmniQuant.epochs",
         "3",
@@ -159,21 +159,21 @@ def test_option_of_a_named_stage_sets_that_stage() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that is"),
+        (["--stages.RTN.x", "3"], "--stages.RTN.x: the list of stages is OmniQuant, QuantEase: name a stage that"),
         (["--stages.OmniQuant.epochs"], "--stages.OmniQuant.epochs has no value: give one"),
     ],
 )
-def test_option_of_a_stage_that_is_not_there_is_refused(options: list[str], reason: str) -> None:
+def test_option_of_missing_stage_is_refused(options: list[str], reason: str) -> None:
     with pytest.raises(UserError) as caught:
         run_of(TWO, options)
     assert reason in str(caught.value)
 
 
-def test_option_of_a_stage_that_is_there_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that is there once"):
+def test_option_of_repeated_stage_is_refused() -> None:
+    with pytest.raises(UserError, match="the list of stages has 2 stages RTN: name a stage that occurs once"):
         run_of({**RUN, "stages": ["omniq.stages.RTN"] * 2}, ["--stages.RTN.clipping", "null"])
 
 
-def test_unknown_option_of_a_named_stage_is_refused_by_the_parser() -> None:
+def test_option_unknown_to_named_stage_is_refused() -> None:
     with pytest.raises(ArgumentError, match="'epoch' is not accepted"):
         run_of(TWO, ["--stages.OmniQuant.epoch", "3"])

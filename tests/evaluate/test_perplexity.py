@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity: exact, the same streamed as whole, and mergeable."""
+"""Perplexity equals its definition, the streamed one equals that of the whole model, and states merge."""
 
 import json
 import math
@@ -11,19 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import Tensor, nn
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
 from omniq.evaluate import (
     Perplexity,
-    PerplexityResult,
     evaluate_model,
     evaluate_streamed,
 )
 from omniq.models.source import SourceModel
-from omniq.report.table import perplexity_table, write_results
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 
@@ -62,14 +59,14 @@ def measure(logits: Tensor, tokens: Tensor, **options: int) -> float:
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_metric_equals_the_definition_in_float64(
+def test_perplexity_equals_float64_definition(
     windows: int, length: int, vocabulary: int, chunk: int, seed: int, dtype: torch.dtype
 ) -> None:
     logits, tokens = some(windows, length, vocabulary, seed, dtype)
     assert measure(logits, tokens, chunk=chunk) == pytest.approx(reference(logits, tokens), rel=2e-6)  # measured 1.4e-7
 
 
-def test_a_large_vocabulary_in_bfloat16() -> None:
+def test_perplexity_of_large_vocabulary_in_bfloat16_equals_float64() -> None:
     # spec: torchmetrics' own is 2.7 % too low here (softmax, then logarithm, in bfloat16)
     logits, tokens = some(2, 6, 151_936, dtype=torch.bfloat16)
     assert measure(logits, tokens, chunk=2 * 151_936) == pytest.approx(
@@ -77,7 +74,7 @@ def test_a_large_vocabulary_in_bfloat16() -> None:
     )  # measured 1.9e-9
 
 
-def test_a_target_far_below_the_top_is_finite() -> None:
+def test_perplexity_of_improbable_target_is_finite() -> None:
     logits = torch.zeros(1, 2, 8, dtype=torch.bfloat16)
     logits[0, 0, 3] = 120.0
     tokens = torch.tensor([[0, 5]])
@@ -87,7 +84,7 @@ def test_a_target_far_below_the_top_is_finite() -> None:
     assert metric.compute().item() == pytest.approx(math.exp(120))
 
 
-def test_many_small_losses_do_not_vanish_beside_a_large_sum() -> None:
+def test_perplexity_small_losses_do_not_vanish_in_large_sum() -> None:
     metric = Perplexity()
     metric.nll += 2.0**24  # in float32, adding anything below 1 to this changes nothing
     logits, tokens = some(1, 2, 4)
@@ -95,7 +92,7 @@ def test_many_small_losses_do_not_vanish_beside_a_large_sum() -> None:
     assert metric.nll.item() - 2.0**24 == pytest.approx(math.log(4), abs=1e-7)
 
 
-def test_sums_keep_their_dtype_when_the_module_around_them_is_cast() -> None:
+def test_perplexity_sums_in_cast_module_keep_float64() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +116,7 @@ def test_sums_keep_their_dtype_when_the_module_around_them_is_cast() -> None:
     assert holder.perplexity.compute().item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_states_of_several_processes_add_up() -> None:
+def test_perplexity_states_of_processes_merge_to_definition() -> None:
     logits, tokens = some(5)
     ranks = [Perplexity(), Perplexity()]
     for start, metric in zip((0, 2), ranks, strict=True):
@@ -147,7 +144,7 @@ def _one_process(rank: int, folder: Path, logits: Tensor, tokens: Tensor) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_number(tmp_path: Path) -> None:
+def test_perplexity_of_two_processes_equals_definition(tmp_path: Path) -> None:
     logits, tokens = some(5)
     torch.multiprocessing.spawn(_one_process, (tmp_path, logits, tokens), nprocs=2)
     values = [json.loads((tmp_path / f"{rank}").read_text()) for rank in (0, 1)]
@@ -162,7 +159,7 @@ def windows_of(count: int = 5, length: int = 12, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_whole_model_equals_the_definition(batch_size: int) -> None:
+def test_evaluate_model_equals_definition(batch_size: int) -> None:
     model, windows = tiny_model().train(), windows_of()
     result = evaluate_model(model, windows, batch_size)
     assert model.training  # as it was
@@ -174,7 +171,7 @@ def test_whole_model_equals_the_definition(batch_size: int) -> None:
     assert result.seconds > 0
 
 
-def test_the_protocol_s_mean_of_means_and_its_rescaling_cancel() -> None:
+def test_evaluate_model_equals_published_mean_of_means() -> None:
     model, windows = tiny_model(), windows_of(4, 16)
     total = 0.0
     for window in windows:  # as the published code has it: loss of a window, times its length, over all lengths
@@ -183,9 +180,9 @@ def test_the_protocol_s_mean_of_means_and_its_rescaling_cancel() -> None:
     assert evaluate_model(model, windows).perplexity == pytest.approx(math.exp(total / (4 * 16)), rel=1e-6)
 
 
-def test_windows_the_model_cannot_take_are_refused() -> None:
+def test_evaluate_model_windows_outside_model_limits_are_refused() -> None:
     model = tiny_model(max_position_embeddings=32)
-    with pytest.raises(UserError, match=r"evaluation\.length: windows of 33 tokens exceed the model's 32 positions"):
+    with pytest.raises(UserError, match=r"evaluation\.length 33 exceeds the model's context of 32 tokens"):
         evaluate_model(model, torch.zeros(1, 33, dtype=torch.int64))
     with pytest.raises(UserError, match=rf"token {VOCAB_SIZE} is outside the model's vocabulary of {VOCAB_SIZE}"):
         evaluate_model(model, torch.full((1, 8), VOCAB_SIZE))
@@ -224,7 +221,7 @@ def last_replaced(index: int, block: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_streamed_equals_whole_for_every_variant(tmp_path: Path, family: str) -> None:
+def test_evaluate_streamed_variants_equal_whole_model(tmp_path: Path, family: str) -> None:
     source = SourceModel.open(save_tiny(tmp_path, family, num_hidden_layers=3))
     whole, windows = tiny_model(family, num_hidden_layers=3), windows_of()
     if family == "opt":
@@ -244,7 +241,7 @@ def test_streamed_equals_whole_for_every_variant(tmp_path: Path, family: str) ->
     assert len({result.perplexity for result in results.values()}) == 3
 
 
-def test_streamed_batches_order_and_place_do_not_matter(source: SourceModel, tmp_path: Path) -> None:
+def test_evaluate_streamed_batch_size_order_and_place_keep_result(source: SourceModel, tmp_path: Path) -> None:
     windows = windows_of()
     alone = evaluate_streamed(source, windows, {"full": as_is})["full"].perplexity
     sizes: list[int] = []
@@ -253,7 +250,7 @@ def test_streamed_batches_order_and_place_do_not_matter(source: SourceModel, tmp
         sizes.append(size)
         return ActivationPlacement("disk", torch.device("cpu"), tmp_path)
 
-    for options in ({"batch_size": 2}, {"batch_size": 9}, {"home": on_disk}, {"dtype": torch.float32}):
+    for options in ({"batch_size": 2}, {"batch_size": 9}, {"placement": on_disk}, {"dtype": torch.float32}):
         together = evaluate_streamed(source, windows, {"halved": halved, "full": as_is}, **options)
         assert together["full"].perplexity == pytest.approx(alone, rel=1e-6), options
         assert list(together) == ["halved", "full"]
@@ -261,7 +258,7 @@ def test_streamed_batches_order_and_place_do_not_matter(source: SourceModel, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_streamed_in_another_dtype(source: SourceModel) -> None:
+def test_evaluate_streamed_in_bfloat16_is_near_float32(source: SourceModel) -> None:
     windows = windows_of()
     full = evaluate_streamed(source, windows, {"full": as_is})["full"].perplexity
     rounded = evaluate_streamed(source, windows, {"full": as_is}, dtype=torch.bfloat16)["full"].perplexity
@@ -269,63 +266,11 @@ def test_streamed_in_another_dtype(source: SourceModel) -> None:
     assert rounded == pytest.approx(full, rel=2e-3)  # measured 1e-4
 
 
-def test_streamed_reports_progress(source: SourceModel) -> None:
+def test_evaluate_streamed_reports_progress(source: SourceModel) -> None:
     steps: list[tuple[int, int]] = []
     evaluate_streamed(source, windows_of(), {"full": as_is}, progress=lambda done, total: steps.append((done, total)))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_streamed_without_variants_measures_nothing(source: SourceModel) -> None:
+def test_evaluate_streamed_without_variants_is_empty(source: SourceModel) -> None:
     assert evaluate_streamed(source, windows_of(), {}) == {}
-
-
-# --- results
-
-
-def test_results_as_json(tmp_path: Path) -> None:
-    finite = PerplexityResult(math.exp(2.0), 2.0, 30, 3, 0.5)
-    overflown = PerplexityResult(math.inf, 800.0, 30, 3, 0.5)
-    broken = PerplexityResult(math.nan, math.nan, 30, 3, 0.5)
-    for result in (finite, overflown):
-        assert PerplexityResult.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False))) == result
-    assert broken.to_json() == {"perplexity": None, "nll": None, "tokens": 30, "windows": 3, "seconds": 0.5}
-    assert math.isnan(PerplexityResult.from_json(broken.to_json()).perplexity)
-    write_results(tmp_path / "r.json", {"full": finite, "bad": overflown}, seed=2)
-    assert json.loads((tmp_path / "r.json").read_text()) == {
-        "seed": 2,
-        "results": {"full": finite.to_json(), "bad": overflown.to_json()},
-    }
-    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
-    with pytest.raises(UserError, match=r"cannot write .*r\.json"):
-        write_results(tmp_path / "none" / "r.json", {"full": finite})
-
-
-def test_table_compares_with_the_first() -> None:
-    results = {
-        "full precision": PerplexityResult(20.0, 2.9957, 20470, 10, 3.0),
-        "learned": PerplexityResult(25.0, 3.2189, 20470, 10, 3.0),
-        "round to nearest": PerplexityResult(1.234e7, 16.3, 20470, 10, 3.0),
-        "broken": PerplexityResult(math.nan, math.nan, 20470, 10, 3.0),
-        "overflown": PerplexityResult(math.inf, 800.0, 20470, 10, 3.0),
-    }
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(perplexity_table(results, title="wikitext2"))
-    shown = {line.split("│")[1].strip(): line.split("│")[2:4] for line in capture.get().splitlines() if "│" in line}
-    shown = {name: [cell.strip() for cell in cells] for name, cells in shown.items()}
-    assert shown["full precision"] == ["20.00", ""]
-    assert shown["learned"] == ["25.00", "+25.0%"]
-    assert shown["round to nearest"][0] == "1.2e+07"
-    assert shown["broken"] == ["nan", ""]
-    assert shown["overflown"] == ["inf", ""]
-    assert "20,470" in capture.get()
-
-
-def test_table_shows_a_long_path_whole() -> None:
-    path = "/a/rather/long/path/of/a/checkpoint/" + "that-goes-on" * 6
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(perplexity_table({path: PerplexityResult(20.0, 2.9957, 20470, 10, 3.0)}))
-    rows = [line for line in capture.get().splitlines() if "│" in line]
-    assert "".join(line.split("│")[1].strip() for line in rows) == path
-    assert "…" not in capture.get()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: a pure function, every section from its facts."""
+"""The model card shows the facts that it is given and no local paths."""
 
 import shlex
 from pathlib import Path
@@ -12,7 +12,7 @@ from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.grid.scheme import Scheme
 
 
-def test_card() -> None:
+def test_model_card_shows_all_facts() -> None:
     facts = {
         "name": "tiny-W3A16g64",
         "base_model": "someone/tiny",
@@ -44,8 +44,8 @@ def test_card() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_reader_needs_what_omniq_itself_needs(name: str) -> None:
-    """An older compressed-tensors reads other numbers from the same file, and says nothing."""
+def test_model_card_requirements_are_those_of_omniq(name: str) -> None:
+    """An older compressed-tensors silently reads other numbers from the same file."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     ours = {package.partition(",")[0] for package in project["dependencies"]} | {project["name"]}
@@ -53,12 +53,12 @@ def test_a_reader_needs_what_omniq_itself_needs(name: str) -> None:
     assert set(shlex.split(card.partition("`pip install ")[2].partition("`")[0])) <= ours
 
 
-def test_card_of_nothing() -> None:
+def test_model_card_without_facts_shows_usage() -> None:
     assert "from_pretrained" in model_card({})
 
 
 @pytest.mark.parametrize("base", ["/home/someone/tiny/", "./home/tiny", "package:home/tiny", "~/home/tiny"])
-def test_card_of_a_local_model_does_not_tell_where_it_was(base: str) -> None:
+def test_model_card_of_local_model_has_no_path(base: str) -> None:
     card = model_card({"base_model": base})
     assert "home" not in card
     assert "base_model" not in card

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every codec: what is stored of a linear comes back bit for bit, and what it cannot store is refused."""
+"""Each codec stores a linear without loss and refuses what it cannot store."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def assert_same(found: QuantizedLinear, expected: QuantizedLinear) -> None:
 
 
 def round_trip(codec: Any, linear: QuantizedLinear) -> QuantizedLinear:
-    """Through tensors among those of another linear, and through the grid that the config tells."""
+    """A linear stored among the tensors of another one, and loaded with the grid that the config gives."""
     codec.check_linear("a.x", linear)
     tensors = codec.store("a.x", linear)
     assert all(key.startswith("a.x.") for key in tensors)
@@ -79,7 +79,7 @@ def test_compressed_tensors_store_then_load_keeps_fixed_ranges(symmetric: bool) 
     parts = random_linear(grid, 6, 3, 0)
     linear = QuantizedLinear(grid, parts.codes, parts.scale, parts.zero_point, input=fixed)
     assert_same(round_trip(CompressedTensors(scheme), linear), linear)
-    with pytest.raises(ValueError, match=r"a\.x: the scheme fixes the range of its input, and it has none"):
+    with pytest.raises(ValueError, match=r"a\.x: the range of its input is missing, although the scheme fixes it"):
         CompressedTensors(scheme).check_linear("a.x", parts)
 
 
@@ -98,17 +98,17 @@ def test_omniq_store_then_load_is_identity(grid: Grid, outputs: int, groups: int
 
 @pytest.mark.parametrize("second", [QuantizedScales(3, 0, 4), QuantizedScales(0, 2, 4), QuantizedScales(3, 2, 4)])
 def test_omniq_store_then_load_keeps_second_levels(second: QuantizedScales) -> None:
-    """Two values in each run of rows: both are ends, so they lie on the levels."""
+    """Each run of rows has two values. Both are ends of the run, so they lie on its levels."""
     grid = Grid(3, 8, second=second)
     rows = torch.arange(10)[:, None] % 2
     linear = QuantizedLinear.of(grid, torch.ones(10, 16), (1.0 + rows).expand(10, 2), (2 * rows).expand(10, 2))
     assert_same(round_trip(Omniq(scheme_of(Grid(3, 8))), linear), linear)
-    with pytest.raises(UserError, match=r"a\.x has second-level scales: format compressed-tensors has no place for"):
+    with pytest.raises(UserError, match=r"a\.x has quantized scales, which format compressed-tensors does not support"):
         CompressedTensors(scheme_of(Grid(3, 8))).check_linear("a.x", linear)
 
 
 @pytest.mark.parametrize("codec", [CompressedTensors, Omniq])
-def test_grid_of_refuses_linears_that_the_config_does_not_name(codec: Any) -> None:
+def test_grid_of_linear_missing_in_config_is_refused(codec: Any) -> None:
     made = codec(scheme_of(Grid(4, 8, True)))
     linears = {
         name: WrittenLinear.of(random_linear(Grid(bits, 8, True), 2, 2, 0)) for name, bits in (("x", 4), ("y", 3))

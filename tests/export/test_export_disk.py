@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that are killed, fail, or find no room: the old checkpoint or the new one, never a mixture."""
+"""An export that is killed, fails or finds no room leaves the old checkpoint or the new one, never a mixture."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ GIVEN = {"card": CARD, "scheme": scheme_of(Grid(4, 32))}
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody handles it by accident."""
+    """Like SIGKILL: it is no ``Exception``, so no handler catches it."""
 
 
 def killed_at(results: list[BlockResult], index: int) -> Callable[[int], BlockResult]:
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_failed_export_leaves_nothing_or_the_old_one(
+def test_export_killed_leaves_nothing_or_earlier_export(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
@@ -123,7 +123,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["weights", "config", "tokenizer"])
-def test_full_disk_is_one_line_and_leaves_nothing(
+def test_export_on_full_disk_is_refused_and_leaves_nothing(
     where: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rust(*_: Any, **__: Any) -> None:
@@ -143,7 +143,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert not list(place.iterdir())
 
 
-def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_export_beyond_file_size_limit_is_refused_and_leaves_nothing(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -156,13 +158,13 @@ def test_a_real_limit_on_file_sizes(source: SourceModel, results: list[BlockResu
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_unusable_places_are_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
+def test_export_to_unusable_place_is_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file", **GIVEN)
-    with pytest.raises(UserError, match="holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), source.folder, **GIVEN)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -179,20 +181,22 @@ FOREIGN = {  # what others write under the same names
 
 
 @pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
-def test_an_export_of_another_tool_is_not_replaced(files: dict[str, str], source: SourceModel, tmp_path: Path) -> None:
+def test_export_over_folder_of_another_tool_is_refused(
+    files: dict[str, str], source: SourceModel, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name, content in {"config.json": "{}", **files}.items():
         (out / name).write_text(content)
     before = contents(out)
-    with pytest.raises(UserError, match="it holds something that omniq did not export; choose an empty or new folder"):
+    with pytest.raises(UserError, match="it is not an omniq export: choose an empty or new folder"):
         export_checkpoint(source, killed_at([], 0), out, **GIVEN)
     assert contents(out) == before
 
 
 @pytest.mark.parametrize("damaged", ["README.md", "recipe.yaml"])
 @pytest.mark.parametrize("content", [None, b"\xff\x00"])
-def test_an_own_export_is_known_by_its_card_or_its_recipe(
+def test_check_output_recognizes_own_export_by_card_or_recipe(
     damaged: str, content: bytes | None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     recipe = "model: {path: x}\ndata: {}\nstages: []\nscheme: {name: W4A16g32}\n"
@@ -202,14 +206,14 @@ def test_an_own_export_is_known_by_its_card_or_its_recipe(
     (out / MANIFEST).unlink()  # as in a folder of version 0.1
     check_output(out)
     (out / "config.json").unlink()
-    with pytest.raises(UserError, match="it holds something that omniq did not export"):
+    with pytest.raises(UserError, match="it is not an omniq export"):
         check_output(out)
 
 
-def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
+def test_export_flushes_files_before_rename(
     source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those in folders as well: a tokenizer with several chat templates makes one for them."""
+    """This includes files in folders, such as those of a tokenizer with several chat templates."""
     tokenizer = source.tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
@@ -232,7 +236,7 @@ def test_every_file_is_flushed_before_the_checkpoint_has_its_name(
     assert {template.stat().st_ino, template.parent.stat().st_ino, out.stat().st_ino} <= flushed
 
 
-def test_a_folder_of_the_user_beside_an_export_stays(
+def test_export_beside_folder_of_user_leaves_it(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     mine = tmp_path / "place/out.partial/mine"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of Hugging Face as a container: omniq reads it back by itself, knows its own, and says what is lacking."""
+"""The Hugging Face folder as a container: reading it back, recognizing earlier exports, missing packages."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_read_returns_what_write_was_given(
+def test_container_read_returns_what_write_was_given(
     name: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out", format=name, max_shard_bytes=20_000)
@@ -50,7 +50,7 @@ def test_read_returns_what_write_was_given(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_earlier_export_names_the_format_as_users_do(
+def test_earlier_export_of_renamed_format_gives_name_of_user(
     name: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
@@ -64,10 +64,10 @@ def test_earlier_export_names_the_format_as_users_do(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_earlier_export_recognizes_folders_of_older_versions(
+def test_earlier_export_of_older_version_is_recognized(
     name: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """They recorded ``quant_method`` only, which was the user's name."""
+    """Older versions recorded only ``quant_method``, which was the format's name."""
     out = export(source, results, tmp_path / "out", format=name)
     edit(out, lambda content: content.pop("omniq_format"))
     assert earlier_export(out) == name
@@ -89,11 +89,11 @@ def test_earlier_export_of_other_folders_is_none(source: SourceModel, tmp_path: 
         ('{"quantization_config": 3}', r"config\.json has no quantization_config"),
         (
             '{"quantization_config": {}, "dtype": "float8"}',
-            r"config\.json has dtype 'float8', which is none of float16",
+            r"config\.json has dtype 'float8', which is not one of float16",
         ),
     ],
 )
-def test_damaged_config_is_named(
+def test_earlier_export_with_damaged_config_is_named(
     content: str, message: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out")
@@ -104,10 +104,10 @@ def test_damaged_config_is_named(
         verify(out, source, results)
 
 
-def test_config_that_does_not_describe_the_weights_is_named(
+def test_verify_config_not_describing_weights_is_named(
     source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """Before transformers opens the folder, so that its errors need not be understood."""
+    """The check precedes transformers, whose errors would be harder to understand."""
     out = export(source, results, tmp_path / "out")
     whole = (out / "config.json").read_text()
 
@@ -131,7 +131,7 @@ def test_config_that_does_not_describe_the_weights_is_named(
     )
     refused(
         VerificationError,
-        r"mlp\.\w+\.weight has shape \[\d+, \d+\] in the model and \[\d+, \d+\] by the config of the file",
+        r"mlp\.\w+\.weight has shape \[\d+, \d+\] in the model and \[\d+, \d+\] in the config of the export",
         lambda content: content.update(intermediate_size=96),
     )
     refused(CorruptFile, "does not describe the weights", lambda content: group(content).update(format="dense"))
@@ -142,7 +142,7 @@ def test_config_that_does_not_describe_the_weights_is_named(
 # -- what the runtime lacks -----------------------------------------------------------------------------------------
 
 
-def test_missing_packages_names_the_command() -> None:
+def test_missing_packages_absent_or_old_names_install_command() -> None:
     assert missing_packages(()) is None
     assert missing_packages(("compressed-tensors>=0.18", "torch")) is None
     assert missing_packages(("torch", "no-such-package>=2", "compressed-tensors>=99")) == (
@@ -151,7 +151,7 @@ def test_missing_packages_names_the_command() -> None:
     )
 
 
-def test_verification_without_the_runtime_runs_block_by_block(
+def test_verify_without_runtime_package_runs_block_by_block(
     source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""omniq's own format: codes with outliers beside them, written as they were optimised, each linear on its own grid."""
+"""omniq's own format stores codes and outliers without loss, and a grid for each linear."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def source(tmp_path: Path) -> SourceModel:
     ],
     ids=str,
 )
-def test_plain_from_pretrained_computes_the_optimised_model(
+def test_omniq_export_opened_by_transformers_has_our_logits(
     grid: Grid, tied: bool, family: str, support: str, tmp_path: Path
 ) -> None:
     source = opened(tmp_path / "source", grid, family=family, tie_word_embeddings=tied)
@@ -58,7 +58,7 @@ def test_plain_from_pretrained_computes_the_optimised_model(
     assert torch.equal(logits(plain), found)
 
 
-def test_every_linear_has_its_own_grid(source: SourceModel, tmp_path: Path) -> None:
+def test_omniq_export_keeps_grid_of_each_linear(source: SourceModel, tmp_path: Path) -> None:
     coarse, fine = rounded(source, Grid(3, 32)), rounded(source, Grid(6, -1, symmetric=True))
     mixed = [
         replace(low, linears={**low.linears, "mlp.down_proj": high.linears["mlp.down_proj"]})
@@ -71,14 +71,16 @@ def test_every_linear_has_its_own_grid(source: SourceModel, tmp_path: Path) -> N
     assert entries["model.layers.1.mlp.down_proj"] == {"bits": 6, "group_size": -1, "symmetric": True}
     assert entries[Q_PROJ].keys() == {"bits", "group_size", "symmetric", "outliers"}
     other = replace(mixed[1], linears=rounded(source, Grid(3, 32, scale_dtype=torch.bfloat16))[1].linears)
-    with pytest.raises(UserError, match=r"layers\.1\.\S+ has scales in torch\.bfloat16, the model in torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"layers\.1\.\S+ has scales in torch\.bfloat16, but the model is exported in torch\.float16"
+    ):
         export(source, [mixed[0], other], tmp_path / "other", format="omniq")
 
 
 @pytest.mark.parametrize("format", ["omniq", "compressed-tensors"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_blocks_that_are_not_quantized(format: str, symmetric: bool, family: str, tmp_path: Path) -> None:
+def test_export_with_unquantized_blocks_keeps_them(format: str, symmetric: bool, family: str, tmp_path: Path) -> None:
     grid = Grid(4, 32, symmetric)
     source = opened(tmp_path / "source", grid, family=family)
     results = [rounded(source, grid)[0], unquantized(source, 1)]
@@ -95,7 +97,7 @@ def test_blocks_that_are_not_quantized(format: str, symmetric: bool, family: str
         export(source, nothing, tmp_path / "nothing", format=format, scheme=scheme_of(grid))
 
 
-def test_new_biases_and_companions(source: SourceModel, tmp_path: Path) -> None:
+def test_omniq_export_with_new_biases_writes_card_and_bits(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     added = {**results[1].tensors, "self_attn.o_proj.bias": torch.linspace(-1, 1, 64)}
     results[1] = replace(results[1], tensors=added)
@@ -114,7 +116,7 @@ def test_new_biases_and_companions(source: SourceModel, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", [torch.int16, torch.int32])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_packing_is_inverted(bits: int, column: torch.dtype) -> None:
+def test_pack_linear_is_inverted_by_unpack_linear(bits: int, column: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(bits)
     grid = Grid(bits, 5)
     codes = torch.randint(0, 2**bits, (7, 35), generator=generator)
@@ -136,20 +138,20 @@ def test_packing_is_inverted(bits: int, column: torch.dtype) -> None:
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_outliers_send_users_to_this_format(source: SourceModel, tmp_path: Path) -> None:
+def test_compressed_tensors_outliers_are_refused_with_omniq_as_remedy(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     with pytest.raises(UserError, match="q_proj has outliers: format compressed-tensors .* use format omniq"):
         export(source, results, tmp_path / "out")
-    with pytest.raises(UserError, match="no place for the sparse outliers .* use format omniq"):
+    with pytest.raises(UserError, match="not support the sparse outliers .* use format omniq"):
         CompressedTensors(scheme_of(Grid(3, 32))).check(outliers=True)
 
 
-def test_schemes_that_it_cannot_hold() -> None:
+def test_omniq_scheme_without_place_is_refused() -> None:
     grid = Grid(4, 32)
     Omniq(scheme_of(grid)).check(outliers=True)
     Omniq(scheme_of(grid, 4, 4, queries=True)).check()
     with pytest.raises(
-        UserError, match="scheme W4A8g32: export.format omniq has no place for fixed ranges: set scheme"
+        UserError, match="scheme W4A8g32: export.format omniq does not support fixed ranges: set scheme"
     ):
         Omniq(scheme_of(grid, 8, activation_range="tensor")).check()
     with pytest.raises(UserError, match=r"cannot hold scales in torch\.float64: use float16"):
@@ -160,7 +162,7 @@ def test_schemes_that_it_cannot_hold() -> None:
         Omniq(scheme_of(symmetric)).check_linear("x", wrong)
 
 
-def test_verifier_sees_outliers(source: SourceModel, tmp_path: Path) -> None:
+def test_verify_changed_outliers_are_named(source: SourceModel, tmp_path: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     out = export(source, results, tmp_path / "out", format="omniq")
     value = load_file(out / "model.safetensors")[f"{Q_PROJ}.outlier_value"]

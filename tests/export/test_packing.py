@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense bitstreams: against an integer of arbitrary size, against compressed-tensors, and there and back."""
+"""Dense bitstreams equal integers of arbitrary size and those of compressed-tensors, and are unpacked again."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def reference(row: list[int], bits: int) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(BITS, SIZES, SIZES, st.integers(0, 99))
-def test_equals_one_big_integer_and_comes_back(bits: int, rows: int, length: int, seed: int) -> None:
+def test_pack_equals_one_big_integer_and_unpacks(bits: int, rows: int, length: int, seed: int) -> None:
     codes = random_codes(rows, length, bits, seed)
     packed = pack(codes, bits)
     assert packed.dtype == torch.int32
@@ -40,7 +40,7 @@ def test_equals_one_big_integer_and_comes_back(bits: int, rows: int, length: int
 
 @settings(max_examples=40, deadline=None)
 @given(BITS, SIZES, SIZES, st.sampled_from([0, 1]))
-def test_equals_compressed_tensors(bits: int, rows: int, length: int, dim: int) -> None:
+def test_pack_equals_compressed_tensors(bits: int, rows: int, length: int, dim: int) -> None:
     codes = random_codes(rows, length, bits, seed=rows)
     signed = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     packed = pack(codes, bits, dim)
@@ -51,7 +51,7 @@ def test_equals_compressed_tensors(bits: int, rows: int, length: int, dim: int) 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_chunks_of_rows_change_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pack_in_chunks_of_rows_gives_same_words(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = random_codes(37, 50, bits, seed=1)
     whole = pack(codes, bits)
     monkeypatch.setattr(packing, "_CHUNK", 128)  # two rows at a time
@@ -59,17 +59,17 @@ def test_chunks_of_rows_change_nothing(bits: int, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(unpack(whole, bits, 50), codes)
 
 
-def test_all_ones_fill_the_sign_bit() -> None:
+def test_pack_all_ones_fills_sign_bit() -> None:
     codes = torch.full((1, 32), 255, dtype=torch.uint8)
     assert pack(codes, 8).tolist() == [[-1] * 8]
     assert torch.equal(unpack(pack(codes, 8), 8, 32), codes)
 
 
-def test_no_codes() -> None:
+def test_pack_without_codes_is_empty() -> None:
     assert unpack(pack(torch.empty(3, 0, dtype=torch.uint8), 3), 3, 0).shape == (3, 0)
 
 
-def test_refuses_what_would_be_lost() -> None:
+def test_pack_codes_that_would_be_lost_are_refused() -> None:
     codes = torch.tensor([[0, 8]], dtype=torch.uint8)
     with pytest.raises(ValueError, match="code 8 does not fit into 3 bits"):
         pack(codes, 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears on grids of their own, and linears that stay in floating point: as transformers reads them, or refused."""
+"""Exports with several grids and linears in floating point are read by transformers, or refused."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ OWN = {"mlp.down_proj": Grid(8, -1, True), "self_attn.v_proj": Grid(4, 16, True)
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
-def test_transformers_computes_several_grids_and_kept_linears(format: str, tmp_path: Path) -> None:
+def test_export_with_several_grids_computes_in_transformers(format: str, tmp_path: Path) -> None:
     grid = Grid(4, 32, symmetric=True)
     source = opened(tmp_path / "source", grid)
     results = mixed(source, grid, OWN)
@@ -57,7 +57,7 @@ def test_transformers_computes_several_grids_and_kept_linears(format: str, tmp_p
     assert torch.equal(kept.weight, results[1].tensors["self_attn.o_proj.weight"].half())
 
 
-def test_compressed_tensors_writes_a_group_for_each_grid(tmp_path: Path) -> None:
+def test_compressed_tensors_writes_group_for_each_grid(tmp_path: Path) -> None:
     grid = Grid(4, 32, symmetric=True)
     source = opened(tmp_path / "source", grid)
     out = export(source, mixed(source, grid, OWN), tmp_path / "out")
@@ -72,10 +72,10 @@ def test_compressed_tensors_writes_a_group_for_each_grid(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
-def test_transformers_computes_several_grids_with_integer_activations(
+def test_export_with_several_grids_and_integer_activations_verifies(
     format: str, symmetric: bool, tmp_path: Path
 ) -> None:
-    """Kept linears get floating-point inputs, in transformers as in omniq's own evaluation."""
+    """Kept linears receive floating-point inputs in transformers and in omniq's own evaluation."""
     grid = Grid(4, 32, symmetric)
     source = opened(tmp_path / "source", grid)
     results = mixed(source, grid, {**OWN, "mlp.down_proj": Grid(6, -1, symmetric)})
@@ -85,7 +85,7 @@ def test_transformers_computes_several_grids_with_integer_activations(
     assert report.lacking is None
 
 
-def test_omniq_computes_asymmetric_grids_beside_each_other(tmp_path: Path) -> None:
+def test_omniq_export_with_asymmetric_grids_verifies(tmp_path: Path) -> None:
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid)
     results = mixed(source, grid, {"mlp.down_proj": Grid(8, -1), "mlp.up_proj": Grid(2, 16), "self_attn.k_proj": None})
@@ -97,8 +97,8 @@ def test_omniq_computes_asymmetric_grids_beside_each_other(tmp_path: Path) -> No
     assert torch.equal(logits(model.dequantize()), expected_logits(source, results, torch.float16))
 
 
-def test_compressed_tensors_refuses_asymmetric_grids_beside_each_other(tmp_path: Path) -> None:
-    """transformers would unpack all of them by the first grid, and say nothing."""
+def test_compressed_tensors_several_asymmetric_grids_are_refused(tmp_path: Path) -> None:
+    """transformers would silently unpack all of them by the first grid."""
     grid, other = Grid(4, 32), Grid(8, -1, symmetric=True)
     words = (
         "scheme W4A16g32: .* cannot hold 2 grids of which one is asymmetric, .*: use format omniq, or set scheme.sym"

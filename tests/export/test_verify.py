@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verifier passes what is right (tests/export/test_export.py) and names what is not."""
+"""The verifier names what differs in a checkpoint; tests/export/test_export.py shows that it accepts a right one."""
 
 import random
 import re
@@ -38,7 +38,7 @@ def altered(out: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> 
 
 
 def flipped(tensor: Tensor) -> Tensor:
-    """The lowest bit of the element in the middle, flipped."""
+    """A copy with the lowest bit of the middle element flipped."""
     integers = tensor.flatten().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     integers[len(integers) // 2] ^= 1
     return integers.view(tensor.dtype).view(tensor.shape)
@@ -46,7 +46,7 @@ def flipped(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be opened in transformers, and nothing is tried."""
+    """No checkpoint can be opened in transformers; a try fails the test."""
 
     def refuse(path: Any) -> Any:
         raise AssertionError(f"{path} was opened")
@@ -70,7 +70,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("weight_scale", lambda t: t.float(), r"q_proj: scale is torch\.float32 \[64, 2\] in the file"),
     ],
 )
-def test_verifier_names_the_first_difference(
+def test_verify_changed_tensor_names_first_difference(
     name: str, change: Any, message: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out")
@@ -80,14 +80,16 @@ def test_verifier_names_the_first_difference(
         verify(out, source, results)
 
 
-def test_verifier_sees_everything_else(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_changed_config_norm_or_missing_tensor_is_found(
+    source: SourceModel, results: list[BlockResult], tmp_path: Path
+) -> None:
     out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     assert config.read_text() != text
     verify(out, source, results)
-    with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
+    with pytest.raises(VerificationError, match="its weights are correct, but its logits differ by"):
         verify(out, source, results, windows=WINDOWS)
     altered(out, "model.norm.weight", flipped)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight differ first at \[32\]"):
@@ -97,15 +99,15 @@ def test_verifier_sees_everything_else(source: SourceModel, results: list[BlockR
         verify(out, source, results)
 
 
-def test_verifier_refuses_surplus_tensors(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_surplus_tensor_is_refused(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     out = export(source, results, tmp_path / "out")
     file = out / "model.safetensors"
     save_file(load_file(file) | {"model.extra.weight": torch.zeros(2)}, file)
-    with pytest.raises(VerificationError, match=r"model\.extra\.weight is in the file but not in the model"):
+    with pytest.raises(VerificationError, match=r"model\.extra\.weight is in the files but not in the model"):
         verify(out, source, results)
 
 
-def test_damaged_files_are_named(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
+def test_verify_damaged_file_is_named(source: SourceModel, results: list[BlockResult], tmp_path: Path) -> None:
     out = export(source, results, tmp_path / "out", max_shard_bytes=20_000)
     index = out / "model.safetensors.index.json"
     shard = next(out.glob("model-00002-*"))
@@ -122,10 +124,10 @@ def test_damaged_files_are_named(source: SourceModel, results: list[BlockResult]
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-*.safetensors"])
-def test_random_damage_raises_no_other_errors(
+def test_verify_random_damage_raises_only_own_errors(
     name: str, format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
-    """A resume catches these two and nothing else."""
+    """A resumed run catches ``CorruptFile`` and ``VerificationError`` only."""
     out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=40_000)
     file, generator, caught = next(out.glob(name)), random.Random(0), 0
     whole = file.read_bytes()
@@ -153,7 +155,7 @@ def test_random_damage_raises_no_other_errors(
         ("omniq", Scheme("W4A4KV4g32")),
     ],
 )
-def test_what_does_not_fit_is_compared_block_by_block(
+def test_verify_checkpoint_that_does_not_fit_runs_block_by_block(
     no_memory: None, format: str, scheme: Scheme, tmp_path: Path
 ) -> None:
     source = opened(tmp_path / "source", scheme.grid, tie_word_embeddings=True)
@@ -173,18 +175,20 @@ def test_what_does_not_fit_is_compared_block_by_block(
     assert report.perplexity == pytest.approx(expected, rel=1e-6)  # measured: 0.0
 
 
-def test_a_wrong_config_shows_block_by_block(
+def test_verify_wrong_config_block_by_block_is_found(
     no_memory: None, source: SourceModel, results: list[BlockResult], tmp_path: Path
 ) -> None:
     out = export(source, results, tmp_path / "out")
     config = out / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
-    with pytest.raises(VerificationError, match="its weights are right, but its logits are off by"):
+    with pytest.raises(VerificationError, match="its weights are correct, but its logits differ by"):
         verify(out, source, results, windows=WINDOWS)
 
 
-def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of either side, and of blocks and results alike."""
+def test_verify_block_by_block_holds_one_block(
+    no_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This holds for source and checkpoint, and for blocks and results."""
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, num_hidden_layers=4)
     results = rounded(source, grid)
@@ -205,10 +209,10 @@ def test_one_block_at_a_time(no_memory: None, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq"])
-def test_needed_memory(
+def test_reopened_checkpoint_opens_model_where_memory_suffices(
     format: str, source: SourceModel, results: list[BlockResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights in the dtype of deployment and as they are stored; or as stored, and one linear in the making."""
+    """compressed-tensors needs stored and deployed weights; omniq needs the stored ones and one linear."""
     out = export(source, results, tmp_path / "out", format=format, max_shard_bytes=20_000)
     chosen, stored = find_format(format), sum(path.stat().st_size for path in out.glob("*.safetensors"))
     weights = sum(value.numel() for value in open_checkpoint(tmp_path / "source").parameters())

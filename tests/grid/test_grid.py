@@ -9,7 +9,6 @@ from torch import Tensor
 
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
-from omniq.grid.name import parse_scheme
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTH = 12
@@ -50,7 +49,7 @@ def rounded(grid: Grid, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 @settings(max_examples=60, deadline=None)
 @given(grids(), weights())
-def test_invariants(grid: Grid, weight: Tensor) -> None:
+def test_grid_of_random_weights_holds_invariants(grid: Grid, weight: Tensor) -> None:
     scale, zero_point, codes, back = rounded(grid, weight)
     groups = 1 if grid.group_size == -1 else WIDTH // grid.group_size
     assert scale.shape == zero_point.shape == (3, groups)
@@ -69,7 +68,7 @@ def test_invariants(grid: Grid, weight: Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(grids(), weights())
-def test_error_is_half_a_step_inside_the_range(grid: Grid, weight: Tensor) -> None:
+def test_grid_error_inside_range_is_at_most_half_step(grid: Grid, weight: Tensor) -> None:
     scale, zero_point, _, back = rounded(grid, weight)
     s, z = grid.expand(scale, WIDTH).double(), grid.expand(zero_point, WIDTH).double()
     inside = (weight >= -z * s) & (weight <= (grid.max_code - z) * s)
@@ -84,8 +83,8 @@ def test_error_is_half_a_step_inside_the_range(grid: Grid, weight: Tensor) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(grids(), weights())
-def test_equals_float64(grid: Grid, weight: Tensor) -> None:
-    """Scale from the extremes, then zero point and codes from the scale as stored; ties aside."""
+def test_grid_rounding_equals_float64(grid: Grid, weight: Tensor) -> None:
+    """The scale comes from the extremes, zero point and codes from the stored scale. Ties are skipped."""
     scale, zero_point, codes, back = rounded(grid, weight)
     for row in range(3):
         parts = weight[row].double().reshape(scale.shape[1], -1)
@@ -106,7 +105,7 @@ def test_equals_float64(grid: Grid, weight: Tensor) -> None:
     assert torch.equal(back, (codes.float() - grid.expand(zero_point, WIDTH)) * grid.expand(scale, WIDTH))
 
 
-def test_float64_is_kept() -> None:
+def test_grid_of_float64_weight_computes_in_float64() -> None:
     scale, zero_point, codes, back = rounded(Grid(3, 4), torch.randn(2, 8, dtype=torch.float64))
     assert (scale.dtype, zero_point.dtype, codes.dtype, back.dtype) == (
         *[torch.float64] * 2,
@@ -115,14 +114,14 @@ def test_float64_is_kept() -> None:
     )
 
 
-def test_rounding_is_half_to_even() -> None:
-    """0.5 and 2.5 steps go down, 1.5 and 3.5 up."""
+def test_grid_quantize_ties_round_to_even() -> None:
+    """0.5 and 2.5 steps are rounded down, 1.5 and 3.5 up."""
     grid, scale, zero = Grid(4, scale_dtype=torch.float32), torch.ones(1, 1), torch.zeros(1, 1)
     assert grid.quantize(torch.tensor([[0.5, 1.5, 2.5, 3.5]]), scale, zero).tolist() == [[0, 2, 2, 4]]
 
 
-def test_groups_are_consecutive_inputs() -> None:
-    """A group sees its own weights only; per-channel is one group."""
+def test_grid_groups_are_consecutive_inputs() -> None:
+    """The range of a group depends on its own weights only; a per-channel grid has one group."""
     weight = torch.tensor([[1.0, -1, 2, -2, 4, -4], [8, 0, 0, -8, 16, 0]])
     grid = Grid(8, 2)
     lo, hi = grid.range(weight)
@@ -135,8 +134,8 @@ def test_groups_are_consecutive_inputs() -> None:
     assert Grid(8).groups(6) == 1
 
 
-def test_symmetric_convention() -> None:
-    """Zero in the middle, the scale from the larger side: the extreme lands half a step beyond the last code."""
+def test_grid_symmetric_has_zero_in_middle() -> None:
+    """The scale comes from the larger side, whose extreme lies half a step beyond the last code."""
     grid = Grid(4, symmetric=True, scale_dtype=torch.float32)
     scale, zero_point, codes, _ = rounded(grid, torch.tensor([[-3.0, 0, 7.5]]))
     assert scale.item() == 1.0
@@ -144,21 +143,21 @@ def test_symmetric_convention() -> None:
     assert codes.tolist() == [[5, 8, 15]]
 
 
-def test_range_is_stretched_to_zero() -> None:
+def test_grid_fit_stretches_range_to_zero() -> None:
     scale, zero_point = Grid(2, scale_dtype=torch.float32).fit(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
     assert (scale.item(), zero_point.item()) == (1.0, 0.0)
 
 
-def test_zero_point_stays_inside_when_the_scale_is_rounded_down() -> None:
-    """Among the subnormals of float16 the stored scale may be a third too small."""
+def test_grid_fit_zero_point_of_subnormal_scale_stays_inside() -> None:
+    """A stored scale that is subnormal in float16 may be a third too small."""
     scale, zero_point = Grid(4).fit(torch.tensor([[-15 * 1.4 * 2.0**-24]]), torch.zeros(1, 1))
     assert scale.item() == 2.0**-24
     assert zero_point.item() == 15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_never_vanish_nor_overflow(dtype: torch.dtype) -> None:
-    """Weights too small or too large for the storage dtype still get a positive, finite scale that it holds."""
+def test_grid_store_extreme_scales_stay_positive_and_finite(dtype: torch.dtype) -> None:
+    """Weights too small or too large for the storage dtype get a positive, finite scale that it can hold."""
     grid = Grid(2, scale_dtype=dtype)
     for size in (0.0, 1e-44, 1e-30, 1e30, 3e38):
         scale = grid.store(torch.tensor([size]))
@@ -167,34 +166,34 @@ def test_scales_never_vanish_nor_overflow(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
-def test_bits_out_of_range(bits: int) -> None:
+def test_grid_bits_out_of_range_are_refused(bits: int) -> None:
     with pytest.raises(UserError, match=rf"weight bits {bits} are outside 2\.\.8: choose"):
         Grid(bits)
 
 
 @pytest.mark.parametrize("size", [0, -2])
-def test_unusable_group_size(size: int) -> None:
+def test_grid_unusable_group_size_is_refused(size: int) -> None:
     with pytest.raises(UserError, match=f"group size {size} is not usable"):
         Grid(4, size)
 
 
-def test_widths() -> None:
+def test_grid_check_width_names_sizes_that_divide() -> None:
     Grid(4, 64).check_width(576, "model.layers.0.mlp.down_proj")
     Grid(4).check_width(577, "any")
     with pytest.raises(UserError) as caught:
         Grid(4, 128).check_width(576, "model.layers.0.self_attn.q_proj")
     assert str(caught.value) == (
         "group size 128 does not divide the 576 inputs of model.layers.0.self_attn.q_proj: "
-        "sizes that do are 16, 32, 48, 64, 96, 144, 192, 288, 576, or -1 for per-channel"
+        "use 16, 32, 48, 64, 96, 144, 192, 288, 576, which divide the inputs, or -1 for per-channel scales"
     )
-    with pytest.raises(UserError, match="none that is a multiple of 16, or -1"):
+    with pytest.raises(UserError, match="use -1 for per-channel scales, because no multiple of 16 divides the inputs"):
         Grid(4, 16).check_width(50, "x")
 
 
 @given(st.lists(st.integers(1, 40).map(lambda n: 16 * n), min_size=1, max_size=4), st.integers(1, 200))
 @settings(max_examples=50)
-def test_group_sizes_that_are_offered_fit_everywhere(widths: list[int], size: int) -> None:
-    """SmolLM2-135M, say: 576 inputs, but 1536 in ``down_proj``."""
+def test_grid_check_width_offers_sizes_that_fit_all_widths(widths: list[int], size: int) -> None:
+    """SmolLM2-135M, for example, has 576 inputs in most linears and 1536 in ``down_proj``."""
     if all(width % size == 0 for width in widths):
         return
     offending = next(width for width in widths if width % size)
@@ -204,32 +203,3 @@ def test_group_sizes_that_are_offered_fit_everywhere(widths: list[int], size: in
     offered = [int(number) for number in text.partition(" are ")[2].partition(", or -1")[0].split(", ")]
     assert offered == [n for n in range(16, min(widths) + 1, 16) if all(width % n == 0 for width in widths)]
     assert ("that do so everywhere are" in text) == any(w % offending for w in widths)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("W4A16", (4, 16, 16, -1)),
-        ("W3A16g128", (3, 16, 16, 128)),
-        ("w2a16G64", (2, 16, 16, 64)),
-        ("W8A8", (8, 8, 16, -1)),
-        ("W4A4KV8", (4, 4, 8, -1)),
-        ("W4A4KV4g128", (4, 4, 4, 128)),
-    ],
-)
-def test_scheme_names(name: str, expected: tuple[int, int, int, int]) -> None:
-    assert parse_scheme(name) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["", "W4", "4A16", "W4A16 g128", "W4A16g", "W4A16g-1", "W-4A16", "W4A16g128x", "W4A16G64KV8"]
-)
-def test_scheme_names_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"scheme {name!r} is not understood: write W<bits>A<bits>"):
-        parse_scheme(name)
-
-
-def test_group_size_zero_in_a_name() -> None:
-    """It is not taken for per-channel."""
-    with pytest.raises(UserError, match="group size 0 is not usable"):
-        Grid(4, parse_scheme("W4A16g0")[3])

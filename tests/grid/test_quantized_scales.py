@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and zero points as codes: found again from their values alone, packed and unpacked, refused where none fit."""
+"""Scales and zero points on a second level: recovered from their values, packed, and unpacked."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +25,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
     seed=st.integers(0, 2**31), outputs=st.integers(1, 40), groups=st.integers(1, 3), rows=st.integers(2, 17),
     bits=st.integers(2, 8), dtype=st.sampled_from([*DTYPES, torch.uint8]), close=st.booleans(),
 )  # fmt: skip
-def test_what_is_on_levels_is_found_again(
+def test_quantized_scales_of_values_on_levels_round_trip(
     seed: int, outputs: int, groups: int, rows: int, bits: int, dtype: torch.dtype, close: bool
 ) -> None:
-    """Also where the ends of a run are neighbours in the storage dtype, so that levels fall together."""
+    """Levels coincide where the ends of a run are neighbours in the storage dtype."""
     generator, second = torch.Generator().manual_seed(seed), QuantizedScales(rows=rows)
     values = torch.rand(outputs, groups, generator=generator)
     if dtype == torch.uint8:
@@ -47,7 +47,7 @@ def test_what_is_on_levels_is_found_again(
     assert torch.equal(second.decode(again, ends, bits), levels)
 
 
-def test_levels_are_equal_steps_between_the_ends() -> None:
+def test_quantized_scales_levels_are_equal_steps_between_ends() -> None:
     values = torch.tensor([[0.1, 5.0], [0.8, 5.0], [0.33, 5.0], [2.0, 1.0]])
     second = QuantizedScales(rows=3)
     least, greatest = second.ends(values)
@@ -59,7 +59,7 @@ def test_levels_are_equal_steps_between_the_ends() -> None:
     assert steps[-1] == torch.tensor(0.8)
     zeros = level(torch.tensor(3, dtype=torch.uint8), torch.tensor(9, dtype=torch.uint8), torch.arange(8), 3)
     assert set(zeros.tolist()) == set(range(3, 10))  # not more than 2^3 - 1 apart: all of them
-    with pytest.raises(ValueError, match="values are not on 8 levels between the least and the greatest of 3 rows"):
+    with pytest.raises(ValueError, match="values are not on 8 levels between the smallest and the largest of 3 rows"):
         second.encode(values.half(), 3)
 
 
@@ -91,7 +91,9 @@ def on_levels(grid: Grid, outputs: int, inputs: int, seed: int = 0) -> Quantized
     ],
     ids=str,
 )
-def test_packing_is_inverted(grid: Grid, dtype: torch.dtype, support: str, tmp_path: Path) -> None:
+def test_pack_linear_with_second_level_is_inverted_by_unpack_linear(
+    grid: Grid, dtype: torch.dtype, support: str, tmp_path: Path
+) -> None:
     grid = replace(grid, scale_dtype=dtype)
     linear = with_outliers(on_levels(grid, 37, 35), support)
     stored = pack_linear(linear)
@@ -113,18 +115,18 @@ def test_packing_is_inverted(grid: Grid, dtype: torch.dtype, support: str, tmp_p
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"scale_bits": 1}, "scale_bits 1 is not possible: give 2 to 8"),
+        ({"scale_bits": 1}, "scale_bits 1 is out of range: give 2 to 8"),
         ({"zero_bits": -3}, "zero_bits -3 is not possible"),
-        ({"rows": 0}, "scale_group 0 leaves no run of scales"),
+        ({"rows": 0}, "scale_group 0 is too small for scales"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], told: str) -> None:
+def test_quantized_scales_invalid_settings_are_refused(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         QuantizedScales(**wrong)
 
 
-def test_zero_points_that_need_no_codes_are_refused() -> None:
-    with pytest.raises(UserError, match="zero points of 3 bits need no code of 3 bits: set zero_bits to 0"):
+def test_grid_unneeded_zero_bits_are_refused() -> None:
+    with pytest.raises(UserError, match="zero_bits 3 saves no space for zero points of 3 bits: set it to 0"):
         Grid(3, second=QuantizedScales(3, 3))
-    with pytest.raises(UserError, match="zero points of a symmetric grid need no code"):
+    with pytest.raises(UserError, match="saves no space for zero points of a symmetric grid"):
         Grid(8, symmetric=True, second=QuantizedScales(3, 3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of a scheme: the grid of each linear equals a naive reading of them, and bad rules are refused by name."""
+"""Rules of a scheme: the grid of each linear equals a naive reading, and bad rules are refused by name."""
 
 import fnmatch
 import re
@@ -66,19 +66,19 @@ def test_grid_of_equals_naive_reading_of_rules(chosen: list[Rule], symmetric: bo
     assert {scheme.grid_of(each) for each in NAMES} <= {*scheme.grids, None}
 
 
-def test_grid_of_without_rules_is_the_grid_of_the_name() -> None:
+def test_grid_of_without_rules_is_grid_of_name() -> None:
     scheme = Scheme("W3A16g64", dtype="bfloat16")
     assert scheme.grid_of("anything") == scheme.grid == Grid(3, 64, scale_dtype=torch.bfloat16)
     assert scheme.grids == (scheme.grid,)
     assert str(scheme) == "W3A16g64"
 
 
-def test_scheme_with_rules_says_them() -> None:
+def test_scheme_with_rules_prints_them() -> None:
     scheme = Scheme(rules=(Rule("re:.*down_proj", "W8A16", symmetric=True), Rule("model.layers.0.*", "none")))
     assert str(scheme) == "W4A16; re:.*down_proj: W8A16 symmetric; model.layers.0.*: none"
 
 
-def test_rule_may_leave_out_bits_of_keys_and_values() -> None:
+def test_rule_without_bits_of_keys_and_values_is_accepted() -> None:
     scheme = Scheme("W4A8KV8", rules=(Rule("a", "W8A8"), Rule("b", "W8A8KV8")))
     assert scheme.grid_of("a") == scheme.grid_of("b") == Grid(8)
 
@@ -91,7 +91,7 @@ def test_rule_may_leave_out_bits_of_keys_and_values() -> None:
         ({"layers": "re:(", "name": "none"}, r"layers 're:\(' is not a regular expression \(.*\): correct it"),
         (
             {"layers": "a", "name": "float"},
-            "name 'float' for layers 'a': .*not understood: write W<bits>.*; none leaves",
+            "name 'float' for layers 'a': .*not valid: write W<bits>.*; none leaves",
         ),
         ({"layers": "a", "name": ""}, "name '' for layers 'a': .*not understood"),
         ({"layers": "a", "name": "W9A16"}, "name 'W9A16' for layers 'a': weight bits 9 are outside 2..8"),
@@ -99,18 +99,18 @@ def test_rule_may_leave_out_bits_of_keys_and_values() -> None:
         ({"layers": "a", "name": "none", "symmetric": True}, "symmetric True for layers 'a' has no weights"),
         (
             {"layers": "a", "name": "W4A8"},
-            "'W4A8' for layers 'a' has activations of 8 bits, the scheme W4A16 has 16: .*A16",
+            "'W4A8' for layers 'a' has activations of 8 bits, but scheme W4A16 has 16: .*A16",
         ),
         ({"layers": "a", "name": "W4A16KV4"}, "'W4A16KV4' for layers 'a' has keys and values of 4 bits.*leave out KV"),
     ],
 )
-def test_bad_rule_is_refused_by_name(rule: dict[str, Any], message: str) -> None:
+def test_rule_with_bad_settings_is_refused_by_name(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Scheme(rules=(Rule(**rule),))
     assert "\n" not in str(caught.value)
 
 
-def test_scheme_is_checked_without_torch() -> None:
+def test_scheme_check_imports_no_torch() -> None:
     code = (
         "import sys; from omniq.grid.scheme import Rule, Scheme; "
         "Scheme('W4A8KV8', rules=(Rule('re:.*x', 'W8A8'),)).activations; assert 'torch' not in sys.modules"

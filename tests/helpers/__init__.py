@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several files of tests share."""
+"""Modules that several test files share."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of exports share: a tiny source and its finished blocks, rounded to nearest."""
+"""Shared by the tests of exports: a tiny source and its finished blocks, rounded to nearest."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Independent float64 reference of fake quantization with learned clipping, random problems, and how to compare.
+"""Float64 reference of fake quantization with learned clipping, random problems, and comparisons.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row.
 """

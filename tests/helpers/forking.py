@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines in processes of their own, without the seconds that starting Python and importing torch take.
+"""Command lines in processes of their own, without the time to start Python and to import torch.
 
 A helper process imports everything once and forks a child for each attempt. A child is an ordinary run of
 ``omniq.cli.main``; nothing of it survives but its files, its output and its exit status.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed by SIGKILL: after a while, or at a chosen moment of a chosen file.
+"""Runs that SIGKILL ends after a delay, or at a chosen moment of a chosen file.
 
 Each attempt is an ordinary run of the command line in a forked child (``forking``).
 
@@ -149,7 +149,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
         record(step=(f"{module.task.name} {module.settings.schedule}", module.batches.position))
         return real_step(module, indices)
 
-    def keep_streams(folder: RunDir, *streams: Any) -> None:
+    def save_streams_async(folder: RunDir, *streams: Any) -> None:
         real_keep(folder, *streams)
         if aim[1:] == ("streams.safetensors",):  # or the next block would have got somewhere, sometimes
             folder.flush()
@@ -158,12 +158,12 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
         os.fsync,
         shards.save_file,
         loop.calibrate,
-        RunDir.keep_streams,
+        RunDir.save_streams_async,
         OmniQuantModule.training_step,
     )
     os.replace, os.rename, os.fsync = watched(os.replace), watched(os.rename), flush
     shards.save_file, loop.calibrate = save, calibrate
-    RunDir.keep_streams, OmniQuantModule.training_step = keep_streams, step
+    RunDir.save_streams_async, OmniQuantModule.training_step = save_streams_async, step
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of opened models share: a real model, tokens and their logits, and what is said of bad files."""
+"""Shared by the tests of opened models: a real model, tokens, logits, and checks of refused files."""
 
 import importlib.util
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of omniq's own format share: finished blocks with outliers, and what a model of them must compute."""
+"""Shared by the tests of omniq's own format: finished blocks with outliers, and the expected logits."""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of two processes without the seconds that ``torchrun`` takes to start them.
+"""Runs of two processes, without the time that ``torchrun`` takes to start them.
 
 Two forked children (``forking``) run a command line in the environment that ``torchrun`` gives its processes. Unlike
 there, neither is ended when the other fails: whether a process notices is up to it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned clipping as the paper has it, in float64: what the tests hold the stage against.
+"""Learned clipping of the paper in float64: the reference for the stage.
 
 Equations and AdamW written out, straight-through rounding by ``detach``, nothing of omniq in the arithmetic.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage list and the scheme of every recipe in ``configs/``, small enough for runs that take a second."""
+"""Stage list and scheme of each recipe in ``configs/``, made so small that a run takes a second."""
 
 from pathlib import Path
 from typing import Any

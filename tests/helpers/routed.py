@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A toy block with an expert: its middle linears see only some of the tokens, as in a mixture of experts."""
+"""A toy block with an expert: its middle linears receive some of the tokens, as in a mixture of experts."""
 
 import torch
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of mixed grids share: a tiny block with several grids and a linear in floating point."""
+"""Shared by the tests of mixed grids: a tiny block with several grids and a linear in floating point."""
 
 from dataclasses import replace
 

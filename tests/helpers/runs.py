@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of whole runs share: a tiny model, a text and a configuration on disk, and what a run leaves."""
+"""Shared by the tests of whole runs: a tiny model, a text and a configuration on disk, and a run's outcome."""
 
 import csv
 import hashlib

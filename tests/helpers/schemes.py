@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scheme by its grid, for tests that start from a grid."""
+"""The scheme that belongs to a grid."""
 
 from typing import Any
 

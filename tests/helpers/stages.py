@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of stages share: a tiny block with its two streams, and a fit as the pipeline makes it."""
+"""Shared by the tests of stages: a tiny block with its two streams, and a fit like that of a run."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
 
+# A config in which only half of the channels of each head are turned.
+HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 VOCAB_SIZE = 272  # 256 bytes, <s>, </s>, and a few never used
 
 _SIZES: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are stored quantized, while the config does not say so, are refused by the name of a tensor."""
+"""Weights that are stored quantized without a word in the config are refused by the name of a tensor."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def store(folder: Path, changes: dict[str, Tensor], drop: str = "") -> None:
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, *OTHERS], ids=str)
-def test_a_parameter_in_a_dtype_without_weights_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_open_parameter_in_integer_dtype_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_tiny(tmp_path)
     for name in (f"{LINEAR}.weight", "model.norm.weight", "lm_head.weight"):
         plain = load_file(folder / SINGLE)[name]
@@ -47,7 +47,7 @@ def test_a_parameter_in_a_dtype_without_weights_is_refused(tmp_path: Path, dtype
     ],
 )
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_a_tensor_that_plain_linears_lack_is_refused(tmp_path: Path, inner: str, prefix: str) -> None:
+def test_open_tensor_of_quantized_linear_is_refused(tmp_path: Path, inner: str, prefix: str) -> None:
     folder = save_tiny(tmp_path)
     name = f"{prefix}{LINEAR.removeprefix('model.')}"
     packed = inner in ("qweight", "weight_packed")
@@ -56,21 +56,19 @@ def test_a_tensor_that_plain_linears_lack_is_refused(tmp_path: Path, inner: str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_dtype_of_weights_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_open_weights_in_each_floating_dtype_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_tiny(tmp_path, dtype=dtype)
     assert SourceModel.open(folder, dtype="float32").block(0).self_attn.q_proj.weight.dtype == torch.float32
 
 
-def test_a_stored_bias_that_the_config_does_not_ask_for_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_open_unused_bias_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_tiny(tmp_path)
     store(folder, {f"{LINEAR}.bias": torch.zeros(64)})
     SourceModel.open(folder)
     assert f"stores 1 tensors the model does not use, such as {LINEAR}.bias" in caplog.text
 
 
-def test_a_config_dtype_without_weights_is_refused(tmp_path: Path) -> None:
+def test_open_config_dtype_without_weights_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     for name in ("int8", "float8_e4m3fn"):
         edit_json(folder / "config.json", dtype=name)

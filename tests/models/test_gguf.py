@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: the same model as transformers makes of them, without its bar; those that cannot be read."""
+"""GGUF files give the same model as transformers, without its progress bars; unreadable files are refused."""
 
 import importlib.util
 import sys
@@ -23,8 +23,10 @@ from tests.helpers.opening import SMOL, needs_smol, refused, stream
 
 @needs_smol
 @pytest.mark.slow
-def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is parsed once, for config, weights and tokenizer together."""
+def test_gguf_model_equals_transformers_and_is_parsed_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Config, weights and tokenizer come from one parse of the file."""
     reader = Mock(wraps=gguf.GGUFReader)
     monkeypatch.setattr(gguf, "GGUFReader", reader)
     source = SourceModel.open(SMOL)
@@ -48,7 +50,7 @@ def test_gguf_equals_transformers(capfd: pytest.CaptureFixture[str], monkeypatch
     assert len(source.digest()) == 64
 
 
-def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"no such format" * 10)
     refused(file, r"x.gguf cannot be read as a GGUF model \(.*\): get the file again")
@@ -59,15 +61,15 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_smol
 @pytest.mark.parametrize("size", [1000, pytest.param(1 << 22, marks=pytest.mark.slow)])
-def test_a_truncated_gguf_file(tmp_path: Path, size: int) -> None:
+def test_gguf_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
     folder, name = locate.locate(SMOL)
     with (folder / str(name)).open("rb") as complete:
         (tmp_path / "x.gguf").write_bytes(complete.read(size))
     refused(tmp_path / "x.gguf", r"x.gguf cannot be read as a GGUF model \(.*\): get the file again")
 
 
-def test_bars_are_hidden_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
-    """Inside, nested or not; afterwards, and after an error, bars are shown as before."""
+def test_without_bars_hides_bars_inside_only(capfd: pytest.CaptureFixture[str]) -> None:
+    """Contexts may be nested. Bars appear again afterwards, also after an error."""
 
     def bar() -> str:
         assert list(tqdm(range(3), desc="reading", disable=False)) == [0, 1, 2]
@@ -89,8 +91,8 @@ def test_bars_are_hidden_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> 
     assert "reading" in bar()
 
 
-def test_threads_leave_the_package_as_it_was(tmp_path: Path) -> None:
-    """Also one that begins before another ends, and ends after it."""
+def test_reading_gguf_in_overlapping_threads_restores_package(tmp_path: Path) -> None:
+    """One thread begins before another one ends, and ends after it."""
     plain, begun, end = gguf.GGUFReader, threading.Event(), threading.Event()
 
     def read() -> None:

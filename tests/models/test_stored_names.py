@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored names become the model's names by transformers' own table; tensors that it merges are refused by name."""
+"""Stored names become names of the model by transformers' table; tensors that it merges are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def edit_names(folder: Path, change: Any) -> None:
     save_file({change(name): value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
-def test_gpt_neox_head_is_found_under_its_stored_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_names_gpt_neox_head_under_stored_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save_model(tmp_path, "gpt_neox")
     assert "embed_out.weight" in checkpoint.tensors
     assert "lm_head.weight" not in checkpoint.tensors
@@ -60,7 +60,7 @@ def test_gpt_neox_head_is_found_under_its_stored_name(tmp_path: Path, monkeypatc
     assert "lm_head.weight" in dict(source.outside())
 
 
-def test_gpt_neox_head_is_found_under_the_name_of_the_module(tmp_path: Path) -> None:
+def test_model_names_gpt_neox_head_under_module_name_is_found(tmp_path: Path) -> None:
     save_model(tmp_path, "gpt_neox")
     edit_names(tmp_path, lambda name: name.replace("embed_out", "lm_head"))
     checkpoint = SafetensorsCheckpoint(tmp_path, SINGLE)
@@ -69,7 +69,7 @@ def test_gpt_neox_head_is_found_under_the_name_of_the_module(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_merged_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
+def test_model_names_merged_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
     key = "num_local_experts" if model_type == "mixtral" else "num_experts"
     checkpoint = save_model(tmp_path, model_type, **{key: 2, "num_experts_per_tok": 1, "num_key_value_heads": 2})
     model = meta_model(AutoConfig.from_pretrained(tmp_path), torch.float32, "sdpa")
@@ -78,7 +78,7 @@ def test_merged_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_one_parameter_under_two_names_is_refused(tmp_path: Path) -> None:
+def test_model_names_parameter_stored_twice_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     tensors = load_file(tmp_path / SINGLE)
     tensors["norm.weight"] = tensors["model.norm.weight"] + 1
@@ -86,14 +86,14 @@ def test_one_parameter_under_two_names_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "model.norm.weight and norm.weight both hold the parameter model.norm.weight: remove one of them")
 
 
-def test_names_of_the_inner_model_get_its_prefix(tmp_path: Path) -> None:
+def test_model_names_of_inner_model_get_its_prefix(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     expected = stream(SourceModel.open(tmp_path), tokens())
     edit_names(tmp_path, lambda name: name.removeprefix("model."))
     assert torch.equal(stream(SourceModel.open(tmp_path), tokens()), expected)
 
 
-def test_unknown_tensors_keep_their_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_names_of_unknown_tensors_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_tiny(tmp_path)
     edit_names(tmp_path, lambda name: name.removeprefix("model."))
     tensors = load_file(tmp_path / SINGLE) | {"something.else": torch.zeros(1)}

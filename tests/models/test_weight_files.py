@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that omniq reads are those that transformers reads; ambiguous and foreign files are refused by name."""
+"""omniq reads the weight files that transformers reads, and refuses ambiguous and foreign ones by name."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def rename_shard(folder: Path, name: str) -> Path:
     return shard
 
 
-def test_two_models_in_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+def test_weight_file_two_models_in_folder_are_refused_by_name(tmp_path: Path) -> None:
     folder, newer = save_tiny(tmp_path / "a", max_shard_size=SHARDS), save_tiny(tmp_path / "b", seed=5)
     shutil.copy(newer / SINGLE, folder)
     refused(folder, rf"holds two models, {SINGLE} and {INDEX} with 9 of its shards, such as model-00001-of-00009")
@@ -55,7 +55,7 @@ def test_two_models_in_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     refused(folder, "holds two models, .* with 8 of its shards")
 
 
-def test_an_index_without_shards_is_ignored_as_transformers_does(tmp_path: Path) -> None:
+def test_weight_file_index_without_shards_is_ignored(tmp_path: Path) -> None:
     folder, newer = save_tiny(tmp_path / "a", max_shard_size=SHARDS), save_tiny(tmp_path / "b", seed=5)
     for shard in shards(folder):
         shard.unlink()
@@ -65,14 +65,14 @@ def test_an_index_without_shards_is_ignored_as_transformers_does(tmp_path: Path)
     assert same_as_transformers(folder)
 
 
-def test_an_index_of_the_single_file_is_no_second_model(tmp_path: Path) -> None:
+def test_weight_file_index_of_single_file_is_no_second_model(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     listed = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / SINGLE), SINGLE)}
     (folder / INDEX).write_text(json.dumps(listed))
     assert same_as_transformers(folder)
 
 
-def test_a_tensor_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
+def test_weight_file_tensor_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     first, second = shards(folder)[:2]
     for source, target in ((first, second), (second, first)):  # the index names either of the two
@@ -83,7 +83,7 @@ def test_a_tensor_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_file_that_the_config_names_is_read(tmp_path: Path, sharded: bool) -> None:
+def test_weight_file_named_by_config_is_read(tmp_path: Path, sharded: bool) -> None:
     folder, other = save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b", seed=5, max_shard_size=SHARDS)
     name = f"other.{INDEX.partition('.')[2]}" if sharded else "other.safetensors"
     if sharded:
@@ -112,7 +112,7 @@ def test_the_file_that_the_config_names_is_read(tmp_path: Path, sharded: bool) -
         ("weights.bin", r"weights.bin is a pickle file"),
     ],
 )
-def test_config_names_no_usable_file(tmp_path: Path, name: object, text: str) -> None:
+def test_weight_file_named_by_config_but_unusable_is_refused(tmp_path: Path, name: object, text: str) -> None:
     save_tiny(tmp_path / "b")
     folder = save_tiny(tmp_path / "a")
     edit_json(folder / "config.json", transformers_weights=name)
@@ -120,7 +120,7 @@ def test_config_names_no_usable_file(tmp_path: Path, name: object, text: str) ->
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link", "linked folder", "loop", "no name"])
-def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
+def test_weight_file_index_leaving_folder_is_refused(tmp_path: Path, kind: str) -> None:
     folder, outside = save_tiny(tmp_path / "a", max_shard_size=SHARDS), tmp_path / "outside"
     outside.mkdir()
     names = {
@@ -143,20 +143,20 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, kind: str) -
         open_weights(folder)
 
 
-def test_a_shard_in_a_subfolder_is_read(tmp_path: Path) -> None:
+def test_weight_file_shard_in_subfolder_is_read(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     (folder / "inner").mkdir()
     shutil.move(rename_shard(folder, "inner/x.safetensors"), folder / "inner/x.safetensors")
     assert same_as_transformers(folder)
 
 
-def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
+def test_weight_file_link_within_folder_is_followed(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     (folder / "x.safetensors").symlink_to(rename_shard(folder, "x.safetensors").name)
     assert same_as_transformers(folder)
 
 
-def test_a_snapshot_of_the_hub_cache_links_into_its_own_blobs(tmp_path: Path) -> None:
+def test_weight_file_hub_snapshot_links_into_own_blobs_only(tmp_path: Path) -> None:
     saved = save_tiny(tmp_path / "saved", max_shard_size=SHARDS)
     model = tmp_path / "hub/models--a--b"
     snapshot, blobs = model / "snapshots/0123", model / "blobs"
@@ -178,7 +178,7 @@ def test_a_snapshot_of_the_hub_cache_links_into_its_own_blobs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link"])
-def test_a_folder_or_dangling_link_in_place_of_a_shard_is_refused(tmp_path: Path, kind: str) -> None:
+def test_weight_file_folder_or_dangling_link_for_shard_is_refused(tmp_path: Path, kind: str) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     shard = shards(folder)[1]
     shard.unlink()
@@ -189,13 +189,13 @@ def test_a_folder_or_dangling_link_in_place_of_a_shard_is_refused(tmp_path: Path
     refused(folder, rf"{shard.name} is (missing|truncated or corrupt)")
 
 
-def test_the_index_may_hold_more_than_names_of_files(tmp_path: Path) -> None:
+def test_weight_file_index_with_deep_json_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, max_shard_size=SHARDS)
     (folder / INDEX).write_text("[" * 100_000)
     refused(folder, rf"{INDEX} is not valid JSON")
 
 
-def test_an_export_does_not_inherit_the_name_of_the_weight_file(tmp_path: Path) -> None:
+def test_export_does_not_inherit_name_of_weight_file(tmp_path: Path) -> None:
     folder, grid = save_tiny(tmp_path / "source", dtype=torch.float16), Grid(4, 32)
     (folder / SINGLE).rename(folder / "other.safetensors")
     edit_json(folder / "config.json", transformers_weights="other.safetensors")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: what they measure by is right, and each writes its figure with a floor, a ratio and its memory."""
+"""The benchmarks: their counts of work are right, and each writes a figure, its floor, ratio and memory."""
 
 import json
 import math
@@ -57,18 +57,18 @@ def causal(counted: FlopCounterMode) -> int:
     return flops.pop("aten.bmm") // 2 + sum(flops.values())
 
 
-def test_all_are_tried() -> None:
+def test_benchmarks_are_all_tested() -> None:
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(SMALL) == set(FIGURES)
 
 
-def test_a_floor_is_the_larger_of_arithmetic_and_bytes(machine: ModuleType) -> None:
+def test_rates_floor_is_larger_of_arithmetic_and_bytes(machine: ModuleType) -> None:
     rates = machine.Rates(operations=10.0, moved=4.0)
     assert rates.floor(machine.Work(100, 8)) == 10.0
     assert rates.floor(machine.Work(100, 80)) == 20.0
 
 
-def test_peak_memory_on_a_cpu(machine: ModuleType) -> None:
-    """What is alive at once, not what is allocated in all, nor what was there before."""
+def test_peak_bytes_on_cpu_counts_what_is_alive_at_once(machine: ModuleType) -> None:
+    """The peak excludes tensors that are freed in between and tensors that existed before."""
     before = torch.ones(2**20)
 
     def work() -> None:
@@ -84,7 +84,7 @@ def test_peak_memory_on_a_cpu(machine: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W3A16g64", "W4A4KV4"])
-def test_operations_of_a_step_are_those_that_torch_counts(scheme: str, llama: ModuleType) -> None:
+def test_step_work_operations_equal_count_of_torch(scheme: str, llama: ModuleType) -> None:
     from plain.step import Eager
 
     task = llama.make_task("tiny", Scheme(scheme), "cpu", 16, 2, torch.float32)
@@ -94,7 +94,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(scheme: str, llama: Mo
     assert llama.step_work(task, eager.module).operations == causal(counted)
 
 
-def test_operations_of_a_forward_are_those_that_torch_counts(llama: ModuleType) -> None:
+def test_forward_work_operations_equal_count_of_torch(llama: ModuleType) -> None:
     task = llama.make_task("tiny", Scheme("W4A16"), "cpu", 16, 3, torch.float32)
     task.block.self_attn.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counted:
@@ -104,7 +104,7 @@ def test_operations_of_a_forward_are_those_that_torch_counts(llama: ModuleType) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_each_writes_figure_floor_ratio_and_memory(name: str, tmp_path: Path) -> None:
+def test_benchmark_writes_figure_floor_ratio_and_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / "figures" / f"{name}.json"  # a folder that is made
     command = [sys.executable, f"benchmarks/{name}.py", "--device", "cpu", *SMALL[name], "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that a reader copies, from the documents and the heads of recipes: each is one that omniq understands."""
+"""omniq understands the commands in the documents and in the heads of recipes."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def _beside_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_beside_a_reader")
 @pytest.mark.parametrize("path", [*DOCUMENTS, *RECIPES], ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_are_understood(path: Path) -> None:
+def test_documented_commands_are_understood(path: Path) -> None:
     given = commands(path)
     if path in RECIPES:
         given += [[*given[0], *options] for options in overrides(path)]

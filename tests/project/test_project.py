@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project as a package: where things lie, what a wheel holds, whether the pins and the ranges agree."""
+"""The project as a package: its layout, its wheel, its pinned versions and its dependencies."""
 
 import ast
 import shutil
@@ -33,7 +33,7 @@ def walk(path: Path) -> list[ast.AST]:
     return list(ast.walk(ast.parse(path.read_text())))
 
 
-def test_callbacks_are_the_top_level_folder() -> None:
+def test_callbacks_package_is_top_level_folder() -> None:
     import omniq.callbacks
 
     assert omniq.callbacks.__file__ is not None
@@ -41,13 +41,13 @@ def test_callbacks_are_the_top_level_folder() -> None:
     assert (ROOT / "omniq" / "callbacks").readlink() == Path("../callbacks")
 
 
-def test_import_is_light() -> None:
+def test_import_of_omniq_loads_no_torch() -> None:
     loaded = run("-c", "import sys, omniq; print(*sys.modules)").split()
     assert "omniq" in loaded
     assert not {"torch", "lightning", "transformers"} & set(loaded)
 
 
-def test_front_door() -> None:
+def test_omniq_offers_quantize_and_load_lazily() -> None:
     from omniq import api
 
     assert omniq.quantize is api.quantize
@@ -57,7 +57,7 @@ def test_front_door() -> None:
         _ = omniq.pack
 
 
-def test_every_source_file_names_its_license() -> None:
+def test_source_files_name_their_license() -> None:
     sources = [path for room in ("omniq", "callbacks", "tests", "benchmarks") for path in (ROOT / room).rglob("*.py")]
     bare = [path for path in sources if not path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")]
     assert sources
@@ -65,7 +65,7 @@ def test_every_source_file_names_its_license() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_configs_open_with_what_they_are_for(path: Path) -> None:
+def test_configs_begin_with_their_purpose(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# ")
     assert isinstance(yaml.safe_load(text), dict)
@@ -73,10 +73,7 @@ def test_configs_open_with_what_they_are_for(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_configs_parse_over_the_demo(path: Path, tmp_path: Path) -> None:
-    """Recipes, models and data compose: each file is understood on top of a complete run, the demo.
-
-    What a run records as its config.yaml is that run again.
-    """
+    """Each file composes with a complete run, the demo; the recorded config.yaml parses to the same run."""
     from omniq.config.parse import parse_run
 
     run, resolved = parse_run([ROOT / "configs" / "demo.yaml", path])
@@ -86,7 +83,7 @@ def test_configs_parse_over_the_demo(path: Path, tmp_path: Path) -> None:
     assert parse_run([record])[1] == resolved
 
 
-def test_every_dependency_is_pinned_within_its_range() -> None:
+def test_dependencies_are_pinned_within_their_ranges() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [Requirement(line) for line in project["dependencies"]]
@@ -100,8 +97,8 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
             assert requirement.specifier.contains(pin.version), requirement
 
 
-def test_every_import_is_a_dependency() -> None:
-    """Not something that happens to be there because another package needs it."""
+def test_imports_are_declared_dependencies() -> None:
+    """A package that another package happens to install is not enough."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
@@ -137,7 +134,7 @@ def test_wheel_holds_every_module(wheel: ZipFile) -> None:
     assert "omniq/py.typed" in wheel.namelist()
 
 
-def test_wheel_metadata(wheel: ZipFile) -> None:
+def test_wheel_metadata_names_version_license_and_commands(wheel: ZipFile) -> None:
     info = f"omniq-{omniq.__version__}.dist-info"
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert f"\nVersion: {omniq.__version__}\n" in metadata

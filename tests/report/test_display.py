@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the display says of a run on a clock of the test: time left, rate, losses, memory."""
+"""The display of a run on a simulated clock: time left, rate, losses and memory."""
 
 import io
 
@@ -51,8 +51,10 @@ def display(clock: Clock) -> Display:
 
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("seconds", [0.5, 20.0, 60.0, 3600.0])
-def test_time_left_over_blocks(display: Display, clock: Clock, seconds: float, stages: int) -> None:
-    """From the first block on, however long one takes."""
+def test_display_time_left_follows_seconds_per_block(
+    display: Display, clock: Clock, seconds: float, stages: int
+) -> None:
+    """The estimate exists from the first block on, for short and for long blocks."""
     with display:
         assert display.progress.tasks[0].time_remaining is None
         for index in range(10):
@@ -62,7 +64,7 @@ def test_time_left_over_blocks(display: Display, clock: Clock, seconds: float, s
         assert display.progress.tasks[0].elapsed == pytest.approx(10 * seconds)
 
 
-def test_a_resumed_run_counts_only_what_it_calibrates(display: Display, clock: Clock) -> None:
+def test_display_of_resumed_run_counts_calibrated_blocks_only(display: Display, clock: Clock) -> None:
     with display:
         for index in range(9):
             clock.now += 0.01
@@ -72,8 +74,8 @@ def test_a_resumed_run_counts_only_what_it_calibrates(display: Display, clock: C
         assert display.progress.tasks[0].time_remaining == pytest.approx(400, abs=1)  # rich rounds up
 
 
-def test_a_run_that_resumes_from_saved_streams(display: Display, clock: Clock) -> None:
-    """Its first block is not the first of the model, and none before it is shown."""
+def test_display_resumed_from_streams_starts_at_later_block(display: Display, clock: Clock) -> None:
+    """No earlier block is shown."""
     with display:
         clock.now += 7.0
         calibrate(display, clock, 9, 20.0)
@@ -83,7 +85,7 @@ def test_a_run_that_resumes_from_saved_streams(display: Display, clock: Clock) -
         assert display.progress.tasks[0].elapsed == pytest.approx(47)
 
 
-def test_what_is_on_the_lines(display: Display, clock: Clock) -> None:
+def test_display_lines_show_progress_time_and_losses(display: Display, clock: Clock) -> None:
     with display:
         calibrate(display, clock, 0, 50.0, steps=5)
         display.stage(1, "OmniQuant", 20, 1000)
@@ -99,7 +101,7 @@ def test_what_is_on_the_lines(display: Display, clock: Clock) -> None:
     assert steps.endswith("60/1000 0:00:05 0:01:58 8.0/s       loss 1.500e-03  augmented_loss 2.000e-04")
 
 
-def test_a_narrow_terminal_keeps_the_time_left_and_the_rate(clock: Clock) -> None:
+def test_display_on_narrow_terminal_keeps_time_left_and_rate(clock: Clock) -> None:
     display = Display(BLOCKS, Console(file=io.StringIO(), width=80, get_time=clock))
     with display:
         calibrate(display, clock, 0, 50.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses by torch.compile: the same up to rounding, one graph for all blocks, and the same bits when resumed."""
+"""Losses by torch.compile are equal up to rounding, need one graph for all blocks, and resume to the same bits."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from omniq.calibration.reconstruction import ReconstructionModule
 from omniq.cli.command import main
 from omniq.models.source import SourceModel
-from omniq.run.fingerprint import fingerprint
 from tests.helpers.runs import SMALL, configuration, losses, omniquant, outcome, write_run
 
 RTN = {"class_path": "omniq.stages.RTN"}
@@ -23,7 +22,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 
 @pytest.fixture(autouse=True)
 def as_before() -> Any:
-    """Forget what was compiled."""
+    """Clear compiled graphs and counters before and after each test."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -47,10 +46,10 @@ def run(folder: Path, **sections: Any) -> list[str]:
     ],
     ids=["clipping", "rounding", "transform"],
 )
-def test_equal_to_the_plain_loss(
+def test_compiled_run_losses_equal_plain_run(
     tmp_path: Path, stages: list[dict[str, Any]], sections: dict[str, Any], graphs: int | None, rtol: float
 ) -> None:
-    """A graph for each shape of a batch, none of its own for the second block."""
+    """There is one graph for each shape of a batch, and no further graph for the second block."""
     args = run(tmp_path, stages=stages, **sections)
     assert main([*args, "--out", str(tmp_path / "plain")]) == 0
     assert not counters["stats"]
@@ -63,8 +62,8 @@ def test_equal_to_the_plain_loss(
 
 
 @pytest.mark.gpu
-def test_inside_our_graph(tmp_path: Path) -> None:
-    """Both blocks, whose steps are captured after three."""
+def test_compiled_run_in_cuda_graph_losses_equal_plain_run(tmp_path: Path) -> None:
+    """The steps of both blocks are captured after three warm-up steps."""
     args = run(tmp_path, stages=[omniquant()], trainer={"accelerator": "gpu"}, matmul="ieee")
     for name in ("plain", "compiled"):
         assert main([*args, "--out", str(tmp_path / name), "--compile", str(name == "compiled").lower()]) == 0
@@ -74,8 +73,8 @@ def test_inside_our_graph(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second of two passes, each of a full batch and a smaller one."""
+def test_compiled_run_resumed_gives_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops in the second of two passes; each pass has a full batch and a smaller one."""
     args = [*run(tmp_path, stages=[omniquant(batch_size=3)]), "--compile", "true", "--export.format", "omniq"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert main([*args, "--out", str(whole)]) == 0
@@ -96,17 +95,9 @@ def test_resumed_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert outcome(resumed) == outcome(whole)
 
 
-def test_runs_from_before_it_go_on() -> None:
-    """Their settings have no such key."""
-    assert fingerprint("seed: 2\ncompile: false") == fingerprint("seed: 2")
-    assert fingerprint("seed: 2\ncompile: true") != fingerprint("seed: 2")
-
-
-def test_where_nothing_compiles(
+def test_compile_without_working_compiler_is_refused_before_first_block(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said before the first block."""
-
     def broken(function: Any, **options: Any) -> Any:
         raise RuntimeError("no working C++ compiler\nfound")
 
@@ -116,6 +107,6 @@ def test_where_nothing_compiles(
     monkeypatch.setattr(SourceModel, "block", None)
     assert main([*args, "--compile", "true"]) == 2
     assert capsys.readouterr().err == (
-        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): mend that, or set "
+        "omniq: compile true: torch.compile does not work here (no working C++ compiler found): fix that, or set "
         "compile to false\n"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the last block: where the evaluation's activations live, how often the checkpoint is opened, what is said."""
+"""The end of a run: evaluation, export, verification, and the messages about them."""
 
 import json
 import re
@@ -25,13 +25,13 @@ RTN = [{"class_path": "omniq.stages.RTN"}]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """All of it in one line."""
+    """The captured output in one line."""
     return re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 @pytest.fixture
 def openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every checkpoint that is opened in transformers."""
+    """The checkpoints that transformers opens, in order."""
     paths: list[Path] = []
     plain = huggingface.open_checkpoint
 
@@ -50,10 +50,10 @@ def no_compressed_tensors(name: str) -> str:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_the_checkpoint_is_opened_once(
+def test_finish_opens_checkpoint_once(
     openings: list[Path], verify: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For its logits, the perplexity of a window, and the prompt."""
+    """Logits, perplexity of a window and the prompt use the same opened model."""
     args = write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN)
     args += ["--export.prompt", "Once upon", "--export.verify", str(verify)]
     assert main(args) == 0
@@ -67,27 +67,29 @@ def test_the_checkpoint_is_opened_once(
     assert outcome(tmp_path / "run") == first
 
 
-def test_a_sentence_without_an_evaluation(openings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_finish_without_evaluation_verifies_on_own_text(
+    openings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(write_run(tmp_path, scheme={"name": "W8A8"}, stages=RTN, evaluation=None)) == 0
     assert f"perplexity of {len(checkpoint.VERIFICATION_TEXT)} tokens" in said(capsys)  # of bytes
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
-def test_a_checkpoint_that_does_not_fit(
+def test_finish_checkpoint_that_does_not_fit_is_verified_block_by_block(
     openings: list[Path], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """It is verified all the same, and one line says what could not be done."""
+    """One line says which checks were not possible."""
     monkeypatch.setattr(folder_reader, "free_host_memory", lambda: 1000)
     args = write_run(tmp_path, scheme={"name": scheme}, stages=RTN)
     assert main([*args, "--export.prompt", "Once upon"]) == 0
     output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
     assert re.search(rf"logits block by block within 0\.0e\+00 of omniq's \({lacking}\)", output)
     assert ("by omniq's own evaluation" in output) == (scheme == "W8A8")
-    assert re.search(f"the checkpoint says nothing: {lacking}", output)
+    assert re.search(f"the checkpoint does not complete the prompt: {lacking}", output)
     assert openings == []
 
 
-def test_run_without_the_readers_package_says_so_before_and_resumes_without_writing(
+def test_run_without_readers_package_says_so_and_resumes_without_writing(
     openings: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,17 +106,17 @@ def test_run_without_the_readers_package_says_so_before_and_resumes_without_writ
     for start in ("first", "resumed"):
         caplog.clear()
         assert main([*args, "--export.prompt", "Once upon"]) == 0
-        assert [f"export.format compressed-tensors: {lacking}; omniq verifies it with a reader of its own"] == [
+        assert [f"export.format compressed-tensors: {lacking}; omniq verifies the checkpoint with its own reader"] == [
             record.getMessage() for record in caplog.records if "pip install" in record.getMessage()
         ]
         output = said(capsys)
         assert f"logits block by block within 0.0e+00 of omniq's ({lacking})" in output
-        assert f"the checkpoint says nothing: {lacking}" in output
+        assert f"the checkpoint does not complete the prompt: {lacking}" in output
         assert ("writing" in output) == (start == "first")
     assert openings == []
 
 
-def test_values_that_the_format_cannot_store_end_the_run_at_their_block(
+def test_run_with_values_that_format_cannot_store_ends_at_their_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def refuse(codec: CompressedTensors, name: str, linear: QuantizedLinear) -> None:
@@ -127,10 +129,10 @@ def test_values_that_the_format_cannot_store_end_the_run_at_their_block(
     assert not list((tmp_path / "run/blocks").glob("*.safetensors"))
 
 
-def test_resume_replaces_damaged_exports_only(
+def test_resume_replaces_damaged_export_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """An error of the machine is no damage: it ends the run, and the export stays."""
+    """An error of the machine is not damage: it ends the run and keeps the export."""
     args = write_run(tmp_path, stages=RTN, evaluation=None)
     assert main(args) == 0
     before = (tmp_path / "run/model/model.safetensors").stat().st_ino
@@ -147,8 +149,8 @@ def test_resume_replaces_damaged_exports_only(
     assert "writing" not in said(capsys).partition("verified")[2]
 
 
-def test_resume_keeps_an_export_of_an_older_version(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Its config.json has no name of the format but the method's."""
+def test_resume_keeps_export_of_older_version(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its config.json names the method only, and not the format."""
     args = write_run(tmp_path, stages=RTN, evaluation=None, export={"format": "omniq"})
     assert main(args) == 0
     config, weights = tmp_path / "run/model/config.json", tmp_path / "run/model/model.safetensors"
@@ -162,7 +164,7 @@ def test_resume_keeps_an_export_of_an_older_version(tmp_path: Path, capsys: pyte
     assert weights.stat().st_ino == before
 
 
-def test_another_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_other_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "in_export_dtype", lambda source, scheme: source.in_dtype(torch.bfloat16))
     monkeypatch.setattr(checkpoint, "PERPLEXITY_TOLERANCE", 1e-6)
     with pytest.raises(checkpoint.VerificationError, match=r"not the model that was measured: perplexity of 24 tokens"):
@@ -170,15 +172,17 @@ def test_another_perplexity_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_the_evaluation_follows_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """The activations of all three variants live where those of the calibration do, and nothing is left of them."""
+def test_evaluation_of_run_places_activations_as_calibration_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """This holds for all three variants, and no file remains afterwards."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], export={"format": "none"})
     rooms: list[tuple[str, int]] = []
     plain = placement.ActivationPlacement.empty
 
-    def spy(home: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        rooms.append((home.location, shape[0]))
-        return plain(home, shape, dtype)
+    def spy(chosen: placement.ActivationPlacement, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rooms.append((chosen.location, shape[0]))
+        return plain(chosen, shape, dtype)
 
     monkeypatch.setattr(placement.ActivationPlacement, "empty", spy)
     assert main([*args, "--streams", place]) == 0
@@ -186,8 +190,8 @@ def test_the_evaluation_follows_streams(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list((tmp_path / "run").glob("stream.*"))
 
 
-def test_the_evaluation_asks_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three activations of this size do not fit here; those of the calibration are smaller."""
+def test_evaluation_of_run_too_large_for_host_goes_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three activations of the evaluation do not fit; the smaller ones of the calibration do."""
     longer = configuration(tmp_path)["evaluation"] | {"max_windows": 40}
     args = write_run(tmp_path, model=SMALL, stages=RTN, evaluation=longer, export={"format": "none"})
     one = 4 * 24 * SMALL["hidden_size"] * 4  # bytes of a stream
@@ -196,9 +200,9 @@ def test_the_evaluation_asks_what_is_free(tmp_path: Path, monkeypatch: pytest.Mo
     plain = placement.ActivationPlacement.choose.__func__  # type: ignore[attr-defined]
 
     def spy(*args: Any, **kwargs: Any) -> placement.ActivationPlacement:
-        home: placement.ActivationPlacement = plain(*args, **kwargs)
-        places.append(home.location)
-        return home
+        chosen: placement.ActivationPlacement = plain(*args, **kwargs)
+        places.append(chosen.location)
+        return chosen
 
     monkeypatch.setattr(placement.ActivationPlacement, "choose", classmethod(spy))
     assert main(args) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard: after a non-finite loss or gradient a block goes back, slows down, and in the end keeps its first grid."""
+"""After a non-finite loss or gradient the guard returns to a good state, lowers the rate, and at last gives up."""
 
 import math
 from dataclasses import replace
@@ -20,15 +20,15 @@ from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.run.checks import check_callbacks
-from omniq.run.fit import check_deployable
+from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
 from omniq.stages.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.let import LET
+from tests.helpers.outlier_task import outlier_task
 from tests.helpers.plain_omniquant import Plain, Rates, assert_losses
 from tests.helpers.runs import omniquant, write_run
 from tests.helpers.stages import Stop, fit, losses, on_cuda, tiny_task
-from tests.transforms.test_let import task_of
 
 
 class Broken(OmniQuantModule):
@@ -70,8 +70,8 @@ class Captured(Callback):
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
-def test_guard_returns_to_the_last_good_pass_at_half_the_rate(tmp_path: Path, gradient_only: bool) -> None:
-    """Pass 2 of 4 goes wrong: passes 3 and 4 go on from the end of pass 1, optimizer state included."""
+def test_guard_after_bad_pass_returns_to_last_good_pass_at_half_rate(tmp_path: Path, gradient_only: bool) -> None:
+    """Pass 2 of 4 fails: passes 3 and 4 start from the end of pass 1, with its optimizer state."""
     task, rates = tiny_task(Grid(3, 16)), Rates()
     plain = Plain(task)
     module = fit(Broken(task, OmniQuant(epochs=4), {5}, gradient_only), tmp_path, rates)
@@ -82,16 +82,16 @@ def test_guard_returns_to_the_last_good_pass_at_half_the_rate(tmp_path: Path, gr
     assert task.notes["guard"] == "non-finite loss in 1 pass(es): learning rate x 0.5"
 
 
-def test_a_module_may_hold_nothing_somewhere(tmp_path: Path) -> None:
-    """A part without elements has no largest one."""
+def test_guard_module_with_empty_buffer_is_accepted(tmp_path: Path) -> None:
+    """A tensor without elements has no maximum."""
     module = OmniQuant(epochs=2).module(tiny_task(Grid(3, 16)))
     module.register_buffer("nothing", torch.empty(0))
     fit(module, tmp_path)
     assert "guard" not in module.task.notes
 
 
-def test_guard_tells_the_module_that_its_state_is_another(tmp_path: Path) -> None:
-    """Once for each return, with the state and the rate of the next step in place."""
+def test_guard_after_return_calls_restored_once(tmp_path: Path) -> None:
+    """The call comes when the state and the rate of the next step are in place."""
     module, seen = Broken(tiny_task(Grid(3, 16)), OmniQuant(epochs=4), {5}), []
 
     def restored() -> None:
@@ -104,8 +104,8 @@ def test_guard_tells_the_module_that_its_state_is_another(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_guard_goes_back_under_a_captured_step_as_under_an_eager_one(tmp_path: Path) -> None:
-    """The graph of the bad passes reads moments and a rate that are not the optimizer's any more."""
+def test_guard_under_captured_step_returns_as_under_eager_step(tmp_path: Path) -> None:
+    """The graph of the bad passes reads moments and a rate that the optimizer no longer has."""
     found = []
     for graph in (False, True):
         task = on_cuda(tiny_task(Grid(3, 16)))
@@ -118,16 +118,16 @@ def test_guard_goes_back_under_a_captured_step_as_under_an_eager_one(tmp_path: P
     assert captured[9:] == pytest.approx(eager[9:], rel=1e-3)
 
 
-def test_guard_keeps_to_the_schedule(tmp_path: Path) -> None:
-    """Under a decaying rate, half of what the schedule says now, not of what it said before the bad pass."""
+def test_guard_after_bad_pass_keeps_to_schedule(tmp_path: Path) -> None:
+    """The rate is half of what the schedule gives for the current step."""
     rates = Rates()
     fit(Broken(tiny_task(Grid(3)), OmniQuant(epochs=3, schedule="cosine"), {5}), tmp_path, rates)
     expected = [1e-2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
     assert rates.seen == pytest.approx(expected[:6] + [rate / 2 for rate in expected[6:]])
 
 
-def test_guard_gives_up_after_three_passes(tmp_path: Path) -> None:
-    """The block gets the grid it started with, and its summary says so; the remaining passes are not made."""
+def test_guard_after_three_bad_passes_keeps_initial_grid(tmp_path: Path) -> None:
+    """The summary says so, and the remaining passes are skipped."""
     task = tiny_task(Grid(3, 16))
     start = OmniQuant().module(task).finish()
     module = fit(Broken(task, OmniQuant(epochs=9), {4, 7, 12}), tmp_path)
@@ -141,8 +141,8 @@ def test_guard_gives_up_after_three_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed_at", [4, 7, 10])
 @pytest.mark.parametrize("bad", [{5}, {5, 8}, {2, 5, 8}])
-def test_guard_survives_a_resume(tmp_path: Path, bad: set[int], killed_at: int) -> None:
-    """What it did before an interruption still holds, and is still told."""
+def test_guard_resumed_gives_same_bits_and_notes(tmp_path: Path, bad: set[int], killed_at: int) -> None:
+    """Notes and rates of the guard survive an interruption."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tasks = []
     for folder in (whole, parts):
@@ -180,9 +180,9 @@ def halved(task: BlockTask) -> BlockTask:
     return replace(task, grids=dict.fromkeys(task.grids, Grid(4)))
 
 
-def test_what_cannot_be_stored_falls_back_to_the_start(tmp_path: Path) -> None:
-    """Finite in training, in float32; the norm that a tiny scale divides is not, in float16."""
-    task, start = (halved(task_of("opt")) for _ in range(2))
+def test_omniquant_unstorable_norm_falls_back_to_start(tmp_path: Path) -> None:
+    """Training is finite in float32, but a norm divided by a tiny scale overflows in float16."""
+    task, start = (halved(outlier_task("opt")) for _ in range(2))
     for each in (task, start):
         each.block.get_submodule("self_attn_layer_norm").weight[0] = 3000.0
     expected = OmniQuant(transform=LET()).module(start).finish()
@@ -197,7 +197,7 @@ def test_what_cannot_be_stored_falls_back_to_the_start(tmp_path: Path) -> None:
     assert (task.run(task.inputs) - before).norm() < 1e-5 * before.norm()  # fused is what was kept
 
 
-def test_learned_rounding_falls_back_too(tmp_path: Path) -> None:
+def test_learned_rounding_unstorable_norm_falls_back_to_earlier_codes(tmp_path: Path) -> None:
     task = halved(tiny_task(Grid(4)))
     fit(GPTQ().module(task), tmp_path / "first")
     fit(LearnedRounding(epochs=1).module(task), tmp_path / "second", Overflow("norms.input_layernorm"))
@@ -207,9 +207,9 @@ def test_learned_rounding_falls_back_too(tmp_path: Path) -> None:
     )
 
 
-def test_stages_with_no_start_say_so() -> None:
+def test_abandon_of_stage_without_start_is_refused() -> None:
     with pytest.raises(
-        UserError, match="block 0: GPTQ met values that are not finite, and has no start to return to: "
+        UserError, match="block 0: GPTQ produced non-finite values and has no initial state to return to: "
     ):
         GPTQ().module(tiny_task(Grid(3))).abandon()
 
@@ -218,29 +218,31 @@ def test_stages_with_no_start_say_so() -> None:
     ("tensors", "summary", "words"),
     [
         ({"norm.weight": torch.tensor([1.0, 1e5])}, {}, "block 7: norm.weight is not finite in torch.float16: set"),
-        ({}, {"loss": math.nan}, "block 7: what it computes is not finite: give another trainer.precision"),
-        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: what it computes is not finite"),
+        ({}, {"loss": math.nan}, "block 7: its output is not finite: give another trainer.precision"),
+        ({}, {"loss": 1.0, "held_out_loss": math.inf}, "block 7: its output is not finite"),
     ],
 )
-def test_a_block_that_is_not_finite_is_refused(tensors: dict, summary: dict, words: str) -> None:
+def test_check_deployable_nonfinite_block_is_refused(tensors: dict, summary: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_deployable(7, BlockResult({}, tensors, summary), torch.float16)
-    check_deployable(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
+        check_finite_result(7, BlockResult({}, tensors, summary), torch.float16)
+    check_finite_result(7, BlockResult({}, {"norm.weight": torch.ones(2)}, {"loss": 1.0}), torch.float16)
 
 
-def test_it_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that another attempt does not take it for finished."""
+def test_run_with_nonfinite_block_does_not_write_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next attempt would take the block for finished."""
     args = write_run(tmp_path, "opt", scheme={"name": "W4A8"}, stages=[omniquant(transform={})], evaluation=None)
     with monkeypatch.context() as patch:
         patch.setattr("omniq.run.loop._mean_squares", lambda *_: (math.nan, 1.0))
         assert main([*args, "--export.format", "none"]) == 2
     said = capsys.readouterr().err
-    assert "omniq: block 0: what it computes is not finite" in said
+    assert "omniq: block 0: its output is not finite" in said
     assert not (tmp_path / "run/blocks/000.safetensors").exists()
     assert main([*args, "--export.format", "none"]) == 0
 
 
-def test_guard_in_the_configuration_replaces_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guard_in_configuration_replaces_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
     start = NonFiniteGuard.on_train_start
 
@@ -256,23 +258,23 @@ def test_guard_in_the_configuration_replaces_the_default(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("kind", [Fuse, BlockProgress, BlockLosses, PassCheckpoint, Settle])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: bool) -> None:
+def test_check_callbacks_internal_callback_is_refused_by_name(kind: type[Callback], wrapped: bool) -> None:
     run = SimpleNamespace(callbacks=[Callback, partial(kind) if wrapped else kind])
-    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: leave it out"):
+    with pytest.raises(UserError, match=f"callbacks: {kind.__name__} is an internal part of every fit: remove it"):
         check_callbacks(run)
 
 
-def test_internal_callback_in_the_configuration_is_refused_before_the_run(
+def test_run_with_internal_callback_in_configuration_is_refused_before_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
     capsys.readouterr()
     assert main(command) == 2
-    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: leave it out\n"
+    assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: remove it\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_second_guard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guard_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guards = [{"class_path": "omniq.callbacks.NonFiniteGuard"}] * 2
     assert main(write_run(tmp_path, callbacks=guards)) == 2
-    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: leave" in capsys.readouterr().err
+    assert "callbacks: NonFiniteGuard and NonFiniteGuard are two guards of one fit: remove" in capsys.readouterr().err

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs on tiny models of every family: what they leave on disk, and that the checkpoint is what was optimised."""
+"""Whole runs on tiny models of all families: their files, and the model in the checkpoint."""
 
-import csv
-import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -40,11 +36,6 @@ def blocks_of(run: Path) -> list[BlockResult]:
     return [BlockResult.load(path) for path in sorted((run / "blocks").glob("*.safetensors"))]
 
 
-def rows_of(run: Path, name: str) -> list[dict[str, str]]:
-    with (run / "blocks" / name).open() as file:
-        return list(csv.DictReader(file))
-
-
 def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtype) -> Tensor:
     """What omniq's own blocks compute, in the dtype of deployment."""
     model = SourceModel.open(source, dtype=str(dtype).removeprefix("torch."))
@@ -60,8 +51,8 @@ def logits_of_blocks(source: Path, results: list[BlockResult], dtype: torch.dtyp
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W2A16g32"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, scheme: str, tmp_path: Path) -> None:
-    """Learned clipping from the command line to the reopened checkpoint."""
+def test_quantize_each_family_exports_and_measures(family: str, scheme: str, tmp_path: Path) -> None:
+    """Learned clipping runs from the command line to the reopened checkpoint."""
     asked = {"name": scheme, "dtype": "float32"}
     assert main(write_run(tmp_path, family, SIZES[family], scheme=asked, stages=[omniquant(epochs=1)])) == 0
     run, (bits, group) = tmp_path / "run", (4, -1) if scheme == "W4A16" else (2, 32)
@@ -86,8 +77,8 @@ def test_every_family(family: str, scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
-    """The dtype of deployment: in the file, in the config, and in the scales that codes were chosen on."""
+def test_quantize_in_half_precision_exports_that_dtype(dtype: str, tmp_path: Path) -> None:
+    """The file, the config and the scales have the dtype of deployment."""
     assert main(write_run(tmp_path, model=SMALL, scheme={"name": "W3A16g16", "dtype": dtype, "symmetric": True})) == 0
     run = tmp_path / "run"
     assert json.loads((run / "model/config.json").read_text())["dtype"] == dtype
@@ -99,8 +90,8 @@ def test_half_precision_checkpoint(dtype: str, tmp_path: Path) -> None:
     assert {scale.dtype for scale in scales} == {getattr(torch, dtype)}
 
 
-def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) -> None:
-    """Per-channel at 2 bits with enough steps: each block's error as deployed is below that of round to nearest."""
+def test_quantize_learned_loss_is_below_round_to_nearest(tmp_path: Path) -> None:
+    """At 2 bits per channel the deployed error of each block is lower on the calibration windows."""
     learned = omniquant(epochs=12, clipping={"initial": {"class_path": "omniq.quantizers.clipping.Searched"}})
     quick = {"scheme": {"name": "W2A16"}, **QUICK}
     args = write_run(tmp_path, model=SMALL, stages=[learned], **quick)
@@ -113,8 +104,8 @@ def test_learned_is_better_than_rounded_on_what_it_trained_on(tmp_path: Path) ->
         assert mine.summary["loss"] < 0.9 * plain.summary["loss"]
 
 
-def test_round_to_nearest(tmp_path: Path) -> None:
-    """The stage, the evaluation's baseline and the formula agree."""
+def test_rtn_run_equals_formula_and_baseline(tmp_path: Path) -> None:
+    """The stage, the baseline of the evaluation and the formula agree."""
     assert main(write_run(tmp_path, model=SMALL, stages=[{"class_path": "omniq.stages.RTN"}])) == 0
     source = SourceModel.open(tmp_path / "source")
     for index, result in enumerate(blocks_of(tmp_path / "run")):
@@ -133,8 +124,8 @@ def test_round_to_nearest(tmp_path: Path) -> None:
     assert models["full precision"]["perplexity"] != models["omniq"]["perplexity"]
 
 
-def test_the_loss_as_deployed(tmp_path: Path) -> None:
-    """Summaries tell the error of the streams, on calibration and on held-out windows, recomputed here."""
+def test_block_summary_loss_equals_recomputed_error(tmp_path: Path) -> None:
+    """The test recomputes the error of the streams on calibration and held-out windows."""
     assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     source = SourceModel.open(tmp_path / "source")
     from omniq.data import Calibration, LocalText
@@ -155,65 +146,11 @@ def test_the_loss_as_deployed(tmp_path: Path) -> None:
             assert result.summary[f"relative_{key}"] == pytest.approx(error / power, rel=1e-4)
 
 
-def test_losses_on_disk(tmp_path: Path) -> None:
-    """One row a step in CSV, the same numbers in TensorBoard under names that sort, means in the summary.
-
-    The last stage also has what became of the block, on calibration and on held-out samples.
-    """
-    stages = [omniquant(epochs=3, transform={"alpha": 0.5}), omniquant(epochs=2, batch_size=2, augmented_loss=True)]
-    assert main(write_run(tmp_path, model=SMALL, stages=stages, **QUICK)) == 0
-    run = tmp_path / "run"
-    assert sorted(path.name for path in (run / "blocks").glob("*.csv")) == [
-        "000.0.csv",
-        "000.1.csv",
-        "001.0.csv",
-        "001.1.csv",
-    ]
-    rows = rows_of(run, "001.0.csv")
-    assert [list(row.values())[:4] for row in rows] == [
-        ["OmniQuant", str(step + 1), str(step // 3), "loss"] for step in range(9)
-    ]
-    *steps, deployed, held_out = rows_of(run, "001.1.csv")
-    assert [row["pass"] for row in steps] == ["0", "0", "1", "1"]  # batches of two of three samples
-    events = EventAccumulator(str(run / "tensorboard/001.0"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["block/001/loss"]
-    logged = events.Scalars("block/001/loss")
-    assert [event.step for event in logged] == list(range(1, 10))
-    values = [float(row["value"]) for row in rows]
-    assert [event.value for event in logged] == pytest.approx(values, rel=1e-6)
-    assert all(value == float(torch.tensor(value)) for value in values)  # written so that they read back exactly
-    mean = BlockResult.load(run / "blocks/001.safetensors").summary
-    last = [float(row["value"]) for row in steps[-2:]]
-    assert mean["OmniQuant 2.loss.last"] == pytest.approx(sum(last) / 2)
-    assert mean["OmniQuant 1.loss.first"] == pytest.approx(sum(values[:3]) / 3)
-    assert list(deployed.values()) == ["OmniQuant", "4", "1", "deployed_loss", repr(mean["loss"])]
-    assert list(held_out.values()) == ["OmniQuant", "4", "1", "held_out_loss", repr(mean["held_out_loss"])]
-    events = EventAccumulator(str(run / "tensorboard/001.1"))
-    events.Reload()
-    assert events.Tags()["scalars"] == [f"block/001/{name}" for name in ("loss", "deployed_loss", "held_out_loss")]
-    (event,) = events.Scalars("block/001/held_out_loss")
-    assert (event.step, event.value) == (4, pytest.approx(mean["held_out_loss"], rel=1e-6))
-
-
-def test_losses_of_a_stage_without_steps(tmp_path: Path) -> None:
-    """Rounding tracks nothing; its blocks have losses all the same. Without held-out samples there is one."""
-    for held_out, names in ((1, ["deployed_loss", "held_out_loss"]), (0, ["deployed_loss"])):
-        data = configuration(tmp_path)["data"] | {"held_out": held_out}
-        stages = [{"class_path": "omniq.stages.RTN"}]
-        out = tmp_path / f"run{held_out}"
-        assert main([*write_run(tmp_path, model=SMALL, stages=stages, data=data, **QUICK), "--out", str(out)]) == 0
-        for number in ("000", "001"):
-            summary = BlockResult.load(out / f"blocks/{number}.safetensors").summary
-            found = {row["name"]: float(row["value"]) for row in rows_of(out, f"{number}.0.csv")}
-            assert found == {name: summary[name.removeprefix("deployed_")] for name in names}
-
-
 @pytest.mark.parametrize("interrupted", [1, 6, 7, 11])
-def test_seconds_of_a_block_add_up_over_processes(
+def test_seconds_of_block_over_resumed_processes_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
-    """On a clock that advances ten seconds a step; what was lost since the last save is not counted."""
+    """The clock advances ten seconds a step; steps lost since the last save do not count."""
     now, seen, track = [0.0], [0], BlockModule.track
 
     def step(module: BlockModule, name: str, value: Tensor) -> None:
@@ -232,34 +169,7 @@ def test_seconds_of_a_block_add_up_over_processes(
     assert [result.summary["seconds"] for result in blocks_of(tmp_path / "run")] == [120.0, 120.0]
 
 
-@pytest.mark.parametrize("moment", ["save", "finalize", "log_metrics", "held_out_loss"])
-def test_a_disk_that_fills_up_while_a_logger_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], moment: str
-) -> None:
-    """One line, and the same command goes on when there is room again."""
-    args = write_run(tmp_path, model=SMALL, **QUICK)
-    write = getattr(TensorBoardLogger, "log_metrics" if moment == "held_out_loss" else moment)
-
-    def full(logger: TensorBoardLogger, *given: Any) -> None:
-        if moment != "held_out_loss" or "block/001/held_out_loss" in given[0]:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(logger, *given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TensorBoardLogger, write.__name__, full)
-        assert main(args) == 2
-    said = capfd.readouterr().err
-    assert said.startswith(f"omniq: cannot write into {tmp_path / 'run'}")
-    assert "No space left on device; free the disk or choose another folder" in said
-    assert said.count("\n") == 1
-    assert main(args) == 0
-    assert [row["name"] for row in rows_of(tmp_path / "run", "001.0.csv")] == 6 * ["loss"] + [
-        "deployed_loss",
-        "held_out_loss",
-    ]
-
-
-def test_summary_and_card(tmp_path: Path) -> None:
+def test_summary_and_card_hold_facts_of_run(tmp_path: Path) -> None:
     assert main(write_run(tmp_path, model=SMALL, seed=11)) == 0
     run = tmp_path / "run"
     facts = json.loads((run / "summary.json").read_text())
@@ -281,7 +191,7 @@ def test_summary_and_card(tmp_path: Path) -> None:
     assert facts["data"]["digest"] in card
 
 
-def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
+def test_recorded_configuration_repeats_run(tmp_path: Path) -> None:
     assert main(write_run(tmp_path, model=SMALL, **QUICK)) == 0
     again = ["quantize", "--config", str(tmp_path / "run/config.yaml"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
@@ -290,8 +200,8 @@ def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
             assert torch.equal(linear.codes, theirs.linears[name].codes)
 
 
-def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
-    """Settings of the evaluation may change; perplexities are then measured again, not repeated from the old text."""
+def test_finished_run_with_other_evaluation_is_measured_again(tmp_path: Path) -> None:
+    """The evaluation may change; the perplexities then come from the new text."""
     args = write_run(tmp_path, model=SMALL, export={"format": "none"})
     assert main(args) == 0
     path = tmp_path / "run/perplexity.json"
@@ -304,8 +214,8 @@ def test_another_evaluation_of_a_finished_run(tmp_path: Path) -> None:
     assert after["text"].startswith("the first 7 ")
 
 
-def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any error in a block leaves the finished ones; the same command goes on."""
+def test_run_failing_in_later_block_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished blocks remain, and the same command continues."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(BlockModule, "track", lambda module, *_: 1 / 0 if module.task.index else None)
@@ -315,8 +225,8 @@ def test_failing_late_leaves_a_run_that_continues(tmp_path: Path, monkeypatch: p
     assert main(args) == 0
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The block is named before anything is calibrated on what it computes."""
+def test_run_with_nonfinite_weights_names_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run stops before it calibrates anything on the outputs of this block."""
     args = write_run(tmp_path, model=SMALL, **QUICK)
     weights = tmp_path / "source/model.safetensors"
     tensors = load_file(weights)
@@ -325,11 +235,11 @@ def test_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(args) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "model.layers.1: the full-precision model puts out NaN or infinity here: get its weights again" in said
+    assert "model.layers.1: the output of the full-precision model is NaN or infinite: download its" in said
     assert sorted(path.name for path in (tmp_path / "run/blocks").iterdir()) == ["000.0.csv", "000.safetensors"]
 
 
-def test_from_python(tmp_path: Path) -> None:
+def test_quantize_and_load_from_python_give_model(tmp_path: Path) -> None:
     write_run(tmp_path, model=SMALL, evaluation=None)
     run = omniq.quantize(tmp_path / "source", config=tmp_path / "run.yaml", out=str(tmp_path / "run"))
     model = omniq.load(run)

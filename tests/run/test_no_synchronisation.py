@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inside an epoch the host only launches: it waits for the GPU where a pass ends, and nowhere else."""
+"""Inside an epoch the host only launches work; it waits for the GPU at the end of a pass only."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -54,7 +54,7 @@ def quiet_again() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-def test_a_wait_is_an_error_then() -> None:
+def test_sync_debug_mode_makes_wait_an_error() -> None:
     value = torch.ones(1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
@@ -64,8 +64,8 @@ def test_a_wait_is_an_error_then() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", ["device", "host"])
 @pytest.mark.parametrize("graph", [True, False])
-def test_no_step_of_an_epoch_waits_for_the_gpu(tmp_path: Path, streams: str, graph: bool) -> None:
-    """Weights and activations in 4 bits, clipping and transform, two targets, a decaying rate, scaled gradients."""
+def test_training_step_does_not_wait_for_gpu(tmp_path: Path, streams: str, graph: bool) -> None:
+    """4-bit weights and activations, clipping, transform, two targets, a decaying rate, and scaled gradients."""
     sections = {
         "scheme": {"name": "W4A4KV4", "queries": True},
         "stages": [omniquant(transform={"alpha": 0.5}, augmented_loss=True, schedule="cosine")],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes give what one does, and a run goes on with another number of them.
+"""Two processes give the result of one process, and a run continues with another number of processes.
 
 Over gloo, as on a machine without GPUs; where there are two, what the processes add up goes over NCCL as well.
 ``tests/helpers/pair.py`` starts them like ``torchrun``, which starts one run too.
@@ -15,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniq.blocks.streams import Streams
 from omniq.cli.command import main
-from omniq.distributed import collectives
 from omniq.storage.block_result import BlockResult
 from tests.helpers.pair import Pair
 from tests.helpers.runs import SMALL, configuration, losses, omniquant, write_run
@@ -39,7 +37,7 @@ def prepared(
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def where(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The sections that say where: processes meet over gloo, or over NCCL on a GPU each."""
+    """Sections for two processes over gloo, or over NCCL with a GPU each."""
     if request.param == "gpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     return {"trainer": {"accelerator": request.param}, "matmul": "ieee"}  # TF32 makes much of a last bit
@@ -80,16 +78,18 @@ def assert_same_codes(ours: list[BlockResult], theirs: list[BlockResult]) -> Non
             assert one.summary[key] == pytest.approx(other.summary[key], rel=1e-12)  # measured: 3e-16
 
 
-def test_exact_sums_give_equal_codes(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Importances are exact sums, so that rounding on the searched range does not depend on the number of processes."""
+def test_rtn_of_two_processes_has_codes_of_one(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
+    """Second moments are exact sums, so the searched range does not depend on the number of processes."""
     args = prepared(tmp_path, [RTN], **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
     assert_same_codes(blocks(tmp_path / "two"), blocks(tmp_path / "one"))
 
 
-def test_batches_add_up(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Two processes with one sample a step are one process with two: DDP averages the gradients, the CSV the losses."""
+def test_omniquant_of_two_processes_equals_one_with_larger_batch(
+    pair: Pair, tmp_path: Path, where: dict[str, Any]
+) -> None:
+    """DDP averages the gradients and the CSV file the losses of two processes with one sample a step."""
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, **LEARNED)], **where), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, **LEARNED)], **where), tmp_path / "two")
     for name in ("blocks/000.0.csv", "blocks/001.0.csv"):
@@ -102,8 +102,10 @@ def test_batches_add_up(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("norm_lr", [0.0, 1e-3])
-def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]) -> None:
-    """Also what DDP must not wait for: the norms, when they are not learned."""
+def test_learned_rounding_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, norm_lr: float, where: dict[str, Any]
+) -> None:
+    """DDP must not wait for the gradients of norms that are not learned."""
     runs = {}
     for name, batch_size in (("one", 2), ("two", 1)):
         learned = {"epochs": 2, "shuffle": False, "norm_lr": norm_lr, "batch_size": batch_size}
@@ -117,7 +119,9 @@ def test_rounding_is_learned_together(pair: Pair, tmp_path: Path, norm_lr: float
 
 
 @pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])
-def test_transforms_add_up(pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]) -> None:
+def test_let_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]
+) -> None:
     sections = {"scheme": scheme} | where
     alone(prepared(tmp_path / "a", [omniquant(batch_size=2, transform={})], **sections), tmp_path / "one")
     together(pair, prepared(tmp_path / "b", [omniquant(batch_size=1, transform={})], **sections), tmp_path / "two")
@@ -142,10 +146,10 @@ TENSOR = {"scheme": {"name": "W3A4", "activation_range": "tensor"}}
         ("GPTQ", {}, TENSOR | {"family": "opt"}),  # whose MLP gets no samples of its own
     ],
 )
-def test_gram_matrices_add_up(
+def test_gram_stage_of_two_processes_is_near_one(
     pair: Pair, tmp_path: Path, stage: str, settings: dict[str, Any], sections: dict[str, Any], where: dict[str, Any]
 ) -> None:
-    """And what other stages without gradients find in the samples. Not to the bit: sums over tokens are not exact."""
+    """This includes other stages without gradients. Sums over tokens are not exact, so bits may differ."""
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}", "init_args": settings}], **sections, **where)
     alone(args, tmp_path / "one")
     together(pair, args, tmp_path / "two")
@@ -155,8 +159,8 @@ def test_gram_matrices_add_up(
         assert ours.summary["loss"] == pytest.approx(theirs.summary["loss"], rel=0.02)
 
 
-def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
-    """What one stage leaves for the next is in the run directory once, and all processes find it there."""
+def test_stages_of_two_processes_killed_between_resume_to_same_codes(pair: Pair, tmp_path: Path) -> None:
+    """The result of a stage is stored once in the run directory, where all processes read it."""
     args = prepared(tmp_path, [omniquant(**LEARNED, transform={"alpha": 0.5}), {"class_path": "omniq.stages.GPTQ"}])
     together(pair, args, tmp_path / "whole")
     out = tmp_path / "run"
@@ -166,8 +170,8 @@ def test_stages_in_a_row(pair: Pair, tmp_path: Path) -> None:
     assert_same_codes(blocks(out), blocks(tmp_path / "whole"))
 
 
-def test_descent_goes_on(pair: Pair, tmp_path: Path) -> None:
-    """Killed as soon as there is a checkpoint: behind the first gathering, while each process sweeps its own rows."""
+def test_quantease_of_two_processes_killed_resumes_to_same_codes(pair: Pair, tmp_path: Path) -> None:
+    """The kill follows the first checkpoint, while each process sweeps its own rows."""
     args = prepared(tmp_path, [{"class_path": "omniq.stages.QuantEase", "init_args": {"sweeps": 20}}])
     together(pair, args, tmp_path / "whole")
     out = tmp_path / "run"
@@ -179,10 +183,10 @@ def test_descent_goes_on(pair: Pair, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [1, 2])
-def test_killed_and_continued(pair: Pair, tmp_path: Path, then: int) -> None:
-    """One of two processes is killed in the second block; the other fails at once, and one or two go on.
+def test_run_of_two_processes_killed_continues_with_one_or_two(pair: Pair, tmp_path: Path, then: int) -> None:
+    """One of two processes is killed in the second block, and the other one fails at once.
 
-    Two end as if nothing had happened; one starts the second block over, from the streams of both.
+    Two processes then give the result of a whole run. One process repeats the second block from the saved streams.
     """
     args, out = prepared(tmp_path, [omniquant(epochs=40, **LEARNED)]), tmp_path / "run"
     ends = pair.run([*args, "--out", str(out)], kill_at=out / "current/001.0.last.ckpt")
@@ -205,8 +209,8 @@ def test_killed_and_continued(pair: Pair, tmp_path: Path, then: int) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    """As a user starts it, from Python; all processes find the checkpoint. The second time all is done already."""
+def test_torchrun_script_quantizes_and_loads_on_each_process(tmp_path: Path) -> None:
+    """All processes find the checkpoint; the second start has nothing left to do."""
     args = [*prepared(tmp_path, [RTN]), "--export.format", "omniq"]
     script = tmp_path / "script.py"
     script.write_text(
@@ -222,7 +226,7 @@ def test_torchrun(tmp_path: Path) -> None:
     alone(args, tmp_path / "run")
 
 
-def test_mistakes_that_only_the_first_can_see_are_told_once(pair: Pair, tmp_path: Path) -> None:
+def test_processes_error_of_first_is_printed_once(pair: Pair, tmp_path: Path) -> None:
     args = prepared(tmp_path, [RTN])
     together(pair, args, tmp_path / "run")
     ends = pair.run([*args, "--out", str(tmp_path / "run"), "--seed", "5"])
@@ -232,8 +236,8 @@ def test_mistakes_that_only_the_first_can_see_are_told_once(pair: Pair, tmp_path
 
 
 @pytest.mark.parametrize("stage", ["QuantEase", "AWQ", "RTN"])
-def test_what_all_meet_is_told_once(pair: Pair, tmp_path: Path, stage: str) -> None:
-    """Values that a model can have, and their squares not, in float32."""
+def test_processes_error_of_all_is_printed_once(pair: Pair, tmp_path: Path, stage: str) -> None:
+    """The values are finite in float32, but their squares are not."""
     clipping = {"init_args": {"clipping": SEARCHED}} if stage == "RTN" else {}
     args = prepared(tmp_path, [{"class_path": f"omniq.stages.{stage}"} | clipping])
     file = tmp_path / "source/model.safetensors"
@@ -248,7 +252,7 @@ def test_what_all_meet_is_told_once(pair: Pair, tmp_path: Path, stage: str) -> N
     assert "Gram" not in ends.outputs[1]
 
 
-def test_too_few_tokens_of_both_are_told_once(pair: Pair, tmp_path: Path) -> None:
+def test_processes_too_few_tokens_warning_is_printed_once(pair: Pair, tmp_path: Path) -> None:
     args = prepared(tmp_path, [{"class_path": "omniq.stages.GPTQ"}], samples=2)
     ends = pair.run([*args, "--data.length", "12", "--out", str(tmp_path / "run")])
     assert ends.statuses == [0, 0]
@@ -256,8 +260,8 @@ def test_too_few_tokens_of_both_are_told_once(pair: Pair, tmp_path: Path) -> Non
     assert "tokens for" not in ends.outputs[1]
 
 
-def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
-    """The first process exports by itself; the others wait for what comes of it."""
+def test_processes_error_at_export_is_printed_once(pair: Pair, tmp_path: Path) -> None:
+    """The first process exports alone while the other ones wait for its outcome."""
     args = [*prepared(tmp_path, [RTN]), "--out", str(tmp_path / "run")]
     assert pair.run([*args, "--export.format", "omniq"]).statuses == [0, 0]
     ends = pair.run([*args, "--export.format", "compressed-tensors"])
@@ -273,104 +277,23 @@ def test_mistakes_at_the_end_are_told_once(pair: Pair, tmp_path: Path) -> None:
         (["--data.held_out", "1"], "data.held_out 1 is not divisible by the 2 processes: give 2"),
         (
             ["--trainer.devices", "1"],
-            "trainer.devices 1 means 1 process(es), but 2 were started: leave it out, or start 1",
+            "trainer.devices 1 means 1 process(es), but 2 were started: remove it, or start 1",
         ),
     ],
 )
-def test_mistakes_of_several_processes(pair: Pair, tmp_path: Path, options: list[str], message: str) -> None:
+def test_processes_uneven_shares_are_refused_before_run(
+    pair: Pair, tmp_path: Path, options: list[str], message: str
+) -> None:
     ends = pair.run([*prepared(tmp_path, [RTN]), *options, "--out", str(tmp_path / "run")])
     assert ends.statuses == [2, 2]
     assert message in ends.outputs[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_devices_without_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_devices_without_launcher_are_refused_with_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = prepared(tmp_path, [RTN])
     capsys.readouterr()
     assert main([*args, "--trainer.devices", "2"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "trainer.devices 2 means 2 process(es), but one was started: run torchrun --nproc-per-node 2" in message
-
-
-def test_one_process_needs_no_group() -> None:
-    tensor = torch.arange(3.0)
-    assert collectives.all_reduce_sum(tensor) is tensor
-    assert collectives.all_reduce_max(tensor) is tensor
-    assert collectives.all_gather_samples(tensor) is tensor
-    assert collectives.local_shard(tensor).equal(tensor)
-    assert (collectives.rank(), collectives.world_size(), collectives.broadcast_from_rank0(lambda: 7)) == (0, 1, 7)
-    assert not collectives.all_ranks(False)
-    done: list[int] = []
-    collectives.finish_on_rank0(lambda: done.append(1))
-    assert done == [1]
-
-
-COLLECTIVES = """
-import sys
-import time
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from omniq.distributed import collectives
-from omniq.errors import UserError
-from omniq.blocks.streams import Streams
-
-dist.init_process_group("gloo")
-rank, whole = collectives.rank(), torch.arange(20.0).view(10, 2)
-assert collectives.world_size() == 2
-share = collectives.local_shard(whole)
-assert share.equal(whole[rank::2])
-assert collectives.all_gather_samples(share).equal(whole)
-assert all(collectives.all_gather_rows(whole[:n][collectives.local_rows(n)], n).equal(whole[:n]) for n in (0, 1, 9, 10))
-assert collectives.all_reduce_sum(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
-assert collectives.all_reduce_max(torch.tensor([1.0, rank])).tolist() == [1.0, 1.0]
-assert collectives.all_ranks(True) and not collectives.all_ranks(rank == 0)
-assert collectives.broadcast_from_rank0(lambda: {"rank": rank}) == {"rank": 0}
-snapshot = Streams(3, share, share + 1).snapshot()
-assert (snapshot is None) == (rank == 1)
-if snapshot is not None:
-    assert snapshot.index == 3
-    assert snapshot.full_precision.equal(whole) and snapshot.quantized.equal(whole + 1)
-
-def mistake():
-    raise UserError("told by the first")
-
-try:
-    collectives.broadcast_from_rank0(mistake)
-except collectives.ErrorOnRank0:
-    assert rank == 1
-except UserError as error:
-    assert rank == 0 and str(error) == "told by the first"
-
-file = Path(sys.argv[1])
-def slowly():
-    assert rank == 0 and collectives.world_size() == 1
-    time.sleep(1)
-    file.write_text("done")
-
-collectives.finish_on_rank0(slowly)
-assert file.exists() and collectives.world_size() == 1
-print(f"process {rank} is done")
-"""
-
-
-def test_collectives(tmp_path: Path) -> None:
-    script = tmp_path / "collectives.py"
-    script.write_text(COLLECTIVES)
-    command = [*TORCHRUN, str(script), str(tmp_path / "written")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "process 0 is done" in done.stdout
-    assert "process 1 is done" in done.stdout
-
-
-def test_a_snapshot_is_a_copy() -> None:
-    stream = torch.zeros(5, 2, 3)
-    streams = Streams.start(stream)
-    snapshot = streams.snapshot()
-    assert snapshot is not None
-    stream += 1
-    streams.quantized += 2
-    assert not snapshot.full_precision.any()
-    assert not snapshot.quantized.any()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed and started again ends as if nothing had happened, to the bit.
+"""A run that is killed and started again ends with the bits of an uninterrupted run.
 
 One tiny run (two blocks, two stages of two epochs each, evaluation, export) is the measure; others are killed at random
 and at each of their saves, have files damaged, or save their streams more rarely. ``tests/helpers/killing.py`` kills.
@@ -71,15 +71,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
         yield Reference(folder, args, attempts, first, outcome(folder / "reference"))
 
 
-def test_two_runs_are_equal(reference: Reference, tmp_path: Path) -> None:
+def test_run_repeated_gives_same_files(reference: Reference, tmp_path: Path) -> None:
     assert not reference.finish(tmp_path / "run").killed
     assert len(reference.first.steps) == 2 * 2 * 2 * STEPS_PER_PASS  # blocks, stages, epochs
     assert set(FILES) < set(reference.first.files)
 
 
 @pytest.mark.parametrize("stage", ["OmniQuant", "RTN", "GPTQ"])
-def test_only_omniq_speaks(reference: Reference, tmp_path: Path, stage: str) -> None:
-    """Nothing from Lightning, transformers, datasets or warnings reaches the terminal."""
+def test_run_prints_own_lines_only(reference: Reference, tmp_path: Path, stage: str) -> None:
+    """No output of Lightning, transformers, datasets or warnings reaches the terminal."""
     run = reference.first
     if stage != "OmniQuant":
         args = write_run(tmp_path, model=SMALL, stages=[{"class_path": f"omniq.stages.{stage}"}])
@@ -89,8 +89,8 @@ def test_only_omniq_speaks(reference: Reference, tmp_path: Path, stage: str) -> 
         assert foreign not in run.output
 
 
-def test_random_kills(reference: Reference, tmp_path: Path) -> None:
-    """Twenty SIGKILLs at random moments; a run that ends in between is checked, and the next one begins."""
+def test_run_killed_at_random_moments_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
+    """There are twenty SIGKILLs; a run that ends in between is checked, and another one begins."""
     draw = random.Random(0)
     kills, runs, steps, out = 0, 0, Counter[tuple[str, int]](), tmp_path / "run"
     killed_here = 0
@@ -111,8 +111,8 @@ def test_random_kills(reference: Reference, tmp_path: Path) -> None:
     pytest.fail(f"{kills} kills only")
 
 
-def test_kills_at_each_save(reference: Reference, tmp_path: Path) -> None:
-    """One run that dies in the middle of each of its files, then just before and just after it has its name."""
+def test_run_killed_at_each_save_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
+    """A run dies in the middle of each of its files, and just before and just after the file gets its name."""
     out, steps, kills = tmp_path / "run", Counter[tuple[str, int]](), 0
     for name in FILES:
         moments = ("before", "after") if name == "model" else ("torn", "before", "after")
@@ -126,8 +126,8 @@ def test_kills_at_each_save(reference: Reference, tmp_path: Path) -> None:
     assert sum(steps.values()) - len(steps) <= kills * STEPS_PER_PASS
 
 
-def test_a_block_that_is_late_on_the_disk(reference: Reference, tmp_path: Path) -> None:
-    """The next block waits with its first step until it is there: a kill before costs one pass of the two blocks."""
+def test_run_killed_before_late_block_is_written_repeats_one_pass(reference: Reference, tmp_path: Path) -> None:
+    """The next block waits for the file before its first step, so the kill costs one pass."""
     out = tmp_path / "run"
     killed = reference.attempts.run(reference.args, out, aim=("late", "blocks/000.safetensors"))
     assert killed.killed
@@ -138,15 +138,15 @@ def test_a_block_that_is_late_on_the_disk(reference: Reference, tmp_path: Path) 
     assert sum(steps.values()) - len(steps) == STEPS_PER_PASS  # the last pass of the block that was not yet written
 
 
-def test_losses_are_cut_where_the_checkpoint_was_saved(reference: Reference, tmp_path: Path) -> None:
-    """Rows, and half rows, that were written after the last checkpoint are written again, not twice."""
+def test_run_killed_after_checkpoint_writes_losses_once(reference: Reference, tmp_path: Path) -> None:
+    """Rows and half rows behind the last checkpoint are replaced."""
     for aim in (("torn", "blocks/000.0.csv"), ("before", "current/000.0.last.ckpt"), ("torn", "blocks/001.1.csv")):
         assert reference.attempts.run(reference.args, tmp_path / "run", aim=aim).killed
     assert (tmp_path / "run/blocks/001.1.csv").read_text()[-1] != "\n"
     reference.finish(tmp_path / "run")
 
 
-def test_missing_losses_start_the_stage_again(reference: Reference, tmp_path: Path) -> None:
+def test_run_resumed_without_losses_repeats_stage(reference: Reference, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
     (out / "blocks/001.1.csv").unlink()
@@ -155,8 +155,8 @@ def test_missing_losses_start_the_stage_again(reference: Reference, tmp_path: Pa
     assert len(last.steps) == 2 * STEPS_PER_PASS
 
 
-def test_a_fresh_process_resumes_too(reference: Reference, tmp_path: Path) -> None:
-    """Nothing depends on how the helper starts its children."""
+def test_run_resumed_by_fresh_process_gives_same_bits(reference: Reference, tmp_path: Path) -> None:
+    """The result does not depend on how the helper starts its children."""
     out = tmp_path / "run"
     assert reference.attempts.run(reference.args, out, aim=("after", "current/001.1.last.ckpt")).killed
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(out)]
@@ -165,8 +165,8 @@ def test_a_fresh_process_resumes_too(reference: Reference, tmp_path: Path) -> No
     assert outcome(out) == reference.outcome
 
 
-def test_other_products_resume_too(reference: Reference, tmp_path: Path) -> None:
-    """``matmul: bf16`` takes another library on most CPUs, which has to give the same bits twice as well."""
+def test_run_with_bf16_products_resumes_to_same_bits(reference: Reference, tmp_path: Path) -> None:
+    """On most CPUs ``matmul: bf16`` uses another library, which must be deterministic too."""
     args = [*reference.args, "--matmul", "bf16"]
     assert reference.attempts.run(args, tmp_path / "run", aim=("after", "current/001.1.last.ckpt")).killed
     for name in ("run", "whole"):
@@ -189,7 +189,7 @@ def test_other_products_resume_too(reference: Reference, tmp_path: Path) -> None
         ("perplexity.json", "perplexity.json"),
     ],
 )
-def test_damaged_files_are_named_and_computed_again(
+def test_run_resumed_with_damaged_file_names_and_computes_it_again(
     reference: Reference, tmp_path: Path, name: str, killed_after: str | None, damage: str
 ) -> None:
     out = tmp_path / "run"
@@ -210,17 +210,17 @@ def test_damaged_files_are_named_and_computed_again(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_replaced(reference: Reference, tmp_path: Path, name: str) -> None:
+def test_run_resumed_with_damaged_export_replaces_it(reference: Reference, tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     shutil.copytree(reference.folder / "reference", out)
     content = (out / "model" / name).read_bytes()
     (out / "model" / name).write_bytes(content[: len(content) // 2])
-    warning = next(line for line in reference.finish(out).output.splitlines() if "it is replaced" in line)
+    warning = next(line for line in reference.finish(out).output.splitlines() if "replacing it" in line)
     assert str(out / "model") in warning
 
 
-def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a fit: one line, status 130, and the run goes on from there."""
+def test_run_interrupted_from_keyboard_continues(reference: Reference, tmp_path: Path) -> None:
+    """Ctrl-C in a fit prints one line and gives status 130; the run continues from there."""
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
     code = (
         "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
@@ -235,7 +235,7 @@ def test_an_interruption_from_the_keyboard(reference: Reference, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("every", "saves"), [(0, 0), (1, 1), (2, 0)])  # of two blocks; none after the last
-def test_streams_are_saved_as_often_as_asked(reference: Reference, tmp_path: Path, every: int, saves: int) -> None:
+def test_run_saves_streams_as_often_as_asked(reference: Reference, tmp_path: Path, every: int, saves: int) -> None:
     extra = ("--save_streams_every", str(every))
     whole = reference.finish(tmp_path / "whole", extra)
     assert whole.files.count("streams.safetensors") == saves
@@ -245,14 +245,14 @@ def test_streams_are_saved_as_often_as_asked(reference: Reference, tmp_path: Pat
     assert last.steps == reference.first.steps[-2 * STEPS_PER_PASS :]  # the first block is not calibrated again
 
 
-def test_a_finished_run_has_nothing_to_do(reference: Reference) -> None:
+def test_run_finished_has_nothing_to_do(reference: Reference) -> None:
     again = reference.finish(reference.folder / "reference")
     assert not again.steps
     assert "continuing the run" in again.output
     assert not (reference.folder / "reference/streams.safetensors").exists()
 
 
-def test_a_checkpoint_with_other_settings_is_refused(
+def test_run_with_other_export_settings_is_refused(
     reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -267,14 +267,14 @@ def test_a_checkpoint_with_other_settings_is_refused(
     assert '"quant_method": "omniq"' in (out / "model/config.json").read_text()
 
 
-def test_a_text_may_move(reference: Reference, tmp_path: Path) -> None:
-    """What was read counts, not where it lay."""
+def test_run_resumed_with_moved_text_continues(reference: Reference, tmp_path: Path) -> None:
+    """The content of the text counts, not its path."""
     shutil.copytree(reference.folder / "reference", tmp_path / "run")
     moved = shutil.copy(reference.folder / "text.txt", tmp_path / "text.txt")
     reference.finish(tmp_path / "run", ("--data.source.init_args.path", str(moved)))
 
 
-def test_changed_settings_are_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_resumed_with_changed_settings_is_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
     out = reference.folder / "reference"
     changes = ["--data.samples", "2", "--seed", "9", "--scheme.name", "W2A16g16", "--trainer.precision", "bf16-mixed"]
     assert main([*reference.args, "--out", str(out), *changes]) == 2
@@ -291,8 +291,10 @@ def test_changed_settings_are_refused(reference: Reference, capsys: pytest.Captu
     assert outcome(out) == reference.outcome
 
 
-def test_changed_text_is_refused(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file has the same name; its content does not."""
+def test_run_resumed_with_changed_text_is_refused(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file has the same name and another content."""
     shutil.copytree(reference.folder / "reference", tmp_path / "run")
     text = reference.folder / "text.txt"
     original = text.read_text()
@@ -304,7 +306,9 @@ def test_changed_text_is_refused(reference: Reference, tmp_path: Path, capsys: p
     assert "data digest (was " in capsys.readouterr().err
 
 
-def test_damaged_fingerprint(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_resumed_with_damaged_fingerprint_is_refused(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "fingerprint.json").write_text('{"seed": 2')
@@ -312,7 +316,7 @@ def test_damaged_fingerprint(reference: Reference, tmp_path: Path, capsys: pytes
     assert f"remove {out} to start over" in capsys.readouterr().err
 
 
-def test_a_second_process_is_refused(reference: Reference, tmp_path: Path) -> None:
+def test_run_in_use_by_another_process_is_refused(reference: Reference, tmp_path: Path) -> None:
     with RunDir(tmp_path / "run"):
         second = reference.attempts.run(reference.args, tmp_path / "run")
     assert second.status == 2
@@ -321,7 +325,7 @@ def test_a_second_process_is_refused(reference: Reference, tmp_path: Path) -> No
     reference.finish(tmp_path / "run")
 
 
-def test_the_lock_goes_with_the_process(reference: Reference, tmp_path: Path) -> None:
+def test_run_lock_of_killed_process_is_released(reference: Reference, tmp_path: Path) -> None:
     assert reference.attempts.run(reference.args, tmp_path / "run", aim=("after", "fingerprint.json")).killed
     with RunDir(tmp_path / "run"):
         pass

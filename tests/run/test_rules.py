@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs with ``scheme.rules``: several grids, linears in floating point, resume, export, and what is refused."""
+"""Whole runs with ``scheme.rules``: several grids, linears in floating point, resume, export and refusals."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 from omniq.cli import main
-from omniq.run.fingerprint import fingerprint
 from omniq.storage.block_result import BlockResult
 from tests.helpers.killing import Attempts
 from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, outcome, write_config, write_run
@@ -72,8 +71,8 @@ def test_run_with_rules_resumes_after_kills_between_stages(tmp_path: Path) -> No
     assert outcome(out) == outcome(whole)
 
 
-def test_block_without_quantized_linears_stays_as_it_is(tmp_path: Path) -> None:
-    """Its queries, keys and values are not quantized either; transformers computes the same with the checkpoint."""
+def test_run_with_rules_keeping_whole_block_leaves_it_unchanged(tmp_path: Path) -> None:
+    """Queries, keys and values of the block are not quantized either; the export is verified."""
     scheme = {"name": "W4A8KV8", "rules": [{"layers": "model.layers.0.*", "name": "none"}]}
     args = write_run(tmp_path, model=SMALL, scheme=scheme, stages=[omniquant()], export=OMNIQ)
     assert main(args) == 0
@@ -86,8 +85,8 @@ def test_block_without_quantized_linears_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("range", ["token", "tensor"])
-def test_inputs_of_kept_linears_are_not_quantized(tmp_path: Path, range: str) -> None:
-    """With integer activations: what omniq measured is what transformers computes, in either format."""
+def test_run_with_kept_linears_does_not_quantize_their_inputs(tmp_path: Path, range: str) -> None:
+    """The runs verify their exports: transformers computes with integer activations what omniq measured."""
     scheme = {"name": "W8A8", "activation_range": range, "rules": [{"layers": "*.up_proj", "name": "none"}]}
     stages = [{"class_path": "omniq.stages.RTN"}]
     export = {"format": "compressed-tensors" if range == "tensor" else "omniq"}
@@ -97,7 +96,7 @@ def test_inputs_of_kept_linears_are_not_quantized(tmp_path: Path, range: str) ->
     assert "mlp.up_proj.weight" in result.tensors
 
 
-def test_compressed_tensors_lists_kept_linears_as_ignored(tmp_path: Path) -> None:
+def test_run_with_kept_linears_lists_them_as_ignored(tmp_path: Path) -> None:
     scheme = {"name": "W4A16g16", "rules": [{"layers": DOWN, "name": "none"}]}
     stages = [{"class_path": "omniq.stages.RTN"}]
     assert main(write_run(tmp_path, model=SMALL, scheme=scheme, stages=stages)) == 0
@@ -106,7 +105,7 @@ def test_compressed_tensors_lists_kept_linears_as_ignored(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scheme", [{"name": "W4A16g16", "symmetric": True}, {"name": "W4A8g16"}])
-def test_compressed_tensors_writes_a_group_for_each_grid_of_the_rules(scheme: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_rules_writes_group_for_each_grid(scheme: dict[str, Any], tmp_path: Path) -> None:
     rules = [{"layers": DOWN, "name": "W6A8" if scheme["name"] == "W4A8g16" else "W6A16"}]
     stages = [{"class_path": "omniq.stages.RTN"}]
     assert main(write_run(tmp_path, model=SMALL, scheme={**scheme, "rules": rules}, stages=stages)) == 0
@@ -115,12 +114,7 @@ def test_compressed_tensors_writes_a_group_for_each_grid_of_the_rules(scheme: di
     assert [(group["weights"]["num_bits"], len(group["targets"])) for group in groups] == [(4, 12), (6, 2)]
 
 
-def test_rules_belong_to_the_fingerprint_unless_there_are_none(tmp_path: Path) -> None:
-    assert fingerprint("scheme: {name: W4A16, rules: []}") == fingerprint("scheme: {name: W4A16}")
-    assert fingerprint(yaml.safe_dump({"scheme": SCHEME})) != fingerprint("scheme: {name: W3A16g16}")
-
-
-def test_run_with_other_rules_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_resumed_with_other_rules_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sections = {"model": SMALL, "stages": [{"class_path": "omniq.stages.RTN"}], **QUICK}
     assert main(write_run(tmp_path, scheme=SCHEME, **sections)) == 0
     rules = [*RULES[:2], {"layers": FIRST_OUT, "name": "W8A16"}]
@@ -128,7 +122,7 @@ def test_run_with_other_rules_is_not_continued(tmp_path: Path, capsys: pytest.Ca
     assert "scheme.rules.2.name (was 'none', now 'W8A16')" in capsys.readouterr().err
 
 
-def test_later_file_replaces_rules_and_options_set_them(tmp_path: Path) -> None:
+def test_run_later_file_or_option_replaces_rules(tmp_path: Path) -> None:
     args = write_run(tmp_path, model=SMALL, scheme=SCHEME, stages=[{"class_path": "omniq.stages.RTN"}], **QUICK)
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({"scheme": {"rules": [{"layers": "*.q_proj", "name": "none"}]}}))
@@ -172,34 +166,34 @@ def refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         ([{"layers": "lm_head", "name": "none"}], ["layers 'lm_head' matches no linear"]),
         (
             [{"layers": DOWN, "name": "W8A16"}, {"layers": "*.mlp.*", "name": "none"}],
-            [f"layers {DOWN!r} decides about no linear", "later rules match", "model.layers.0.mlp.down_proj", "after"],
+            [f"layers {DOWN!r} has no effect", "later rules match", "model.layers.0.mlp.down_proj", "after"],
         ),
         ([{"layers": "*", "name": "none"}], ["scheme.rules leave every linear in floating point"]),
         (
             [{"layers": DOWN, "name": "W8A16g48"}],
             [
                 "group size 48 does not divide the 64 inputs of model.layers.0.mlp.down_proj",
-                "sizes that do are 16, 32, 64",
+                "use 16, 32, 64",
             ],
         ),
-        ([{"layers": DOWN, "name": "W8"}], ["scheme.rules: name 'W8'", DOWN, "not understood", "none leaves"]),
+        ([{"layers": DOWN, "name": "W8"}], ["scheme.rules: name 'W8'", DOWN, "not valid", "none leaves"]),
         ([{"layers": DOWN}], ["scheme.rules", "name"]),
         ([{"layers": DOWN, "name": "W8A8"}], ["has activations of 8 bits", "write A16"]),
     ],
 )
-def test_rules_that_cannot_work_are_refused(
+def test_run_with_impossible_rules_is_refused(
     refused: Callable[..., str], rules: list[dict[str, Any]], parts: list[str]
 ) -> None:
     said = refused({"name": "W3A16g16", "rules": rules}, export=OMNIQ)
     assert all(part in said for part in parts), said
 
 
-def test_rules_that_keep_all_blocks_to_quantize_are_refused(refused: Callable[..., str]) -> None:
+def test_run_with_rules_keeping_all_linears_is_refused(refused: Callable[..., str]) -> None:
     rules = [{"layers": "model.layers.0.*", "name": "none"}]
     assert "leave every linear in floating point" in refused({"name": "W3A16g16", "rules": rules}, blocks=1)
 
 
-def test_compressed_tensors_refuses_asymmetric_grids_beside_each_other(refused: Callable[..., str]) -> None:
+def test_run_with_several_asymmetric_grids_in_compressed_tensors_is_refused(refused: Callable[..., str]) -> None:
     said = refused({"name": "W4A16g16", "rules": [{"layers": DOWN, "name": "W8A16g16"}]})
     assert "export.format compressed-tensors cannot hold 2 grids of which one is asymmetric" in said
     assert "use format omniq" in said

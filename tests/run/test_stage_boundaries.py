@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run killed between two stages ends in the bits of an uninterrupted run, for the stage list of every recipe.
+"""A run killed between two stages ends with the bits of an uninterrupted run, for each recipe's stage list.
 
 Whatever a later stage sees of an earlier one is read from a file after a kill.
 """
@@ -23,9 +23,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempts]:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_run_killed_at_each_stage_boundary_has_the_bits_of_a_whole_run(
-    name: str, attempts: Attempts, tmp_path: Path
-) -> None:
+def test_run_killed_at_each_stage_boundary_resumes_to_same_bits(name: str, attempts: Attempts, tmp_path: Path) -> None:
     command = write_run(tmp_path, model=SMALL, **LISTS[name], **QUICK)
     whole = attempts.run(command, tmp_path / "whole")
     assert whole.status == 0, whole.output

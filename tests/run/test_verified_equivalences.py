@@ -15,9 +15,9 @@ from omniq.models.families.llama import LLAMA
 from omniq.models.family import Family
 from omniq.transforms.equivalences import QueryKey
 from tests.helpers.runs import QUICK, SMALL, omniquant, write_run
+from tests.helpers.tiny import HALF_TURNED
 
 SIZES: dict[str, dict[str, Any]] = {"phi3": SMALL, "gemma": SMALL | {"head_dim": 16}}
-HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 W4A4KV4 = {"name": "W4A4KV4", "queries": True}
 EVERY: dict[str, Any] = {"equivalences": ["norm", "value_output", "query_key", "up_down"]}
 
@@ -27,7 +27,7 @@ def declare(patch: pytest.MonkeyPatch, family: Family) -> None:
     patch.setattr(families, "FAMILIES", (*others, family))
 
 
-def test_gemma_declared_with_a_plain_norm_is_refused_by_name(
+def test_run_of_gemma_declared_with_plain_norm_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     declare(monkeypatch, replace(LLAMA, model_types=("gemma",), new_biases=False))
@@ -35,15 +35,15 @@ def test_gemma_declared_with_a_plain_norm_is_refused_by_name(
     assert main(write_run(tmp_path, "gemma", SIZES["gemma"], stages=stages, **QUICK)) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "model.layers.0: the equivalence norm of input_layernorm, self_attn.q_proj, self_attn.k_proj" in told
-    assert "and 1e-05 is allowed: leave 'norm' out of the equivalences of the stage" in told
-    assert "correct how the family of gemma declares it" in told
+    assert "and 1e-05 is allowed: remove 'norm' from the equivalences of the stage" in told
+    assert "correct its declaration in the family of gemma" in told
     assert not (tmp_path / "run" / "blocks").exists()
     declare(monkeypatch, GEMMA)
     assert main(write_run(tmp_path, "gemma", SIZES["gemma"], stages=stages, **QUICK)) == 0
 
 
-def test_equivalence_that_no_stage_uses_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the kinds that are not chosen, nor query_key while queries and keys stay at 16 bits."""
+def test_run_does_not_verify_unused_equivalences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are kinds that are not selected, and query_key while queries and keys stay at 16 bits."""
     untied = tuple(replace(each, rotary=None) if isinstance(each, QueryKey) else each for each in LLAMA.equivalences)
     declare(monkeypatch, replace(LLAMA, equivalences=untied))
     rows: list[tuple[dict[str, Any], dict[str, Any], int]] = [
@@ -58,8 +58,8 @@ def test_equivalence_that_no_stage_uses_is_not_verified(tmp_path: Path, monkeypa
         assert main(write_run(folder, "llama", SMALL, stages=stages, scheme=scheme, **QUICK)) == status
 
 
-def test_llama_with_a_partial_rotary_factor_runs(tmp_path: Path) -> None:
-    """transformers' LLaMA turns whole heads whatever that key says: the scale of query and key ties all pairs."""
+def test_run_of_llama_with_partial_rotary_factor_succeeds(tmp_path: Path) -> None:
+    """LLaMA in transformers ignores this key and turns whole heads, so the scale ties all pairs."""
     stages = [omniquant(epochs=1, transform={"equivalences": ["query_key"]})]
     args = write_run(tmp_path, "llama", SMALL | HALF_TURNED, stages=stages, scheme=W4A4KV4, **QUICK)
     assert main(args) == 0
@@ -75,7 +75,7 @@ def test_llama_with_a_partial_rotary_factor_runs(tmp_path: Path) -> None:
         ([{"class_path": "omniq.stages.AWQ"}, {"class_path": "omniq.stages.GPTQ"}], {"name": "W4A16"}, "omniq"),
     ],
 )
-def test_family_runs_to_a_verified_export(
+def test_run_of_each_family_ends_with_verified_export(
     family: str,
     stages: list[dict[str, Any]],
     scheme: dict[str, Any],

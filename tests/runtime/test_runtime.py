@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of omniq's format: ``from_pretrained`` once omniq is imported, what the model can do, what is refused."""
+"""The reader of omniq's format: ``from_pretrained`` after ``import omniq``, the opened model, and refusals."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def out(source: SourceModel, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("order", ["import omniq, transformers", "import transformers, omniq"])
-def test_fresh_process(order: str, source: SourceModel, out: Path, tmp_path: Path) -> None:
+def test_runtime_in_fresh_process_opens_export(order: str, source: SourceModel, out: Path, tmp_path: Path) -> None:
     code = (
         f"{order}, torch\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -55,7 +55,7 @@ def test_fresh_process(order: str, source: SourceModel, out: Path, tmp_path: Pat
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected_logits(source, results, torch.float16))
 
 
-def test_registration_waits_for_transformers_and_leaves_other_imports_alone() -> None:
+def test_runtime_registers_when_transformers_is_imported() -> None:
     code = (
         "import sys, omniq, omniq.runtime\n"
         "omniq.runtime.install()\n"
@@ -74,7 +74,7 @@ def test_registration_waits_for_transformers_and_leaves_other_imports_alone() ->
 
 
 @pytest.mark.gpu
-def test_it_computes_on_a_gpu(out: Path) -> None:
+def test_packed_model_on_cuda_equals_cpu(out: Path) -> None:
     model = omniq.load(out, dtype=torch.float32)
     expected = logits(model)
     with torch.no_grad():
@@ -82,8 +82,8 @@ def test_it_computes_on_a_gpu(out: Path) -> None:
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_are_made_where_their_codes_lie() -> None:
-    """Beside the inputs, whatever device that is."""
+def test_packed_linear_on_meta_makes_weights_there() -> None:
+    """The weights are made on the device of the codes."""
     packed = PackedLinear(nn.Linear(64, 16, device="meta"), Grid(3, 32), None)
     assert packed(torch.zeros(2, 64, device="meta")).device.type == "meta"
     assert packed.plain(torch.float16).weight.device.type == "meta"
@@ -92,7 +92,7 @@ def test_weights_are_made_where_their_codes_lie() -> None:
 # -- what can be done with the opened model -------------------------------------------------------------------------
 
 
-def test_another_dtype_keeps_what_is_stored(source: SourceModel, out: Path) -> None:
+def test_packed_model_in_another_dtype_keeps_stored_tensors(source: SourceModel, out: Path) -> None:
     results = sparse(rounded(source, Grid(3, 32)), "unstructured")
     exact = expected_logits(source, results, torch.float32)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), exact)
@@ -103,7 +103,7 @@ def test_another_dtype_keeps_what_is_stored(source: SourceModel, out: Path) -> N
     assert packed.outlier_value.dtype == torch.float16
 
 
-def test_saved_again_and_without_its_head(out: Path, tmp_path: Path) -> None:
+def test_packed_model_saved_again_keeps_tensors(out: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     model.save_pretrained(tmp_path / "again")
     before, after = load_file(out / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
@@ -119,7 +119,7 @@ def test_saved_again_and_without_its_head(out: Path, tmp_path: Path) -> None:
     assert "64, 64, bias=False, Grid(bits=3" in str(model)
 
 
-def test_dequantized_while_loading(out: Path) -> None:
+def test_packed_model_dequantized_while_loading_has_plain_linears(out: Path) -> None:
     expected = logits(omniq.load(out))
     edit_config(out, dequantize=True)
     model = omniq.load(out)
@@ -129,8 +129,8 @@ def test_dequantized_while_loading(out: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_quantized_activations(family: str, tmp_path: Path) -> None:
-    """The paper's W4A4, queries, keys and values included: as omniq's hooks, token by token, and off again."""
+def test_packed_model_with_quantized_activations_equals_hooks(family: str, tmp_path: Path) -> None:
+    """W4A4 of the paper with queries, keys and values; also token by token, and switched off again."""
     grid = Grid(4, 32)
     source = opened(tmp_path / "source", grid, family=family)
     results = [rounded(source, grid)[0], unquantized(source, 1)]
@@ -147,7 +147,7 @@ def test_quantized_activations(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model.dequantize()), plain)
 
 
-def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
+def test_evaluate_of_packed_and_dequantized_model_agree(out: Path, tmp_path: Path) -> None:
     text, config, measured = tmp_path / "text.txt", tmp_path / "evaluate.yaml", tmp_path / "result.json"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
     source = {"class_path": "omniq.data.LocalText", "init_args": {"path": str(text)}}
@@ -169,33 +169,33 @@ def test_evaluate_opens_it(out: Path, tmp_path: Path) -> None:
         ({"rotation": "hadamard"}, "quantization_config has version 1, 'rotation'; .* upgrade omniq"),
         (
             {"activations": {"inputs": 4, "ranges": "tensor"}},
-            "activations has 'ranges', which this omniq cannot do: upg",
+            "activations has 'ranges', which this omniq does not support: upg",
         ),
-        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is none of float16, bfloat16, float32"),
-        ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric; get config.json again"),
+        ({"scale_dtype": "float8"}, "scale_dtype 'float8' is not one of float16, bfloat16, float32"),
+        ({"linears": {Q_PROJ: {"bits": 3, "group_size": 32}}}, "q_proj lacks symmetric: download config.json again"),
         (
             {"linears": {Q_PROJ: {"bits": 3, "rotation": 1}}},
-            "q_proj has 'rotation', which this omniq cannot do: upgrade",
+            "q_proj has 'rotation', which this omniq does not support: upgrade",
         ),
         (
             {"linears": {Q_PROJ: {"bits": "3", "group_size": 32, "symmetric": True}}},
-            "q_proj has values of a wrong kind",
+            "q_proj has a value of a wrong type",
         ),
-        ({"linears": {Q_PROJ: {"bits": 3, "group_size": None, "symmetric": True}}}, "q_proj has values of a wrong"),
-        ({"linears": {Q_PROJ: 3}}, "linears holds no grids by name; get config.json again"),
-        ({"linears": [Q_PROJ]}, "linears holds no grids by name; get config.json again"),
+        ({"linears": {Q_PROJ: {"bits": 3, "group_size": None, "symmetric": True}}}, "q_proj has a value of a wrong"),
+        ({"linears": {Q_PROJ: 3}}, "linears is not a table of grids by name: download config.json again"),
+        ({"linears": [Q_PROJ]}, "linears is not a table of grids by name: download config.json again"),
         ({"linears": {Q_PROJ: {"bits": 9, "group_size": 32, "symmetric": True}}}, r"bits 9 are outside 2\.\.8"),
         ({"linears": {Q_PROJ: {"bits": 3, "group_size": 7, "symmetric": True}}}, "group size 7 does not divide the 64"),
         ({"linears": {"x": {"bits": 3, "group_size": 32, "symmetric": True}}}, "LlamaForCausalLM has no linear x"),
     ],
 )
-def test_config_that_cannot_be_read(entries: dict[str, Any], message: str, out: Path) -> None:
+def test_runtime_unreadable_config_is_refused(entries: dict[str, Any], message: str, out: Path) -> None:
     edit_config(out, **entries)
     with pytest.raises(UserError, match=message):
         AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_damaged_checkpoints(out: Path) -> None:
+def test_runtime_damaged_tensors_are_refused(out: Path) -> None:
     whole = load_file(out / "model.safetensors")
 
     def refused(message: str, **tensors: Tensor | None) -> None:
@@ -206,20 +206,20 @@ def test_damaged_checkpoints(out: Path) -> None:
 
     column, pointer = whole[f"{Q_PROJ}.outlier_column"], whole[f"{Q_PROJ}.outlier_row_pointer"]
     refused(rf"{Q_PROJ}\.weight_scale is missing in the checkpoint", weight_scale=None)
-    refused("its outliers lie outside the 64 x 64 weights", outlier_column=torch.full_like(column, 64))
-    refused("its outliers lie outside", outlier_column=torch.full_like(column, -1))
-    refused("its outliers lie outside", outlier_row_pointer=pointer.flip(0))
-    refused("its outliers lie outside", outlier_row_pointer=pointer + 1)
+    refused("outliers lie outside the 64 x 64 weights", outlier_column=torch.full_like(column, 64))
+    refused("outliers lie outside", outlier_column=torch.full_like(column, -1))
+    refused("outliers lie outside", outlier_row_pointer=pointer.flip(0))
+    refused("outliers lie outside", outlier_row_pointer=pointer + 1)
 
 
-def test_truncated_file(out: Path) -> None:
+def test_runtime_truncated_file_is_refused(out: Path) -> None:
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CorruptFile, match=r"model\.safetensors: "):
         AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_plain_models_are_not_quantized_by_it(tmp_path: Path) -> None:
+def test_runtime_of_plain_model_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     with pytest.raises(ValueError, match="omniq does require the model to be pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=OmniqConfig({}))

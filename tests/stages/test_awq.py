@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ: the scales of the paper's search, folded exactly, better than rounding alone, composable and resumable."""
+"""AWQ finds the scales of the paper's search, folds them exactly, lowers the error, and resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
 from omniq.stages.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.heads import Heads
+from tests.helpers.float64_block import BLOCKS, Float64Block
+from tests.helpers.outlier_task import deployed_error, outlier_task, relative
 from tests.helpers.runs import SMALL, write_run
 from tests.helpers.stages import Stop, fit, fitted, tiny_task
 from tests.helpers.tiny import tiny_layout
-from tests.stages.test_smoothing_stages import deployed_error
-from tests.transforms.test_let import relative, task_of
-from tests.transforms.test_transforms import BLOCKS, Case
 
 A16 = Activations()
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,8 +85,8 @@ def plain_search(task: BlockTask, readers: tuple[str, ...], share: int) -> tuple
 
 @pytest.mark.parametrize("group", [-1, 16])
 @pytest.mark.parametrize(("family", "model"), MODELS)
-def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], group: int, tmp_path: Path) -> None:
-    task = task_of(family, 3, A16, **model)
+def test_awq_scales_equal_plain_search(family: str, model: dict[str, Any], group: int, tmp_path: Path) -> None:
+    task = outlier_task(family, 3, A16, **model)
     task.grids = dict.fromkeys(task.grids, Grid(3, group, scale_dtype=torch.float32))
     config = task.block.self_attn.config
     share = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -109,10 +108,10 @@ def test_scales_are_those_of_a_plain_search(family: str, model: dict[str, Any], 
 
 
 @pytest.mark.parametrize("label", BLOCKS)
-def test_folded_block_is_the_same_block(label: str, tmp_path: Path) -> None:
-    """In float64, on inputs with an outlier channel, for every layout of heads."""
+def test_awq_folded_block_computes_same_output(label: str, tmp_path: Path) -> None:
+    """In float64, on inputs with an outlier channel, for all layouts of heads."""
     kind, overrides = BLOCKS[label]
-    case = Case(kind, **overrides)
+    case = Float64Block(kind, **overrides)
     inputs = case.hidden()
     inputs[..., 3] *= 30
     grids = dict.fromkeys(case.layout.linears, Grid(4))
@@ -127,24 +126,24 @@ def test_folded_block_is_the_same_block(label: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_block_quantizes_better_than_by_rounding(family: str, bits: int, tmp_path: Path) -> None:
+def test_awq_error_is_below_rounding(family: str, bits: int, tmp_path: Path) -> None:
     errors = {}
     for name, stage in {"rtn": RTN(), "scaled": AWQ(clipping=MinMax()), "clipped": AWQ()}.items():
-        errors[name] = deployed_error([stage], task_of(family, bits, A16), tmp_path / name)
+        errors[name] = deployed_error([stage], outlier_task(family, bits, A16), tmp_path / name)
     assert errors["scaled"] < 0.9 * errors["rtn"]  # measured 0.65 to 0.84
     assert errors["clipped"] < 0.8 * errors["scaled"]  # measured 0.60 to 0.72
 
 
-def test_quantized_activations_are_no_obstacle(tmp_path: Path) -> None:
+def test_awq_with_quantized_activations_lowers_error(tmp_path: Path) -> None:
     plain, scaled = (
-        deployed_error([stage], task_of("llama", 4, Activations(8, 8, 8)), tmp_path / type(stage).__name__)
+        deployed_error([stage], outlier_task("llama", 4, Activations(8, 8, 8)), tmp_path / type(stage).__name__)
         for stage in (RTN(), AWQ())
     )
     assert scaled < 0.8 * plain  # measured 0.55
 
 
-def test_codes_are_those_of_the_scaled_block(tmp_path: Path) -> None:
-    task = task_of("llama", 4, A16)
+def test_awq_codes_are_those_of_scaled_block(tmp_path: Path) -> None:
+    task = outlier_task("llama", 4, A16)
     result = fitted(AWQ(), task, tmp_path).task.result
     assert result is not None
     grams = input_grams(task)
@@ -156,9 +155,9 @@ def test_codes_are_those_of_the_scaled_block(tmp_path: Path) -> None:
         assert torch.equal(tensor, task.block.get_parameter(name))
 
 
-def test_other_stages_take_up_the_scaled_block(tmp_path: Path) -> None:
+def test_awq_before_other_stages_lowers_error(tmp_path: Path) -> None:
     def error(name: str, *stages: Stage) -> float:
-        return deployed_error(list(stages), task_of("llama", 3, A16), tmp_path / name)
+        return deployed_error(list(stages), outlier_task("llama", 3, A16), tmp_path / name)
 
     alone = error("alone", AWQ())
     assert error("gptq", AWQ(), GPTQ()) < 0.9 * alone  # measured 0.78
@@ -168,9 +167,8 @@ def test_other_stages_take_up_the_scaled_block(tmp_path: Path) -> None:
     assert error("smoothed", SmoothQuant(), AWQ()) < error("rounded again", RTN())
 
 
-def test_half_precision_blocks(tmp_path: Path) -> None:
-    """The search is in float32 whatever the block is in."""
-    task = task_of("opt", 3, A16)
+def test_awq_of_bfloat16_block_searches_in_float32(tmp_path: Path) -> None:
+    task = outlier_task("opt", 3, A16)
     task.block.to(torch.bfloat16)
     task.inputs = task.inputs.bfloat16()
     before = task.run(task.inputs).float()
@@ -183,7 +181,9 @@ def test_half_precision_blocks(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 8), grouped=st.booleans(), alpha=st.floats(0, 1))
-def test_error_from_the_gram_matrix_is_that_of_the_samples(seed: int, bits: int, grouped: bool, alpha: float) -> None:
+def test_output_error_from_gram_matrix_equals_error_of_samples(
+    seed: int, bits: int, grouped: bool, alpha: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     x = torch.randn(40, 12, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 12, dtype=torch.float64)
@@ -198,7 +198,7 @@ def test_error_from_the_gram_matrix_is_that_of_the_samples(seed: int, bits: int,
 
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.floats(0, 1e6), min_size=1, max_size=20), alpha=st.floats(0, 1))
-def test_scales_are_centred_ordered_and_finite(sizes: list[float], alpha: float) -> None:
+def test_log_scale_of_any_sizes_is_centred_ordered_and_finite(sizes: list[float], alpha: float) -> None:
     size = torch.tensor(sizes).float()
     scale = log_scale_of(size, alpha).exp()
     assert scale.isfinite().all()
@@ -209,7 +209,7 @@ def test_scales_are_centred_ordered_and_finite(sizes: list[float], alpha: float)
 
 
 @pytest.mark.parametrize("killed_at", [1, 4])
-def test_killed_search_goes_on_where_it_was(killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_awq_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omniq.stages.awq.AWQModule.save_interval", 0.0)
     whole = fitted(AWQ(candidates=6), tiny_task(Grid(3)), tmp_path / "whole").task
     with pytest.raises(RuntimeError, match="stopped by the test"):
@@ -223,8 +223,8 @@ def test_killed_search_goes_on_where_it_was(killed_at: int, tmp_path: Path, monk
     torch.testing.assert_close(dict(resumed.result.dequantized()), dict(whole.result.dequantized()), rtol=0, atol=0)
 
 
-def test_a_run_tells_what_the_search_found(tmp_path: Path) -> None:
-    """From the command line: exported, verified, and in the summary of each block errors that have not risen."""
+def test_awq_run_summary_has_errors_and_alphas(tmp_path: Path) -> None:
+    """The run exports and verifies; the summaries show errors that did not rise."""
     stage = {"class_path": "omniq.stages.AWQ", "init_args": {"candidates": 5}}
     assert main(write_run(tmp_path, model=SMALL, stages=[stage])) == 0
     assert (tmp_path / "run" / "model" / "config.json").exists()
@@ -237,10 +237,10 @@ def test_a_run_tells_what_the_search_found(tmp_path: Path) -> None:
         assert any(summary[f"AWQ.{key}/alpha.last"] for key in ("input_layernorm", "v_proj", "up_proj"))
 
 
-def test_equivalences_are_those_of_the_family_or_those_given(tmp_path: Path) -> None:
+def test_awq_equivalences_default_to_family(tmp_path: Path) -> None:
     assert AWQ().kinds(tiny_layout("llama")) == ["norm", "value_output", "up_down"]
     assert AWQ().kinds(tiny_layout("opt")) == ["norm", "value_output"]
-    task = task_of("llama", 4, A16)
+    task = outlier_task("llama", 4, A16)
     weights = {name: task.linear(name).weight.clone() for name in task.layout.linears}
     fitted(AWQ(equivalences=["up_down"]), task, tmp_path)
     moved = [name for name, weight in weights.items() if not torch.equal(weight, task.linear(name).weight)]
@@ -253,26 +253,26 @@ def test_equivalences_are_those_of_the_family_or_those_given(tmp_path: Path) -> 
         ({"candidates": 1}, "AWQ.candidates 1 is too small: give 2 or more"),
         (
             {"equivalences": []},
-            "AWQ.equivalences: an empty list is not usable, choose from norm, value_output, up_down",
+            "AWQ.equivalences: an empty list is not accepted: choose from norm, value_output, up_down",
         ),
         (
             {"equivalences": ["norm", "norm"]},
-            "stages: AWQ.equivalences: 'norm' is there more than once: give each once",
+            "stages: AWQ.equivalences: 'norm' is given more than once: give each kind once",
         ),
         (
             {"equivalences": ["query_key"]},
-            "AWQ.equivalences: 'query_key' is not usable, choose from norm, value_output",
+            "AWQ.equivalences: 'query_key' is not accepted: choose from norm, value_output",
         ),
     ],
 )
-def test_bad_settings(options: dict[str, Any], words: str) -> None:
+def test_awq_invalid_settings_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         AWQ(**options)
 
 
-def test_families_without_the_equivalence_are_refused() -> None:
-    with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no 'norm'; it has none"):
+def test_awq_family_without_equivalence_is_refused() -> None:
+    with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no equivalence 'norm': use a method"):
         AWQ().check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))
-    with pytest.raises(UserError, match="opt has no 'up_down'; it has norm, value_output, query_key"):
+    with pytest.raises(UserError, match="opt has no equivalence 'up_down': choose from norm, value_output, query_key"):
         AWQ(equivalences=["up_down"]).check_layout(tiny_layout("opt"))
     AWQ().check_layout(tiny_layout("opt"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes, scales and norms tuned against the block's output."""
+"""Learned rounding trains codes, scales and norms against the output of the block."""
 
 import copy
 from pathlib import Path
@@ -39,7 +39,7 @@ def error(task: BlockTask, result: BlockResult) -> float:
         return (call_block(block, task.inputs, task.kwargs) - task.targets).double().square().mean().item()
 
 
-def test_it_lowers_the_error_of_the_stage_before(tmp_path: Path) -> None:
+def test_learned_rounding_lowers_error_of_earlier_stage(tmp_path: Path) -> None:
     task = rounded(tmp_path)
     assert task.result is not None
     before = task.result
@@ -52,7 +52,7 @@ def test_it_lowers_the_error_of_the_stage_before(tmp_path: Path) -> None:
         assert int(linear.codes.max()) <= GRID.max_code
 
 
-def test_the_last_loss_is_that_of_the_deployed_block(tmp_path: Path) -> None:
+def test_learned_rounding_last_loss_equals_deployed_error(tmp_path: Path) -> None:
     task = rounded(tmp_path, samples=1)
     module = fit(LearnedRounding(epochs=5, norm_lr=1e-3).module(task), tmp_path / "tuned")
     assert isinstance(module, LearnedRoundingModule)
@@ -65,7 +65,7 @@ def test_the_last_loss_is_that_of_the_deployed_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rates", [{"rounding_lr": 0.0, "scale_lr": 5e-3}, {"rounding_lr": 2e-2, "scale_lr": 0.0}])
-def test_a_rate_of_zero_keeps_that_part(tmp_path: Path, rates: dict[str, Any]) -> None:
+def test_learned_rounding_zero_rate_keeps_that_part(tmp_path: Path, rates: dict[str, Any]) -> None:
     task = rounded(tmp_path)
     before = task.result
     after = fitted(LearnedRounding(epochs=10, **rates), task, tmp_path / "tuned").task.result
@@ -96,10 +96,10 @@ def plain_gradients(task: BlockTask, module: LearnedRoundingModule, name: str) -
     return grads[0], grads[1]
 
 
-def test_gradients_equal_float64_autograd(tmp_path: Path) -> None:
+def test_learned_rounding_gradients_equal_float64_autograd(tmp_path: Path) -> None:
     task = rounded(tmp_path)
     module = LearnedRounding().module(task)
-    module.learned()
+    module.parameter_groups()
     module.loss(task.inputs, task.targets).backward()
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         position, log_scale = plain_gradients(task, module, name)
@@ -115,7 +115,7 @@ def test_gradients_equal_float64_autograd(tmp_path: Path) -> None:
         assert (codes.position.grad[outward] == 0).all()
 
 
-def test_positions_start_at_the_codes_towards_the_weight(tmp_path: Path) -> None:
+def test_learned_rounding_positions_start_at_codes_towards_weight(tmp_path: Path) -> None:
     task = fitted(QuantEase(sweeps=4), tiny_task(GRID, samples=4), tmp_path / "qe").task
     assert task.result is not None
     module = LearnedRounding().module(task)
@@ -125,7 +125,7 @@ def test_positions_start_at_the_codes_towards_the_weight(tmp_path: Path) -> None
         assert (position - linear.codes).abs().max() <= MARGIN + 1e-6
 
 
-def test_relative_errors_and_the_augmented_loss_train(tmp_path: Path) -> None:
+def test_learned_rounding_relative_augmented_loss_decreases(tmp_path: Path) -> None:
     task = rounded(tmp_path)
     settings = LearnedRounding(epochs=8, rounding_lr=2e-2, token_weights="relative", augmented_loss=True)
     fitted(settings, task, tmp_path / "tuned")
@@ -144,7 +144,7 @@ def from_disk(folder: Path) -> BlockTask:
 
 @pytest.mark.parametrize("killed_at", [5, 11])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_killed_stage_goes_on_where_it_was(killed_at: int, schedule: Any, tmp_path: Path) -> None:
+def test_learned_rounding_killed_resumes_to_same_bits(killed_at: int, schedule: Any, tmp_path: Path) -> None:
     rates = {"rounding_lr": 2e-2, "scale_lr": 5e-3, "norm_lr": 1e-3}
     stage = LearnedRounding(epochs=3, schedule=schedule, augmented_loss=True, token_weights="relative", **rates)
     for name in ("whole", "first", "second"):
@@ -163,8 +163,8 @@ def test_killed_stage_goes_on_where_it_was(killed_at: int, schedule: Any, tmp_pa
 
 
 @pytest.mark.gpu
-def test_a_captured_step_from_a_result_on_disk(tmp_path: Path) -> None:
-    """A graph cannot fetch from the host what a resumed run has read from its directory."""
+def test_learned_rounding_captured_step_from_disk_equals_eager(tmp_path: Path) -> None:
+    """A captured graph cannot copy from the host what a resumed run has read from its directory."""
     found = []
     for graph in (False, True):
         (tmp_path / str(graph)).mkdir()
@@ -179,25 +179,25 @@ def test_a_captured_step_from_a_result_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rates", [{}, {"rounding_lr": 0.0}, {"scale_lr": 0.0, "norm_lr": 1e-3}])
-def test_what_is_not_learned_takes_no_gradient_from_the_start(rates: dict[str, float], tmp_path: Path) -> None:
-    """DDP looks before there is an optimizer, and waits for the gradient of everything that asks for one."""
+def test_learned_rounding_unlearned_parameters_require_no_gradient(rates: dict[str, float], tmp_path: Path) -> None:
+    """DDP waits for the gradient of each parameter that requires one before there is an optimizer."""
     module = LearnedRounding(**rates).module(rounded(tmp_path))
     asking = [id(value) for value in module.parameters() if value.requires_grad]
-    assert sorted(asking) == sorted(id(value) for group in module.learned() for value in group["params"])
+    assert sorted(asking) == sorted(id(value) for group in module.parameter_groups() for value in group["params"])
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: LearnedRounding(rounding_lr=-1.0), "rounding_lr -1.0 is no usable rate"),
-        (lambda: LearnedRounding(rounding_lr=0.0, scale_lr=0.0), "nothing to learn with all rates 0"),
+        (lambda: LearnedRounding(rounding_lr=-1.0), "rounding_lr -1.0 is out of range"),
+        (lambda: LearnedRounding(rounding_lr=0.0, scale_lr=0.0), "nothing to learn because all learning rates are 0"),
         (lambda: LearnedRounding(epochs=0), "LearnedRounding.epochs 0 is too small"),
         (
             lambda: LearnedRounding().check_place_in_list([]),
-            "starts from the codes of the stage before it, and there is none",
+            "needs a preceding stage",
         ),
     ],
 )
-def test_bad_settings_are_named(make: Any, says: str) -> None:
+def test_learned_rounding_invalid_settings_are_refused(make: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         make()

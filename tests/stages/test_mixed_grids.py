@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every stage on a block with several grids and a linear in floating point."""
+"""All stages on a block with several grids and a linear in floating point."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +59,7 @@ def kept_all_but(task: BlockTask, *names: str) -> BlockTask:
 
 
 @pytest.mark.parametrize("label", STAGES)
-def test_stage_with_mixed_grids_puts_each_linear_on_its_grid(label: str, tmp_path: Path) -> None:
+def test_stage_with_mixed_grids_puts_linears_on_their_grids(label: str, tmp_path: Path) -> None:
     task = mixed_task()
     before = task.block.get_parameter(f"{KEPT}.weight").clone()
     result = run_all(STAGES[label](), task, tmp_path).result
@@ -80,8 +80,8 @@ def test_stage_with_mixed_grids_puts_each_linear_on_its_grid(label: str, tmp_pat
 
 
 @pytest.mark.parametrize("label", STAGES)
-def test_stage_with_kept_readers_leaves_an_equivalent_block(label: str, tmp_path: Path) -> None:
-    """Only the value projection is quantized: no reader of a scaled input is, and what was read is not lost."""
+def test_stage_with_kept_readers_leaves_equivalent_block(label: str, tmp_path: Path) -> None:
+    """Only the value projection is quantized, so no reader of a scaled input is; kept weights are stored."""
     task = kept_all_but(mixed_task(), "self_attn.v_proj")
     output = task.run(task.inputs)
     result = run_all(STAGES[label](), task, tmp_path).result
@@ -104,7 +104,7 @@ EXACT: dict[str, Any] = {"sweeps": 5, "precision": "float64", "true_sequential":
     ],
 )
 def test_quantease_with_mixed_grids_equals_one_run_for_each_grid(settings: dict[str, Any], tmp_path: Path) -> None:
-    """In float64: a stack with part of the rows of a group, on a Gram matrix that others share, finds what it would."""
+    """In float64, a stack with some rows of a group gives the result of the whole group."""
     mixed = fitted(QuantEase(**EXACT, **settings), mixed_task(), tmp_path / "mixed").task.result
     assert mixed is not None
     for number, grid in enumerate((NARROW, WIDE, CHANNEL)):
@@ -115,7 +115,7 @@ def test_quantease_with_mixed_grids_equals_one_run_for_each_grid(settings: dict[
 
 
 def test_gptq_with_mixed_grids_equals_one_run_for_each_grid(tmp_path: Path) -> None:
-    """In float32, in which products of fewer rows may round otherwise."""
+    """In float32 products of fewer rows may be rounded differently."""
     stage = GPTQ(true_sequential=False)
     mixed = fitted(stage, mixed_task(), tmp_path / "mixed").task.result
     assert mixed is not None
@@ -139,7 +139,7 @@ def assert_same(ours: QuantizedLinear, theirs: QuantizedLinear) -> None:
 
 @pytest.mark.parametrize("step", [2, 3, 5, 8, 11])
 @pytest.mark.parametrize("label", ["GPTQ", "QuantEase", "QuantEase with outliers"])
-def test_layerwise_stage_with_mixed_grids_resumes_to_the_same_bits(
+def test_layerwise_stage_with_mixed_grids_resumes_to_same_bits(
     label: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (stage,) = STAGES[label]()
@@ -156,7 +156,7 @@ def test_layerwise_stage_with_mixed_grids_resumes_to_the_same_bits(
             assert torch.equal(resumed.linears[name].dequantize(), linear.dequantize())
 
 
-def test_stacks_of_one_group_have_one_grid_each() -> None:
+def test_split_by_grid_gives_stacks_of_one_grid() -> None:
     task = mixed_task()
     names = task.layout.groups[0]
     parts = split_by_grid(names, task.grids)
@@ -167,7 +167,7 @@ def test_stacks_of_one_group_have_one_grid_each() -> None:
         StackedLinears.of(task, names)
 
 
-def test_learned_rounding_does_not_take_kept_linears_for_norms(tmp_path: Path) -> None:
+def test_learned_rounding_with_kept_linears_learns_norms_only(tmp_path: Path) -> None:
     task = run_all([RTN()], mixed_task(), tmp_path)
     module = LearnedRounding(norm_lr=1e-3).module(task)
     assert sorted(module.norms) == ["input_layernorm/weight", "post_attention_layernorm/weight"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned clipping: the stage, in float32 as for users, equals a plain float64 implementation of the paper."""
+"""Learned clipping, in float32 as users run it, equals a plain float64 implementation of the paper."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ def name_of(grid: Grid) -> str:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
-def test_equals_the_paper_step_by_step(grid: Grid, tmp_path: Path) -> None:
+def test_omniquant_equals_paper_step_by_step(grid: Grid, tmp_path: Path) -> None:
     task = tiny_task(grid)
     plain = Plain(task)
     module = fitted(OmniQuant(epochs=3), task, tmp_path)
@@ -40,8 +40,8 @@ def test_equals_the_paper_step_by_step(grid: Grid, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS[:3], ids=name_of)
-def test_augmented_loss_is_that_of_two_terms(grid: Grid, tmp_path: Path) -> None:
-    """One averaged target and a constant: the same losses, gradients and so the same path."""
+def test_omniquant_augmented_loss_equals_two_terms(grid: Grid, tmp_path: Path) -> None:
+    """One averaged target and a constant give the same losses and gradients, hence the same path."""
     task = tiny_task(grid)
     plain = Plain(task)
     plain.targets.append(torch.cat([_run(task, sample) for sample in range(3)]).double())
@@ -58,8 +58,8 @@ def test_augmented_loss_is_that_of_two_terms(grid: Grid, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-def test_targets_are_averaged_on_the_gpu_wherever_the_streams_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step takes of it stays beside the streams, from where no step has to wait for it."""
+def test_omniquant_targets_of_host_streams_are_averaged_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The averaged targets stay beside the streams, so that no step waits for them."""
     plain = OmniQuant(augmented_loss=True).module(tiny_task(GRIDS[0]))
     devices, task = [], on_cuda(tiny_task(GRIDS[0]))
     task.inputs, task.targets = task.inputs.cpu().pin_memory(), task.targets.cpu().pin_memory()
@@ -85,8 +85,8 @@ def _run(task: BlockTask, sample: int) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 16), Grid(2, -1, symmetric=True)], ids=name_of)
-def test_searched_start(grid: Grid, tmp_path: Path) -> None:
-    """The logits begin where the search ended, no wider than the published start, and then follow the same path."""
+def test_omniquant_searched_start_begins_at_search_result(grid: Grid, tmp_path: Path) -> None:
+    """The logits start at the searched range, no wider than the published start, and follow the same path."""
     task = tiny_task(grid)
     second_moment, start = input_second_moments(task), {}
     for name in task.layout.linears:
@@ -108,8 +108,8 @@ def test_searched_start(grid: Grid, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, -1, symmetric=True)], ids=name_of)
-def test_final_codes(grid: Grid, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Scales are those learned, rounded once; codes and zero points follow from the stored scales, in float64."""
+def test_omniquant_final_codes_follow_from_stored_scales(grid: Grid, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Learned scales are rounded once; codes and zero points follow from the stored scales in float64."""
     grid = Grid(grid.bits, grid.group_size, grid.symmetric, dtype)
     task = tiny_task(grid)
     module = fitted(OmniQuant(epochs=2), task, tmp_path)
@@ -139,14 +139,14 @@ def _assert_equal_but_ties(found: Tensor, expected: Tensor, before: Tensor) -> N
     assert tie.float().mean() < 0.01
 
 
-def test_the_block_is_left_as_it_was(tmp_path: Path) -> None:
+def test_omniquant_leaves_block_unchanged(tmp_path: Path) -> None:
     task = tiny_task(Grid(3))
     before = {name: value.clone() for name, value in task.block.state_dict().items()}
     fitted(OmniQuant(epochs=1), task, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in task.block.state_dict().items())
 
 
-def test_two_fits_are_equal(tmp_path: Path) -> None:
+def test_omniquant_fit_twice_gives_same_bits(tmp_path: Path) -> None:
     results = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
@@ -159,7 +159,7 @@ def test_two_fits_are_equal(tmp_path: Path) -> None:
     assert all(torch.equal(first.linears[name].codes, second.linears[name].codes) for name in first.linears)
 
 
-def test_cosine_schedule(tmp_path: Path) -> None:
+def test_omniquant_cosine_schedule_sets_rates(tmp_path: Path) -> None:
     task, rates = tiny_task(Grid(3, 16)), Rates()
     plain = Plain(task)
     module = fit(OmniQuant(epochs=3, schedule="cosine", clipping_lr=2e-2).module(task), tmp_path, rates)
@@ -170,8 +170,8 @@ def test_cosine_schedule(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_resumed_fit_keeps_to_the_schedule_on_a_gpu(tmp_path: Path) -> None:
-    """The rate of the checkpoint comes from the CPU; a captured step reads it on the device, or never again."""
+def test_omniquant_resumed_on_cuda_keeps_to_schedule(tmp_path: Path) -> None:
+    """The checkpoint gives the rate as a number; a captured step reads the rate from the device."""
     stage, whole, parts = OmniQuant(epochs=6, schedule="cosine"), tmp_path / "whole", tmp_path / "parts"
     cuda = {"accelerator": "gpu", "devices": 1}
     expected = fit(stage.module(on_cuda(tiny_task(Grid(3, 16)))), whole, **cuda)
@@ -186,8 +186,8 @@ def test_a_resumed_fit_keeps_to_the_schedule_on_a_gpu(tmp_path: Path) -> None:
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=2e-3)
 
 
-def test_nothing_goes_to_the_host_when_a_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning would move there what was learned, its gradient and moments: of learned rounding four weights each."""
+def test_omniquant_end_of_fit_moves_nothing_to_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would move parameters, gradients and moments: for learned rounding four weights each."""
     left, moved = [], []
 
     def counted(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
@@ -205,8 +205,8 @@ def test_nothing_goes_to_the_host_when_a_fit_ends(tmp_path: Path, monkeypatch: p
     assert (left[-1:], moved) == ([0], [])
 
 
-def test_shuffled_order(tmp_path: Path) -> None:
-    """Each pass is a permutation of its own, drawn from seed and block; the stage trains in that order."""
+def test_omniquant_shuffle_trains_in_new_order_each_pass(tmp_path: Path) -> None:
+    """Each pass is a new permutation, drawn from seed and block; the stage trains in that order."""
     task = tiny_task(Grid(3), samples=5)
     module = OmniQuant(epochs=4, shuffle=True).module(task)
     order = [int(index) for index in torch.cat(list(module.loader()))]
@@ -222,7 +222,7 @@ def test_shuffled_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_loader_goes_on_where_it_was(seed: int | None) -> None:
+def test_pass_loader_resumed_continues_order(seed: int | None) -> None:
     def loader() -> PassLoader:
         return PassLoader(samples=5, batch_size=2, passes=3, seed=seed)
 
@@ -240,7 +240,7 @@ def test_loader_goes_on_where_it_was(seed: int | None) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_batches_and_precision(precision: str, tmp_path: Path) -> None:
+def test_omniquant_batches_in_each_precision_lower_loss(precision: str, tmp_path: Path) -> None:
     task = tiny_task(Grid(2, 16), samples=4)
     fitted(OmniQuant(epochs=6, batch_size=2), task, tmp_path, precision=precision)
     found = losses(tmp_path)
@@ -248,8 +248,8 @@ def test_batches_and_precision(precision: str, tmp_path: Path) -> None:
     assert sum(found[-2:]) < 0.995 * sum(found[:2])  # measured: 0.987 and 0.990
 
 
-def test_untrained_is_not_round_to_nearest() -> None:
-    """The published start shrinks the range by 1.8 %; spec: LLaMA-7B W3A16 24.04 against 25.73."""
+def test_omniquant_untrained_scales_are_shrunk_range() -> None:
+    """The published start shrinks the range by 1.8 %; LLaMA-7B W3A16 then has perplexity 24.04, not 25.73."""
     task = tiny_task(Grid(3))
     start = OmniQuant().module(task).finish()
     for name, linear in start.linears.items():

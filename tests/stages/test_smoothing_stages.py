@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant and Outlier Suppression+: exact in full precision, better than rounding alone, composable."""
+"""SmoothQuant and Outlier Suppression+ keep the output in full precision and lower the quantized error."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.stage import Stage
-from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
 from omniq.grid.affine import Grid, rounded_to_nearest
 from omniq.grid.scheme import Activations
@@ -22,38 +20,27 @@ from omniq.stages import GPTQ, RTN, OmniQuant, OutlierSuppression, SmoothQuant
 from omniq.storage.block_result import QuantizedLinear
 from omniq.transforms.heads import Heads
 from omniq.transforms.let import LET
+from tests.helpers.outlier_task import deployed_error, outlier_task, relative
 from tests.helpers.stages import fitted
-from tests.transforms.test_let import relative, task_of
 
 A4 = Activations(4)
 
 
-def deployed_error(stages: list[Stage], task: BlockTask, folder: Path) -> float:
-    """Relative error of the block's output after these stages, activations quantized."""
-    for number, stage in enumerate(stages):
-        (folder / str(number)).mkdir(parents=True)
-        fitted(stage, task, folder / str(number))
-    assert task.result is not None
-    load_quantized_weights(task.block, task.result)
-    with task.quantized_activations():
-        return relative(task.run(task.inputs), task.targets)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("stage", [SmoothQuant(), SmoothQuant(0.8, ("norm", "value_output")), OutlierSuppression()])
-def test_block_stays_what_it_was_and_quantizes_better(family: str, stage: Stage, tmp_path: Path) -> None:
-    plain = deployed_error([RTN()], task_of(family, 4, A4), tmp_path / "plain")
-    task = task_of(family, 4, A4)
+def test_smoothing_keeps_block_output_and_lowers_error(family: str, stage: Stage, tmp_path: Path) -> None:
+    plain = deployed_error([RTN()], outlier_task(family, 4, A4), tmp_path / "plain")
+    task = outlier_task(family, 4, A4)
     (tmp_path / "one").mkdir()
     fitted(stage, task, tmp_path / "one")
     assert relative(task.run(task.inputs), task.targets) < 2e-6  # measured 4e-7
-    smoothed = deployed_error([stage], task_of(family, 4, A4), tmp_path / "smoothed")
+    smoothed = deployed_error([stage], outlier_task(family, 4, A4), tmp_path / "smoothed")
     assert smoothed < 0.9 * plain
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("grid", [Grid(4), Grid(3, 16), Grid(8, 16, symmetric=True)])
-def test_rounding_without_codes_is_that_with_them(grid: Grid, device: str) -> None:
+def test_rounded_to_nearest_equals_dequantized_codes(grid: Grid, device: str) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0)).to(device)
     weight[3] = 0.0
     rounded = rounded_to_nearest(weight, grid)
@@ -61,17 +48,17 @@ def test_rounding_without_codes_is_that_with_them(grid: Grid, device: str) -> No
     assert torch.equal(rounded.cpu(), round_to_nearest(weight, grid).dequantize())
 
 
-def test_a_search_makes_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are made on the host: each candidate would fetch them from the GPU and send the weight back."""
+def test_outlier_suppression_search_makes_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are made on the host: each candidate would move the weight from the GPU and back."""
     made, of = [], QuantizedLinear.of
     monkeypatch.setattr(QuantizedLinear, "of", lambda *args: made.append(args) or of(*args))
-    task = task_of("llama", 4, A4)
+    task = outlier_task("llama", 4, A4)
     fitted(OutlierSuppression(candidates=3), task, tmp_path)
     assert len(made) == len(task.layout.linears)
 
 
-def test_codes_are_those_of_the_smoothed_block(tmp_path: Path) -> None:
-    task = task_of("llama", 4, A4)
+def test_smoothquant_codes_are_those_of_smoothed_block(tmp_path: Path) -> None:
+    task = outlier_task("llama", 4, A4)
     fitted(SmoothQuant(), task, tmp_path)
     assert task.result is not None
     for name, linear in task.result.linears.items():
@@ -82,17 +69,17 @@ def test_codes_are_those_of_the_smoothed_block(tmp_path: Path) -> None:
         assert torch.equal(tensor, task.block.get_parameter(name))
 
 
-def test_they_compose_before_other_stages(tmp_path: Path) -> None:
-    alone = deployed_error([RTN(Searched())], task_of("llama", 3, A4), tmp_path / "alone")
-    then_rtn = deployed_error([SmoothQuant(), RTN(Searched())], task_of("llama", 3, A4), tmp_path / "rtn")
-    then_gptq = deployed_error([OutlierSuppression(), GPTQ()], task_of("llama", 3, A4), tmp_path / "gptq")
+def test_smoothing_before_other_stages_lowers_error(tmp_path: Path) -> None:
+    alone = deployed_error([RTN(Searched())], outlier_task("llama", 3, A4), tmp_path / "alone")
+    then_rtn = deployed_error([SmoothQuant(), RTN(Searched())], outlier_task("llama", 3, A4), tmp_path / "rtn")
+    then_gptq = deployed_error([OutlierSuppression(), GPTQ()], outlier_task("llama", 3, A4), tmp_path / "gptq")
     assert then_rtn < alone
     assert then_gptq < alone
 
 
-def test_threshold_is_the_best_of_all_candidates(tmp_path: Path) -> None:
-    """Against a search written out for the norm before the MLP of an OPT block."""
-    task = task_of("opt", 4, A4)
+def test_outlier_suppression_threshold_is_best_candidate(tmp_path: Path) -> None:
+    """The reference is a search written out for the norm before the MLP of an OPT block."""
+    task = outlier_task("opt", 4, A4)
     weight, bias = task.linear("fc1").weight.clone(), task.linear("fc1").bias.clone()
     norm = task.block.get_submodule("final_layer_norm")
     before = norm.weight.clone()
@@ -116,9 +103,9 @@ def test_threshold_is_the_best_of_all_candidates(tmp_path: Path) -> None:
     torch.testing.assert_close(task.linear("fc1").bias, bias + weight @ middle, rtol=1e-5, atol=1e-5)
 
 
-def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
-    """Against the same search for the output projection of a LLaMA block: 4 query heads of 8 channels, 2 KV heads."""
-    task = task_of("llama", 4, A4, num_attention_heads=4, num_key_value_heads=2)
+def test_outlier_suppression_readers_of_kv_head_share_threshold(tmp_path: Path) -> None:
+    """The reference is the same search for ``o_proj`` of LLaMA: 4 query heads of 8 channels, 2 KV heads."""
+    task = outlier_task("llama", 4, A4, num_attention_heads=4, num_key_value_heads=2)
     output, seen = task.linear("self_attn.o_proj"), []
     task.linear("self_attn.v_proj").weight[[3, 6, 12]] *= 9.0
     weight = output.weight.clone()
@@ -148,10 +135,10 @@ def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0..1"),
+        (lambda: SmoothQuant(alpha=2.0), "alpha 2.0 is outside 0 to 1"),
         (
             lambda: SmoothQuant(equivalences=["mlp"]),
-            "stages: SmoothQuant.equivalences: 'mlp' is not usable, choose from norm, value_output, up_down",
+            "stages: SmoothQuant.equivalences: 'mlp' is not accepted: choose from norm, value_output, up_down",
         ),
         (
             lambda: SmoothQuant(equivalences=["norm", "query_key"]),
@@ -161,16 +148,16 @@ def test_readers_of_a_key_value_head_share_a_threshold(tmp_path: Path) -> None:
         (lambda: OutlierSuppression(samples=0), "OutlierSuppression.samples 0 is too small: give 1 or more"),
     ],
 )
-def test_bad_settings(make: Any, words: str) -> None:
+def test_smoothing_invalid_settings_are_refused(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
 
 
 @pytest.mark.parametrize("stage", [SmoothQuant(), OutlierSuppression(), OmniQuant(transform=LET())])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_inputs_that_are_not_finite_are_refused(value: float, stage: Stage, tmp_path: Path) -> None:
-    """Before scales are made of them: the block stays what it was."""
-    task = task_of("opt", 4, A4)
+def test_smoothing_nonfinite_inputs_are_refused(value: float, stage: Stage, tmp_path: Path) -> None:
+    """The stage refuses them before it makes scales of them, so the block is unchanged."""
+    task = outlier_task("opt", 4, A4)
     task.inputs[1, 5, 3] = value
     told = r"block/000 self_attn.q_proj: the range of its inputs is not finite, 1 of 3 samples have .*; use trainer"
     with pytest.raises(UserError, match=told):
@@ -179,7 +166,7 @@ def test_inputs_that_are_not_finite_are_refused(value: float, stage: Stage, tmp_
 
 
 @pytest.mark.parametrize("stage", [SmoothQuant(), OutlierSuppression()])
-def test_families_without_norms_to_move_are_refused(stage: Stage) -> None:
+def test_smoothing_family_without_norms_is_refused(stage: Stage) -> None:
     field = "SmoothQuant.equivalences" if isinstance(stage, SmoothQuant) else "OutlierSuppression"
-    with pytest.raises(UserError, match=f"stages: {field}: falcon has no 'norm'; it has none"):
+    with pytest.raises(UserError, match=f"stages: {field}: falcon has no equivalence 'norm': use a method"):
         stage.check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing of the user's is written over or removed: what counts as a run's own folder, and what a run sweeps there."""
+"""A run writes into its own folder only, and removes nothing of the user."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.storage.ownership import check_own, check_writable
+from omniq.storage.ownership import check_empty_or_run, check_writable
 from omniq.storage.run_dir import RunDir
 from tests.helpers.runs import QUICK, configuration, write_config
 
@@ -19,7 +20,7 @@ def files(folder: Path) -> dict[Path, bytes | None]:
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_a_folder_of_the_user_is_refused_and_left_alone(
+def test_run_in_folder_of_user_is_refused_and_left_unchanged(
     name: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "project"
@@ -31,19 +32,19 @@ def test_a_folder_of_the_user_is_refused_and_left_alone(
     said = capfd.readouterr()
     first = name if name.startswith(("current", "blocks")) else name.partition("/")[0]
     assert said.err == (
-        f"omniq: out {out} holds {first} and no fingerprint.json, so it is no run to continue: "
-        "choose an empty or a new folder\n"
+        f"omniq: out {out} holds {first} and no fingerprint.json, so it is not a run directory: "
+        "choose an empty or new folder\n"
     )
     assert said.out == ""
-    with pytest.raises(UserError, match="choose an empty or a new folder"), RunDir(out):
+    with pytest.raises(UserError, match="choose an empty or new folder"), RunDir(out):
         pass
     assert files(out) == before
 
 
-def test_the_working_directory_is_refused(
+def test_run_in_working_directory_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is what an empty ``out`` means, such as that of a shell variable without a value."""
+    """An empty ``out`` means the working directory, for example from an unset shell variable."""
     monkeypatch.chdir(tmp_path)
     for out in ("", ".", "./"):
         assert main(["quantize", "--config", str(folder / "run.yaml"), "--out", out]) == 2
@@ -51,7 +52,7 @@ def test_the_working_directory_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_run_has_made_before_its_fingerprint_is_its_own(tmp_path: Path) -> None:
+def test_run_dir_without_fingerprint_owns_its_files(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run"):
         pass
     (tmp_path / "run/.fingerprint.json.partial").write_text('{"seed"')
@@ -65,12 +66,12 @@ def test_what_a_run_has_made_before_its_fingerprint_is_its_own(tmp_path: Path) -
         "fingerprint.json",
         "lock",
     ]
-    check_own(tmp_path / "run")
-    check_own(tmp_path / "nothing")
+    check_empty_or_run(tmp_path / "run")
+    check_empty_or_run(tmp_path / "nothing")
 
 
-def test_only_own_leftovers_are_swept(tmp_path: Path) -> None:
-    """In a run's folder, too: a name that omniq never writes is the user's."""
+def test_run_dir_removes_own_leftovers_only(tmp_path: Path) -> None:
+    """A name that omniq never writes belongs to the user, also in a run directory."""
     with RunDir(tmp_path) as run:
         run.claim({}, "")
     ours = [".streams.safetensors.partial", ".summary.json.partial", "blocks/.000.safetensors.partial"]
@@ -83,7 +84,7 @@ def test_only_own_leftovers_are_swept(tmp_path: Path) -> None:
         assert all((tmp_path / name).exists() for name in theirs)
 
 
-def test_files_beside_a_run_outlive_it(folder: Path, tmp_path: Path) -> None:
+def test_run_keeps_files_of_user(folder: Path, tmp_path: Path) -> None:
     args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[{"class_path": "RTN"}]))
     args += ["--out", str(tmp_path / "run")]
     assert main(args) == 0
@@ -126,3 +127,14 @@ def test_run_out_beyond_the_limit_of_names_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out .* cannot be written: .*; choose another folder") as refused:
             check_writable(tmp_path / out)
         assert "\n" not in str(refused.value)
+
+
+def test_check_writable_unusable_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"out .* cannot be written: {tmp_path / 'file'} is a file; choose"):
+        check_writable(tmp_path / "file/run")
+    check_writable(tmp_path / "new/run")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"out .* cannot be written: no permission in {tmp_path}; choose"):
+        check_writable(tmp_path / "new/run")

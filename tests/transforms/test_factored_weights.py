@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transform changes weights by factors alone and leaves the frozen matrices as they are."""
+"""A transform returns factors of weights and keeps the frozen matrices."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned transform inside a stage: equal in training and when fused, exact in full precision, resumable."""
+"""The learned transform in a stage: training equals fusion, full precision stays exact, fits resume."""
 
 import copy
 from pathlib import Path
@@ -11,16 +11,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from omniq.blocks.forward import call_block
 from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.captured_step import OptimizerStep
 from omniq.calibration.fuse import input_ranges
 from omniq.calibration.task import BlockTask
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
-from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
 from omniq.quantizers.absolute import LSQ, PACT
 from omniq.quantizers.clipping import MinMax, Searched
@@ -29,30 +26,13 @@ from omniq.transforms import let
 from omniq.transforms.heads import Heads
 from omniq.transforms.initial import smooth_scale
 from omniq.transforms.let import LET
+from tests.helpers.outlier_task import outlier_task, relative
 from tests.helpers.runs import omniquant, outcome, write_run
 from tests.helpers.stages import Stop, fit, fitted, losses
-from tests.helpers.tiny import tiny_block, tiny_layout
+from tests.helpers.tiny import tiny_layout
 
 FAMILIES = [("llama", {}), ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}), ("qwen3", {}), ("opt", {})]
 FAMILIES += [("phi3", {}), ("gemma", {}), ("gemma3_text", {})]
-W4A4 = Activations(4, 4, 4)
-
-
-SIZES = {"hidden_size": 32, "num_attention_heads": 2}
-OWN = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
-
-
-def task_of(family: str = "llama", bits: int = 4, activations: Activations = W4A4, **model: Any) -> BlockTask:
-    """A block on inputs with an outlier channel, which a transform is for."""
-    own = OWN.get(family, {"intermediate_size": 48, "num_key_value_heads": 1})
-    block, kwargs = tiny_block(family, length=12, **{**SIZES, **own, **model})
-    inputs = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(1))
-    inputs[..., 3] *= 20
-    with torch.no_grad():
-        targets = call_block(block, inputs, kwargs)
-    layout = family_of_type(family).layout(block, 0)
-    grids = dict.fromkeys(layout.linears, Grid(bits, scale_dtype=torch.float32))
-    return BlockTask(0, layout, block, grids, inputs, targets, kwargs, activations=activations)
 
 
 def perturbed(task: BlockTask, **settings: Any) -> OmniQuantModule:
@@ -65,14 +45,10 @@ def perturbed(task: BlockTask, **settings: Any) -> OmniQuantModule:
     return module
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_fused_block_is_the_transformed_one(family: str, model: dict[str, Any]) -> None:
-    """Weights of training and of the fused block, and the full-precision output before and after."""
-    task = task_of(family, **model)
+def test_let_fused_block_equals_transformed_block(family: str, model: dict[str, Any]) -> None:
+    """The test compares the weights of training and fusion, and the full-precision output before and after."""
+    task = outlier_task(family, **model)
     before = task.run(task.inputs)
     module = perturbed(task)
     assert relative(task.run(task.inputs), before) < 2e-6  # the initial values are fused: measured 4e-7
@@ -89,8 +65,8 @@ def test_fused_block_is_the_transformed_one(family: str, model: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_deployed_block_is_the_trained_one(family: str, model: dict[str, Any]) -> None:
-    task = task_of(family, **model)
+def test_let_deployed_block_equals_trained_block(family: str, model: dict[str, Any]) -> None:
+    task = outlier_task(family, **model)
     module = perturbed(task)
     with torch.no_grad():
         trained = module(task.inputs)
@@ -102,8 +78,8 @@ def test_deployed_block_is_the_trained_one(family: str, model: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES)
-def test_gradients_reach_everything_that_is_learned(family: str, model: dict[str, Any]) -> None:
-    task = task_of(family, **model)
+def test_let_gradients_reach_all_parameters(family: str, model: dict[str, Any]) -> None:
+    task = outlier_task(family, **model)
     module = OmniQuant(transform=LET()).module(task)
     module.loss(task.inputs, task.targets).backward()
     assert module.moves is not None
@@ -116,11 +92,11 @@ def test_gradients_reach_everything_that_is_learned(family: str, model: dict[str
         assert value.grad.abs().sum() > 0, name
 
 
-def test_learning_lowers_the_loss_and_beats_clipping_alone(tmp_path: Path) -> None:
+def test_let_learning_lowers_loss_below_clipping_alone(tmp_path: Path) -> None:
     last = {}
     for name, transform in (("LWC", None), ("LET", LET())):
         (tmp_path / name).mkdir()
-        fitted(OmniQuant(epochs=20, transform=transform), task_of("opt"), tmp_path / name)
+        fitted(OmniQuant(epochs=20, transform=transform), outlier_task("opt"), tmp_path / name)
         steps = losses(tmp_path / name)
         assert sum(steps[-15:]) < sum(steps[:15])
         last[name] = sum(steps[-15:])
@@ -129,14 +105,16 @@ def test_learning_lowers_the_loss_and_beats_clipping_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("clipping", [PACT(), LSQ(), MinMax(), PACT(Searched())])
 @pytest.mark.parametrize("transform", [None, LET()])
-def test_every_clipping_learns(clipping: Any, transform: LET | None, tmp_path: Path) -> None:
+def test_omniquant_each_clipping_lowers_loss(clipping: Any, transform: LET | None, tmp_path: Path) -> None:
     fixed = isinstance(clipping, MinMax)
     if fixed and transform is None:
-        with pytest.raises(UserError, match="OmniQuant has nothing to learn with clipping .*: give it one that learns"):
+        with pytest.raises(
+            UserError, match="OmniQuant has nothing to learn with clipping .*: give a learnable clipping"
+        ):
             OmniQuant(clipping=clipping)
         return
     stage = OmniQuant(epochs=20, clipping=clipping, transform=transform)
-    task = task_of("llama", 3)
+    task = outlier_task("llama", 3)
     fitted(stage, task, tmp_path)
     steps = losses(tmp_path)
     assert sum(steps[-15:]) < sum(steps[:15])
@@ -144,9 +122,9 @@ def test_every_clipping_learns(clipping: Any, transform: LET | None, tmp_path: P
     assert set(task.result.linears) == set(task.layout.linears)
 
 
-def test_initial_values_are_smoothquant_on_every_reader() -> None:
-    """Fused initial scales against the formula, for the norm before attention."""
-    task = task_of("llama")
+def test_let_initial_scales_equal_smoothquant() -> None:
+    """The formula is applied to the norm before attention."""
+    task = outlier_task("llama")
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     norm = task.block.get_submodule("input_layernorm").weight.clone()
     weight = torch.cat([task.linear(name).weight for name in names]).abs().amax(0)
@@ -158,44 +136,46 @@ def test_initial_values_are_smoothquant_on_every_reader() -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_shift_that_cannot_be_stored_is_off_and_said(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Qwen3's config has a switch for biases, but vLLM builds its output projection without one and drops it."""
+def test_let_shift_without_place_for_bias_is_off_with_warning(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen3's config has a switch for biases, but vLLM builds its output projection without a bias."""
     let.warn_once.cache_clear()
-    task = task_of(family, head_dim=16)
+    task = outlier_task(family, head_dim=16)
     module = OmniQuant(transform=LET()).module(task)
     assert module.moves is not None
     assert not [name for name in module.moves if name.endswith("shift")]
     assert "no shift from self_attn.v_proj: self_attn.v_proj, self_attn.o_proj cannot store a bias" in caplog.text
 
 
-def test_selection_of_equivalences() -> None:
-    module = OmniQuant(transform=LET(equivalences=["query_key"])).module(task_of())
+def test_let_equivalences_select_moves() -> None:
+    module = OmniQuant(transform=LET(equivalences=["query_key"])).module(outlier_task())
     assert module.moves is not None
     assert list(module.moves) == ["self_attn/q_proj/log_scale"]
-    module = OmniQuant(transform=LET(equivalences=["up_down"])).module(task_of())
+    module = OmniQuant(transform=LET(equivalences=["up_down"])).module(outlier_task())
     assert module.moves is not None
     assert list(module.moves) == ["mlp/up_proj/log_scale"]
     assert "up_down" not in LET().equivalences
 
 
 @pytest.mark.parametrize("given", [Activations(), Activations(4)])
-def test_a_scale_that_changes_nothing_is_off_and_said(given: Activations, caplog: pytest.LogCaptureFixture) -> None:
-    """Between queries and keys that nothing quantizes; where that leaves nothing to learn, it is refused."""
+def test_let_query_key_scale_without_quantization_is_off_with_warning(
+    given: Activations, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If nothing is left to learn, the stage is refused."""
     let.warn_once.cache_clear()
-    module = OmniQuant(transform=LET()).module(task_of(activations=given))
+    module = OmniQuant(transform=LET()).module(outlier_task(activations=given))
     assert module.moves is not None
     assert module.moves
     assert not [name for name in module.moves if name.startswith("self_attn/q_proj")]
-    assert "no scale between queries and keys: it changes nothing where both stay at 16 bits" in caplog.text
+    assert "no scale between queries and keys is learned: it has no effect while both stay at 16 bits" in caplog.text
     only = LET(equivalences=["query_key"])
-    assert OmniQuant(transform=only).module(task_of(activations=given)).moves is None
+    assert OmniQuant(transform=only).module(outlier_task(activations=given)).moves is None
     with pytest.raises(UserError, match="OmniQuant has nothing to learn: a scale between queries and keys .* add norm"):
-        OmniQuant(transform=only, clipping=MinMax()).module(task_of(activations=given))
+        OmniQuant(transform=only, clipping=MinMax()).module(outlier_task(activations=given))
 
 
 @pytest.mark.parametrize("given", [Activations(4, 4), Activations(4, 16, 4)])
-def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
-    module = OmniQuant(transform=LET()).module(task_of(activations=given))
+def test_let_query_key_scale_with_queries_or_keys_quantized_is_learned(given: Activations) -> None:
+    module = OmniQuant(transform=LET()).module(outlier_task(activations=given))
     assert module.moves is not None
     assert "self_attn/q_proj/log_scale" in module.moves
 
@@ -203,23 +183,26 @@ def test_it_is_learned_where_either_is_quantized(given: Activations) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"alpha": 1.5}, "alpha 1.5 is outside 0..1"),
-        ({"alpha": -0.1}, "alpha -0.1 is outside 0..1"),
-        ({"lr": 0.0}, "transform.lr 0.0 is no usable rate: give one such as 5e-3"),
-        ({"lr": 50.0}, "transform.lr 50.0 is no usable rate: give one such as 5e-3"),
-        ({"equivalences": []}, "transform.equivalences: an empty list is not usable, choose from norm, value_output"),
+        ({"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
+        ({"alpha": -0.1}, "alpha -0.1 is outside 0 to 1"),
+        ({"lr": 0.0}, "transform.lr 0.0 is not between 0 and 1: give a learning rate such as 5e-3"),
+        ({"lr": 50.0}, "transform.lr 50.0 is not between 0 and 1: give a learning rate such as 5e-3"),
+        ({"equivalences": []}, "transform.equivalences: an empty list is not accepted: choose from norm, value_output"),
         ({"equivalences": ["down"]}, "transform.equivalences: 'down' is not usable"),
-        ({"equivalences": ["norm", "norm"]}, "transform.equivalences: 'norm' is there more than once: give each once"),
+        (
+            {"equivalences": ["norm", "norm"]},
+            "transform.equivalences: 'norm' is given more than once: give each kind once",
+        ),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], words: str) -> None:
+def test_let_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         LET(**settings)
 
 
-def test_family_without_an_equivalence_is_refused() -> None:
+def test_let_family_without_equivalence_is_refused() -> None:
     bare = Layout("bloom", (("mlp.dense",),), Heads(1, 1))
-    with pytest.raises(UserError, match="bloom has no 'norm'; it has none: use a method without a transform"):
+    with pytest.raises(UserError, match="bloom has no equivalence 'norm': use a method without a transform"):
         OmniQuant(transform=LET()).check_layout(bare)
     OmniQuant().check_layout(bare)
     OmniQuant(transform=LET()).check_layout(tiny_layout("llama"))
@@ -228,9 +211,9 @@ def test_family_without_an_equivalence_is_refused() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-def test_no_precision_goes_non_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
-    """8-bit steps are small: the published code overflows in half precision there."""
-    task = task_of(family, bits, Activations(bits, bits, bits))
+def test_let_in_each_precision_stays_finite(bits: int, precision: Any, family: str, tmp_path: Path) -> None:
+    """At 8 bits steps are small, and the published code overflows in half precision."""
+    task = outlier_task(family, bits, Activations(bits, bits, bits))
     if precision == "bf16-mixed":
         task.block.to(torch.bfloat16)
         task.inputs, task.targets = task.inputs.bfloat16(), task.targets.bfloat16()
@@ -245,8 +228,8 @@ def test_no_precision_goes_non_finite(bits: int, precision: Any, family: str, tm
     assert all(value.isfinite().all() for _, value in task.result.dequantized())
 
 
-def test_abandoned_stage_returns_to_its_start() -> None:
-    task = task_of()
+def test_let_abandoned_returns_to_start() -> None:
+    task = outlier_task()
     start = copy.deepcopy(task)
     module = perturbed(task)
     assert module.abandon() == "the initial grid and transform"
@@ -255,16 +238,16 @@ def test_abandoned_stage_returns_to_its_start() -> None:
 
 
 @pytest.mark.parametrize("killed_at", [3, 5])
-def test_killed_stage_goes_on_where_it_was(killed_at: int, tmp_path: Path) -> None:
+def test_let_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     stage = OmniQuant(epochs=3, transform=LET(), augmented_loss=True, schedule="cosine")
-    expected = task_of("opt")
+    expected = outlier_task("opt")
     fitted(stage, expected, whole)
     with pytest.raises(RuntimeError, match="stopped by the test"):
-        fit(stage.module(task_of("opt")), parts, Stop(killed_at))
-    found = task_of("opt")
+        fit(stage.module(outlier_task("opt")), parts, Stop(killed_at))
+    found = outlier_task("opt")
     fit(stage.module(found), parts, resume=True)
     assert (parts / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
     assert expected.result is not None
@@ -272,8 +255,8 @@ def test_killed_stage_goes_on_where_it_was(killed_at: int, tmp_path: Path) -> No
     torch.testing.assert_close(dict(found.result.dequantized()), dict(expected.result.dequantized()), rtol=0, atol=0)
 
 
-def test_a_later_stage_takes_up_the_transformed_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the stage after: the block, with biases its checkpoint never had, comes back from the run directory."""
+def test_let_before_killed_gptq_resumes_to_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the kill the block, with its new biases, is read from the run directory."""
     stages = [omniquant(transform={}), {"class_path": "omniq.stages.GPTQ"}]
     sections: dict[str, Any] = {"scheme": {"name": "W4A8"}, "stages": stages}
     for name in ("whole", "parts"):
@@ -294,10 +277,10 @@ def test_a_later_stage_takes_up_the_transformed_block(tmp_path: Path, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_captured_step_of_lwc_and_let_equals_eager(family: str) -> None:
+def test_let_captured_step_equals_eager(family: str) -> None:
     losses = []
     for graph in (False, True):
-        task = task_of(family)
+        task = outlier_task(family)
         task.block.cuda()
         task.inputs, task.targets = task.inputs.cuda(), task.targets.cuda()
         task.kwargs = tree_map(lambda part: part.cuda() if isinstance(part, Tensor) else part, dict(task.kwargs))

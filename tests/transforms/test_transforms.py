@@ -1,121 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equivalent transformations: a random one leaves what a block computes unchanged in float64."""
+"""Equivalent transforms with random parameters keep the output of a block in float64."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from omniq.models.families import family_of_type
-from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown
 from omniq.transforms.heads import Heads
 from omniq.transforms.linear_ref import LinearRef
 from omniq.transforms.transform import Transform
-from tests.helpers.tiny import tiny_block
-
-NINE = {"hidden_size": 72, "num_attention_heads": 9}
-HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
-BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama 1 of 9": ("llama", {**NINE, "num_key_value_heads": 1}),
-    "llama 3 of 9": ("llama", {**NINE, "num_key_value_heads": 3}),
-    "llama 9 of 9": ("llama", {**NINE, "num_key_value_heads": 9}),
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama with a partial rotary factor": ("llama", HALF_TURNED),
-    "mistral": ("mistral", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "phi3": ("phi3", {}),
-    "phi3 that turns half of a head": ("phi3", HALF_TURNED),
-    "gemma": ("gemma", {}),
-    "gemma3": ("gemma3_text", {}),
-    "opt": ("opt", {}),
-}
-
-
-class OffsetNorm(nn.Module):
-    """Gemma's norm in float64."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(weight.double(), requires_grad=False), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
-
-
-class Case:
-    """A tiny Hugging Face block in float64, ready to run with other tensors."""
-
-    def __init__(self, kind: str, **overrides: Any) -> None:
-        block, kwargs = tiny_block(kind, **overrides)
-        self.block = block.double()
-        # Hugging Face's RMSNorms compute in float32 whatever comes in; torch's is the same function and does not.
-        for name, module in list(block.named_modules()):
-            if type(module).__name__.startswith("Gemma") and type(module).__name__.endswith("RMSNorm"):
-                block.set_submodule(name, OffsetNorm(module.weight, module.eps))
-            elif type(module).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon, dtype=torch.float64)
-                norm.load_state_dict(module.state_dict())
-                block.set_submodule(name, norm)
-        self.kwargs = {key: _double(value) for key, value in kwargs.items()}
-        self.layout = family_of_type(kind).layout(block, 0)
-        self.heads, self.equivalences = self.layout.heads, self.layout.equivalences
-        self.tensors = {name: value.detach() for name, value in block.named_parameters()}
-
-    def hidden(self, seed: int = 0) -> Tensor:
-        width = self.tensors[f"{self.layout.linears[0]}.weight"].shape[1]
-        return torch.randn(2, 16, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-    def run(self, tensors: dict[str, Tensor], seed: int = 0) -> Tensor:
-        output = functional_call(self.block, tensors, (self.hidden(seed),), self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def change(self, equivalences: tuple[Equivalence, ...], seed: int = 0, **options: Any) -> float:
-        """Relative change of the output under a random transform."""
-        transform = Transform(equivalences, self.heads, self.tensors, **options)
-        moved = transform.apply(self.tensors, random_parameters(transform, seed))
-        before = self.run(self.tensors, seed)
-        return ((self.run(moved, seed) - before).norm() / before.norm()).item()
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_double, value))
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def random_parameters(transform: Transform, seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=draw).double() for name, shape in transform.shapes.items()}
-
-
-_CASES: dict[str, Case] = {}
-
-
-def case(label: str) -> Case:
-    kind, overrides = BLOCKS[label]
-    if label not in _CASES:
-        _CASES[label] = Case(kind, **overrides)
-    return _CASES[label]
+from tests.helpers.float64_block import BLOCKS, Float64Block, float64_block, random_parameters
 
 
 @pytest.mark.parametrize("label", BLOCKS)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_a_random_transform_changes_nothing(label: str, seed: int) -> None:
-    block = case(label)
+def test_transform_random_keeps_output(label: str, seed: int) -> None:
+    block = float64_block(label)
     assert block.change(block.equivalences, seed) < 1e-9  # measured 7e-16
 
 
 @pytest.mark.parametrize("label", BLOCKS)
-def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: str) -> None:
-    block = case(label)
+def test_transform_single_equivalence_keeps_output_and_moves_its_tensors(label: str) -> None:
+    block = float64_block(label)
     for equivalence in block.equivalences:
         assert block.change((equivalence,)) < 1e-9
         transform = Transform((equivalence,), block.heads, block.tensors)
@@ -127,9 +38,9 @@ def test_every_equivalence_alone_changes_nothing_but_moves_its_tensors(label: st
         assert {name.rpartition(".")[0] for name in changed} == ends | set(getattr(equivalence, "linears", ()))
 
 
-def test_row_slices_leave_the_other_rows_alone() -> None:
-    """Each equivalence of Phi-3 changes its own rows of the fused projections: 4 query heads and 2 KV heads of 16."""
-    block = case("phi3")
+def test_transform_of_row_slice_changes_its_rows_only() -> None:
+    """The fused projections of Phi-3 have slices for 4 query heads and 2 KV heads of 16 channels."""
+    block = float64_block("phi3")
     rows = {"value_output": range(96, 128), "query_key": range(0, 96), "up_down": range(128, 256)}
     for equivalence in block.equivalences[2:]:
         transform = Transform((equivalence,), block.heads, block.tensors)
@@ -141,9 +52,9 @@ def test_row_slices_leave_the_other_rows_alone() -> None:
     assert {"self_attn/qkv_proj:96-128", "self_attn/qkv_proj:0-64", "mlp/gate_up_proj:128-256"} < set(keys)
 
 
-def test_a_shift_of_a_row_slice_leaves_the_other_biases_alone() -> None:
-    """As in a Phi-3 with biases: one exists, the other is created."""
-    block = case("phi3")
+def test_transform_shift_of_row_slice_changes_its_biases_only() -> None:
+    """As in a Phi-3 with biases: one bias exists, the other one is created."""
+    block = float64_block("phi3")
     bias = torch.randn(128, dtype=torch.float64)
     tensors = block.tensors | {"self_attn.qkv_proj.bias": bias}
     (value,) = (each for each in block.equivalences if each.kind == "value_output")
@@ -163,7 +74,7 @@ def test_a_shift_of_a_row_slice_leaves_the_other_biases_alone() -> None:
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_up_to_down_holds_through_powers_of_relu(power: int) -> None:
+def test_up_to_down_with_power_of_relu_keeps_output(power: int) -> None:
     tensors = {"up.weight": torch.randn(12, 6).double(), "up.bias": torch.randn(12).double()}
     tensors |= {"down.weight": torch.randn(6, 12).double()}
     hidden = torch.randn(5, 6).double()
@@ -177,30 +88,30 @@ def test_up_to_down_holds_through_powers_of_relu(power: int) -> None:
     torch.testing.assert_close(run(transformed), run(tensors), rtol=1e-9, atol=1e-12)
 
 
-def test_a_plain_norm_is_no_equivalence_of_gemma() -> None:
-    block = case("gemma")
+def test_transform_plain_norm_of_gemma_changes_output() -> None:
+    block = float64_block("gemma")
     norm = block.equivalences[0]
     assert isinstance(norm, NormToLinears)
     assert block.change((NormToLinears(norm.norm, norm.linears),)) > 1e-1
 
 
 @pytest.mark.parametrize("label", ["llama 3 of 9", "llama 9 of 9", "qwen3"])
-def test_scales_that_split_a_rotary_pair_are_no_equivalence(label: str) -> None:
-    """The published transform; it shows that the tests above can fail."""
-    block = case(label)
+def test_transform_scale_splitting_rotary_pair_changes_output(label: str) -> None:
+    """This is the published transform; it shows that the tests above can fail."""
+    block = float64_block(label)
     (tied,) = (each for each in block.equivalences if isinstance(each, QueryKey))
     untied = QueryKey(tied.query, tied.key, None, tied.query_norm, tied.key_norm)
     assert block.change((untied,)) > 1e-2
 
 
-def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
+def test_transform_shifts_exist_where_bias_can_be_stored() -> None:
     for label, shifted in {
         "opt": {"self_attn_layer_norm", "final_layer_norm", "self_attn/v_proj"},
         "llama with biases": {"self_attn/v_proj"},
         "llama 3 of 9": set(),
         "qwen2": set(),
     }.items():
-        block = case(label)
+        block = float64_block(label)
         transform = Transform(block.equivalences, block.heads, block.tensors)
         assert {name.removesuffix("/shift") for name in transform.shapes if name.endswith("/shift")} == shifted
         assert (
@@ -211,15 +122,15 @@ def test_shifts_are_learned_where_a_bias_can_be_stored() -> None:
             name.endswith("/shift")
             for name in Transform(block.equivalences, block.heads, block.tensors, shift=False).shapes
         )
-    block = case("qwen2")
+    block = float64_block("qwen2")
     reasons = Transform(block.equivalences, block.heads, block.tensors).unshifted
     assert reasons["self_attn/v_proj"] == "no shift from self_attn.v_proj: self_attn.o_proj cannot store a bias"
     assert "input_layernorm" in reasons["input_layernorm"]
 
 
-def test_a_shift_creates_the_biases_it_may() -> None:
-    """A LLaMA without biases, and its stock module with ``attention_bias``, which can store them."""
-    bare, room = Case("llama"), Case("llama", attention_bias=True)
+def test_transform_shift_creates_storable_biases() -> None:
+    """A LLaMA without biases gets them; its stock module with ``attention_bias`` can store them."""
+    bare, room = Float64Block("llama"), Float64Block("llama", attention_bias=True)
     transform = Transform(bare.equivalences, bare.heads, bare.tensors, {"self_attn.v_proj", "self_attn.o_proj"})
     assert "self_attn/v_proj/shift" in transform.shapes
     moved = transform.apply(bare.tensors, random_parameters(transform))
@@ -231,7 +142,7 @@ def test_a_shift_creates_the_biases_it_may() -> None:
 
 @pytest.mark.parametrize("layout", ["half", "interleaved", None])
 @pytest.mark.parametrize("rotary", [None, 4])
-def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary: int | None) -> None:
+def test_tied_channels_scale_commutes_with_rotary_embedding(layout: str | None, rotary: int | None) -> None:
     channels, turned = 8, rotary or 8
     tied = Heads(1, 1, rotary).tied_channels(channels, layout)
     assert sorted(set(tied.tolist())) == list(range(int(tied.max()) + 1))
@@ -253,8 +164,8 @@ def test_tied_channels_commute_with_rotary_embedding(layout: str | None, rotary:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
-    """A norm over one head (Qwen3) or over all channels (OLMo 2); 2 KV heads, 4 query heads."""
+def test_query_key_with_norms_scales_norms(wide: bool) -> None:
+    """The norm spans one head (Qwen3) or all channels (OLMo 2); there are 4 query heads and 2 KV heads."""
     heads, size = Heads(4, 2), 6
     names = {"q": 4 * size, "k": 2 * size}
     tensors = {f"{name}.weight": torch.randn(width, 10).double() for name, width in names.items()}
@@ -277,8 +188,8 @@ def test_norms_of_queries_and_keys_take_the_scale(wide: bool) -> None:
     torch.testing.assert_close(scores(moved), scores(tensors), rtol=1e-9, atol=1e-12)
 
 
-def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> None:
-    block = case("opt")
+def test_transform_has_gradient_in_weights_but_not_in_output() -> None:
+    block = float64_block("opt")
     transform = Transform(block.equivalences, block.heads, block.tensors)
     parameters = {name: value.requires_grad_() for name, value in random_parameters(transform).items()}
     moved = transform.apply(block.tensors, parameters)
@@ -289,8 +200,8 @@ def test_the_output_has_no_gradient_in_the_transform_but_the_weights_do() -> Non
         assert small.norm() < 1e-9 * large.norm(), name  # measured 1e-13
 
 
-def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
-    block = case("qwen3")
+def test_transform_parameters_start_at_identity_in_float32() -> None:
+    block = float64_block("qwen3")
     half = {name: value.half() for name, value in block.tensors.items()}
     transform = Transform(block.equivalences, block.heads, half)
     parameters = transform.parameters()
@@ -303,8 +214,8 @@ def test_parameters_start_at_the_identity_and_promote_half_weights() -> None:
     again.load_state_dict(parameters.state_dict())
 
 
-def test_scales_stay_positive_and_finite() -> None:
-    block = case("llama 3 of 9")
+def test_transform_scales_stay_positive_and_finite() -> None:
+    block = float64_block("llama 3 of 9")
     transform = Transform(block.equivalences, block.heads, block.tensors)
     for far, most in ((-1e6, -10.0), (1e6, 10.0)):
         moved = transform.apply(
@@ -315,7 +226,7 @@ def test_scales_stay_positive_and_finite() -> None:
         torch.testing.assert_close(kept.log(), torch.full_like(kept, most))
 
 
-def test_heads_of_a_config() -> None:
+def test_heads_of_config_reads_counts_and_rotary() -> None:
     config = SimpleNamespace(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
     assert Heads.of(config) == Heads(9, 3)
     config.rope_parameters = {"partial_rotary_factor": 0.5}

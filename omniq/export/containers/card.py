@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: what a stranger must know to load the checkpoint, judge it, and make it again.
+"""The model card: the information that a user needs to load the checkpoint, judge it, and reproduce it.
 
-A pure function of facts; the same facts give the same text, so there is no date in it. A section whose facts are not
-given is left out.
+The card is a pure function of facts: the same facts give the same text, so it contains no date. A section without facts
+is omitted.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 _TAG = "omniq"
-_READER = "transformers>=5.17"  # the oldest whose reading of our checkpoints was checked
-_SHOWN = 16  # blocks listed one by one; of more, the first and last eight
+_READER = "transformers>=5.17"  # the oldest version that was tested with our checkpoints
+_SHOWN = 16  # largest number of blocks to list; of more blocks, only the first and the last eight are listed
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -24,15 +24,15 @@ def model_card(facts: Mapping[str, Any]) -> str:
     Args:
         facts: any of
 
-            ``name``: of the checkpoint folder; ``base_model``: hub name or folder of the source model;
-            ``scheme``: such as ``W3A16g64``; ``method``: in a few words;
-            ``format`` and ``requires``: the layout, and requirements of a reader beside transformers;
-            ``bits_per_weight``: of codes (at their own width), scales, zero points and outliers; ``bytes``: of all
-            tensors, as the format stores them;
-            ``perplexity``: by text, then by model, lower is better;
+            ``name``: name of the checkpoint folder; ``base_model``: Hub name or folder of the source model;
+            ``scheme``: name such as ``W3A16g64``; ``method``: short description of the method;
+            ``format`` and ``requires``: the layout, and the packages that a reader needs beside transformers;
+            ``bits_per_weight``: bits of codes (at their own width), scales, zero points and outliers; ``bytes``: size
+            of all tensors as the format stores them;
+            ``perplexity``: values by text, then by model; lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
-            ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: of the source model;
-            ``data``: origin, digest and sizes of the calibration text; ``versions``: of the packages used.
+            ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: digest of the source model;
+            ``data``: origin, digest and sizes of the calibration text; ``versions``: versions of the used packages.
 
     Returns:
         Markdown with a YAML front matter.
@@ -50,11 +50,11 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def is_card(text: str) -> bool:
-    """Whether a text is a card that ``model_card`` has written, by the tag in its front matter."""
+    """True if ``model_card`` has written this text, judged by the tag in its front matter."""
     head = text.removeprefix("---\n").partition("\n---")[0]
     try:
         found = yaml.safe_load(head) if text.startswith("---\n") else None
-    except (yaml.YAMLError, ValueError):  # the latter for a date that there is not
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         return False
     tags = found.get("tags") if isinstance(found, dict) else None
     return isinstance(tags, list) and _TAG in tags
@@ -63,14 +63,14 @@ def is_card(text: str) -> bool:
 def _front_matter(facts: Mapping[str, Any]) -> str:
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = [_TAG, "quantized", facts.get("format"), facts.get("scheme")]
-    head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may be omniq, too
+    head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may also be omniq
     if _is_hub_name(base := str(facts.get("base_model", ""))):
         head |= {"base_model": base, "base_model_relation": "quantized"}
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
 def _is_hub_name(base: str) -> bool:
-    """``owner/name``; a folder or file on someone's machine is nobody's business."""
+    """True for a Hub name ``owner/name``; local paths must not be published."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) is not None and not base.endswith(".gguf")
 
 
@@ -82,8 +82,8 @@ def _heading(facts: Mapping[str, Any]) -> str:
     text = f"{base or 'A language model'}, quantized by omniq" + (f" {' '.join(how)}" if how else "") + "."
     if "bits_per_weight" in facts:
         text += (
-            " The codes of the quantized linears, with their scales, zero points and outliers, come to "
-            f"{facts['bits_per_weight']:.3f} bits per weight; all other parameters stay floating-point."
+            " The codes of the quantized linears, with their scales, zero points and outliers, take "
+            f"{facts['bits_per_weight']:.3f} bits per weight; all other parameters stay in floating point."
         )
     if "bytes" in facts:
         text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."

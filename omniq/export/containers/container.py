@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container is: it lays out a whole model on disk, each linear as a codec gives it, and reads it back.
+"""The protocol of containers: write a whole model to disk, with each linear in the form of a codec, and read it back.
 
-Codecs and containers are separate, because runtimes share them: two codecs of today lie in the same folder of Hugging
-Face, and other runtimes put the same codes into a file of another kind. A container can always be read back by omniq
-alone. Its runtime is needed only to compare logits, and ``lacks`` says what this machine lacks for that.
+Codecs and containers are separate because runtimes share them. Both current codecs use the same Hugging Face folder,
+and other runtimes store the same codes in other kinds of files. omniq alone can read every container back. The runtime
+is needed only to compare logits, and ``lacks`` tells which requirement this machine lacks for that.
 
-A container also decides how the parameters outside the blocks are stored (``SourceModel.outside``). A runtime that
-wants embedding and head as codes gets them there: as results beside those of the blocks, made before ``write``,
+A container also decides how to store the parameters outside the blocks (``SourceModel.outside``). If a runtime requires
+codes for embedding and head, they must be created before ``write`` and given as results like those of the blocks,
 because a writer never rounds.
 """
 
@@ -27,7 +27,7 @@ from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 Results = Callable[[int], BlockResult]
-"""Fetches a finished block by its index; called once for each block, in order, so that one is in memory at a time."""
+"""Fetches a finished block by its index; called once per block, in order, so that only one block is in memory."""
 
 C = TypeVar("C", bound=Codec, contravariant=True)
 
@@ -37,8 +37,8 @@ class Reader(Protocol):
 
     Attributes:
         model: the stock model that the recorded config describes.
-        names: of all stored tensors.
-        size: bytes of all tensors.
+        names: names of all stored tensors.
+        size: size of all tensors in bytes.
     """
 
     @property
@@ -67,17 +67,17 @@ class Reader(Protocol):
         """
 
     def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
-        """Make sure that the description, which tells a runtime how to read the tensors, is that of these linears.
+        """Make sure that the stored description, by which a runtime reads the tensors, matches these linears.
 
         Args:
             linears: all quantized linears by full name.
 
         Raises:
-            CorruptFile: the description is another one.
+            CorruptFile: the description does not match.
         """
 
     def names_of(self, name: str) -> set[str]:
-        """The stored tensors of a quantized linear, by its full name."""
+        """Names of the stored tensors of a quantized linear, given its full name."""
 
 
 class Container(Protocol[C]):
@@ -94,66 +94,68 @@ class Container(Protocol[C]):
         scheme: Scheme,
         max_shard_bytes: int,
     ) -> dict[str, Any]:
-        """Write all parameters and what a runtime needs to read them.
+        """Write all parameters and the description that a runtime needs to read them.
 
         Args:
-            source: gives config and parameters outside the blocks.
-            codec: lays out each linear.
+            source: provides the config and the parameters outside the blocks.
+            results: fetches a finished block by its index.
+            codec: the codec of the linears.
             folder: an empty folder.
-            format: the user's name of codec and container, to be recorded for ``format_of``.
-            scheme: what the model asks of a runtime.
-            max_shard_bytes: size of a file, and of what is held in memory beside one block.
+            format: the format name that users type, to be recorded for ``format_of``.
+            scheme: the number formats of the model.
+            max_shard_bytes: largest size of a file, and of the tensors held in memory beside one block.
 
         Returns:
             facts for the model card.
 
         Raises:
-            UserError: a parameter that codec or runtime cannot hold, or a disk that cannot be written.
+            UserError: codec or runtime cannot hold a parameter, or the disk cannot be written.
         """
 
     def write_companions(self, source: SourceModel, facts: Mapping[str, Any], folder: Path) -> None:
-        """Write what lies beside the parameters: tokenizer, recipe, model card."""
+        """Write the files beside the parameters: tokenizer, recipe, model card."""
 
     def read(self, path: Path, codec: C) -> Reader:
-        """Open what ``write`` has written.
+        """Open a model that ``write`` has written.
 
         Raises:
             CorruptFile: a file is missing or damaged.
         """
 
     def is_ours(self, path: Path) -> bool:
-        """Whether omniq has filled this folder with this container."""
+        """True if omniq has written this folder with this container."""
 
     def format_of(self, path: Path) -> str:
-        """The user's name of the format that a folder holds.
+        """The format name of an exported folder, as users type it.
 
         Raises:
             CorruptFile: the file that records it is damaged.
         """
 
     def lacks(self, codec: C, path: Path | None = None) -> str | None:
-        """What the runtime needs and this machine lacks, with the remedy; None if it lacks nothing.
+        """The requirement of the runtime that this machine lacks, with the remedy; None if it lacks no requirement.
 
         Args:
-            path: a written model, to compare the memory that it needs too.
+            codec: the codec of the linears.
+            path: a written model; if given, the memory that it needs is checked too.
         """
 
     def open(self, path: Path) -> PreTrainedModel:
-        """The model as its runtime opens it."""
+        """Open the model in its runtime."""
 
 
 def cast_for_export(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
-    """A parameter that is not quantized, in the dtype of deployment.
+    """Cast a parameter that is not quantized to the export dtype.
 
     Raises:
-        UserError: that dtype cannot hold one of its values, or one is no number.
+        UserError: a value is not finite, or exceeds the range of the dtype.
     """
     if not tensor.is_floating_point():
         return tensor
     cast = tensor.to(scheme.export_dtype)
     if not cast.isfinite().all():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity: get the model's weights again")
+            raise UserError(f"{name} contains NaN or infinity: download the model's weights again")
         dtype = dtype_name(cast.dtype)
-        raise UserError(f"{name} holds values beyond scheme.dtype {dtype}: set scheme.dtype to bfloat16")
+        raise UserError(f"{name} contains values beyond the range of {dtype}: set scheme.dtype to bfloat16")
     return cast

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder read by omniq itself: its config, its grids, its tensors, and the memory it takes to open.
+"""Reads a Hugging Face folder without transformers' quantizers: config, grids, tensors, and the memory that it needs.
 
-What transformers needs, measured with a model of 257 MiB in float16: in the formats of compressed-tensors every weight
-in the dtype of deployment and what is stored besides (4 bits, 68 MiB stored: 344; 8 bits, 129 stored: 393); in omniq's
-format what is stored, and 20 bytes for each weight of the linear that runs.
+Memory that transformers needs, measured with a model of 257 MiB in float16: in the formats of compressed-tensors, every
+weight in the export dtype plus the stored tensors (4 bits, 68 MiB stored: 344 MiB; 8 bits, 129 MiB stored: 393 MiB). In
+omniq's format, the stored tensors plus 20 bytes for each weight of the linear that runs.
 """
 
 import json
@@ -27,15 +27,15 @@ from omniq.grid.affine import Grid
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.storage.block_result import QuantizedLinear
 
-_UNPACKING = 20  # bytes a weight
-_SPARE = 1.1  # for activations, logits, and what other programs take meanwhile
+_UNPACKING = 20  # bytes per weight
+_SPARE = 1.1  # factor for activations, logits, and the use of other programs
 
 
 class FolderCodec(Codec, Protocol):
     """A codec whose grids ``config.json`` describes.
 
     Attributes:
-        stays_packed: whether transformers keeps the weights as they are stored.
+        stays_packed: True if transformers keeps the weights in stored form.
     """
 
     @property
@@ -45,18 +45,20 @@ class FolderCodec(Codec, Protocol):
         """The entry of ``config.json`` that tells a runtime how to read the tensors.
 
         Args:
-            linears: those that are quantized, by full name.
-            ignore: full names of all others.
+            linears: the quantized linears by full name.
+            ignore: full names of all other linears.
         """
 
     def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
         """Invert ``quantization_config`` for one linear.
 
         Args:
-            dtype: of the model.
+            name: full name of the linear.
+            config: the entry of ``config.json``.
+            dtype: dtype of the model.
 
         Raises:
-            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+            KeyError, TypeError, AttributeError, UserError: omniq does not write such a config.
         """
 
 
@@ -65,7 +67,7 @@ class FolderReader:
 
     Args:
         path: the folder.
-        codec: the one that it was written with.
+        codec: the codec with which it was written.
 
     Raises:
         CorruptFile: config or weights are missing or damaged.
@@ -87,21 +89,21 @@ class FolderReader:
 
     @property
     def names(self) -> set[str]:
-        """All stored tensors."""
+        """Names of all stored tensors."""
         return self._shards.names
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return self._shards.size
 
     @cached_property
     def model(self) -> TargetModel:
-        """The stock model of ``config.json``."""
+        """The stock model that ``config.json`` describes."""
         return stock_model(self._path)
 
     def names_of(self, name: str) -> set[str]:
-        """The stored tensors of a quantized linear; its bias is a parameter beside them."""
+        """Names of the stored tensors of a quantized linear, without its bias, which is a plain parameter."""
         return {key for key in self._shards.names if key.startswith(f"{name}.")} - {f"{name}.bias"}
 
     def read(self, name: str) -> QuantizedLinear:
@@ -114,17 +116,17 @@ class FolderReader:
         return self._codec.load(name, {key: self._shards[key] for key in self.names_of(name)}, grid)
 
     def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
-        """Refuse a ``quantization_config`` that is not the one of these linears."""
+        """Refuse a ``quantization_config`` that does not describe these linears."""
         ignore = [name for name in self.model.linears if name not in linears]
         if self._content["quantization_config"] != self._codec.quantization_config(linears, ignore):
             raise CorruptFile(f"{self._path / 'config.json'}: its quantization_config does not describe the weights")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of ``config.json`` of a quantized model.
+    """Read ``config.json`` of a quantized model.
 
     Raises:
-        CorruptFile: it is missing or damaged, or describes no quantized model.
+        CorruptFile: the file is missing or damaged, or does not describe a quantized model.
     """
     file = path / "config.json"
     try:
@@ -134,12 +136,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
         raise CorruptFile(f"{file} has no quantization_config")
     if content.get("dtype") not in MODEL_DTYPES:
-        raise CorruptFile(f"{file} has dtype {content.get('dtype')!r}, which is none of {', '.join(MODEL_DTYPES)}")
+        raise CorruptFile(f"{file} has dtype {content.get('dtype')!r}, which is not one of {', '.join(MODEL_DTYPES)}")
     return content
 
 
 def stock_model(path: Path) -> TargetModel:
-    """The model of ``config.json`` without its description of the quantization.
+    """The model that ``config.json`` describes, without its quantization.
 
     Raises:
         CorruptFile: transformers cannot build it.
@@ -148,29 +150,30 @@ def stock_model(path: Path) -> TargetModel:
         config = AutoConfig.from_pretrained(path)
         del config.quantization_config
         return TargetModel.of(config)
-    except Exception as error:  # validation of configs raises many kinds
+    except Exception as error:  # validation of configs raises many kinds of errors
         raise CorruptFile(f"{path / 'config.json'}: {one_line(error)}") from error
 
 
 def missing_memory(path: Path, stays_packed: bool) -> str | None:
-    """The host memory that transformers lacks to open a folder; None if there is enough."""
+    """A message if transformers lacks host memory to open a folder; None if the memory suffices."""
     needed, free = int(_SPARE * needed_memory(path, stays_packed)), free_host_memory()
     if needed <= free:
         return None
-    return f"transformers needs {needed / 1e9:,.1f} GB of host memory to open it and {free / 1e9:,.1f} are free"
+    return f"transformers needs {needed / 1e9:,.1f} GB of host memory to open it, and {free / 1e9:,.1f} GB are free"
 
 
 def needed_memory(path: Path, stays_packed: bool) -> int:
-    """Bytes of host memory that the open model takes.
+    """Host memory of the opened model in bytes.
 
     Args:
-        stays_packed: whether transformers keeps the weights as they are stored.
+        path: the folder.
+        stays_packed: True if transformers keeps the weights in stored form.
     """
     model = stock_model(path)
     dtype = model.config.dtype
     stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if stays_packed:
-        linears = model.parameters.keys() & {f"{name}.weight" for name in model.linears}  # without a tied head
+        linears = model.parameters.keys() & {f"{name}.weight" for name in model.linears}  # excludes a tied head
         return stored + _UNPACKING * max(prod(model.parameters[name]) for name in linears)
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
     return stored + width * sum(map(prod, model.parameters.values()))

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The container that any runtime of the field opens: a folder as Hugging Face writes it.
+"""The container that all common runtimes open: a Hugging Face folder.
 
-    config.json               of the stock model, with ``quantization_config`` as the codec describes it
+    config.json               config of the stock model, with ``quantization_config`` as the codec describes it
     *.safetensors             all parameters, in shards
     generation_config.json, tokenizer files, recipe.yaml, README.md
 
-Weights are written first, one block in memory at a time, then all the rest. The same inputs give the same bytes.
+Weights are written first, with one block in memory at a time, then all other files. The same inputs give the same
+bytes.
 
-``quantization_config.quant_method`` is the runtime's name of the layout. The name that users type is recorded beside it
-under ``omniq_format``, because several formats may share one method. Folders that older versions wrote lack the key;
-in these the two names are the same.
+``quantization_config.quant_method`` is the runtime's name of the layout. The format name that users type is recorded
+beside it as ``omniq_format``, because several formats may share one method. Folders of older versions lack this key;
+there, the two names are equal.
 
-What tells a folder of omniq is not the names of its files, which other tools use too (llm-compressor writes a
-``config.json`` and a ``recipe.yaml``), but the content of its card or of its recipe; either may be damaged.
+File names do not identify a folder of omniq, because other tools use the same names (llm-compressor writes a
+``config.json`` and a ``recipe.yaml``). The content of its card or of its recipe does; one of the two may be damaged.
 """
 
 import json
@@ -38,7 +39,7 @@ from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
 
 _FORMAT = "omniq_format"
-_SECTIONS = {"model", "data", "stages", "scheme"}  # every recipe of omniq has them
+_SECTIONS = {"model", "data", "stages", "scheme"}  # every recipe of omniq has these sections
 
 
 class HuggingFaceFolder:
@@ -55,7 +56,7 @@ class HuggingFaceFolder:
         scheme: Scheme,
         max_shard_bytes: int,
     ) -> dict[str, Any]:
-        """Write all tensors and ``config.json``; return what the card says of them."""
+        """Write all tensors and ``config.json``; return facts about them for the card."""
         writer = ShardWriter(folder, max_shard_bytes)
         linears, plain, summaries = _write_blocks(source, results, codec, scheme, writer)
         for name, tensor in source.outside():
@@ -73,38 +74,38 @@ class HuggingFaceFolder:
         return {"scheme": str(scheme), "bits_per_weight": mean_bits, "bytes": size, "blocks": summaries}
 
     def write_companions(self, source: SourceModel, facts: Mapping[str, Any], folder: Path) -> None:
-        """Generation config, tokenizer, recipe and model card."""
+        """Write generation config, tokenizer, recipe and model card."""
         given, tokenizer = source.folder / "generation_config.json", source.tokenizer()
         with writing(folder):
-            if given.is_file():  # copied as it is: transformers refuses to save some that it loads
+            if given.is_file():  # copied, because transformers refuses to save some configs that it loads
                 shutil.copyfile(given, folder / given.name)
             else:
                 GenerationConfig.from_model_config(source.config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / "recipe.yaml").write_text(str(facts.get("recipe", "")))
-            (folder / "README.md").write_text(model_card(facts))
+            (folder / "recipe.yaml").write_text(str(facts.get("recipe", "")), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
 
     def read(self, path: Path, codec: FolderCodec) -> FolderReader:
         """Open the folder without transformers' quantizers."""
         return FolderReader(path, codec)
 
     def is_ours(self, path: Path) -> bool:
-        """Whether the folder holds a config, and a card or a recipe of omniq."""
+        """True if the folder contains a config, and a card or a recipe of omniq."""
         own = is_card(_text(path / "README.md")) or _is_recipe(_text(path / "recipe.yaml"))
         return own and (path / "config.json").is_file()
 
     def format_of(self, path: Path) -> str:
-        """The recorded name; folders of versions that recorded none are named as their method is."""
+        """The recorded format name; in folders of versions that did not record it, the name of the method."""
         config = read_config(path)
         return str(config.get(_FORMAT, config["quantization_config"].get("quant_method")))
 
     def lacks(self, codec: FolderCodec, path: Path | None = None) -> str | None:
-        """Packages that transformers needs for this codec, or memory."""
+        """The packages or the memory that transformers lacks for this codec."""
         packages = missing_packages(codec.requires)
         return packages if packages or path is None else missing_memory(path, codec.stays_packed)
 
     def open(self, path: Path) -> PreTrainedModel:
-        """As ``AutoModelForCausalLM.from_pretrained`` gives it."""
+        """Open the model with ``AutoModelForCausalLM.from_pretrained``."""
         return open_checkpoint(path)
 
 
@@ -114,7 +115,7 @@ def _write_blocks(
     """Write all blocks; return their quantized linears and other parameters by full name, and their summaries.
 
     Raises:
-        UserError: the codec cannot hold a linear or the mixture of grids, or no linear is quantized.
+        UserError: the codec cannot hold a linear or this combination of grids, or no linear is quantized.
     """
     linears: dict[str, WrittenLinear] = {}
     plain: set[str] = set()
@@ -138,24 +139,24 @@ def _write_blocks(
 
 
 def _write_config(model: TargetModel, entries: Mapping[str, Any], scheme: Scheme, folder: Path) -> None:
-    """Write ``config.json`` with further entries."""
+    """Write ``config.json`` with additional entries."""
     config = model.config
     config.dtype = scheme.export_dtype
     config.architectures = [model.architecture]
     file = folder / "config.json"
     with writing(file):
         config.to_json_file(file)
-        content = json.loads(file.read_text())
-        content.pop("auto_map", None)  # names code that lies beside the source: what is written is the stock model
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content.pop("auto_map", None)  # refers to custom code of the source model; the export is the stock model
         content |= {**entries, **_older_names(content)}
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_parameters`` as transformers 4 calls them.
+    """``rope_parameters`` under their names in transformers 4.
 
-    It does not know the new name, and neither does a vLLM that runs on it: without the old ones both would take the
-    base 10000, and say nothing. transformers 5 reads both names to the same values.
+    transformers 4, and a vLLM that uses it, do not know the new name. Without the old names, both would silently use
+    the base 10000. transformers 5 reads the same values from both names.
     """
     rope = content.get("rope_parameters") or {}
     if "rope_theta" not in rope:
@@ -166,14 +167,14 @@ def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_recipe(text: str) -> bool:
-    """Whether it has the sections of a run of omniq."""
+    """True if a text is YAML with the sections of an omniq recipe."""
     try:
         recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter for an impossible date
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         return False
     return isinstance(recipe, dict) and recipe.keys() >= _SECTIONS
 
 
 def _text(file: Path) -> str:
     """The readable part of a file that may be missing or damaged."""
-    return file.read_text(errors="replace") if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine has the packages that a runtime needs."""
+"""Checks whether this machine has the packages that a runtime needs."""
 
 import shlex
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from packaging.requirements import Requirement
 
 
 def missing_packages(requirements: Iterable[str]) -> str | None:
-    """What must be installed before a runtime can open a checkpoint; None if all packages are there.
+    """The packages that must be installed before a runtime can open a checkpoint; None if all are installed.
 
     Args:
-        requirements: as pip takes them, such as ``compressed-tensors>=0.18``. The module of a package is expected under
-            its own name.
+        requirements: requirements in pip's notation, such as ``compressed-tensors>=0.18``. The module of a package must
+            have the name of the package.
 
     Returns:
-        the packages, and the command that installs them.
+        a message with the missing packages and the command that installs them.
     """
     missing = [text for text in requirements if not _is_installed(Requirement(text))]
     if not missing:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files in shards: written one at a time as tensors arrive, read back tensor by tensor.
+"""Safetensors files in shards: written one at a time as tensors arrive, and read tensor by tensor.
 
-The names are those of transformers: ``model.safetensors`` alone, or ``model-00002-of-00005.safetensors`` with
-``model.safetensors.index.json``. How many there are is known at the end, so they get their names then.
+File names are those of transformers: ``model.safetensors`` for a single file, or ``model-00002-of-00005.safetensors``
+with ``model.safetensors.index.json``. The number of files is known only at the end, so they are renamed then.
 """
 
 import json
@@ -23,10 +23,10 @@ _INDEX = "model.safetensors.index.json"
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line for the user.
+    """Convert errors of a full or read-only disk to one-line messages for the user.
 
     Raises:
-        UserError: names the path and what the system says.
+        UserError: names the path and the error of the system.
     """
     try:
         yield
@@ -41,20 +41,20 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _cannot_write(path: Path, reason: str) -> UserError:
-    return UserError(f"cannot write {path}: {reason}; free space on that disk or choose another folder")
+    return UserError(f"cannot write {path}: {reason}: free space on this disk, or choose another folder")
 
 
 class ShardWriter:
-    """Collects tensors up to a size and writes them out.
+    """Collects tensors and writes them in shards of limited size.
 
     Args:
         folder: an existing folder.
-        max_bytes: size of a shard; a larger tensor gets one of its own. At most this much is held in memory.
+        max_bytes: largest size of a shard and of the tensors in memory; a larger tensor gets its own shard.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         if max_bytes < 1:
-            raise UserError(f"max_shard_bytes {max_bytes} is not usable: give a positive size, such as {2**30}")
+            raise UserError(f"max_shard_bytes {max_bytes} is too small: give a positive size, such as {2**30}")
         self._folder, self._max_bytes = folder, max_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = self._files = 0
@@ -62,15 +62,15 @@ class ShardWriter:
 
     @property
     def names(self) -> set[str]:
-        """Everything added so far."""
+        """Names of all tensors added so far."""
         return self._file_of.keys() | self._pending.keys()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; may write a shard.
+        """Add one tensor; may write a shard.
 
         Raises:
             UserError: the disk is full.
-            ValueError: the name was added before.
+            ValueError: a tensor of this name was added before.
         """
         if name in self._file_of or name in self._pending:
             raise ValueError(f"{name} is exported twice")
@@ -81,10 +81,10 @@ class ShardWriter:
         self._pending_bytes += size
 
     def close(self) -> int:
-        """Write what is left, give the files their final names, and add the index if there are several.
+        """Write the remaining tensors, rename the files to their final names, and add an index for several files.
 
         Returns:
-            bytes of all tensors.
+            size of all tensors in bytes.
 
         Raises:
             UserError: the disk is full.
@@ -101,7 +101,7 @@ class ShardWriter:
             if not single:
                 places = {name: final[number] for name, number in sorted(self._file_of.items())}
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
-                (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return self._total_bytes
 
     def _path(self, number: int) -> Path:
@@ -111,7 +111,7 @@ class ShardWriter:
         path = self._path(self._files)
         with writing(path):
             path.touch()
-            mode = path.stat().st_mode  # as the user's umask has it; safetensors makes files that nobody else may read
+            mode = path.stat().st_mode  # by the umask; safetensors creates files that only the owner can read
             save_file(self._pending, path, metadata={"format": "pt"})
             path.chmod(mode)
         self._file_of |= dict.fromkeys(self._pending, self._files)
@@ -124,10 +124,10 @@ class ShardReader:
     """Tensors of an exported folder by name; a context manager that keeps its files open.
 
     Args:
-        folder: holds ``model.safetensors``, or shards and their index.
+        folder: contains ``model.safetensors``, or shards and their index.
 
     Raises:
-        CorruptFile: there is neither, or a file is damaged (also when a tensor is read).
+        CorruptFile: a file is missing or damaged; also raised when a tensor is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -153,7 +153,7 @@ class ShardReader:
 
     @property
     def names(self) -> set[str]:
-        """Every tensor of the folder."""
+        """Names of all tensors in the folder."""
         return set(self._file_of)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -166,7 +166,7 @@ class ShardReader:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors: of each file what follows its header, whose length comes first."""
+        """Size of all tensors in bytes: the part of each file after its header, whose length is stored first."""
         total = 0
         for name in set(self._file_of.values()):
             with (self._folder / name).open("rb") as file:
@@ -187,7 +187,7 @@ class ShardReader:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equal dtype, shape and bytes; unlike ``torch.equal`` it tells -0 from 0 and finds NaN equal to itself."""
+    """True for equal dtype, shape and bytes; unlike in ``torch.equal``, -0 differs from 0 and NaN equals itself."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(left.contiguous().flatten().view(torch.uint8), right.contiguous().flatten().view(torch.uint8))

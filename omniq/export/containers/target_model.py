@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stock model that an export must fit into: its parameters, its linears, and its config.
+"""The stock model that holds an export: its parameters, its linears, and its config.
 
-A transform may create biases that the source model does not have (a shift moved out of a norm, for instance). Stock
-code can hold them only if its config declares them, and then it declares them for whole groups of linears: LLaMA's
-``attention_bias`` for q, k, v and o at once, ``mlp_bias`` for gate, up and down. So the switches that are needed are
-turned on, the siblings without a bias get zeros, and a bias that no switch declares is refused.
+A transform may create biases that the source model lacks (a shift moved out of a norm, for instance). Stock code
+supports them only if its config declares them, and then for whole groups of linears: LLaMA's ``attention_bias`` for q,
+k, v and o together, ``mlp_bias`` for gate, up and down. Therefore the required switches are turned on, siblings without
+a bias get zeros, and a bias that no switch declares is refused.
 
-The model is built on the meta device: no memory, milliseconds.
+The model is built on the meta device, which takes no memory and only milliseconds.
 """
 
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ class TargetModel:
     """A stock model without its weights.
 
     Args:
-        config: under which transformers builds it.
-        architecture: its class.
-        parameters: shape of everything a checkpoint of it stores, by full name; tied parameters under one name only.
-        tied: their other names, each with that one.
+        config: the config from which transformers builds the model.
+        architecture: name of its class.
+        parameters: shapes of all tensors in its checkpoints, by full name; tied parameters have only one name here.
+        tied: maps the other names of tied parameters to their names in ``parameters``.
         linears: full names of its linear layers.
     """
 
@@ -44,7 +44,7 @@ class TargetModel:
         """Build the model of a config on the meta device."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        first = {id(tensor): name for name, tensor in model.named_parameters()}  # a tied parameter comes once here
+        first = {id(tensor): name for name, tensor in model.named_parameters()}  # lists a tied parameter once
         every = model.named_parameters(remove_duplicate=False)
         tied = {name: first[id(tensor)] for name, tensor in every if name != first[id(tensor)]}
         parameters = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
@@ -52,36 +52,36 @@ class TargetModel:
         return cls(config, type(model).__name__, parameters, tied, linears)
 
     def untied(self, names: Iterable[str]) -> set[str]:
-        """The same parameters, tied ones by their name in ``parameters``."""
+        """Replace the names of tied parameters by their names in ``parameters``."""
         return {self.tied.get(name, name) for name in names}
 
     def biases_without_value(self, names: Iterable[str]) -> dict[str, torch.Size]:
-        """Shapes of the parameters that are not among ``names``: they are biases, and zero.
+        """Shapes of the parameters that are not in ``names``; these are biases to be filled with zeros.
 
         Raises:
-            UserError: the source lacks a parameter that is not a bias.
+            UserError: a missing parameter is not a bias.
         """
         missing = sorted(self.parameters.keys() - self.untied(names))
         for name in missing:
             if not name.endswith(".bias"):
                 raise UserError(
-                    f"the source model lacks {name}, which {self.architecture} needs: get a complete checkpoint"
+                    f"the source model lacks {name}, which {self.architecture} needs: use a complete checkpoint"
                 )
         return {name: self.parameters[name] for name in missing}
 
 
 def target_model(config: PretrainedConfig, names: Iterable[str]) -> TargetModel:
-    """The stock model that can hold these parameters.
+    """Build the stock model that can hold these parameters.
 
     Args:
-        config: of the source model; left as it is.
-        names: full names of the parameters as a plain model has them (``….q_proj.weight``, ``….q_proj.bias``).
+        config: the config of the source model; not modified.
+        names: full names of the parameters in the unquantized model (``….q_proj.weight``, ``….q_proj.bias``).
 
     Returns:
-        the model, with bias switches turned on where the names need them.
+        the model, with the bias switches that the names require.
 
     Raises:
-        UserError: a parameter has no place in it.
+        UserError: the model cannot hold a parameter.
     """
     names, config = set(names), deepcopy(config)
     model = TargetModel.of(config)
@@ -92,8 +92,8 @@ def target_model(config: PretrainedConfig, names: Iterable[str]) -> TargetModel:
             model = TargetModel.of(config)
     if homeless := model.untied(names) - model.parameters.keys():
         raise UserError(
-            f"{min(homeless)} has no place in {model.architecture}, which any runtime would build for this checkpoint: "
-            "use a method that creates no such parameter (for biases: turn its shift off)"
+            f"{model.architecture} cannot hold {min(homeless)}, so no runtime could load the checkpoint: use a method "
+            "that creates no such parameter (for biases: turn its shift off)"
         )
     return model
 

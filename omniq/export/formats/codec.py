@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a codec is: it turns codes, scales and zero points of one linear into the tensors of a checkpoint, and back.
+"""The protocol of codecs: convert codes, scales and zero points of one linear to tensors of a checkpoint, and back.
 
-A codec rearranges bits and never rounds. It is made for a scheme, because a file may hold activations in another layout
-than weights alone. How the tensors of many linears become a model on disk is the task of a container
+A codec rearranges bits and never rounds. It is created for a scheme, because a file with quantized activations may have
+another layout than one with only quantized weights. A container writes the tensors of all linears to disk
 (``omniq.export.containers.container``).
 """
 
@@ -22,13 +22,13 @@ from omniq.storage.block_result import QuantizedLinear
 
 @dataclass(frozen=True)
 class WrittenLinear:
-    """What a container remembers of a quantized linear after it has written the tensors.
+    """Facts about a quantized linear that a container keeps after it has written the tensors.
 
     Args:
-        grid: of its codes.
-        weights: how many there are.
-        bits_per_weight: bits of codes, scales, zero points and outliers over the number of weights.
-        outliers: how many are kept in float16; None if there is no sparse part.
+        grid: the grid of its codes.
+        weights: number of weights.
+        bits_per_weight: bits of codes, scales, zero points and outliers, divided by the number of weights.
+        outliers: number of weights kept in float16; None without a sparse part.
     """
 
     grid: Grid
@@ -38,7 +38,7 @@ class WrittenLinear:
 
     @classmethod
     def of(cls, linear: QuantizedLinear) -> "WrittenLinear":
-        """Count the parts of a linear."""
+        """Collect the facts about a linear."""
         outliers = None if linear.outliers is None else linear.outliers.value.numel()
         return cls(linear.grid, linear.codes.numel(), linear.bits_per_weight(), outliers)
 
@@ -47,22 +47,22 @@ class Codec(Protocol):
     """The layout of one linear, made for a scheme.
 
     Attributes:
-        requires: packages that the runtime needs beside transformers, as requirements of pip.
+        requires: packages that the runtime needs beside transformers, in pip's notation.
     """
 
     @property
     def requires(self) -> tuple[str, ...]: ...
 
     def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
-        """Refuse a scheme that the codec, or the runtime that reads it, does not support; called before any long work.
+        """Refuse a scheme that the codec or its runtime does not support; called before any long work.
 
         Args:
-            layouts: of the blocks, if the model is known already.
-            grids: of all quantized linears, if they are known already.
-            outliers: whether linears have a sparse part beside the codes.
+            layouts: the layouts of the blocks, if the model is already known.
+            grids: the grids of all quantized linears, if they are already known.
+            outliers: True if linears have a sparse part beside the codes.
 
         Raises:
-            UserError: names the scheme, and a format or setting that fits.
+            UserError: names the scheme, and a supported format or setting.
         """
 
     def check_linear(self, name: str, linear: QuantizedLinear) -> None:
@@ -70,26 +70,27 @@ class Codec(Protocol):
 
         Raises:
             UserError: another format can store it.
-            ValueError: the linear does not agree with its own grid or with the scheme.
+            ValueError: the linear contradicts its own grid or the scheme.
         """
 
     def bits(self, grid: Grid) -> int:
-        """Bits that a code of this grid takes on disk."""
+        """Bits of a code of this grid on disk."""
 
     def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear by full name.
+        """Convert one linear to tensors by full name.
 
         Args:
             name: full name of the linear, such as ``model.layers.7.mlp.up_proj``.
-            linear: as ``check_linear`` accepts it.
+            linear: a linear that ``check_linear`` accepts.
         """
 
     def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         """Invert ``store``.
 
         Args:
-            tensors: by full name; tensors of other linears are ignored.
-            grid: of this linear.
+            name: full name of the linear.
+            tensors: the tensors by full name; tensors of other linears are ignored.
+            grid: the grid of this linear.
 
         Raises:
             KeyError: a tensor of this linear is missing.
@@ -98,14 +99,15 @@ class Codec(Protocol):
 
 
 def check_scheme(scheme: Scheme, format: str, problem: str = "") -> None:
-    """Refuse a scheme for the problem that a format has with it, or for scales in a dtype that no format stores.
+    """Refuse a scheme that a format does not support, or whose scales have a dtype that no format stores.
 
     Args:
-        format: its name.
-        problem: what it cannot do, and what would fit; empty if it has no problem.
+        scheme: the scheme.
+        format: name of the format.
+        problem: the missing support and the remedy, as the end of a sentence; empty if the format supports the scheme.
 
     Raises:
-        UserError: the format has a problem with the scheme.
+        UserError: the format does not support the scheme.
     """
     if not problem and dtype_name(scheme.export_dtype) not in SCALE_DTYPES:
         problem = f"cannot hold scales in {scheme.export_dtype}: use float16, bfloat16 or float32"
@@ -114,7 +116,7 @@ def check_scheme(scheme: Scheme, format: str, problem: str = "") -> None:
 
 
 def check_middle(name: str, linear: QuantizedLinear) -> None:
-    """Refuse a linear on a symmetric grid whose zero points are not all in the middle of the code range.
+    """Refuse a linear on a symmetric grid with a zero point that is not in the middle of the code range.
 
     Raises:
         ValueError: names the linear and the expected zero point.
@@ -125,6 +127,6 @@ def check_middle(name: str, linear: QuantizedLinear) -> None:
 
 
 def stored_under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one linear by their last name."""
+    """Select the tensors of one linear, by the last part of their names."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -1,36 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressed-tensors format: what transformers, vLLM and SGLang read with one small package.
+"""The compressed-tensors format, which transformers, vLLM and SGLang read with one small package.
 
-Two layouts, chosen by the scheme. ``q`` and ``z`` are omniq's codes and zero points in ``[0, 2^b - 1]``, and
+The scheme determines one of two layouts. ``q`` and ``z`` are omniq's codes and zero points in ``[0, 2^b - 1]``, and
 ``u = 2^(b-1)``:
 
 ``pack-quantized`` for weight-only models:
     weight_packed      int32 [o, ceil(i b / 32)]   q, a dense bitstream along the inputs
-    weight_scale       [o, G]                      s, in the dtype of deployment
+    weight_scale       [o, G]                      s, in the export dtype
     weight_zero_point  int32 [ceil(o b / 32), G]   z, a dense bitstream along the outputs; asymmetric only
     weight_shape       int64 [2]                   o, i
 
-``int-quantized`` for models whose activations are integers too:
+``int-quantized`` for models with integer activations:
     weight             int8 [o, i]                 q - u
     weight_scale       [o, G]                      s
     weight_zero_point  int8 [o, G]                 z - u; asymmetric only
-    input_scale        [1]                         of the linear's input, where one range is fixed for all tokens
+    input_scale        [1]                         scale of the linear's input, if one range is fixed for all tokens
     input_zero_point   int8 [1]                    signed; asymmetric activations only
 
-The runtime computes ``(q - z) * s`` in the dtype of ``s``: integers up to 255 are exact there and the product is
-rounded once, so the result is ``QuantizedLinear.dequantize`` to the bit as long as the model runs in that dtype.
+The runtime computes ``(q - z) * s`` in the dtype of ``s``. Integers up to 255 are exact there and the product is
+rounded once, so the result equals ``QuantizedLinear.dequantize`` bit for bit as long as the model runs in this dtype.
 
-Four traps, all met in transformers 5.23:
+Four pitfalls, all observed in transformers 5.23:
 
-* Asymmetric ``pack-quantized`` files fail to load by default (the zero point is expected unpacked). The key
-  ``dequantize: true`` in ``config.json`` makes plain ``from_pretrained`` unpack them while loading; readers that do not
-  know it ignore it. It drops integer activations, so ``int-quantized`` files never carry it.
-* That loading path reads the whole model by its first group. Asymmetric ``pack-quantized`` models with several grids
-  would load silently wrong and are refused. All others take one group for each grid, whose ``targets`` are the full
-  names of its linears. A model with one grid has the target ``Linear``, and a list of linears to ignore.
-* Where each token has its own range, an input of two dimensions gets one range for all of it. OPT flattens samples and
-  tokens before its MLP; such a family needs fixed ranges, and is refused without.
-* ``format`` must also stand inside the group, or the layout is inferred from the presence of activations.
+* Asymmetric ``pack-quantized`` files fail to load by default, because the loader expects an unpacked zero point. The
+  key ``dequantize: true`` in ``config.json`` makes plain ``from_pretrained`` unpack them while loading; other readers
+  ignore it. The key also drops integer activations, so ``int-quantized`` files never have it.
+* This loading path reads the whole model with the grid of its first group. Asymmetric ``pack-quantized`` models with
+  several grids would silently load wrong weights and are refused. All other models have one group for each grid, whose
+  ``targets`` are the full names of its linears. A model with one grid has the target ``Linear`` and a list of linears
+  to ignore.
+* With a range for each token, an input of two dimensions gets one range for all tokens. OPT flattens samples and tokens
+  before its MLP. Such a family needs fixed ranges, and is refused without them.
+* ``format`` must also be in the group; otherwise the layout is inferred from the presence of activations.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -57,7 +58,7 @@ class PackQuantized:
     name = "pack-quantized"
 
     def store(self, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear by their last name."""
+        """Convert one linear to tensors by the last part of their names."""
         bits = linear.grid.bits
         stored = {
             "weight_packed": pack(linear.codes, bits),
@@ -79,10 +80,10 @@ class PackQuantized:
 
 
 class IntQuantized:
-    """Codes as signed bytes, whatever their bits.
+    """Codes as signed bytes, independent of their bits.
 
     Args:
-        input_symmetric: no zero points of inputs are stored.
+        input_symmetric: True if zero points of inputs are not stored.
     """
 
     name = "int-quantized"
@@ -91,7 +92,7 @@ class IntQuantized:
         self.input_symmetric = input_symmetric
 
     def store(self, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear by their last name."""
+        """Convert one linear to tensors by the last part of their names."""
         stored = {"weight": _signed(linear.codes, linear.grid), "weight_scale": linear.scale}
         if not linear.grid.symmetric:
             stored["weight_zero_point"] = _signed(linear.zero_point, linear.grid)
@@ -112,9 +113,9 @@ class IntQuantized:
 
 
 class CompressedTensors:
-    """``pack-quantized`` where only weights are integers, ``int-quantized`` where activations are too."""
+    """``pack-quantized`` if only weights are integers, ``int-quantized`` if activations are integers too."""
 
-    requires: tuple[str, ...] = ("compressed-tensors>=0.18",)  # older ones read other numbers from 3, 5, 6 and 7 bits
+    requires: tuple[str, ...] = ("compressed-tensors>=0.18",)  # older versions misread codes of 3, 5, 6 and 7 bits
     stays_packed = False
 
     def __init__(self, scheme: Scheme) -> None:
@@ -123,59 +124,59 @@ class CompressedTensors:
         self._layout = PackQuantized() if self._weights_only else IntQuantized(scheme.activation_symmetric)
 
     def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
-        """Refuse what neither the files nor transformers' reader can represent.
+        """Refuse schemes that the files or transformers' reader do not support.
 
-        These are outliers, quantized queries, keys and values, flat inputs with integer activations, several grids of
-        which one is asymmetric, and odd dtypes of scales.
+        These are outliers, quantized queries, keys and values, flat inputs with a range for each token, several grids
+        of which one is asymmetric, and unsupported dtypes of scales.
 
         Raises:
-            UserError: names the scheme and what would fit.
+            UserError: names the scheme and the remedy.
         """
         scheme, problem = self._scheme, ""
         flat = next((layout for layout in layouts if layout.flat), None)
         if outliers:
             problem = (
-                "has no place for the sparse outliers or second-level scales of this method: use format omniq, or a "
+                "does not support the sparse outliers or quantized scales of this method: use format omniq, or a "
                 "method without them"
             )
         elif scheme.kv_bits != 16:
-            problem = f"cannot hold a dynamic KV cache of {scheme.kv_bits} bits: use KV16, or format omniq"
+            problem = f"does not support a dynamic KV cache of {scheme.kv_bits} bits: use KV16, or format omniq"
         elif not self._weights_only and not scheme.activations.static and flat is not None:
             problem = (
-                f"would give all tokens one range in {', '.join(flat.flat)} of {flat.model_type} when "
-                "transformers runs it, so the checkpoint would not be the optimised model: set "
-                "scheme.activation_range to tensor, use format omniq, or use A16"
+                f"does not support a range for each token in {', '.join(flat.flat)} of {flat.model_type}, where "
+                "transformers would use one range for all tokens: set scheme.activation_range to tensor, use format "
+                "omniq, or use A16"
             )
         elif scheme.queries:
-            problem = "cannot hold quantized queries: set scheme.queries to false, or use format omniq"
+            problem = "does not support quantized queries: set scheme.queries to false, or use format omniq"
         elif self._weights_only and len(set(grids)) > 1 and not all(grid.symmetric for grid in grids):
             problem = (
-                f"cannot hold {len(set(grids))} grids of which one is asymmetric, because transformers reads all "
-                "weights of such a checkpoint by one grid: use format omniq, or set scheme.symmetric to true"
+                f"does not support {len(set(grids))} grids of which one is asymmetric, because transformers reads all "
+                "weights of such a checkpoint with one grid: use format omniq, or set scheme.symmetric to true"
             )
         check_scheme(scheme, _NAME, problem)
 
     def check_linear(self, name: str, linear: QuantizedLinear) -> None:
-        """Refuse a linear that has a part without a place in the files, or lacks one that the scheme announces.
+        """Refuse a linear with a part that the files cannot store, or without a part that the scheme requires.
 
         Raises:
-            UserError: the linear has outliers, or scales that are codes themselves.
-            ValueError: a symmetric linear whose zero point is not the middle of the code range, or a linear without the
-                range of its input that the scheme fixes.
+            UserError: the linear has outliers or quantized scales.
+            ValueError: the zero point of a symmetric linear is not the middle of the code range, or the linear has no
+                range of its input although the scheme fixes it.
         """
-        for part, what in ((linear.outliers, "outliers"), (linear.grid.second, "second-level scales")):
+        for part, what in ((linear.outliers, "outliers"), (linear.grid.second, "quantized scales")):
             if part is not None:
-                raise UserError(f"{name} has {what}: format {_NAME} has no place for them; use format omniq")
+                raise UserError(f"{name} has {what}, which format {_NAME} does not support: use format omniq")
         check_middle(name, linear)
         if self._scheme.activations.static and linear.input is None:
-            raise ValueError(f"{name}: the scheme fixes the range of its input, and it has none")
+            raise ValueError(f"{name}: the range of its input is missing, although the scheme fixes it")
 
     def bits(self, grid: Grid) -> int:
-        """Bits that a code takes on disk: a byte, whatever its bits, where activations are integers too."""
+        """Bits of a code on disk; always 8 if activations are integers too."""
         return grid.bits if self._weights_only else 8
 
     def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear by full name."""
+        """Convert one linear to tensors by full name."""
         return {f"{name}.{key}": tensor for key, tensor in self._layout.store(linear).items()}
 
     def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
@@ -183,7 +184,7 @@ class CompressedTensors:
         return self._layout.load(stored_under(name, tensors), grid)
 
     def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
-        """The entry of ``config.json``: a group of linears for each grid; see the module's text for its traps."""
+        """The entry of ``config.json``, with a group of linears for each grid (see the pitfalls above)."""
         members: dict[Grid, list[str]] = {}
         for name, linear in linears.items():
             members.setdefault(linear.grid, []).append(name)
@@ -212,10 +213,12 @@ class CompressedTensors:
         """Invert ``quantization_config`` for one linear.
 
         Args:
-            dtype: of the model, which is that of scales.
+            name: full name of the linear.
+            config: the entry of ``config.json``.
+            dtype: dtype of the model and of the scales.
 
         Raises:
-            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+            KeyError, TypeError, AttributeError, UserError: omniq does not write such a config.
         """
         groups = [group for group in config["config_groups"].values() if {name, "Linear"} & {*group["targets"]}]
         if len(groups) != 1:
@@ -248,7 +251,7 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
 
 
 def _middle(scale: Tensor, grid: Grid) -> Tensor:
-    """The zero points of a symmetric grid, uint8 like ``scale``."""
+    """The zero points of a symmetric grid, uint8, in the shape of ``scale``."""
     return torch.full_like(scale, 2 ** (grid.bits - 1), dtype=torch.uint8)
 
 

@@ -1,38 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""omniq's own format: for what no runtime's format holds, and for everything else that quantizes weights.
+"""omniq's own format, which supports every grid, outliers, quantized scales, and quantized queries, keys and values.
 
-Stored of each quantized linear, ``u = 2^(b-1)``:
+Stored tensors of each quantized linear, with ``u = 2^(b-1)``:
 
     weight_packed        int32 [o, ceil(i b / 32)]   q, a dense bitstream along the inputs
-    weight_scale         [o, G]                      s, in the dtype of deployment
+    weight_scale         [o, G]                      s, in the export dtype
     weight_zero_point    int32 [ceil(o b / 32), G]   z, a dense bitstream along the outputs; asymmetric only, else z = u
     weight_shape         int64 [2]                   o, i
     outlier_row_pointer  int32 [o + 1]               row r owns the entries row_pointer[r] : row_pointer[r + 1]
-    outlier_column       int16 or int32 [n]          of each entry
+    outlier_column       int16 or int32 [n]          column of each entry
     outlier_value        float16 [n]                 added to (q - z) s
 
-The first four are those of compressed-tensors' ``pack-quantized`` (``omniq.export.formats.compressed_tensors``); the
-outliers are there only if the linear has a sparse part. Where scales are codes themselves, on a second level over runs
-of ``r`` rows (``omniq.grid.quantized_scales``), ``weight_scale`` is replaced by the first two of these, and where zero
-points are, ``weight_zero_point`` by the next two:
+The first four are those of ``pack-quantized`` in compressed-tensors (``omniq.export.formats.compressed_tensors``). The
+outlier tensors exist only if the linear has a sparse part. If scales are stored as codes over runs of ``r`` rows
+(``omniq.grid.quantized_scales``), the first two of the following tensors replace ``weight_scale``. If zero points are
+stored as codes, the next two replace ``weight_zero_point``:
 
     weight_scale_codes       int32 [ceil(o k / 32), G]     codes of k bits, a dense bitstream along the outputs
-    weight_scale_ends        [2 R, G]                      least of each of the R = ceil(o / r) runs, then greatest
+    weight_scale_ends        [2 R, G]                      smallest of each of the R = ceil(o / r) runs, then largest
     weight_zero_point_codes  int32 [ceil(o k / 32), G]
-    weight_zero_point_ends   int32 [ceil(2 R b / 32), G]   a dense bitstream, too
+    weight_zero_point_ends   int32 [ceil(2 R b / 32), G]   also a dense bitstream
     weight_second_level      int64 [3]                     k of scales, k of zero points (0 for no codes), r
 
-Each linear has its own grid, in ``config.json``:
+``config.json`` records the grid of each linear:
 
     "quantization_config": {
       "quant_method": "omniq", "version": 1, "scale_dtype": "float16",
       "linears": {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": -1, "symmetric": false, "outliers": 983}, …}}
 
-so bits and group sizes may differ from linear to linear, and those that are not named are plain. A second level is
-one more entry, ``"second": {"scale_bits": 3, "zero_bits": 0, "rows": 16}``. Where the scheme quantizes activations, the
-reader does the same: ``"activations": {"inputs": 4, "queries": 4, "keys_values": 4, "symmetric": false}`` beside
-``linears`` are the bits of inputs of linears, of queries, and of keys and values, each token on its own range. It is
-``omniq.runtime``; after ``import omniq`` plain ``from_pretrained`` finds it.
+Bits and group sizes may differ between linears, and linears without an entry are not quantized. Quantized scales add
+the entry ``"second": {"scale_bits": 3, "zero_bits": 0, "rows": 16}``. If the scheme quantizes activations, the entry
+``"activations": {"inputs": 4, "queries": 4, "keys_values": 4, "symmetric": false}`` beside ``linears`` gives the bits
+of inputs of linears, of queries, and of keys and values, with a range for each token; the reader quantizes them in the
+same way. The reader is ``omniq.runtime``; after ``import omniq``, plain ``from_pretrained`` finds it.
 
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups of a row, ``b`` bits, ``n`` outliers.
 """
@@ -55,13 +55,13 @@ from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
-_NAME = "omniq"  # as users write it
-_SPARSE = "outlier_"  # before the fields of Outliers
+_NAME = "omniq"  # the name that users type
+_SPARSE = "outlier_"  # prefix of the fields of Outliers
 _SCALE, _ZERO, _SECOND = "weight_scale", "weight_zero_point", "weight_second_level"
 
 
 def pack_linear(linear: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors of one linear by their last name."""
+    """Convert one linear to tensors by the last part of their names."""
     sparse = {} if linear.outliers is None else vars(linear.outliers)
     dense = PackQuantized().store(linear)
     if linear.grid.second is not None:
@@ -74,7 +74,7 @@ def unpack_linear(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: one has a shape or dtype it cannot have.
+        ValueError: a tensor has an impossible shape or dtype.
     """
     dense = PackQuantized().load(stored, grid) if grid.second is None else _decode(stored, grid, grid.second)
     if not any(key.startswith(_SPARSE) for key in stored):
@@ -87,10 +87,12 @@ def unpack_linear(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
 def packed_shapes(
     grid: Grid, outputs: int, inputs: int, outliers: int | None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the tensors of one linear by their last name, known before any is read.
+    """Shape and dtype of the tensors of one linear, by the last part of their names.
 
     Args:
-        outliers: entries of the sparse part; None if there is none.
+        grid: the grid of the linear.
+        outputs, inputs: numbers of output and input features.
+        outliers: number of entries of the sparse part; None without a sparse part.
     """
     groups, second = grid.groups(inputs), grid.second or QuantizedScales(0, 0)
     ends = 2 * second.runs(outputs)
@@ -112,13 +114,13 @@ def packed_shapes(
         shapes[_ZERO] = ((words(outputs, grid.bits), groups), torch.int32)
     if outliers is not None:
         shapes[f"{_SPARSE}row_pointer"] = ((outputs + 1,), torch.int32)
-        shapes[f"{_SPARSE}column"] = ((outliers,), torch.int32)  # or int16: integers are taken as they are stored
+        shapes[f"{_SPARSE}column"] = ((outliers,), torch.int32)  # or int16: integers keep their stored dtype
         shapes[f"{_SPARSE}value"] = ((outliers,), torch.float16)
     return shapes
 
 
 def _encode(stored: Mapping[str, Tensor], linear: QuantizedLinear, second: QuantizedScales) -> dict[str, Tensor]:
-    """Put codes and ends in the place of scales and zero points, as far as these have a second level."""
+    """Replace scales and zero points by codes and ends, where the grid stores them as codes."""
     new = {_SECOND: torch.tensor((second.scale_bits, second.zero_bits, second.rows))}
     if second.scale_bits:
         codes, ends = second.encode(linear.scale, second.scale_bits)
@@ -137,7 +139,7 @@ def _decode(stored: Mapping[str, Tensor], grid: Grid, second: QuantizedScales) -
     if second.scale_bits:
         codes = unpack(stored[f"{_SCALE}_codes"], second.scale_bits, int(stored["weight_shape"][0]), dim=0)
         inner[_SCALE] = second.decode(codes, stored[f"{_SCALE}_ends"], second.scale_bits)
-    # zero points that are encoded are not where the first level looks for them
+    # "symmetric" makes the loader skip the zero points if these are encoded
     found = PackQuantized().load(inner, replace(grid, second=None, symmetric=grid.symmetric or second.zero_bits > 0))
     zero_point = found.zero_point
     if second.zero_bits:
@@ -148,7 +150,7 @@ def _decode(stored: Mapping[str, Tensor], grid: Grid, second: QuantizedScales) -
 
 
 class Omniq:
-    """Packed codes, one grid for each linear, scales that may be codes themselves, and sparse outliers."""
+    """Packed codes, one grid for each linear, scales that may be stored as codes, and sparse outliers."""
 
     requires: tuple[str, ...] = ("omniq",)
     stays_packed = True
@@ -157,34 +159,39 @@ class Omniq:
         self._scheme = scheme
 
     def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
-        """Refuse fixed ranges of activations, and odd dtypes.
+        """Refuse fixed ranges of activations, and unsupported dtypes of scales.
 
         Raises:
-            UserError: names the scheme and what would fit.
+            UserError: names the scheme and the remedy.
         """
         problem = ""
         if self._scheme.activations.static:
-            problem = "has no place for fixed ranges: set scheme.activation_range to token, or use compressed-tensors"
+            problem = (
+                "does not support fixed ranges: set scheme.activation_range to token, or use format compressed-tensors"
+            )
         check_scheme(self._scheme, _NAME, problem)
 
     def check_linear(self, name: str, linear: QuantizedLinear) -> None:
-        """Refuse scales in another dtype than the model, and contradictions.
+        """Refuse scales whose dtype differs from that of the model, and contradictory zero points.
 
         Raises:
-            UserError: its scales have another dtype than the model.
-            ValueError: a symmetric linear whose zero point is not the middle of the code range.
+            UserError: the dtype of the scales differs from that of the model.
+            ValueError: the zero point of a symmetric linear is not the middle of the code range.
         """
         found, dtype = linear.grid.scale_dtype, self._scheme.export_dtype
         if found != dtype:
-            raise UserError(f"{name} has scales in {found}, the model in {dtype}: format {_NAME} holds one dtype")
+            raise UserError(
+                f"{name} has scales in {found}, but the model is exported in {dtype}: set scheme.dtype to "
+                f"{dtype_name(found)}"
+            )
         check_middle(name, linear)
 
     def bits(self, grid: Grid) -> int:
-        """Bits that a code takes on disk."""
+        """Bits of a code on disk."""
         return grid.bits
 
     def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """The tensors of one linear by full name."""
+        """Convert one linear to tensors by full name."""
         return {f"{name}.{key}": tensor for key, tensor in pack_linear(linear).items()}
 
     def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
@@ -192,7 +199,7 @@ class Omniq:
         return unpack_linear(stored_under(name, tensors), grid)
 
     def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
-        """The entry of ``config.json``; linears that it does not name are plain, so ``ignore`` is not written."""
+        """The entry of ``config.json``; linears without an entry are not quantized, so ``ignore`` is not written."""
         scheme = self._scheme
         return {
             "quant_method": "omniq",
@@ -206,7 +213,7 @@ class Omniq:
         """Invert ``quantization_config`` for one linear.
 
         Raises:
-            KeyError, TypeError, AttributeError, UserError: the config is not one that omniq writes.
+            KeyError, TypeError, AttributeError, UserError: omniq does not write such a config.
         """
         return entry_grid(config["linears"][name], dtype)
 
@@ -215,12 +222,13 @@ def entry_grid(entry: Mapping[str, Any], dtype: torch.dtype) -> Grid:
     """The grid of one entry of ``linears``.
 
     Args:
-        dtype: of scales.
+        entry: the entry of a linear.
+        dtype: dtype of the scales.
 
     Raises:
         KeyError: a field is missing.
-        TypeError: a field has a wrong kind.
-        UserError: the grid is impossible.
+        TypeError: a field has a wrong type.
+        UserError: the grid is not valid.
     """
     second = entry.get("second")
     if second is not None:

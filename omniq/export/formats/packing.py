@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer codes as a dense bitstream in int32 words, the layout of compressed-tensors (0.18 and later).
+"""Integer codes as a dense bitstream in int32 words, in the layout of compressed-tensors (0.18 and later).
 
-Along the packed dimension element ``k`` of ``b`` bits occupies bits ``[b k, b k + b)`` of one little-endian stream;
-the stream is cut into 32-bit words and its end is filled with zeros:
+Along the packed dimension, element ``k`` of ``b`` bits occupies bits ``[b k, b k + b)`` of one little-endian stream.
+The stream is cut into 32-bit words, and its end is filled with zeros:
 
     8 codes of b bits  =  b bytes  ->  word w holds bytes 4w .. 4w + 3, the lowest byte first
 
-Codes may straddle words (b = 3, 5, 6, 7). For b = 2, 4, 8 this is the familiar "32 / b codes a word".
+Codes may straddle words (b = 3, 5, 6, 7). For b = 2, 4, 8 this is the familiar layout of 32 / b codes per word.
 
-How: eight codes always fill exactly ``b`` bytes, so eight codes are gathered into one 64-bit integer by shifts, of
-which the low ``b`` bytes are kept. That is a handful of vectorised operations for every width, with no table of
-straddling positions. Rows go in chunks, so the working memory stays at a few megabytes beside input and output.
+Eight codes always fill exactly ``b`` bytes. Therefore shifts gather eight codes into one 64-bit integer, whose low
+``b`` bytes are kept. This takes a few vectorised operations for every width, without a table of straddling positions.
+Rows are processed in chunks, so the working memory stays at a few megabytes in addition to input and output.
 
-Hosts are little-endian, as are all that PyTorch publishes wheels for.
+Hosts must be little-endian, as are all for which PyTorch publishes wheels.
 
 Shapes: ``o`` rows, ``i`` elements of a row, ``w = ceil(i b / 32)`` words of a row.
 """
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 2**20  # codes worked on at once: 1 MiB of codes and of 64-bit integers each, which a core's cache holds
-_EIGHT = 8  # codes gathered into one 64-bit integer
+_CHUNK = 2**20  # codes per chunk: 1 MiB of codes and 1 MiB of 64-bit integers, which fit in the cache of a core
+_EIGHT = 8  # codes per 64-bit integer
 
 
 def words(length: int, bits: int) -> int:
-    """Words that hold ``length`` codes of ``bits`` bits."""
+    """Number of words for ``length`` codes of ``bits`` bits."""
     return -(-length * bits // 32)
 
 
@@ -36,13 +36,13 @@ def pack(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     Args:
         codes: uint8 ``[o, i]``, each in ``[0, 2^bits - 1]``.
         bits: width of a code, 2 to 8.
-        dim: the dimension that is packed: 1, or 0 for columns.
+        dim: the dimension to pack: 1, or 0 for columns.
 
     Returns:
         int32 ``[o, w]``, or ``[w, i]`` with ``w = ceil(o b / 32)`` for ``dim=0``.
 
     Raises:
-        ValueError: a code does not fit, or bits or dtype are not the ones above.
+        ValueError: a code is too large, or ``bits`` or the dtype is not as above.
     """
     _check(bits, codes, torch.uint8)
     if dim == 0:
@@ -62,21 +62,21 @@ def unpack(packed: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
     Args:
         packed: int32 ``[o, w]``, or ``[w, i]`` for ``dim=0``.
         bits: width of a code, 2 to 8.
-        length: codes along the packed dimension.
+        length: number of codes along the packed dimension.
         dim: the dimension that was packed.
 
     Returns:
         uint8 ``[o, length]``, or ``[length, i]`` for ``dim=0``.
 
     Raises:
-        ValueError: the number of words is not that of ``length`` codes, or bits or dtype are not the ones above.
+        ValueError: the number of words does not match ``length``, or ``bits`` or the dtype is not as above.
     """
     _check(bits, packed, torch.int32)
     if dim == 0:
         return unpack(packed.t().contiguous(), bits, length).t().contiguous()
     rows, found = packed.shape
     if found != words(length, bits):
-        raise ValueError(f"{length} codes of {bits} bits take {words(length, bits)} words, not {found}")
+        raise ValueError(f"{length} codes of {bits} bits take {words(length, bits)} words, but the tensor has {found}")
     out = torch.empty(rows, length, dtype=torch.uint8, device=packed.device)
     for chunk in _chunks(rows, length):
         out[chunk] = _unpack_rows(packed[chunk], bits, length)
@@ -85,7 +85,7 @@ def unpack(packed: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
 
 def _check(bits: int, tensor: Tensor, dtype: torch.dtype) -> None:
     if not 2 <= bits <= 8:
-        raise ValueError(f"codes of {bits} bits cannot be packed: 2 to 8 can")
+        raise ValueError(f"codes of {bits} bits cannot be packed: use 2 to 8 bits")
     if tensor.dtype != dtype or tensor.dim() != 2:
         raise ValueError(f"expected a {dtype} matrix, got {tensor.dtype} with {tensor.dim()} dimensions")
 
@@ -104,7 +104,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     # [o, octets] int64 -> the low `bits` bytes of each -> whole words
     data = stream.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)
     size = 4 * words(length, bits)  # bytes
-    # NOTE: flat for the view: a matrix of one row counts as contiguous with strides that a view refuses
+    # NOTE: flattened for the view, because a one-row matrix may be contiguous but have strides that a view refuses
     return F.pad(data, (0, size - data.shape[1])).flatten().view(torch.int32).view(rows, size // 4)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: reopen an export, compare every code with the optimized one, compare logits.
+"""Verification: reopen an export, compare every code with the optimised one, and compare logits.
 
 Read ``checkpoint.py`` first.
 """

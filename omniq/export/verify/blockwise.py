@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deployed model, run block by block: as the finished blocks have it, and as the files of an export have it.
+"""Runs the exported model block by block, in two ways: from the finished blocks, and from the files of an export.
 
-Both are stock models in the dtype of deployment, of which one block is in memory at a time. They differ in where config
-and weights come from:
+Both are stock models in the export dtype, with one block in memory at a time. They differ in the source of config and
+weights:
 
-    finished    the source's config, with the bias switches that the blocks need; dequantized codes of the finished
-                blocks, and all other parameters of the source
-    exported    the config in the folder; codes and parameters as its files have them
+    finished    the config of the source model, with the bias switches that the blocks need; dequantized codes of the
+                finished blocks, and all other parameters of the source model
+    exported    the config in the folder; codes and parameters from its files
 
-On every window they compute what transformers computes with the whole model, operation by operation.
+On every window, they compute the same operations as transformers with the whole model.
 
 Shapes: ``m`` windows, ``t`` tokens of a window, ``v`` vocabulary.
 """
@@ -33,19 +33,19 @@ from omniq.models.source import SourceModel
 from omniq.storage.block_result import QuantizedLinear
 
 Linear = Callable[[str, QuantizedLinear], QuantizedLinear]
-"""From the full name of a linear and its finished result to what the model is to have."""
+"""Maps the full name of a linear and its finished result to the linear that the model uses."""
 
 Plain = Callable[[str], Tensor | None]
-"""Any other parameter by full name; None for a bias that is there because its neighbours have one."""
+"""Returns any other parameter by full name; None for a bias that exists only because its siblings have one."""
 
 
 class Parts(Checkpoint):
-    """Parameters of a stock model by name, each made when it is asked for.
+    """Parameters of a stock model by name, each created when it is read.
 
     Args:
         model: the stock model.
-        dtype: of its parameters.
-        part: makes one of them.
+        dtype: dtype of the parameters.
+        part: creates the parameter of a name.
     """
 
     def __init__(self, model: TargetModel, dtype: torch.dtype, part: Callable[[str], Tensor]) -> None:
@@ -61,10 +61,10 @@ class BlockwiseExport:
     """Runs a model whose blocks are finished.
 
     Args:
-        source: the model that was exported: where its blocks are, and everything outside them.
-        results: finished blocks, as given to ``export_checkpoint``.
-        scheme: what becomes of activations, and the dtype of deployment.
-        attention: implementation of transformers.
+        source: the exported model: the location of its blocks, and all parameters outside them.
+        results: finished blocks, as for ``export_checkpoint``.
+        scheme: the quantization of activations and the export dtype.
+        attention: the attention implementation of transformers.
     """
 
     def __init__(self, source: SourceModel, results: Results, scheme: Scheme, attention: str) -> None:
@@ -72,10 +72,11 @@ class BlockwiseExport:
         self._result = lru_cache(maxsize=1)(results)
 
     def finished(self, names: Iterable[str], windows: Tensor) -> Iterator[Tensor]:
-        """Logits ``[1, t, v]`` of each of ``[m, t]``; nothing is read from an exported folder.
+        """Logits ``[1, t, v]`` of each window, computed from the finished blocks; reads no exported folder.
 
         Args:
-            names: all parameters, as a plain model has them.
+            names: names of all parameters of the unquantized model.
+            windows: int64 ``[m, t]``.
         """
 
         def plain(name: str) -> Tensor | None:
@@ -87,7 +88,7 @@ class BlockwiseExport:
         return self._run(target_model(self._source.config, names), lambda _, linear: linear, plain, windows)
 
     def exported(self, reader: Reader, windows: Tensor) -> Iterator[Tensor]:
-        """The same of an exported checkpoint, as omniq reads it."""
+        """Logits ``[1, t, v]`` of each window, computed from an exported checkpoint that omniq reads."""
         return self._run(reader.model, lambda name, _: reader.read(name), reader.__getitem__, windows)
 
     def _run(self, model: TargetModel, linear: Linear, plain: Plain, windows: Tensor) -> Iterator[Tensor]:
@@ -112,7 +113,7 @@ class BlockwiseExport:
         return (logits for _, logits, _ in stream_logits(assembled, windows, {"deployed": quantized}))
 
     def _find(self, name: str) -> tuple[int | None, str]:
-        """The block that a parameter is in, and its name there; None if it is in none."""
+        """Index of the block of a parameter, and its name inside the block; None if it is outside the blocks."""
         prefix = f"{self._source.family.blocks}."
         if not name.startswith(prefix):
             return None, name

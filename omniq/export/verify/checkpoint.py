@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reopen an exported folder and hold it against what was optimised.
+"""Reopen an exported folder and compare it with the optimised model.
 
-1. Every code, scale, zero point and outlier is read back from the files and compared with the finished blocks, bit for
-   bit, and so is every other parameter. Nothing may be missing and nothing may be there too much.
-2. The folder is loaded through plain ``AutoModelForCausalLM.from_pretrained``, as a stranger would, and its logits are
-   compared with those of the source's own architecture and config on the dequantized weights of the finished blocks,
-   which run block by block (``omniq.export.verify.blockwise``). That catches what the first step cannot: a config that
-   describes the file wrongly, a runtime that computes something else. Both make the same operations on the same
-   numbers, so the logits agree to the bit.
+1. Every code, scale, zero point, outlier and other parameter is read back from the files and compared bit for bit with
+   the finished blocks. Missing tensors and additional tensors are errors.
+2. The folder is loaded with plain ``AutoModelForCausalLM.from_pretrained``, as a user would. Its logits are compared
+   with those of the source's own architecture and config with the dequantized weights of the finished blocks, which run
+   block by block (``omniq.export.verify.blockwise``). This detects errors that the first step cannot: a config that
+   does not match the files, and a runtime that computes something else. Both sides run the same operations on the same
+   values, so the logits are bitwise equal.
 
-Where this machine lacks memory or packages for the second step (``omniq.export.verify.reopened``), omniq runs what lies
-in the folder block by block as well: that catches a wrong config, not a wrong runtime. Leave ``windows`` out to skip
-it. Where activations are quantized too, it compares omniq's own hooks with what transformers makes of the folder.
+If this machine lacks the memory or the packages for the second step (``omniq.export.verify.reopened``), omniq runs the
+folder block by block instead, which detects a wrong config but not a wrong runtime. Omit ``windows`` to skip the second
+step. If activations are quantized too, it compares omniq's own hooks with the behaviour of transformers.
 """
 
 import math
@@ -36,22 +36,22 @@ from omniq.storage.block_result import QuantizedLinear
 
 
 class VerificationError(Exception):
-    """The exported checkpoint is not the optimised model; the message names the first tensor that differs."""
+    """The exported checkpoint differs from the optimised model; the message names the first differing tensor."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared and found equal.
+    """The result of a successful verification.
 
     Args:
-        linears: quantized linears compared bit for bit.
-        codes: codes in them.
-        others: other parameters compared bit for bit.
-        windows: token windows whose logits were compared; 0 if that was left out.
+        linears: number of quantized linears that were compared bit for bit.
+        codes: number of their codes.
+        others: number of other parameters that were compared bit for bit.
+        windows: number of token windows whose logits were compared; 0 if this step was skipped.
         max_error: largest difference of a logit.
-        relative_error: root mean square difference of logits over their root mean square.
-        perplexity: of the windows, by the logits of the folder.
-        lacking: why it was not opened in transformers, which was to give them; None if it was.
+        relative_error: root mean square difference of the logits, divided by their root mean square.
+        perplexity: perplexity of the windows, from the logits of the folder.
+        lacking: the reason why transformers did not compute these logits; None if it did.
     """
 
     linears: int
@@ -75,19 +75,19 @@ def verify_checkpoint(
     tolerance: float = 1e-4,
     opened: ReopenedCheckpoint | None = None,
 ) -> Report:
-    """Compare an exported checkpoint with the finished blocks it was made of.
+    """Compare an exported checkpoint with the finished blocks from which it was written.
 
     Args:
         path: the folder.
-        source: the model that was exported.
-        results, scheme, format: as given to ``export_checkpoint``.
-        windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to leave that out.
-        tolerance: largest relative error of the logits. Measured on SmolLM2-135M and on the tiny models of the tests,
-            symmetric and not, scales in float16, bfloat16 and float32: 0.0.
-        opened: the checkpoint in its runtime, if it is needed for something else as well.
+        source: the exported model.
+        results, scheme, format: as for ``export_checkpoint``.
+        windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to skip this comparison.
+        tolerance: largest relative error of the logits. Measured: 0.0 on SmolLM2-135M and on the tiny models of the
+            tests, symmetric and asymmetric, with scales in float16, bfloat16 and float32.
+        opened: the checkpoint in its runtime, if the caller has opened it.
 
     Raises:
-        VerificationError: something differs; names the first tensor, or both errors of the logits.
+        VerificationError: a tensor or the logits differ; names the first tensor, or both errors of the logits.
         CorruptFile: a file of the checkpoint is missing or damaged; names it.
     """
     path, chosen = Path(path), find_format(format)
@@ -104,8 +104,8 @@ def verify_checkpoint(
         largest, relative, perplexity = _compare_logits(found, blockwise.finished(names, windows), windows)
     if not relative <= tolerance:  # NaN must not pass
         raise VerificationError(
-            f"{path}: its weights are right, but its logits are off by {largest:.3g} at most and {relative:.3g} "
-            f"relatively, more than {tolerance:.3g}"
+            f"{path}: its weights are correct, but its logits differ by up to {largest:.3g} (relative error "
+            f"{relative:.3g}, tolerance {tolerance:.3g})"
         )
     return replace(
         report,
@@ -118,7 +118,7 @@ def verify_checkpoint(
 
 
 def _compare_tensors(reader: Reader, source: SourceModel, results: Results, scheme: Scheme) -> tuple[Report, set[str]]:
-    """The first step; also the names that a plain model has for what was compared."""
+    """Run the first step; also return the names of all compared parameters in the unquantized model."""
     linears: dict[str, WrittenLinear] = {}
     shapes: dict[str, torch.Size] = {}
     others = 0
@@ -139,20 +139,20 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
     unseen -= shapes.keys()
     for name in sorted(unseen):  # siblings of a new bias, which are zero
         if not name.endswith(".bias") or reader[name].any():
-            raise VerificationError(f"{name} is in the file but not in the model")
+            raise VerificationError(f"{name} is in the files but not in the model")
     _compare_config(reader, shapes | {name: reader[name].shape for name in unseen})
     reader.check_description(linears)
     return Report(len(linears), sum(linear.weights for linear in linears.values()), others + len(unseen)), set(shapes)
 
 
 def _compare_config(reader: Reader, shapes: Mapping[str, torch.Size]) -> None:
-    """Make sure that the stock model of the config has the parameters that were compared."""
+    """Make sure that the stock model of the config has exactly the compared parameters."""
     stock = reader.model
     found = {stock.tied.get(name, name): shape for name, shape in shapes.items()}
     for name in sorted(found.keys() | stock.parameters.keys()):
         ours, theirs = (list(side[name]) if name in side else None for side in (found, stock.parameters))
         if ours != theirs:
-            raise VerificationError(f"{name} has shape {ours} in the model and {theirs} by the config of the file")
+            raise VerificationError(f"{name} has shape {ours} in the model and {theirs} in the config of the export")
 
 
 def _read(reader: Reader, name: str) -> QuantizedLinear:
@@ -160,7 +160,7 @@ def _read(reader: Reader, name: str) -> QuantizedLinear:
         return reader.read(name)
     except KeyError as error:
         raise VerificationError(f"{name}.{error.args[0]} is missing in the file") from error
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # shapes that do not fit each other
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # shapes that do not match
         raise VerificationError(f"{name} cannot be read back: {error}") from error
 
 
@@ -201,7 +201,7 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _compare_logits(found: Iterable[Tensor], expected: Iterable[Tensor], windows: Tensor) -> tuple[float, float, float]:
-    """Largest difference, root mean square difference over root mean square, and perplexity of what was found."""
+    """Largest difference, relative root mean square difference, and perplexity of the found logits."""
     largest = difference = size = 0.0
     metric = Perplexity(sync_on_compute=False)
     for ours, theirs, window in zip(found, expected, windows, strict=True):
@@ -216,6 +216,6 @@ def _compare_logits(found: Iterable[Tensor], expected: Iterable[Tensor], windows
 
 @torch.no_grad()
 def _logits(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
-    """Of each window by itself, ``[1, t, v]``."""
+    """Logits of each window, computed one window at a time, ``[1, t, v]``."""
     for window in windows:
         yield model(window[None], use_cache=False, return_dict=True).logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported checkpoint in its runtime, where the machine has the packages and the memory for it."""
+"""An exported checkpoint opened in its runtime, if the machine has the packages and the memory for it."""
 
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,12 @@ from omniq.export.containers.container import Container
 
 
 class ReopenedCheckpoint:
-    """A checkpoint that is opened when its model is first asked for, once, and only if this machine can open it.
+    """A checkpoint that is opened once, on first access of its model, and only if this machine can open it.
 
     Args:
         path: the folder.
-        container: how it is laid out.
-        codec: that of its linears.
+        container: the container of the checkpoint.
+        codec: the codec of its linears.
     """
 
     def __init__(self, path: Path, container: Container[Any], codec: Any) -> None:
@@ -24,10 +24,10 @@ class ReopenedCheckpoint:
 
     @cached_property
     def model(self) -> PreTrainedModel | None:
-        """As the runtime opens it; None if this machine lacks something for that."""
+        """The model as the runtime opens it; None if this machine cannot open it."""
         return self._container.open(self.path) if self.lacking is None else None
 
     @cached_property
     def lacking(self) -> str | None:
-        """What this machine lacks to open it, with the remedy; None if it lacks nothing."""
+        """The requirement that this machine lacks, with the remedy; None if it can open the checkpoint."""
         return self._container.lacks(self._codec, self.path)

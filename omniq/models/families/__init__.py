@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family omniq knows. A new one is a file beside this one, and its name in ``FAMILIES``."""
+"""All supported families. To add one, add a file here and its name to ``FAMILIES``."""
 
 from transformers import PretrainedConfig
 
@@ -13,11 +13,11 @@ from omniq.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OPT)
 
-# Types that one might expect here, and why they are not.
-_ABSENT = dict.fromkeys(
+# Types that users may expect here, with the reason why they are not supported.
+_UNSUPPORTED = dict.fromkeys(
     ("bloom", "falcon"),
-    "it attends in code of its own instead of through transformers' attention interface, where queries, keys and "
-    "values are quantized, and one linear makes all three",
+    "its attention does not use transformers' attention interface, where queries, keys and values are quantized, and "
+    "one linear computes all three",
 )
 
 
@@ -25,13 +25,13 @@ def family_of_type(model_type: str | None) -> Family:
     """The family that covers a ``model_type`` of transformers.
 
     Raises:
-        NotByBlocks: none does; the message lists those there are, and says why a type that one might expect is not.
+        NotByBlocks: no family covers it; the message lists the supported types, and may give the reason.
     """
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
-    why = f"{_ABSENT[model_type]}; " if model_type in _ABSENT else ""
+    why = f"{_UNSUPPORTED[model_type]}; " if model_type in _UNSUPPORTED else ""
     raise NotByBlocks(f"model type {model_type!r} is not supported: {why}choose a model of type {supported}")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPT: LayerNorm, biases on every linear, learned positions, ReLU, in one size ``project_in`` and ``project_out``.
+"""OPT: LayerNorm, biases on every linear, learned positions, ReLU; one size has ``project_in`` and ``project_out``.
 
-Every size but one normalises before attention and before the MLP. OPT-350m normalises after the residual sum: there a
-norm feeds the next residual as well as the linears, so nothing may move between them, and it is refused.
+All sizes but one normalise before attention and before the MLP. OPT-350m normalises after the residual sum. There, a
+norm feeds the next residual as well as the linears, so no scale can move between them; this size is refused.
 """
 
 from transformers import PretrainedConfig
@@ -14,7 +14,7 @@ from omniq.transforms.equivalences import NormToLinears, QueryKey, ValueToOutput
 def _refuse(config: PretrainedConfig) -> str | None:
     if config.do_layer_norm_before:
         return None
-    return "OPT with do_layer_norm_before=false (opt-350m) normalises after the residual sum: take another size of OPT"
+    return "OPT with do_layer_norm_before=false (opt-350m) normalises after the residual sum: use another size of OPT"
 
 
 OPT = Family(

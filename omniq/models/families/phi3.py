@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi-3 and Phi-4: LLaMA's block with fused linears: rows ``[q | k | v]`` of one, rows ``[gate | up]`` of another."""
+"""Phi-3 and Phi-4: LLaMA's block with two fused linears, whose rows are ``[q | k | v]`` and ``[gate | up]``."""
 
 from dataclasses import replace
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3: LLaMA's block with an RMSNorm on every query and key head before rotary embedding.
 
-It gets no new biases. transformers would hold them under ``attention_bias``, but vLLM builds the output projection of
-Qwen3 without a bias whatever the config says and passes over the one that it finds, without a word. A shift of the
-values that is taken back there would be left standing, in a checkpoint that transformers runs rightly.
+Its linears get no new biases. transformers supports them under ``attention_bias``, but vLLM builds the output
+projection of Qwen3 without a bias whatever the config says, and ignores a stored bias without a message. It would
+therefore drop the bias that compensates for a shift of the values, although transformers runs the checkpoint correctly.
 """
 
 from dataclasses import replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of equivalence. A new one is a file beside this one, and its class in ``EQUIVALENCES``."""
+"""All kinds of equivalences. To add one, add a file here and its class to ``EQUIVALENCES``."""
 
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences.norm_to_linears import NormToLinears

@@ -20,9 +20,9 @@ class NormToLinears(Equivalence):
 
     Args:
         norm: an RMSNorm or LayerNorm with a weight.
-        linears: all that read it.
+        linears: all linears that read the norm.
         offset: the norm multiplies by ``offset + weight``.
-        shift: whether a shift is possible, given that norm and readers can store a bias.
+        shift: True if a shift is exact, provided that norm and readers can store a bias.
     """
 
     kind: ClassVar[str] = "norm"

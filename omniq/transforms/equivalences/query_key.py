@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Query and key: rows of ``Wq`` and ``bq`` over ``s``; rows of ``Wk`` and ``bk`` times ``s``, within one head.
+"""Query and key: divide rows of ``Wq`` and ``bq`` by ``s``; multiply rows of ``Wk`` and ``bk`` by ``s``, in each head.
 
-Channels that rotary embedding turns as a pair share one scale. Norms of queries and keys take the scale into their own
-weight. A norm over one head is shared by all heads, and the scale then is, too.
+Channels that rotary embedding turns as a pair share one scale. If queries and keys have norms, the scale goes into the
+weights of the norms. A norm over one head is shared by all heads, so the scale is shared too.
 
 Shapes: ``H`` query heads, ``K`` KV heads, ``c`` channels of a head, ``P`` channels of a head after tying pairs.
 """
@@ -26,8 +26,8 @@ class QueryKey(Equivalence):
     Args:
         query, key: the projections, ``[H c]`` and ``[K c]`` output features.
         rotary: how rotary embedding pairs the channels of a head: ``half`` (i with i + d/2), ``interleaved``
-            (2i with 2i + 1), or None where there is none.
-        query_norm, key_norm: norms between projection and rotary embedding, if the family has them.
+            (2i with 2i + 1), or None without rotary embedding.
+        query_norm, key_norm: norms between projection and rotary embedding; None if the family has none.
         offset: these norms multiply by ``offset + weight``.
     """
 
@@ -63,7 +63,7 @@ class QueryKey(Equivalence):
         return tuple(linear.name for linear, norm in sides if norm is None)
 
     def shapes(self, tensors: Mapping[str, Tensor], heads: Heads) -> dict[str, tuple[int, ...]]:
-        """``[K, P]``, or ``[P]`` where a norm of one head is shared by all."""
+        """Shape of the scale: ``[K, P]``, or ``[P]`` if all heads share a norm over one head."""
         channels = self.multiplied.features(tensors) // heads.key
         tied = int(heads.tied_channels(channels, self.rotary).max()) + 1
         norms = [tensors[f"{norm}.weight"] for norm in (self.query_norm, self.key_norm) if norm is not None]
@@ -82,6 +82,6 @@ class QueryKey(Equivalence):
                 tensors.divide(linear, divisor)
                 continue
             weight = tensors.plain[f"{norm}.weight"]
-            # A norm over one head sees the same scale in every head; take the first. Others are [H c] or [H, c].
+            # A norm over one head has the same scale in every head: use the first. Other norms are [H c] or [H, c].
             divisor = divisor[:channels] if weight.numel() == channels else divisor
             tensors.divide_norm(norm, divisor.reshape(weight.shape), offset=self.offset)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Up to down: rows of ``Wu`` and ``bu`` over ``s``; ``Wd diag(s^power)``.
+"""Up to down: divide rows of ``Wu`` and ``bu`` by ``s``; ``Wd diag(s^power)``.
 
-Exact where what lies between them is homogeneous in the divided output: the product of a gated MLP,
+Exact if the function between them is homogeneous in the divided output. The product of a gated MLP,
 ``down(act(gate) * up)``, and ReLU have ``power`` 1, since ``relu(x / s) = relu(x) / s``; squared ReLU has ``power`` 2.
-OmniQuant's paper leaves these scales out, as unstable after the non-linearity.
+OmniQuant's paper omits these scales as unstable after the non-linearity.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class UpToDown(Equivalence):
 
     Args:
         up: the projection whose output is divided.
-        down: the linear that reads what the MLP makes of it.
-        power: by which power of the scale the input of ``down`` is divided.
+        down: the linear that reads the result of the MLP's non-linearity.
+        power: the input of ``down`` is divided by the scale to this power.
     """
 
     kind: ClassVar[str] = "up_down"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Value to output: rows of ``Wv / s``, ``bv = (bv - d) / s``; ``Wo diag(s)``, ``bo + Wo d``.
 
-The shift is exact because the weights of attention sum to one. It is not exact where attention has sinks or a gate.
-Query heads that read the same KV head share its parameters.
+The shift is exact because the weights of attention sum to one. It is not exact if attention has sinks or a gate. Query
+heads that read the same KV head share its parameters.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ValueToOutput(Equivalence):
     Args:
         value: the projection, ``[K c]`` output features.
         output: the linear that reads the result of attention.
-        shift: whether a shift is possible, given that both can store a bias.
+        shift: True if a shift is exact, provided that both linears can store a bias.
     """
 
     kind: ClassVar[str] = "value_output"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening models block by block: every family equals transformers' whole model; only what is asked for is read."""
+"""Models opened block by block equal the whole model of transformers; only requested tensors are read."""
 
 import shutil
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from omniq.errors import UserError
 from omniq.models import checkpoint
-from omniq.models.families import FAMILIES, family_of
 from omniq.models.meta import fill, meta_model
 from omniq.models.source import SourceModel
 from omniq.models.weight_files import INDEX
@@ -52,7 +51,7 @@ def whole(folder: Path, ids: Tensor, attention: str = "sdpa", dtype: str = "auto
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
-def test_blocks_one_by_one_equal_the_whole_model(
+def test_source_model_blocks_one_by_one_equal_whole_model(
     tmp_path: Path, family: str, overrides: dict[str, Any], attention: str
 ) -> None:
     folder = save_tiny(tmp_path, family, **overrides)
@@ -64,7 +63,7 @@ def test_blocks_one_by_one_equal_the_whole_model(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_every_dtype_equals_the_whole_model(tmp_path: Path, family: str, dtype: str) -> None:
+def test_source_model_in_each_dtype_equals_whole_model(tmp_path: Path, family: str, dtype: str) -> None:
     folder = save_tiny(tmp_path, family, dtype=torch.float16)
     source = SourceModel.open(folder, dtype=dtype)
     assert source.dtype == source.config.dtype == getattr(torch, dtype)
@@ -75,14 +74,14 @@ def test_every_dtype_equals_the_whole_model(tmp_path: Path, family: str, dtype: 
     assert next(source.block(0, dtype=torch.float64).parameters()).dtype == torch.float64
 
 
-def test_auto_dtype_is_the_configs_or_else_the_stored_one(tmp_path: Path) -> None:
+def test_source_model_auto_dtype_is_that_of_config_or_of_weights(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, dtype=torch.bfloat16)
     assert SourceModel.open(folder).dtype == torch.bfloat16
     edit_json(folder / "config.json", dtype=None)
     assert SourceModel.open(folder).dtype == torch.bfloat16
 
 
-def test_arguments_recorded_from_one_sample_serve_any_batch(tmp_path: Path) -> None:
+def test_embed_recorded_arguments_serve_any_batch(tmp_path: Path) -> None:
     for attention in ("sdpa", "eager"):
         source = SourceModel.open(save_tiny(tmp_path / attention), attention=attention)
         hidden, kwargs = source.embed(tokens(5))
@@ -99,8 +98,8 @@ def test_arguments_recorded_from_one_sample_serve_any_batch(tmp_path: Path) -> N
         assert hidden.grad is not None
 
 
-def test_flash_attention_is_not_told_of_positions(tmp_path: Path) -> None:
-    """It would look into them in every call for several samples in a row, and the host would wait for the answer."""
+def test_embed_for_flash_attention_omits_positions(tmp_path: Path) -> None:
+    """With several samples flash attention would read the positions in each call, and the host would wait."""
     for attention in ("sdpa", "flash_attention_2"):
         source = SourceModel.open(save_tiny(tmp_path / attention))
         source.config._attn_implementation = attention
@@ -109,7 +108,7 @@ def test_flash_attention_is_not_told_of_positions(tmp_path: Path) -> None:
         assert all(entry["position_embeddings"][0].shape[:2] == (1, 20) for entry in kwargs)
 
 
-def test_embedding_many_tokens_goes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embed_many_tokens_in_parts_gives_same_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceModel.open(save_tiny(tmp_path))
     together, _ = source.embed(tokens(7))
     monkeypatch.setattr("omniq.models.embedding_and_head._TOKENS_AT_ONCE", 45)
@@ -117,7 +116,7 @@ def test_embedding_many_tokens_goes_in_parts(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(together, in_parts)
 
 
-def test_sharded_equals_single_file_and_a_named_file(tmp_path: Path) -> None:
+def test_source_model_sharded_equals_single_file(tmp_path: Path) -> None:
     single, sharded = save_tiny(tmp_path / "single"), save_tiny(tmp_path / "sharded", max_shard_size="60KB")
     assert (sharded / INDEX).exists()
     expected = stream(SourceModel.open(single), tokens())
@@ -128,7 +127,7 @@ def test_sharded_equals_single_file_and_a_named_file(tmp_path: Path) -> None:
     assert torch.equal(stream(SourceModel.open(single / "model.safetensors"), tokens()), expected)
 
 
-def test_a_block_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_model_block_reads_own_tensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     class Spy:
@@ -167,7 +166,7 @@ def test_a_block_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch
     assert read == ["lm_head.weight", "lm_head.weight", "model.embed_tokens.weight"]
 
 
-def test_blocks_are_new_frozen_and_have_their_own_config(tmp_path: Path) -> None:
+def test_source_model_block_is_new_and_frozen_with_own_config(tmp_path: Path) -> None:
     source = SourceModel.open(save_tiny(tmp_path))
     first, second = source.block(1), source.block(1)
     assert source.block_name(1) == "model.layers.1"
@@ -184,7 +183,7 @@ def test_blocks_are_new_frozen_and_have_their_own_config(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_outside_names_every_parameter_that_is_in_no_block(tmp_path: Path, tied: bool) -> None:
+def test_source_model_outside_names_parameters_of_no_block(tmp_path: Path, tied: bool) -> None:
     folder = save_tiny(tmp_path, "opt", tie_word_embeddings=tied, word_embed_proj_dim=32)
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = dict(SourceModel.open(folder).outside())
@@ -195,7 +194,9 @@ def test_outside_names_every_parameter_that_is_in_no_block(tmp_path: Path, tied:
 
 
 @pytest.mark.parametrize("stored", ["both", "different", "head only", "short names"])
-def test_tied_embeddings_however_they_are_stored(tmp_path: Path, stored: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_source_model_tied_embeddings_in_each_storage_are_read(
+    tmp_path: Path, stored: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = save_tiny(tmp_path, tie_word_embeddings=True)
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -216,7 +217,7 @@ def test_tied_embeddings_however_they_are_stored(tmp_path: Path, stored: str, ca
     assert [name for name, _ in source.outside()] == names
 
 
-def test_digest_sees_weights_and_config_and_not_the_place(tmp_path: Path) -> None:
+def test_source_model_digest_depends_on_content_not_place(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "a", max_shard_size="60KB")
     digest = SourceModel.open(folder).digest()
     shutil.copytree(folder, tmp_path / "b")
@@ -230,7 +231,7 @@ def test_digest_sees_weights_and_config_and_not_the_place(tmp_path: Path) -> Non
     assert SourceModel.open(folder).digest() != digest
 
 
-def test_tokenizer(tmp_path: Path) -> None:
+def test_source_model_tokenizer_is_read_or_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     tokenizer = SourceModel.open(folder).tokenizer()
     assert tokenizer.decode(tokenizer("one line\n")["input_ids"]) == "one line\n"
@@ -240,31 +241,7 @@ def test_tokenizer(tmp_path: Path) -> None:
         SourceModel.open(folder).tokenizer()
 
 
-@pytest.mark.parametrize("family", [name for family in FAMILIES for name in family.model_types])
-def test_families_name_what_their_blocks_have(family: str) -> None:
-    model = tiny_model(family)
-    described = family_of(model.config)
-    block = model.get_submodule(described.blocks)[0]
-    known = described.layout(block, 0)
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert set(known.linears) == linears
-    assert {equivalence.kind for equivalence in known.equivalences} >= {"norm", "value_output", "query_key"}
-    for equivalence in known.equivalences:
-        assert linears.issuperset(equivalence.readers)
-        assert linears.issuperset(equivalence.factored)
-        if equivalence.kind == "norm":
-            assert equivalence.readers in known.groups
-            assert not isinstance(block.get_submodule(equivalence.modules[0]), nn.Linear)
-        elif equivalence.kind == "query_key":
-            assert bool(equivalence.factored) != hasattr(block.self_attn, "q_norm")
-
-
-def test_model_types_are_claimed_once() -> None:
-    names = [name for family in FAMILIES for name in family.model_types]
-    assert len(names) == len(set(names))
-
-
-def test_a_buffer_that_model_code_does_not_initialise_is_refused() -> None:
+def test_fill_uninitialised_buffer_is_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -279,15 +256,9 @@ def test_a_buffer_that_model_code_does_not_initialise_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_on_a_gpu(tmp_path: Path, family: str) -> None:
+def test_source_model_on_cuda_equals_whole_model(tmp_path: Path, family: str) -> None:
     folder = save_tiny(tmp_path, family, dtype=torch.float16)
     source = SourceModel.open(folder)
     logits = stream(source, tokens(), "cuda")
     assert logits.device.type == "cuda"
     assert torch.equal(logits, whole(folder, tokens(), device="cuda"))
-
-
-def test_the_post_norm_opt_is_refused() -> None:
-    config = AutoConfig.for_model("opt", do_layer_norm_before=False)
-    with pytest.raises(UserError, match=r"do_layer_norm_before=false \(opt-350m\).*: take another size of OPT"):
-        family_of(config)

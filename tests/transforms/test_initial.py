@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial values of a transform, against SmoothQuant and Outlier Suppression+ written channel by channel."""
+"""Initial values of a transform against SmoothQuant and Outlier Suppression+, channel by channel."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def ranges_of(x: Tensor, *names: str) -> ChannelRanges:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_initial_values_of_a_norm(alpha: float) -> None:
+def test_initial_of_norm_equals_formula(alpha: float) -> None:
     block, _ = tiny_block("opt")
     tensors = dict(block.named_parameters())
     transform = Transform(OPT.equivalences, Heads(4, 4), tensors)
@@ -53,7 +53,7 @@ def test_initial_values_of_a_norm(alpha: float) -> None:
     assert transform.initial(tensors, ranges, None, shift=False) == {}
 
 
-def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
+def test_initial_of_kv_head_takes_all_its_readers() -> None:
     heads = Heads(4, 2)  # channel 1 of KV head 1 is read by query heads 2 and 3: inputs 7 and 10 of the output
     tensors = {"v.weight": torch.ones(6, 5), "o.weight": torch.full((5, 12), 0.5)}
     transform = Transform((ValueToOutput("v", "o"),), heads, tensors, {"v", "o"})
@@ -68,7 +68,7 @@ def test_initial_values_take_the_readers_of_a_key_value_head_together() -> None:
     assert moved["o.bias"].shape == (5,)
 
 
-def test_a_dead_channel_gets_a_finite_scale() -> None:
+def test_initial_of_dead_channel_is_finite() -> None:
     tensors = {"norm.weight": torch.ones(3), "up.weight": torch.tensor([[1.0, 0.0, 2.0]])}
     transform = Transform((NormToLinears("norm", ("up",)),), Heads(1, 1), tensors)
     ranges = ranges_of(torch.tensor([[0.0, 1.0, 1.0], [0.0, -2.0, 1.0]]), "up")
@@ -77,13 +77,13 @@ def test_a_dead_channel_gets_a_finite_scale() -> None:
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
-def test_alpha_outside_the_unit_interval_is_refused(alpha: float) -> None:
-    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0..1"):
+def test_initial_alpha_outside_unit_interval_is_refused(alpha: float) -> None:
+    with pytest.raises(UserError, match=f"alpha {alpha} is outside 0 to 1"):
         Transform((), Heads(1, 1), {}).initial({}, ChannelRanges(), alpha)
 
 
-def test_initial_scale_of_a_power_is_that_of_the_input() -> None:
-    """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the root."""
+def test_initial_of_power_is_root_of_scale() -> None:
+    """The input of ``down`` is divided by ``s^2``, so ``s`` starts at the square root."""
     tensors = {"up.weight": torch.ones(3, 2), "down.weight": torch.tensor([[1.0, 2.0, 3.0]])}
     ranges = ranges_of(torch.tensor([[4.0, 1.0, 2.0]]), "down")
     once, twice = (
@@ -93,7 +93,7 @@ def test_initial_scale_of_a_power_is_that_of_the_input() -> None:
     torch.testing.assert_close(once["up/log_scale"], 2 * twice["up/log_scale"])
 
 
-def test_without_the_range_of_a_reader_parameters_start_at_zero() -> None:
+def test_initial_without_range_of_reader_is_empty() -> None:
     tensors = {"norm.weight": torch.ones(2), "kept.weight": torch.ones(3, 2)}
     transform = Transform((NormToLinears("norm", ("kept",)),), Heads(1, 1), tensors)
     assert transform.initial(tensors, ChannelRanges()) == {}

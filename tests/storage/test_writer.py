@@ -1,60 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens beside the calibration: blocks read ahead, blocks and streams written, and how much is alive at once."""
+"""Blocks and streams that are written while the calibration goes on."""
 
-import gc
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from omniq.blocks.placement import Location
-from omniq.blocks.prefetch import blocks_ahead
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.models.source import SourceModel
 from omniq.stages.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 from omniq.storage.writer import Writer
 from tests.helpers.runs import SMALL, omniquant, write_run
 
-CPU = torch.device("cpu")
 PLACES: list[Location] = ["device", "host", "disk"]
 
 
-def test_two_blocks_are_alive_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that trains and the one that is read: a spy counts the blocks that nobody has let go of."""
-    args = write_run(tmp_path, model={**SMALL, "num_hidden_layers": 6}, stages=[omniquant()], evaluation=None)
-    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    most: list[int] = []
-    plain = SourceModel.block
-
-    def spy(source: SourceModel, *args: Any, **kwargs: Any) -> nn.Module:
-        most.append(len(alive) + 1)  # with the one to come
-        block = plain(source, *args, **kwargs)
-        alive.add(block)
-        return block
-
-    monkeypatch.setattr(SourceModel, "block", spy)
-    gc.disable()  # what is let go of must not have to wait for a chance collection
-    try:
-        assert main([*args, "--export.format", "none"]) == 0
-    finally:
-        gc.enable()
-    assert len(most) == 6
-    assert max(most) == 2
-
-
 @pytest.mark.parametrize("learns", [False, True])
-def test_a_block_is_written_while_the_next_one_is_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool
-) -> None:
-    """Its file waits here for the stage of the next block to begin, and steps by gradients wait for the file."""
+def test_run_writes_block_while_next_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool) -> None:
+    """The write of a block waits here for the next stage; gradient steps wait for the write."""
     stage = omniquant() if learns else {"class_path": "omniq.stages.RTN"}
     args = write_run(tmp_path, model=SMALL, stages=[stage], evaluation=None, export={"format": "none"})
     begun, file = threading.Event(), tmp_path / "run/blocks/000.safetensors"
@@ -82,7 +50,7 @@ def test_a_block_is_written_while_the_next_one_is_prepared(
     assert file.exists()
 
 
-def test_a_block_that_cannot_be_written_ends_the_run(
+def test_run_with_unwritable_block_ends_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], evaluation=None, export={"format": "none"})
@@ -100,42 +68,7 @@ def test_a_block_that_cannot_be_written_ends_the_run(
     assert main(args) == 0
 
 
-def test_blocks_are_read_ahead() -> None:
-    class Slow:
-        num_blocks = 3
-
-        def __init__(self) -> None:
-            self.read: list[tuple[int, bool]] = []
-
-        def block(self, index: int) -> nn.Module:
-            self.read.append((index, threading.current_thread() is threading.main_thread()))
-            return nn.Linear(1, 1)
-
-    source = Slow()
-    for index, _ in blocks_ahead(source, 1, CPU):
-        deadline = time.perf_counter() + 5
-        while len(source.read) < min(2, index + 1) and time.perf_counter() < deadline:
-            time.sleep(0.001)
-        assert source.read[:2] == [(1, False), (2, False)]
-    assert len(source.read) == 2
-
-
-def test_reading_fails_where_the_block_is_wanted() -> None:
-    class Broken:
-        num_blocks = 2
-
-        def block(self, index: int) -> nn.Module:
-            if index == 1:
-                raise UserError("the second block is damaged")
-            return nn.Linear(1, 1)
-
-    blocks = blocks_ahead(Broken(), 0, CPU)
-    assert next(blocks)[0] == 0
-    with pytest.raises(UserError, match="the second block is damaged"):
-        next(blocks)
-
-
-def test_the_writer_keeps_the_order_and_tells_of_errors() -> None:
+def test_writer_keeps_order_and_raises_errors() -> None:
     done: list[int] = []
 
     def work(number: int) -> None:
@@ -164,8 +97,10 @@ def test_the_writer_keeps_the_order_and_tells_of_errors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", PLACES)
-def test_blocks_are_written_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """From host memory alone: the writer must not call CUDA while the next block captures its graph."""
+def test_run_on_cuda_writes_blocks_from_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The writing thread must not call CUDA while the next block captures its graph."""
     args = write_run(tmp_path, model=SMALL, stages=[omniquant()], trainer={"accelerator": "gpu", "devices": 1})
     plain = RunDir.save_block
     seen: list[int] = []
@@ -174,7 +109,7 @@ def test_blocks_are_written_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
         assert threading.current_thread() is not threading.main_thread()
         tensors = [*result.tensors.values(), *(linear.codes for linear in result.linears.values())]
         tensors += [part for linear in result.linears.values() for part in (linear.scale, linear.zero_point)]
-        assert all(tensor.device == CPU for tensor in tensors)
+        assert all(tensor.device.type == "cpu" for tensor in tensors)
         seen.append(index)
         plain(folder, index, result)
 

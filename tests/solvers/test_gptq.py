@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ equals its definition, the inverse reduced by elimination column by column, and the measured layer errors."""
+"""GPTQ equals elimination column by column and has the measured layer errors."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), block=st.sampled_from([1, 7, 128]))
-def test_codes_equal_the_definition(case: Case, block: int) -> None:
+def test_gptq_codes_equal_definition(case: Case, block: int) -> None:
     solution = gptq(**case, block=block)
     codes, kept = by_elimination(case)
     assert int((solution.codes != codes).sum()) == 0
@@ -75,7 +75,7 @@ def test_codes_equal_the_definition(case: Case, block: int) -> None:
     torch.testing.assert_close(solution.values(case["group_index"]), dense + kept, rtol=1e-6, atol=1e-9)
 
 
-def test_dead_columns_round_to_nearest() -> None:
+def test_gptq_dead_columns_round_to_nearest() -> None:
     weight, gram = make_layer(12, 40, tokens=200)
     gram = gram * (torch.arange(40) != 3) * (torch.arange(40) != 3)[:, None]
     scale, zero_point, _ = fit_grid(weight, grid := Grid(3))
@@ -84,7 +84,7 @@ def test_dead_columns_round_to_nearest() -> None:
         assert torch.equal(codes[:, 3], grid.quantize(weight, scale, zero_point)[:, 3])
 
 
-def test_factor_is_that_of_the_inverse() -> None:
+def test_inverse_factor_equals_cholesky_of_inverse() -> None:
     _, gram = make_layer(4, 30, tokens=200)
     upper = inverse_factor(gram, 0.01)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(30)
@@ -92,8 +92,8 @@ def test_factor_is_that_of_the_inverse() -> None:
     assert torch.equal(upper, upper.triu())
 
 
-def test_damping_rises_where_it_must(caplog: pytest.LogCaptureFixture) -> None:
-    """A float32 sum of products can be indefinite; one per cent on the diagonal does not save this one, ten do."""
+def test_gptq_indefinite_gram_raises_damping(caplog: pytest.LogCaptureFixture) -> None:
+    """A float32 sum of products can be indefinite; here 1 % of damping is too little and 10 % suffices."""
     weight, gram = make_layer(8, 24, tokens=100)
     gram = gram - 0.05 * gram.diagonal().mean() * torch.eye(24)
     assert torch.linalg.eigvalsh(gram + 0.01 * gram.diagonal().mean() * torch.eye(24))[0] < 0
@@ -104,7 +104,7 @@ def test_damping_rises_where_it_must(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.messages) == 1
 
 
-def test_refuses_what_cannot_work() -> None:
+def test_gptq_unusable_gram_is_refused() -> None:
     weight, gram = make_layer(8, 24, tokens=100)
     scale, zero_point, _ = fit_grid(weight, Grid(4))
     indefinite = 9 * torch.ones(24, 24, dtype=torch.float64) - 8 * torch.eye(24)
@@ -118,7 +118,7 @@ def test_refuses_what_cannot_work() -> None:
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, 0.432), (3, 1.969), (2, 9.659)])
-def test_layer_error(bits: int, expected: float) -> None:
+def test_gptq_layer_error_matches_measured(bits: int, expected: float) -> None:
     """Error in % on the 576 x 576 layer, per channel, as measured with a plain float64 implementation (spec 10.2)."""
     weight, gram = make_layer(576, 576)
     scale, zero_point, _ = fit_grid(weight, Grid(bits, scale_dtype=torch.float32))

@@ -1,25 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seals bind a file to its run and to its place there; locks; entries that are no files."""
+"""The run directory: its records, its blocks, and files that belong to another run."""
 
-import errno
-import fcntl
-import os
+import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from omniq.cli import main
 from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from omniq.storage.claim import identity, read_fingerprint
-from omniq.storage.lock import lock
 from omniq.storage.ownership import check_entries
 from omniq.storage.run_dir import RunDir
-from omniq.storage.sealed import Owner, load_state, save_state
 from tests.helpers.runs import QUICK, SMALL, outcome, write_run
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+
+
+def test_write_json_nonfinite_numbers_become_null(tmp_path: Path) -> None:
+    with RunDir(tmp_path) as run:
+        run.write_json("summary.json", {"perplexity": {"rtn": math.inf}, "blocks": [{"loss": math.nan}, {"loss": 0.5}]})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert found == {"perplexity": {"rtn": None}, "blocks": [{"loss": None}, {"loss": 0.5}]}
+
+
+def test_finished_ignores_copies_beside_blocks(tmp_path: Path) -> None:
+    for name in ("000.safetensors", "1000.safetensors", "000 (copy).safetensors"):
+        (tmp_path / "blocks").mkdir(exist_ok=True)
+        (tmp_path / "blocks" / name).touch()
+    assert RunDir(tmp_path).finished() == [0, 1000]
+
+
+def test_run_dir_keeps_streams_and_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with RunDir(tmp_path / "run") as folder:
+        streams = (torch.randn(2, 4, 8).bfloat16(), torch.randn(2, 4, 8).bfloat16())
+        assert folder.load_streams(torch.clone) is None
+        folder.save_streams(3, *streams)
+        found = folder.load_streams(torch.clone)
+        assert found is not None
+        assert found[0] == 3
+        assert equal(found[1], streams[0])
+        assert equal(found[2], streams[1])
+        folder.save_record("x.json", {"a": 0.1, "b": None})
+        assert folder.load_record("x.json") == {"a": 0.1, "b": None}
+        for damage in ('{"a": 0.2, "b": null', '{"a": 0.2, "b": null}', "[]", "1"):
+            (tmp_path / "run/x.json").write_text(damage)
+            assert folder.load_record("x.json") is None
+            assert not (tmp_path / "run/x.json").exists()
+            assert "x.json: the checksum does not match its content; removed" in caplog.messages[-1]
 
 
 def result(seed: int = 0) -> BlockResult:
@@ -28,32 +67,6 @@ def result(seed: int = 0) -> BlockResult:
     scale, zero = grid.fit(*grid.range(weight))
     linear = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero), scale, zero)
     return BlockResult({"q": linear}, {"norm.weight": torch.ones(4)})
-
-
-def test_quantized_linear_stores_contiguous_tensors() -> None:
-    codes = torch.randint(0, 15, (32, 8), dtype=torch.uint8).t()
-    scale = torch.ones(2, 8, dtype=torch.float16).t()
-    linear = QuantizedLinear(Grid(4, 16), codes, scale, scale.to(torch.uint8))
-    assert all(part.is_contiguous() for part in (linear.codes, linear.scale, linear.zero_point))
-    assert torch.equal(linear.codes, codes)
-
-
-def test_block_result_stores_contiguous_tensors() -> None:
-    assert BlockResult({}, {"x": torch.randn(4, 3).t()}).tensors["x"].is_contiguous()
-
-
-@pytest.mark.parametrize(("found", "strict", "accepted"), [("a", True, True), ("b", False, False), ("", False, True)])
-def test_owner_accepts_its_own_files_and_old_ones(found: str, strict: bool, accepted: bool) -> None:
-    assert Owner("a", strict).accepts(found) == accepted
-    assert not Owner("a", strict=True).accepts("")
-
-
-def test_state_of_another_place_is_refused(tmp_path: Path) -> None:
-    save_state(tmp_path / "state", {"x": 1}, Owner("run/current/000.0.block", strict=True))
-    assert load_state(tmp_path / "state", owner=Owner("run/current/000.0.block", strict=True)) == {"x": 1}
-    for name in ("run/current/001.0.block", "other/current/000.0.block"):
-        with pytest.raises(CorruptFile, match="state: the checksum does not match its content, its run"):
-            load_state(tmp_path / "state", owner=Owner(name, strict=True))
 
 
 def test_run_dir_refuses_blocks_of_another_index_or_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,7 +78,7 @@ def test_run_dir_refuses_blocks_of_another_index_or_run(tmp_path: Path, caplog: 
     shutil.copy(tmp_path / "a/blocks/000.safetensors", tmp_path / "a/blocks/001.safetensors")
     shutil.copy(tmp_path / "b/blocks/000.safetensors", tmp_path / "a/blocks/000.safetensors")
     with RunDir(tmp_path / "a") as run:
-        with pytest.raises(CorruptFile, match="000.safetensors: the file belongs to another run or to another place"):
+        with pytest.raises(CorruptFile, match="000.safetensors: the file belongs to another run or to another path"):
             run.read_block(0)
         assert run.load_block(0) is run.load_block(1) is None
     assert "001.safetensors: the file belongs to another run" in caplog.text
@@ -82,7 +95,7 @@ def test_run_dir_refuses_streams_of_another_run(tmp_path: Path) -> None:
         assert run.load_streams(torch.clone) is None
 
 
-def test_run_of_an_earlier_version_reads_files_without_owner(tmp_path: Path) -> None:
+def test_run_dir_of_earlier_version_reads_files_without_owner(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     (tmp_path / "run/fingerprint.json").write_text('{"seed": 1}')
@@ -93,14 +106,14 @@ def test_run_of_an_earlier_version_reads_files_without_owner(tmp_path: Path) -> 
     assert identity(tmp_path / "run")[1] is False
 
 
-def test_fingerprint_read_back_has_the_settings_only(tmp_path: Path) -> None:
+def test_read_fingerprint_has_settings_only(tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     assert read_fingerprint(tmp_path / "run") == {"seed": 1}
     assert identity(tmp_path / "run")[1] is True
 
 
-def test_swapped_blocks_are_calibrated_again(tmp_path: Path) -> None:
+def test_run_with_swapped_blocks_calibrates_again(tmp_path: Path) -> None:
     command = write_run(tmp_path, model=SMALL)
     assert main(command) == 0
     run = tmp_path / "run"
@@ -111,34 +124,6 @@ def test_swapped_blocks_are_calibrated_again(tmp_path: Path) -> None:
     c.rename(b)
     assert main(command) == 0
     assert outcome(run) == before
-
-
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_lock_missing_on_the_filesystem_is_a_warning(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(getattr(errno, code), "nothing like that here")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    os.close(lock(tmp_path / "lock"))
-    assert "this filesystem has no file locks (nothing like that here)" in caplog.text
-
-
-def test_lock_held_by_another_process_is_refused(tmp_path: Path) -> None:
-    handle = lock(tmp_path / "lock")
-    with pytest.raises(UserError, match="is in use by another omniq process"):
-        lock(tmp_path / "lock")
-    os.close(handle)
-
-
-def test_lock_refused_for_another_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(errno.EIO, "input/output error")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="cannot be locked: input/output error; choose another folder"):
-        lock(tmp_path / "lock")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +138,7 @@ def test_lock_refused_for_another_reason_says_so(tmp_path: Path, monkeypatch: py
         ("perplexity.json", "a link"),
     ],
 )
-def test_folder_or_link_in_the_place_of_a_file_is_refused(
+def test_run_with_folder_or_link_for_file_is_refused(
     name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = write_run(tmp_path, model=SMALL, **QUICK)
@@ -168,12 +153,12 @@ def test_folder_or_link_in_the_place_of_a_file_is_refused(
     capsys.readouterr()
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert f"{entry} is {kind.replace('dangling ', '')}, and the run keeps a file there: move it away" in said
+    assert f"{entry} is {kind.replace('dangling ', '')}, but the run keeps a file there: move it away" in said
     assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["blocks", "current", "tensorboard"])
-def test_link_in_the_place_of_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_run_dir_with_link_for_folder_is_refused(name: str, tmp_path: Path) -> None:
     with RunDir(tmp_path / "run") as run:
         run.claim({"seed": 1}, "")
     (tmp_path / "mine").mkdir()
@@ -182,7 +167,7 @@ def test_link_in_the_place_of_a_folder_is_refused(name: str, tmp_path: Path) -> 
     if entry.exists():
         entry.rmdir()
     entry.symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=f"{name} is a link, and the run keeps a folder there: move it away"):
+    with pytest.raises(UserError, match=f"{name} is a link, but the run keeps a folder there: move it away"):
         check_entries(tmp_path / "run")
     with pytest.raises(UserError, match="is a link"), RunDir(tmp_path / "run"):
         pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of text and the windows cut out of them. Run with ``pytest tests/data/test_data.py``."""
+"""Sources of text: the documentation of Python, local files and the Hub."""
 
 import hashlib
 import json
@@ -9,46 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
-from tokenizers.processors import TemplateProcessing
 
-from omniq.data import Calibration, Evaluation, HubText, LocalText, Stdlib, TextSource, digest
+from omniq.data import HubText, LocalText, Stdlib
 from omniq.data import text as text_module
 from omniq.errors import UserError
-from tests.helpers.tiny import tiny_tokenizer
-
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
-
-
-@dataclass(frozen=True)
-class Words(TextSource):
-    """Text of a known number of bytes, which are tokens to the tiny tokenizer."""
-
-    content: str
-
-    def documents(self) -> list[str]:
-        return [self.content]
-
-    def describe(self) -> str:
-        return "words"
-
-
-class Numbers:
-    """A tokenizer whose n-th token is n."""
-
-    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-        return {"input_ids": list(range(len(text)))}
-
 
 # --- the standard library's documentation
 
@@ -77,7 +46,7 @@ def test_stdlib_holds_out_a_fifth_that_calibration_never_quotes():
     assert all(len(part) < text_module.SHARED_PARAGRAPH for part in repeated)
 
 
-def test_stdlib_is_the_same_in_another_process_and_in_order():
+def test_stdlib_in_another_process_has_same_text():
     command = (
         "from omniq.data import Stdlib; import hashlib; print(hashlib.sha256(Stdlib().text().encode()).hexdigest())"
     )
@@ -90,13 +59,13 @@ def test_stdlib_is_the_same_in_another_process_and_in_order():
 # --- files
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_local_text_plain_file_is_one_document(tmp_path):
     file = tmp_path / "a.md"
     file.write_bytes("\ufeffone\r\n\r\ntwo é".encode())
     assert LocalText(str(file)).documents() == ["one\n\ntwo é"]  # no byte order mark, one kind of line end
 
 
-def test_rows_are_documents_and_are_joined_by_a_blank_line(tmp_path):
+def test_local_text_rows_are_documents_joined_by_blank_line(tmp_path):
     rows = [{"text": "a", "other": 1}, {"text": "b", "other": "x"}, {"text": "c", "other": [1]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -108,7 +77,7 @@ def test_rows_are_documents_and_are_joined_by_a_blank_line(tmp_path):
         assert LocalText(str(tmp_path / name), separator=" ", max_documents=2).text() == "a b"
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
+def test_local_text_edit_with_same_size_and_time_is_seen(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "old"}\n')
     stamp = file.stat().st_mtime_ns
@@ -120,7 +89,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
     assert LocalText(str(file)).describe() != before
 
 
-def test_descriptions_hold_no_path_of_the_machine(tmp_path):
+def test_text_source_description_has_no_machine_path(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("text")
     assert LocalText(str(file)).describe() == "a.txt (SHA-256 982d9e3eb996f559)"
@@ -162,7 +131,7 @@ def write(folder: Path, name: str, content: bytes) -> str:
         ("a.parquet", b"PAR1 no", r"LocalText\.path: '.*a\.parquet' cannot be read as parquet: "),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, capfd, name, content, message):
+def test_local_text_bad_file_is_refused_in_one_line(tmp_path, capfd, name, content, message):
     path = write(tmp_path, name, content)
     with pytest.raises(UserError, match=message) as refused:
         LocalText(path).documents()
@@ -170,14 +139,14 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capfd, name, content, messa
     assert not capfd.readouterr().err  # datasets' own log would say it twice
 
 
-def test_missing_files_and_folders_are_refused(tmp_path):
+def test_local_text_missing_file_or_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"LocalText\.path: '/no/a\.txt' does not exist; give a file of text \(\.txt, "):
         LocalText("/no/a.txt").documents()
     with pytest.raises(UserError, match=r"LocalText\.path: '.*' is a folder, not a file; give a file of text"):
         LocalText(str(tmp_path)).documents()
 
 
-def test_parquet_names_its_fields_and_may_be_empty(tmp_path):
+def test_local_text_parquet_without_field_or_text_is_refused(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has no field 'text'; set it to one of 'body', 'id'"):
         LocalText(str(tmp_path / "a.parquet")).documents()
@@ -191,7 +160,7 @@ def test_parquet_names_its_fields_and_may_be_empty(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """As if HF_HUB_OFFLINE=1 had been set before Python started."""
+    """The state after ``HF_HUB_OFFLINE=1`` was set before Python started."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -202,8 +171,8 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_offline_is_refused_at_once(offline, streaming, monkeypatch):
-    """Without a try, and without the waiting between tries."""
+def test_hub_text_offline_is_refused_at_once(offline, streaming, monkeypatch):
+    """No connection is tried, so there is no wait between retries."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("something was waited for"))
     source = HubText("Salesforce/no-such-text", "wikitext-2-raw-v1", streaming=streaming)
@@ -213,7 +182,7 @@ def test_hub_offline_is_refused_at_once(offline, streaming, monkeypatch):
         source.documents()
 
 
-def test_hub_unreachable_names_the_way_out(monkeypatch, caplog):
+def test_hub_text_unreachable_hub_is_refused_with_remedy(monkeypatch, caplog):
     import datasets
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -232,7 +201,7 @@ def test_hub_unreachable_names_the_way_out(monkeypatch, caplog):
     assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
 
 
-def test_hub_layout_in_a_folder(tmp_path, offline):
+def test_hub_text_of_local_folder_reads_documents(tmp_path, offline):
     pq.write_table(pa.table({"text": ["", "a", "b"]}), tmp_path / "train.parquet")
     folder = str(tmp_path)
     assert HubText(folder, streaming=True).documents() == ["", "a", "b"]
@@ -244,143 +213,3 @@ def test_hub_layout_in_a_folder(tmp_path, offline):
         HubText(folder, split="mine", streaming=True).documents()
     with pytest.raises(UserError, match=r"holds no text in split 'train'; name another split"):
         HubText(folder, max_documents=1, streaming=True).documents()
-
-
-# --- windows
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    length=st.integers(2, 20),
-    samples=st.integers(1, 30),
-    held_out=st.integers(0, 5),
-    spare=st.integers(0, 50),
-    seed=st.integers(0, 2**31),
-)
-def test_calibration_windows(length, samples, held_out, spare, seed):
-    total = (1 + held_out) * length + spare
-    data = Calibration(Words("x" * total), samples, length, held_out)
-    drawn, again = data.windows(Numbers(), seed), data.windows(Numbers(), seed)
-    assert drawn.calibration.shape == (samples, length)
-    assert drawn.held_out.shape == (held_out, length)
-    assert drawn.calibration.dtype == drawn.held_out.dtype == torch.int64
-    assert digest(drawn.calibration) == digest(again.calibration)
-    # tokens are their own positions: windows are contiguous, and calibration ends before the held-out part starts
-    assert (drawn.calibration.diff(dim=1) == 1).all()
-    assert drawn.calibration.min() >= 0
-    assert drawn.calibration.max() < total - held_out * length
-    assert drawn.held_out.flatten().tolist() == list(range(total - held_out * length, total))
-
-
-def test_calibration_offsets_are_uniform_and_reach_both_ends():
-    drawn = Calibration(Words("x" * 14), samples=4000, length=5).windows(Numbers(), 0).calibration[:, 0]
-    counts = np.bincount(drawn.numpy(), minlength=10)
-    assert len(counts) == 10
-    assert abs(counts - 400).max() < 80  # four standard deviations; measured 32
-
-
-def test_calibration_seed_is_the_run_s_unless_given():
-    source = Words("x" * 1000)
-    run = Calibration(source, 8, 10).windows(Numbers(), 3)
-    assert torch.equal(run.calibration, Calibration(source, 8, 10, seed=3).windows(Numbers(), 9).calibration)
-    assert not torch.equal(run.calibration, Calibration(source, 8, 10).windows(Numbers(), 4).calibration)
-
-
-@settings(max_examples=30, deadline=None)
-@given(length=st.integers(2, 20), total=st.integers(20, 200), most=st.none() | st.integers(1, 6))
-def test_evaluation_windows(length, total, most):
-    windows = Evaluation(Words("x" * total), length, most).sequences(Numbers())
-    count = min(total // length, most or total)
-    assert windows.shape == (count, length)
-    assert windows.flatten().tolist() == list(range(count * length))
-
-
-def test_text_is_tokenized_once_with_the_tokenizer_s_own_start():
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    source = Words("abc" * 20)
-    windows = Evaluation(source, 10).sequences(tokenizer)
-    assert windows[0, 0] == 256
-    assert (windows == 256).sum() == 1  # at the very start only
-    assert not (Evaluation(source, 10, add_special_tokens=False).sequences(tokenizer) == 256).any()
-
-
-def test_long_text_gives_no_warning(caplog, capfd):
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 16
-    logging.getLogger("transformers").propagate = True
-    Evaluation(Words("a" * 100), 10).sequences(tokenizer)
-    assert not caplog.records
-    assert not capfd.readouterr().err
-
-
-def test_too_short_text_says_what_is_needed_and_found():
-    with pytest.raises(
-        UserError, match=r"data\.source: the text is too short: one window needs 2048 tokens, found 5; give more text"
-    ):
-        Calibration(Words("hello")).windows(tiny_tokenizer(), 0)
-    with pytest.raises(UserError, match=r"one window of 4 and 2 held out needs 12 tokens, found 11; .* data\.held_out"):
-        Calibration(Words("hello world"), length=4, held_out=2).windows(tiny_tokenizer(), 0)
-    with pytest.raises(UserError, match=r"evaluation\.source: .*one window needs 20 tokens, found 11; .*\.length"):
-        Evaluation(Words("hello world"), 20).sequences(tiny_tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda source: Calibration(source, samples=0), r"data\.samples: 0 is too few; give 1 or more"),
-        (lambda source: Calibration(source, length=1), r"data\.length: 1 is too few; give 2 or more"),
-        (lambda source: Calibration(source, held_out=-1), r"data\.held_out: -1 is too few; give 0 or more"),
-        (lambda source: Evaluation(source, length=0), r"evaluation\.length: 0 is too few; give 2 or more"),
-        (lambda source: Evaluation(source, max_windows=0), r"evaluation\.max_windows: 0 is too few; give 1 or more"),
-        (lambda _: LocalText("x.jsonl", max_documents=0), r"LocalText\.max_documents: 0 is too few; give 1 or more"),
-        (lambda _: HubText("x/y", max_documents=-1), r"HubText\.max_documents: -1 is too few; give 1 or more"),
-    ],
-)
-def test_bad_sizes_are_refused_when_made(make, message):
-    with pytest.raises(UserError, match=message):
-        make(Words("x"))
-
-
-def test_digest_tells_values_and_shapes_apart():
-    tokens = torch.arange(12).view(3, 4)
-    assert digest(tokens) == digest(tokens.t().contiguous().t()) == digest(tokens.to(torch.int32))
-    assert len({digest(tokens), digest(tokens.view(4, 3)), digest(tokens + 1), digest(tokens.flatten())}) == 4
-
-
-def test_descriptions_say_how_windows_are_made():
-    source = Words("x")
-    assert Calibration(source, 8, 64).describe() == "8 random windows of 64 tokens from words"
-    assert Evaluation(source, 64).describe() == "all consecutive windows of 64 tokens of words"
-    assert Evaluation(source, 64, 3).describe() == "the first 3 consecutive windows of 64 tokens of words"
-
-
-# --- configuration fragments
-
-
-def sections(data: Calibration, evaluation: Evaluation) -> None:
-    """The two sections of a run that text belongs to."""
-
-
-def parse(*arguments: str) -> tuple[Calibration, Evaluation]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_function_arguments(sections, as_positional=False)
-    made = parser.instantiate(parser.parse_args([*arguments]))
-    return made.data, made.evaluation
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_fragment_parses_and_its_override_works(file):
-    head = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    override = next(line for line in head if "Override" in line).split("example: ")[1].split()
-    assert any(f"--config configs/data/{file.name}" in line for line in head)
-    plain, changed = parse("--config", str(file)), parse("--config", str(file), *override)
-    assert plain[1] == changed[1]
-    assert plain[0] != changed[0]
-
-
-def test_fragments_replace_each_other():
-    data, evaluation = parse("--config", str(CONFIGS / "local.yaml"), "--config", str(CONFIGS / "stdlib.yaml"))
-    assert data == Calibration(Stdlib(), held_out=4)
-    assert evaluation == Evaluation(Stdlib("held-out"))
