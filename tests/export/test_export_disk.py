@@ -137,7 +137,7 @@ def test_export_on_full_disk_is_refused_and_leaves_nothing(
         monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", rust)
     place = tmp_path / "place"
     with pytest.raises(
-        UserError, match=r"cannot write .*place/\.out\.partial.*: No space left on device.*; free space"
+        UserError, match=r"cannot write .*place/\.out\.partial.*: No space left on device.*: free space"
     ):
         export(source, results, place / "out")
     assert not list(place.iterdir())
@@ -160,7 +160,7 @@ def test_export_beyond_file_size_limit_is_refused_and_leaves_nothing(
 
 def test_export_to_unusable_place_is_refused_before_any_work(source: SourceModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file; choose another"):
+    with pytest.raises(UserError, match=r"cannot write .*file/out: .*/file is a file: choose another"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file" / "out", **GIVEN)
     with pytest.raises(UserError, match="it is not an omniq export"):
         export_checkpoint(source, killed_at([], 0), tmp_path / "file", **GIVEN)
