@@ -130,7 +130,11 @@ def make_partial(out: Path) -> Path:
     partial = partial_of(out)
     with writing(partial):
         partial.mkdir()
-        write_manifest(partial, None)
+        try:
+            write_manifest(partial, None)
+        except UserError:
+            partial.rmdir()
+            raise
     return partial
 
 

@@ -96,6 +96,39 @@ def test_run_keeps_files_of_user(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/notes").read_text() == (tmp_path / "run/sub/.other.partial").read_text() == "mine"
 
 
+def test_commands_leave_the_users_files_and_other_runs_alone(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exports into a run directory, runs inside another one, and strange files in ``blocks`` and ``current``."""
+    args = write_config(tmp_path / "run.yaml", configuration(folder, **QUICK, stages=[{"class_path": "RTN"}]))
+    run = tmp_path / "run"
+    assert main([*args, "--out", str(run)]) == 0
+    mine = [run / "current/notes.txt", run / "current/7.bak", run / "blocks/.mine.partial", run / "blocks/photo.jpg"]
+    for path in mine:
+        path.write_text("mine")
+    before = files(run)
+    for out in (run, run / "current", run / "blocks", run / "blocks/new", run / "tensorboard", run / "model/new"):
+        capfd.readouterr()
+        assert main(["export", "--run", str(run), "--out", str(out)]) == 2
+        assert f"export to {out}: it belongs to the run in {run}; choose a folder of its own" in capfd.readouterr().err
+        if out != run:
+            assert main([*args, "--out", str(out)]) == 2
+            assert f"out {out}: it belongs to the run in {run}" in capfd.readouterr().err
+    assert main(["export", "--run", str(run), "--out", "/"]) == 2
+    assert "it is the root of the file system; choose an empty or new folder" in capfd.readouterr().err
+    assert files(run) == before
+    assert main([*args, "--out", str(run)]) == 0
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+def test_run_out_beyond_the_limit_of_names_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    for out in ("a" * 300, "/".join(["b" * 200] * 30), "c\0"):
+        with pytest.raises(UserError, match=r"out .* cannot be written: .*; choose another folder") as refused:
+            check_writable(tmp_path / out)
+        assert "\n" not in str(refused.value)
+
+
 def test_check_writable_unusable_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"out .* cannot be written: {tmp_path / 'file'} is a file; choose"):
