@@ -33,7 +33,7 @@ class Eager:
 
     def __init__(self, task: BlockTask, settings: OmniQuant) -> None:
         self.module = OmniQuantModule(task, settings).to(task.device)
-        groups = self.module.learned()
+        groups = self.module.parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
         self.scaler = torch.amp.GradScaler(enabled=task.inputs.dtype == torch.float16)
 

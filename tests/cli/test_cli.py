@@ -93,7 +93,7 @@ def test_export_over_earlier_export_replaces_different_one_only(
     out.mkdir()
     assert f"writing{out}informatcompressed-tensorsverified" in export()
     said = export("--export.format", "omniq")
-    assert said.startswith(f"writing{out}informatomniq,intheplaceofanexportinformatcompressed-tensorsverified")
+    assert said.startswith(f"writing{out}informatomniq,replacinganexportinformatcompressed-tensorsverified")
     before = (out / "model.safetensors").stat().st_ino
     assert export("--export.format", "omniq").startswith("verified")
     assert (out / "model.safetensors").stat().st_ino == before

@@ -77,5 +77,5 @@ def test_pack_codes_that_would_be_lost_are_refused() -> None:
         pack(codes, 9)
     with pytest.raises(ValueError, match=r"expected a torch\.uint8 matrix, got torch\.int64"):
         pack(codes.long(), 4)
-    with pytest.raises(ValueError, match="33 codes of 4 bits take 5 words, not 1"):
+    with pytest.raises(ValueError, match="33 codes of 4 bits take 5 words, but the tensor has 1"):
         unpack(pack(codes, 4), 4, 33)

@@ -168,7 +168,7 @@ def test_verify_checkpoint_that_does_not_fit_runs_block_by_block(
     out = export(source, results, tmp_path / "out", format=format, scheme=scheme)
     report = verify(out, source, results, format=format, scheme=scheme, windows=WINDOWS, tolerance=0.0)
     assert re.fullmatch(
-        r"transformers needs \d\.\d GB of host memory to open it and 0\.0 are free", str(report.lacking)
+        r"transformers needs \d\.\d GB of host memory to open it, and 0\.0 GB are free", str(report.lacking)
     )
     assert (report.windows, report.relative_error) == (2, 0.0)
     expected = evaluate_model(open_checkpoint(out), WINDOWS).perplexity

@@ -82,7 +82,7 @@ def test_finish_checkpoint_that_does_not_fit_is_verified_block_by_block(
     monkeypatch.setattr(folder_reader, "free_host_memory", lambda: 1000)
     args = write_run(tmp_path, scheme={"name": scheme}, stages=RTN)
     assert main([*args, "--export.prompt", "Once upon"]) == 0
-    output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it and 0\.0 are free"
+    output, lacking = said(capsys), r"transformers needs 0\.0 GB of host memory to open it, and 0\.0 GB are free"
     assert re.search(rf"logits block by block within 0\.0e\+00 of omniq's \({lacking}\)", output)
     assert ("by omniq's own evaluation" in output) == (scheme == "W8A8")
     assert re.search(f"the checkpoint does not complete the prompt: {lacking}", output)
