@@ -103,7 +103,8 @@ def prepare(run: Run, settings: str) -> Plan:
     windows = run.data.windows(tokenizer, run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
-    check_divisible(len(windows.calibration), len(windows.held_out))
+    # through the first process: the others may still be setting up the group when it ends with an error
+    collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device

@@ -87,7 +87,7 @@ def outcome(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted((run / "blocks").iterdir()):
         if path.suffix != ".safetensors":
-            found[path.name] = path.read_text()
+            found[path.name] = path.read_text(errors="replace")
             continue
         result = BlockResult.load(path)
         tensors = {name: vars(linear) for name, linear in result.linears.items()} | dict(result.tensors)
