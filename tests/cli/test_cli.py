@@ -98,7 +98,7 @@ def test_export_over_earlier_export_replaces_different_one_only(
     assert export("--export.format", "omniq").startswith("verified")
     assert (out / "model.safetensors").stat().st_ino == before
     said = export("--export.format", "omniq", "--export.verify", "false", run=tmp_path / "other")
-    assert said == f"writing{out}informatomniq,intheplaceofanexportinformatomniq"
+    assert said == f"writing{out}informatomniq,replacinganexportinformatomniq"
     assert (out / "model.safetensors").stat().st_ino != before
     assert not caplog.text
     assert "writing" in export("--export.format", "omniq")
