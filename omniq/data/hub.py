@@ -112,7 +112,7 @@ def _depth(line: bytes) -> int:
 
 
 def _reason(error: Exception, cache: Path) -> str:
-    """What went wrong, and the remedy."""
+    """The reason of the failure, and the remedy."""
     said = one_line(error)
     if said.startswith("Dataset scripts are no longer supported"):
         return (

@@ -66,7 +66,7 @@ READERS: dict[str, tuple[str, Callable[[Path, str], Iterator[dict[str, Any]]]]] 
     ".jsonl": ("json", json_rows),
     ".parquet": ("parquet", parquet_rows),
 }
-"""What a local file holds and its reader, by the extension."""
+"""The content of a local file and its reader, by file extension."""
 
 
 def field_of(rows: Iterable[dict[str, Any]], field: str, limit: int | None, path: str) -> list[str]:

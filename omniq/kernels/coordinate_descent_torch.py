@@ -36,7 +36,7 @@ def round_block(
 
 
 def take_steps(problem: Problem, residual: Tensor, steps: Tensor, columns: slice, gain: Tensor) -> None:
-    """What follows the product of a relaxed block: ``D_b += E``, and ``-S_jj e_j^2`` is added to the gains.
+    """Finish a relaxed block after its product: ``D_b += E``, and ``-S_jj e_j^2`` is added to the gains.
 
     Args:
         problem: the layer.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layer-wise stages share: sums of Gram matrices, refused inputs, warnings and logged errors."""
+"""Shared parts of the layer-wise stages: sums of Gram matrices, refused inputs, warnings and logged errors."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -48,7 +48,7 @@ REFERENCES: dict[type[Statistic], Callable[[Tensor], Tensor]] = {
 
 
 def reference_inputs(task: BlockTask) -> dict[str, Tensor]:
-    """What the first linear of each group reads, ``[tokens, i]`` in float64."""
+    """The input of the first linear of each group, ``[tokens, i]`` in float64."""
     block = task.block
     assert isinstance(block, RoutedBlock)
     hidden = task.inputs.double().flatten(0, 1)

@@ -173,10 +173,6 @@ class ShardReader:
                 total += (self._folder / name).stat().st_size - 8 - int.from_bytes(file.read(8), "little")
         return total
 
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with ``prefix``."""
-        return {name: self[name] for name in self._file_of if name.startswith(prefix)}
-
     def _file(self, name: str) -> Any:
         if name not in self._files:
             try:
