@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from omniq.calibration.stage import Part, Stage, check_stages
+from omniq.calibration.stage import ModelStage, Part, Stage, check_stages
 from omniq.data import Calibration, Evaluation
 from omniq.errors import UserError
 from omniq.grid.scheme import Scheme
@@ -153,9 +153,19 @@ class Run:
         self.out = expand_home(self.out)  # the shell does not expand ~ in --out=~/run, and YAML never does
 
     @property
+    def block_stages(self) -> list[Stage]:
+        """The stages that every block passes through."""
+        return [stage for stage in self.stages if not isinstance(stage, ModelStage)]
+
+    @property
+    def model_stages(self) -> dict[int, ModelStage]:
+        """The stages that run once over the finished model, by position in the list of stages."""
+        return {number: stage for number, stage in enumerate(self.stages) if isinstance(stage, ModelStage)}
+
+    @property
     def stored_beside_codes(self) -> frozenset[Part]:
-        """The parts of the last stage's result that not every export format can store: outliers and scale codes."""
-        return self.stages[-1].leaves & {"outliers", "scale codes"}
+        """The parts of a finished block that not every export format can store: outliers and scale codes."""
+        return self.block_stages[-1].leaves & {"outliers", "scale codes"}
 
     def check(self) -> None:
         """Refuse settings that cannot work, before anything is loaded.
@@ -167,6 +177,9 @@ class Run:
             raise UserError("stages is empty: give at least one stage, such as omniq.stages.OmniQuant")
         check_stages(self.stages)
         self.check_values()
+        if self.model_stages and not self.data.held_out:
+            name = type(next(iter(self.model_stages.values()))).__name__
+            raise UserError(f"data.held_out 0: {name} is judged on held-out windows: give 4 or more, such as 8")
 
     def check_values(self) -> None:
         """Refuse numbers out of range. This check needs neither stages nor Trainer.

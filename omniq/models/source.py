@@ -211,7 +211,7 @@ class SourceModel:
         return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
+        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``, differentiable: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """

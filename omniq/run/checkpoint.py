@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from omniq.config.run import Export
+from omniq.config.run import Export, Run
 from omniq.errors import CorruptFile, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.variants import in_export_dtype, quantized_variant
@@ -68,7 +68,7 @@ def write_checkpoint(
     folder: RunDir,
     out: Path,
     export: Export,
-    scheme: Scheme,
+    run: Run,
     facts: dict[str, Any],
     console: Console,
     window: Tensor | None = None,
@@ -83,7 +83,7 @@ def write_checkpoint(
         window: one evaluation sequence, int64 ``[1, t]``. If activations are quantized, its perplexity is compared.
             The default is a fixed sentence.
     """
-    read, size = block_reader(folder), int(export.max_shard_size * 1e9)
+    read, scheme, size = block_reader(folder, run), run.scheme, int(export.max_shard_size * 1e9)
     chosen = find_format(export.format)
     if window is None or not scheme.activations.quantized:
         window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
@@ -156,10 +156,6 @@ def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str
     return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 
 
-def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
-    """Make a function that reads a finished block by its index."""
-
-    def read(index: int) -> BlockResult:
-        return folder.read_block(index)
-
-    return read
+def block_reader(folder: RunDir, run: Run) -> Callable[[int], BlockResult]:
+    """Make a function that reads a finished block by its index, with what the stages of the whole model changed."""
+    return lambda index: folder.final_block(index, run.model_stages)

@@ -33,6 +33,7 @@ from omniq.run.checks import check_storable
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import FitContext, check_finite_result, fit_stage
+from omniq.run.fit_model import fit_model_stage
 from omniq.run.plan import Plan, prepare
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
@@ -61,19 +62,26 @@ def quantize(run: Run, settings: str) -> Path:
         with Display(plan.source.num_blocks, plain_console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
-            calibrate(plan, folder, display)
+            streams = calibrate(plan, folder, display)
+            for number in run.model_stages:
+                fit_model_stage(plan, folder, display, number, streams)
+            del streams
         collectives.finish_on_rank0(lambda: finish(plan, folder, display.console))
     return run.out
 
 
-def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
-    """Finish every block that is not finished yet."""
+def calibrate(plan: Plan, folder: RunDir, display: Display) -> Streams | None:
+    """Finish every block that is not finished yet.
+
+    Returns:
+        The streams after the last block; None if all blocks were finished before.
+    """
     blocks = range(plan.source.num_blocks)
     finished = collectives.broadcast_from_rank0(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
         for index in blocks:
             _show(display, index, folder.read_block(index))
-        return
+        return None
     folder.clear_current(keep=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
@@ -83,6 +91,7 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         del block, result  # NOTE: otherwise three blocks are in memory while the next one is read
         _keep_streams(plan, folder, streams)
     folder.flush()
+    return streams
 
 
 def pass_block(
@@ -157,7 +166,7 @@ def run_stages(
         compile=plan.run.compile,
     )
     losses = None
-    for number, stage in enumerate(plan.run.stages):
+    for number, stage in enumerate(plan.run.block_stages):
         losses = fit_stage(task, stage, FitContext(plan.run, folder, display, number, clock))
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")

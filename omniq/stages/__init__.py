@@ -10,6 +10,7 @@ from omniq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from omniq.stages.awq import AWQ
+    from omniq.stages.end_to_end import EndToEnd
     from omniq.stages.gptq import GPTQ
     from omniq.stages.learned_rounding import LearnedRounding
     from omniq.stages.omniquant import OmniQuant
@@ -23,6 +24,7 @@ else:  # hidden from type checkers, for which a module-level __getattr__ defines
         __name__,
         {
             "AWQ": "omniq.stages.awq",
+            "EndToEnd": "omniq.stages.end_to_end",
             "GPTQ": "omniq.stages.gptq",
             "RTN": "omniq.stages.rtn",
             "LearnedRounding": "omniq.stages.learned_rounding",
@@ -38,6 +40,7 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "RTN",
+    "EndToEnd",
     "LearnedRounding",
     "OmniQuant",
     "OutlierSuppression",
