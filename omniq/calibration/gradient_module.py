@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all modules that learn by gradients: AdamW on a loss of inputs and targets, one step for each batch.
 
-In one process, the whole update (loss, backward, AdamW) is one CUDA graph on a GPU (``omniq.calibration.captured_step``).
-With several processes, Lightning averages the gradients.
+In one process, the whole update (loss, backward, AdamW) is one CUDA graph on a GPU
+(``omniq.calibration.captured_step``). With several processes, Lightning averages the gradients.
 """
 
 from abc import abstractmethod

@@ -85,8 +85,10 @@ class ResidentModel:
         with task.precision():
             for index in range(task.samples, len(task.inputs)):
                 sample = slice(index, index + 1)
-                pair = (gather_samples(stream, sample, task.device) for stream in (task.inputs, task.targets))
-                total += self.loss(*pair, changes).double()
+                hidden, targets = (
+                    gather_samples(stream, sample, task.device) for stream in (task.inputs, task.targets)
+                )
+                total += self.loss(hidden, targets, changes).double()
         return collectives.all_reduce_sum(total) / (task.held_out * collectives.world_size())
 
 
