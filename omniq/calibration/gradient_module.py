@@ -108,7 +108,7 @@ class GradientModule(PassModule[AnyTask]):
         options: dict[str, Any] = {}
         if self.task.device.type == "cuda":  # a CUDA graph requires that no value of the update is on the host
             options = {"fused": True, "capturable": True}
-            groups = [{**group, "lr": torch.tensor(group["lr"], device=self.task.device)} for group in groups]
+            groups = [{**group, "lr": torch.tensor(float(group["lr"]), device=self.task.device)} for group in groups]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **options)
         if self.schedule == "constant":
             return optimizer
