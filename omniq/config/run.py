@@ -166,14 +166,6 @@ class Run:
         if not self.stages:
             raise UserError("stages is empty: give at least one stage, such as omniq.stages.OmniQuant")
         check_stages(self.stages)
-        self.check_values()
-
-    def check_values(self) -> None:
-        """Refuse numbers out of range. This check needs neither stages nor Trainer.
-
-        Raises:
-            UserError: names the field, the value and the remedy.
-        """
         for name, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
             if seed is not None and not 0 <= seed < _SEEDS:
                 raise UserError(f"{name} {seed} is out of range: give a number from 0 to {_SEEDS - 1}")

@@ -33,11 +33,9 @@ class Equivalence(ABC):
 
     Attributes:
         kind: the name of the kind in YAML.
-        measured: True if a scale follows from the sizes of activations and weights, as in SmoothQuant and AWQ.
     """
 
     kind: ClassVar[str]
-    measured: ClassVar[bool] = True
 
     @property
     def shift(self) -> bool:

@@ -22,7 +22,7 @@ from omniq.grid.affine import Grid
 from omniq.run.checks import check_callbacks
 from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.let import LET
 from tests.helpers.outlier_task import outlier_task

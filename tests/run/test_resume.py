@@ -223,7 +223,8 @@ def test_run_interrupted_from_keyboard_continues(reference: Reference, tmp_path:
     """Ctrl-C in a fit prints one line and gives status 130; the run continues from there."""
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
     code = (
-        "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
+        "import os, signal, sys; from omniq import cli\n"
+        "from omniq.stages.modules.omniquant import OmniQuantModule as M\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "M.training_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(cli.main(sys.argv[1:]))"
