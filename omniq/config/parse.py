@@ -105,6 +105,8 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         ArgumentError: an option or key is not accepted.
         UserError: a value cannot be used, or a class path is not allowed.
     """
+    for name in stages.__all__:  # import all stages, so that a class name alone is a valid class path
+        getattr(stages, name)
     content, options = apply_stage_options(*without_earlier_settings(content, options))
     prints = any(re.match(rf"--(print_config|({'|'.join(HEAVY)})[\w.]*\.help)\b", option) for option in options)
     run = None if prints else _light_run(content, options)
@@ -132,8 +134,6 @@ def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
         ArgumentError: an option or key is not accepted.
         UserError: a value cannot be used.
     """
-    for name in stages.__all__:  # import all stages, so that a class name alone is a valid class path
-        getattr(stages, name)
     light = {key: "given" if key in HEAVY else value for key, value in content.items()}
     for name in HEAVY:
         if name in content and content[name] is None:
