@@ -2,7 +2,7 @@
 """Clipping: the range of the weights that the grid covers.
 
 ``MinMax`` and ``Searched`` compute a range once. ``LWC`` learns a range by gradient, starting from either: OmniQuant
-(arXiv 2308.13137, section 3.2, learnable weight clipping) shrinks the extremes of each group by learned factors,
+(arXiv 2308.13137, learnable weight clipping) shrinks the extremes of each group by learned factors,
 
     hi = sigmoid(upper) * max(w),   lo = sigmoid(lower) * min(w),   s = (hi - lo) / L,   z = round(-lo / s)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AWQ (arXiv 2306.00978): scale up weights of inputs with large activations, search the clipping, round to nearest.
 
-For linears ``W`` that read one input ``x``, with the scale folded into the module that makes this input (section 3.2,
-equations 4 and 5):
+For linears ``W`` that read one input ``x``, with the scale folded into the module that makes this input (equations 4
+and 5):
 
     s(alpha) = a^alpha / sqrt(max a^alpha * min a^alpha),   a_j = mean |x_j|
     alpha    = argmin over a grid of 0..1 of || Q(W diag(s)) diag(s)^-1 X - W X ||^2
@@ -33,8 +33,6 @@ of alpha includes both ends. Queries and keys are clipped, too. The search and t
 
 The search measures the effect of rounding weights, not of rounding activations. A scheme with activation bits is
 accepted, but its scales are not optimised for them; ``OutlierSuppression`` searches on quantized inputs.
-
-Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equivalence.
 """
 
 from collections.abc import Sequence

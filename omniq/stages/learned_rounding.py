@@ -3,8 +3,8 @@
 
 Layer-wise stages (GPTQ, QuantEase) see one linear at a time; clipping sees the whole block but rounds to nearest. This
 stage starts from their result and learns each code against the output of the block, as SignRound (arXiv 2309.05516),
-TesseraQ (arXiv 2410.19103) and the first phase of EfficientQAT (arXiv 2407.11062, section 3.2) do. With positions ``p``
-on the grid, scales ``s``, norm weights ``g`` and fixed zero points ``z``,
+TesseraQ (arXiv 2410.19103) and the first phase of EfficientQAT (arXiv 2407.11062) do. With positions ``p`` on the grid,
+scales ``s``, norm weights ``g`` and fixed zero points ``z``,
 
     codes = clamp(round(p), 0, 2^b - 1),   W^ = (codes - z) s exp(u),   g^ = g exp(v)
 
@@ -20,8 +20,6 @@ position at the end of the grid receives no gradient that points out of the grid
 Deviation from EfficientQAT: learning a scale does not change the codes. With ``rounding_lr`` 0, only scales and norms
 are tuned. Memory: for every weight of one block, float32 values of position, start, gradient and the two moments of
 AdamW, and a copy of position and moments as of the last good pass.
-
-Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
 """
 
 from collections.abc import Mapping, Sequence

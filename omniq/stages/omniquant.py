@@ -5,9 +5,10 @@ For a block ``F`` with weights ``W`` and inputs ``X`` (the quantized stream), eq
 
     minimise over clipping and transform   || F(W, X_fp) - F(Q(T(W); clipping), X) ||^2        (mean over all elements)
 
-1. ``T`` moves scales and shifts between norms, activations and weights (LET, section 3.3) without changing the
-   full-precision output of ``F``. Its initial values are fused into the block first.
-2. The clipping learns the range of each group of weights (LWC, section 3.2).
+1. ``T`` moves scales and shifts between norms, activations and weights without changing the full-precision output of
+   ``F`` (LET: ``omniq/transforms/let.py``; the equations of ``T``: ``omniq/transforms/equivalences/``). Its initial
+   values are fused into the block first.
+2. The clipping learns the range of each group of weights (LWC; its equation: ``omniq/quantizers/clipping.py``).
 3. Each batch is one AdamW step (``omniq.calibration.reconstruction``). Where the scheme has activation bits, the
    quantized block computes on quantized inputs, queries, keys and values, in training as in the exported model.
 4. After the last step, ``T`` is fused into the block and the weights are rounded.

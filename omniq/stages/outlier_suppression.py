@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outlier Suppression+ (arXiv 2304.09145): center channels by shifts, scale outliers down, then round to nearest.
 
-For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a threshold ``t`` (section 4):
+For the inputs ``X`` of linears ``W`` with channel ranges ``[lo_j, hi_j]`` and a threshold ``t``:
 
     d_j = (hi_j + lo_j) / 2                                          shift
     s_j = max(1, max|x_j - d_j| / t)                                 scale: changes only channels beyond t
@@ -18,8 +18,6 @@ summed.
 Deviations: shifts are used only where the stock module can store the resulting biases (in LLaMA from values to output),
 instead of a norm with its own bias. The objective is summed over all readers of an input, as published for q, k and v.
 
-Shapes: ``n`` samples, ``t`` tokens of a sample, ``i`` input features, ``o`` output features, ``c`` parameters of an
-equivalence.
 """
 
 from collections.abc import Sequence

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """QuantEase (arXiv 2309.01885): cyclic coordinate descent on the codes of each layer, without gradients.
 
-For the linears of one shared input, with Gram matrix S of that input (section 3 of the paper),
+For the linears of one shared input, with Gram matrix S of that input,
 
     minimise ||(W - W^) X||^2 = tr((W - W^) S (W - W^)^T)   with W^ on its grid
 
 one column after the other; each column is rounded to its best grid points given all other columns. The optimizer is
-``CoordinateDescent``: one ``step()`` is one sweep, and every third sweep does not round. The error of each linear is
-logged after every sweep as ``block/007/q_proj/recon_error``. It is the error of the current iterate, not of the best
-codes, which the optimizer keeps.
+``CoordinateDescent`` (``omniq/solvers/coordinate_descent.py``, with the equations of a sweep): one ``step()`` is one
+sweep, and every third sweep does not round. The error of each linear is logged after every sweep as
+``block/007/q_proj/recon_error``. It is the error of the current iterate, not of the best codes, which the optimizer
+keeps.
 
 The starting point and the grid are independent choices. The target is always the original weights, which the published
 ``gptq_quantease`` gets wrong. After another stage, QuantEase keeps the grid of that stage by default, which preserves
 learned clipping. After a stage that has chosen codes (GPTQ), it must continue from these codes (``start: previous``).
-Outliers (section 4) are kept beside the codes in float16, with one of two methods: the masked sweep leaves the chosen
+Outliers are kept beside the codes in float16, with one of two methods: the masked sweep leaves the chosen
 entries unrounded; Algorithm 3 chooses them again in each sweep.
 
 Deviations from the published code: a searched grid instead of min-max, a best iterate for each row, an early stop,

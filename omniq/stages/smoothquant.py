@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmoothQuant (arXiv 2211.10438): move part of the activations' range into the weights, then round to nearest.
 
-For every input channel ``j`` (section 4, equation 4):
+For every input channel ``j`` (equation 4):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),      x_j <- x_j / s_j,      W_j <- W_j s_j
 

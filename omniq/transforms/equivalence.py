@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Equivalence``: a change of a block's tensors by scales and shifts that leaves the output of the block unchanged.
 
-With a scale ``s = exp(theta)`` and a shift ``d`` for each channel (OmniQuant, arXiv 2308.13137, section 3.3), one
+With a scale ``s = exp(theta)`` and a shift ``d`` for each channel (OmniQuant, arXiv 2308.13137), one
 module divides its output, and other modules, the *readers*, compensate for it. Each kind of equivalence is one file in
 ``omniq.transforms.equivalences``. ``omniq.transforms.transform`` applies all equivalences of a block.
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``AWQModule``; the equations are in ``omniq.stages.awq``."""
+"""``AWQModule``; the equations are in ``omniq.stages.awq``.
+
+Shapes: ``o`` output features, ``i`` input features, ``c`` parameters of an equivalence.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property

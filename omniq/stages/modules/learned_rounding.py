@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``LearnedRoundingModule``; the equations are in ``omniq.stages.learned_rounding``."""
+"""``LearnedRoundingModule``; the equations are in ``omniq.stages.learned_rounding``.
+
+Shapes: ``o`` output features, ``i`` input features, ``G`` groups.
+"""
 
 from typing import Any
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``OutlierSuppressionModule``; the equations are in ``omniq.stages.outlier_suppression``."""
+"""``OutlierSuppressionModule``; the equations are in ``omniq.stages.outlier_suppression``.
+
+Shapes: ``n`` samples, ``t`` tokens of a sample, ``i`` input features, ``c`` parameters of an equivalence.
+"""
 
 import torch
 from torch import Tensor

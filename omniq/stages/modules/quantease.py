@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``QuantEaseModule``; the equations are in ``omniq.stages.quantease``."""
+"""``QuantEaseModule``; the equations are in ``omniq.stages.quantease``.
+
+Shapes: ``o`` output features, ``i`` input features.
+"""
 
 from typing import Any
 
