@@ -180,14 +180,6 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
     return steps.add_(problem.zero_point[group]).clamp_(0, problem.max_code)
 
 
-def codes_of(problem: Problem, residual: Tensor) -> Tensor:
-    """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
-    codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
-    for columns in problem.blocks(SLICE):
-        codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
-    return codes
-
-
 def empty_codes(problem: Problem) -> Tensor:
     """Zero codes, packed: uint8 ``[i, o]``, or ``[ceil(i / 2), o]`` up to 4 bit, the even column in the low half."""
     width, outputs = problem.target.shape
