@@ -46,7 +46,7 @@ from plain.step import Eager
 from omniq.blocks.activation_hooks import attach
 from omniq.calibration.captured_step import OptimizerStep
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import BlockLosses
+from omniq.callbacks.losses import BlockLosses
 from omniq.cli.quiet import quiet
 from omniq.grid.name import parse_scheme
 from omniq.grid.scheme import Activations, Scheme

@@ -46,7 +46,7 @@ from measuring.machine import Rates, name_of, seconds_of, write_json
 from plain.step import Eager
 
 from omniq.blocks.streams import Streams
-from omniq.callbacks import AtomicCheckpointIO
+from omniq.callbacks.checkpoint import AtomicCheckpointIO
 from omniq.cli.quiet import quiet
 from omniq.config.parse import parse_run
 from omniq.grid.scheme import Scheme
