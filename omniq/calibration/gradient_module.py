@@ -7,7 +7,7 @@ In one process, the whole update (loss, backward, AdamW) is one CUDA graph on a 
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -16,8 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from omniq.calibration.captured_step import Loss, OptimizerStep
 from omniq.calibration.pass_module import AnyTask, PassModule
-
-Schedule = Literal["constant", "cosine"]
+from omniq.calibration.settings import Schedule
 
 
 class GradientModule(PassModule[AnyTask]):

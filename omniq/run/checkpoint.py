@@ -75,13 +75,9 @@ def write_checkpoint(
 ) -> None:
     """Export a finished run, compare the checkpoint with the optimized model, and complete a prompt with it.
 
-    An existing export in ``out`` is kept if it is the export of this run. It is replaced if its format differs, if it
-    is damaged, or if it belongs to another run. If an export is kept, its files other than the weights are rewritten
-    where they differ.
-
-    Args:
-        window: one evaluation sequence, int64 ``[1, t]``. If activations are quantized, its perplexity is compared.
-            The default is a fixed sentence.
+    An export that is already in ``out`` is kept if it is the export of this run; its files beside the weights are
+    rewritten where they differ. An export in another format, of another run, or with damage is replaced. ``window`` is
+    one evaluation sequence, int64 ``[1, t]``, whose perplexity is compared if activations are quantized.
     """
     read, scheme, size = block_reader(folder, run), run.scheme, int(export.max_shard_size * 1e9)
     chosen = find_format(export.format)
@@ -94,15 +90,9 @@ def write_checkpoint(
         same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
         return describe(report) + same
 
-    earlier, report = None, None
-    try:
-        earlier = earlier_export(out)
-        if earlier == chosen.name and export.verify:
-            report = verify()
-    except (CorruptFile, VerificationError) as error:
-        log.warning("%s is not the checkpoint of this run (%s): replacing it", out, one_line(error))
-    own = out == folder.path / "model"  # in any other folder, only the codes identify the run
-    if report is None and (earlier != chosen.name or export.verify or not own):
+    earlier, report = _check_earlier(out, chosen.name, verify if export.verify else None)
+    elsewhere = out != folder.path / "model"  # where only the codes identify the run
+    if report is None and (earlier != chosen.name or export.verify or elsewhere):
         instead = f", replacing an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {chosen.name}{instead}")
         export_checkpoint(source, read, out, format=chosen.name, scheme=scheme, card=facts, max_shard_bytes=size)
@@ -114,6 +104,18 @@ def write_checkpoint(
         console.print(report)
     if export.prompt is not None:
         console.print(answer(opened, export.prompt))
+
+
+def _check_earlier(out: Path, name: str, verify: Callable[[], str] | None) -> tuple[str | None, str | None]:
+    """Return the format of the export in ``out``, and the report of its verification if it passes."""
+    earlier = None
+    try:
+        earlier = earlier_export(out)
+        if earlier == name and verify is not None:
+            return earlier, verify()
+    except (CorruptFile, VerificationError) as error:
+        log.warning("%s is not the checkpoint of this run (%s): replacing it", out, one_line(error))
+    return earlier, None
 
 
 def describe(report: Report) -> str:

@@ -85,7 +85,7 @@ class EndToEnd(ModelStage):
         return frozenset({"block", "grid", "codes", "norms", "outliers"})
 
     def module(self, task: "ModelTask") -> "PassModule[ModelTask]":
-        from omniq.calibration.end_to_end import EndToEndModule
+        from omniq.stages.modules.end_to_end import EndToEndModule
 
         return EndToEndModule(task, self)
 
