@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"omniq: {error}; run the quantize command again to compute it again", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
-        print(f"omniq: interrupted{CONTINUES if name == 'quantize' else ''}", file=sys.stderr)
+        print(f"omniq: interrupted{CONTINUES if name in ('quantize', 'tune') else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -93,6 +93,17 @@ def _parser_message(error: ArgumentError) -> str:
 def quantize(arguments: Arguments) -> None:
     """Quantize a model and write a checkpoint; the same command continues an interrupted run."""
     run, settings = run_of(compose(arguments.configs), arguments.options)
+    quiet_transformers()
+    from omniq.run import loop
+
+    loop.quantize(run, settings)
+
+
+def tune(arguments: Arguments) -> None:
+    """Improve finished blocks end to end and write a checkpoint; the same command continues an interrupted run."""
+    from omniq.cli.tune import run_to_tune
+
+    run, settings = run_to_tune(arguments)
     quiet_transformers()
     from omniq.run import loop
 
@@ -175,6 +186,7 @@ def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str,
 
 COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "quantize": (quantize, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
+    "tune": (tune, "improve the scales and norms of a finished run, or of a quantized checkpoint, end to end"),
     "evaluate": (_call(evaluate), "measure the perplexity of a model"),
     "export": (_call(export), "write another checkpoint of a finished run"),
     "report": (_call(report), "show the losses and perplexities of a run"),

@@ -98,8 +98,15 @@ def parse_run(
         raise UserError(" ".join(str(error).split())) from error
 
 
-def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run, str]:
+def run_of(
+    content: Mapping[str, Any], options: Sequence[str] = (), about: tuple[str, str, str] = _RUN
+) -> tuple[Run, str]:
     """Make a run of settings and command-line options; also return its resolved settings as YAML.
+
+    Args:
+        content: the merged settings of all files.
+        options: the command-line options.
+        about: name of the command, and the first and the last paragraph of its help.
 
     Raises:
         ArgumentError: an option or key is not accepted.
@@ -109,11 +116,11 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         getattr(stages, name)
     content, options = apply_stage_options(*without_earlier_settings(content, options))
     prints = any(re.match(rf"--(print_config|({'|'.join(HEAVY)})[\w.]*\.help)\b", option) for option in options)
-    run = None if prints else _light_run(content, options)
+    run = None if prints else _light_run(content, options, about)
     trainer = content.get("trainer")
     # Otherwise jsonargparse applies the defaults of Lightning's Trainer to another class.
     no_default = ["trainer"] if isinstance(trainer, str) or "class_path" in (trainer or {}) else []
-    parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *_RUN)
+    parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *about)
     from lightning import Trainer
     from lightning.pytorch.callbacks import Callback
 
@@ -127,7 +134,7 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
     return replace(run, **{name: objects[name] for name in HEAVY}), text
 
 
-def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
+def _light_run(content: Mapping[str, Any], options: Sequence[str], about: tuple[str, str, str]) -> Run:
     """Run the first pass: print help, and construct a run without its heavy sections.
 
     Raises:
@@ -147,7 +154,7 @@ def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
         elif not skipping or option.startswith("--"):
             remaining.append(option)
         skipping = section is not None and "=" not in option
-    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *_RUN)
+    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *about)
     objects = vars(instantiate(parser, config))
     run = Run(**{each.name: objects[each.name] for each in fields(Run)})
     run.check()

@@ -164,6 +164,7 @@ def run_stages(
         precision=plan.precision,
         activations=plan.run.scheme.activations,
         compile=plan.run.compile,
+        result=None if plan.origin is None else plan.origin.read(index),
     )
     losses = None
     for number, stage in enumerate(plan.run.block_stages):

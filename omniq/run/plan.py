@@ -24,6 +24,7 @@ from omniq.run.checks import check_callbacks, check_compiler, check_divisible, c
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
+from omniq.run.origin import Origin, open_origin
 from omniq.storage.ownership import check_writable
 
 
@@ -43,6 +44,7 @@ class Plan:
         block_arguments: for each block, the arguments of its forward besides the hidden states.
         fingerprint: settings and digests that must not change between start and resume.
         environment: versions and machine.
+        origin: finished blocks from which the run starts, or None.
     """
 
     run: Run
@@ -56,6 +58,7 @@ class Plan:
     block_arguments: list[dict[str, Any]]
     fingerprint: Mapping[str, Any]
     environment: Mapping[str, Any]
+    origin: Origin | None = None
 
     def embed(self) -> Tensor:
         """Compute the hidden states that enter block 0, ``[n, t, h]``, in the memory of the streams."""
@@ -104,6 +107,7 @@ def prepare(run: Run, settings: str) -> Plan:
     _check_settings(run)
     source = open_model(run)
     check_model(run, source)
+    origin = open_origin(run, source)
     windows = run.data.windows(source.tokenizer(), run.seed)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
@@ -131,9 +135,14 @@ def prepare(run: Run, settings: str) -> Plan:
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
         fingerprint=collectives.broadcast_from_rank0(
-            lambda: fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()}
+            lambda: (
+                fingerprint(settings)
+                | {"data digest": digest(tokens), "model digest": source.digest()}
+                | ({} if origin is None else {"origin digest": origin.digest})
+            )
         ),
         environment=environment(device),
+        origin=origin,
     )
 
 
