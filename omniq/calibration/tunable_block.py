@@ -38,14 +38,16 @@ class TunableBlock:
             passes them in.
         result: the finished block.
         codes: learn the codes too.
+        dtype: the export dtype, to which norms and biases are rounded.
     """
 
-    def __init__(self, block: nn.Module, result: BlockResult, codes: bool) -> None:
+    def __init__(self, block: nn.Module, result: BlockResult, codes: bool, dtype: torch.dtype) -> None:
         load_quantized_weights(block, result)
         self.block, self.device = block, next(block.parameters()).device
         self.linears = {name: _on_device(linear, self.device) for name, linear in result.linears.items()}
         self.shapes = change_shapes(result, codes)
-        self.tensors = {n: v.to(self.device) for n, v in result.tensors.items() if n in self.shapes}
+        self.dtype = dtype
+        self.tensors = {n: v.to(self.device, dtype) for n, v in result.tensors.items() if n in self.shapes}
         for name in self.linears:
             weight = block.get_parameter(f"{name}.weight")
             weight.data = weight.data.new_empty(0)
@@ -60,7 +62,7 @@ class TunableBlock:
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        values = {name: self.tensor(name, changes) for name in self.tensors}
+        values = {name: self.tensor(name, changes).to(hidden.dtype) for name in self.tensors}
         values |= {f"{name}.weight": self.weight(name, changes, dtype) for name in self.linears}
         output = functional_call(self.block, values, (hidden,), dict(kwargs))
         return output[0] if isinstance(output, tuple) else output
@@ -81,11 +83,10 @@ class TunableBlock:
         return _straight_through(scale, linear.grid.store(scale.detach()))
 
     def tensor(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
-        """Return a deployed norm or bias, in the dtype of the block and exact in the export dtype."""
-        stored = self.tensors[name]
-        value = stored.float()
-        value = value + changes[name] * value.square().mean().sqrt()
-        return _straight_through(value, value.detach().to(stored.dtype).float())
+        """Return a deployed norm or bias, float32 and exact in the export dtype."""
+        start = self.tensors[name].float()
+        value = start + changes[name] * start.square().mean().sqrt()
+        return _straight_through(value, value.detach().to(self.dtype).float())
 
     @torch.no_grad()
     def changed(self, result: BlockResult, changes: Mapping[str, Tensor]) -> BlockResult:
@@ -97,7 +98,7 @@ class TunableBlock:
                 codes = _deployed_codes(codes.to(offset.device), offset, linear.grid.max_code)
             scale = self.scale(name, changes).to("cpu", linear.scale.dtype)
             linears[name] = replace(linear, codes=codes.to("cpu", torch.uint8), scale=scale)
-        tensors = {n: self.tensor(n, changes).to("cpu", v.dtype) for n, v in self.tensors.items()}
+        tensors = {name: self.tensor(name, changes).to("cpu", self.dtype) for name in self.tensors}
         return replace(result, linears=linears, tensors={**result.tensors, **tensors})
 
 

@@ -19,9 +19,9 @@ from omniq.storage.atomic import expand_home
 _ABOUT = (
     "tune",
     "Improve the scales, norms and biases of finished blocks end to end (omniq.stages.EndToEnd), and write a "
-    "checkpoint. Codes stay. --run RUN names a finished run of omniq; its settings are the defaults. --checkpoint FOLDER names a "
-    "quantized model of any program, in a format that omniq reads; --model.path then names the model that it was made "
-    "from. The same command continues an interrupted run.",
+    "checkpoint. Codes stay. --run RUN names a finished run of omniq; its settings are the defaults. --checkpoint "
+    "FOLDER names a quantized model of any program, in a format that omniq reads; --model.path then names the model "
+    "that it was made from. The same command continues an interrupted run.",
     " --stages.KEY changes a setting of EndToEnd, such as --stages.epochs 8.",
 )
 

@@ -93,7 +93,8 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
     """Write the changed tensors of every block, then the entry that marks the stage as finished."""
     for index, changes in enumerate(result.changes):
         before = task.read(index)
-        block = TunableBlock(task.block(index), before, any(key.endswith(":codes") for key in changes))
+        learned = any(key.endswith(":codes") for key in changes)
+        block = TunableBlock(task.block(index), before, learned, task.export_dtype)
         after = block.changed(before, {key: value.to(plan.device) for key, value in changes.items()})
         folder.save_changes(index, number, after.changed_from(before))
     record = folder.load_record(RECORD) or {}

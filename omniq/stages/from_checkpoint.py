@@ -39,8 +39,7 @@ class FromCheckpoint(Stage):
 
     @property
     def leaves(self) -> frozenset[Part]:
-        # Outliers, because a later stage that works on a block lacks the full-precision block after its transforms.
-        return frozenset({"grid", "codes", "norms", "outliers"})
+        return frozenset({"grid", "codes", "norms", "transforms"})
 
     def module(self, task: "BlockTask") -> "BlockModule":
         from omniq.stages.modules.from_checkpoint import FromCheckpointModule
