@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tests.helpers.forking import Forking, answer, become, orders
@@ -30,6 +31,7 @@ class Attempt:
 
     Args:
         status: of the process: 0 and up, or -9 if it was killed.
+        hung: True if it was killed because its limit was over, before it ended or came to its aim.
         output: what it printed, errors included.
         steps: training steps it made, as ``(block, step)``; those of the pass in which it died included.
         files: every file that got its final name, in order, relative to the run directory.
@@ -41,10 +43,12 @@ class Attempt:
     steps: list[tuple[str, int]]
     files: list[str]
     seconds: float
+    hung: bool = False
 
     @property
     def killed(self) -> bool:
-        return self.status == -signal.SIGKILL
+        """Whether it was killed at its aim or after its delay."""
+        return self.status == -signal.SIGKILL and not self.hung
 
 
 class Attempts(Forking):
@@ -53,18 +57,27 @@ class Attempts(Forking):
     module = "tests.helpers.killing"
 
     def run(
-        self, args: list[str], out: Path, aim: tuple[str, str] | None = None, delay: float | None = None
+        self,
+        args: list[str],
+        out: Path,
+        aim: tuple[str, str] | None = None,
+        nth: int = 1,
+        delay: float | None = None,
+        limit: float = 0,
     ) -> Attempt:
         """One attempt of a command line.
 
         Args:
+            args: the command line, without ``--out``.
             out: the run directory.
             aim: moment and file at which it is killed.
+            nth: the time of the file at which it is killed: 2 for the second time that it gets its name.
             delay: seconds, from the first block on, after which it is killed.
+            limit: seconds after which it is killed if it has no delay or has not begun the first block; 0 for none.
         """
         log = self.folder / "attempt"
-        order = {"args": [*args, "--out", str(out)], "out": str(out), "aim": aim, "delay": delay, "log": str(log)}
-        ended = self.ask(order)
+        order = {"args": [*args, "--out", str(out)], "out": str(out), "aim": aim, "nth": nth, "delay": delay}
+        ended = self.ask({**order, "limit": limit, "log": str(log)})
         events = [json.loads(line) for line in log.with_suffix(".events").read_text().splitlines()]
         return Attempt(
             ended["status"],
@@ -72,27 +85,39 @@ class Attempts(Forking):
             [tuple(event["step"]) for event in events if "step" in event],
             [event["file"] for event in events if "file" in event],
             ended["seconds"],
+            ended["hung"],
         )
 
 
 def serve() -> None:
-    """The helper: a child for each order, killed after its delay if it has one."""
+    """The helper: a child for each order, killed after its delay or its limit if it has one."""
+    child, planned, hung = 0, False, False
+
+    def kill(number: int, frame: FrameType | None) -> None:
+        nonlocal hung
+        hung = not planned
+        os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
     for order in orders():
-        log, (begun, begin) = Path(order["log"]), os.pipe()
+        planned, hung, log, (begun, begin) = False, False, Path(order["log"]), os.pipe()
         log.with_suffix(".events").write_text("")
         child = os.fork()
         if child == 0:
             os.close(begun)
             become(order["args"], log.with_suffix(".output"), partial(_install, order, log, begin))
+        signal.setitimer(signal.ITIMER_REAL, order["limit"])
         os.close(begin)
         os.read(begun, 1)  # returns when the first block begins, or when the child ends
         os.close(begun)
         started = time.perf_counter()
         if order["delay"] is not None:
-            time.sleep(order["delay"])
-            os.kill(child, signal.SIGKILL)
+            planned = True
+            signal.setitimer(signal.ITIMER_REAL, max(order["delay"], 1e-6))
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its number stays taken until the timer has stopped
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _, status = os.waitpid(child, 0)
-        answer(status=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - started)
+        answer(status=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - started, hung=hung)
 
 
 def _install(order: dict[str, Any], log: Path, begin: int) -> None:
@@ -103,7 +128,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
     from omniq.storage.run_dir import RunDir
 
     out, events = Path(order["out"]).resolve(), log.with_suffix(".events")
-    aim = tuple(order["aim"] or ())
+    aim, times = tuple(order["aim"] or ()), 0  # how often the file of the aim was about to get its name
 
     def record(**event: Any) -> None:
         with events.open("a") as file:
@@ -116,14 +141,17 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
 
     def watched(rename: Callable[..., None]) -> Callable[..., None]:
         def hook(source: Any, target: Any, **options: Any) -> None:
+            nonlocal times
             path = Path(os.path.abspath(target))
             name = str(path.relative_to(out)) if path.is_relative_to(out) else ""
-            if aim in (("torn", name), ("before", name), ("late", name)):
-                time.sleep(1 if aim[0] == "late" else 0)
-                die(source if aim[0] == "torn" else None)
+            times += aim[1:] == (name,)
+            moment = aim[0] if aim[1:] == (name,) and times == order["nth"] else None
+            if moment in ("torn", "before", "late"):
+                time.sleep(1 if moment == "late" else 0)
+                die(source if moment == "torn" else None)
             rename(source, target, **options)
             record(file=name)
-            if aim == ("after", name):
+            if moment == "after":
                 die()
 
         return hook
