@@ -34,6 +34,7 @@ class Desk:
 
     def __init__(self, folder: Path, until: float, attempts: Attempts) -> None:
         self.folder, self.until, self.attempts = folder, until, attempts
+        self.kept: dict[str, Any] = {}  # by the jobs, for later ones
         self._facts = (folder / "facts.jsonl").open("a")
 
     @property
@@ -47,7 +48,7 @@ class Desk:
 
 
 def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: int, seconds: float) -> list[Fact]:
-    """Have workers do the jobs, for so many seconds from the start of the script; returns the facts, a ``fault`` for a worker that failed.
+    """Have workers do the jobs until so many seconds after the start of the script, and return the facts.
 
     Args:
         jobs: in the order in which they begin.
@@ -56,7 +57,7 @@ def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: in
     # Workers and their children do not share cores with threads of their own, and look nothing up in the network.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     fork, end, told = multiprocessing.get_context("fork"), BEGUN + seconds, BEGUN
-    following = fork.Value("i", 0)
+    following, failed = fork.Value("i", 0), list[Fact]()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folders = [Path(scratch, str(number)) for number in range(processes)]
         workers = [
@@ -65,6 +66,7 @@ def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: in
         for folder, worker in zip(folders, workers, strict=True):
             folder.mkdir()
             worker.start()
+            os.setpgid(worker.pid or 0, worker.pid or 0)  # here and in the worker: whichever comes first
         while any(worker.is_alive() for worker in workers) and time.time() < end:
             time.sleep(0.1)
             if time.time() - told > EVERY:
@@ -72,9 +74,11 @@ def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: in
                 print(f"{told - BEGUN:.0f} s: job {following.value} of {len(jobs)}", flush=True)
         for worker in workers:
             if worker.is_alive():
-                os.killpg(worker.pid or 0, signal.SIGKILL)
+                os.killpg(worker.pid or 0, signal.SIGKILL)  # the helper and its children belong to the group
             worker.join()
-        return [json.loads(line) for folder in folders for line in _lines(folder / "facts.jsonl")]
+            if worker.exitcode not in (0, -signal.SIGKILL):
+                failed.append({"fault": f"a worker of the campaign ended with status {worker.exitcode}"})
+        return failed + [json.loads(line) for folder in folders for line in _lines(folder / "facts.jsonl")]
 
 
 def _lines(path: Path) -> list[str]:
@@ -96,3 +100,4 @@ def _worker(folder: Path, jobs: Sequence[Any], work: Callable[[Any, Desk], None]
                 work(jobs[number], desk)
             except Exception:
                 desk.note(fault=f"the campaign itself failed in job {number}: {traceback.format_exc()}")
+                return

@@ -69,14 +69,15 @@ class Attempts(Forking):
 
         Args:
             args: the command line, without ``--out``.
-            out: the run directory.
+            out: the run directory, or another value of ``--out``; ``report`` has none.
             aim: moment and file at which it is killed.
             nth: the time of the file at which it is killed: 2 for the second time that it gets its name.
             delay: seconds, from the first block on, after which it is killed.
             limit: seconds after which it is killed if it has no delay or has not begun the first block; 0 for none.
         """
         log = self.folder / "attempt"
-        order = {"args": [*args, "--out", str(out)], "out": str(out), "aim": aim, "nth": nth, "delay": delay}
+        place = [] if args[0] == "report" else ["--out", str(out)]
+        order = {"args": [*args, *place], "out": str(out), "aim": aim, "nth": nth, "delay": delay}
         ended = self.ask({**order, "limit": limit, "log": str(log)})
         events = [json.loads(line) for line in log.with_suffix(".events").read_text().splitlines()]
         return Attempt(
@@ -139,11 +140,14 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
             os.truncate(path, Path(path).stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def within(target: Any) -> str:
+        path = Path(os.path.abspath(target))
+        return str(path.relative_to(out)) if path.is_relative_to(out) else ""
+
     def watched(rename: Callable[..., None]) -> Callable[..., None]:
         def hook(source: Any, target: Any, **options: Any) -> None:
             nonlocal times
-            path = Path(os.path.abspath(target))
-            name = str(path.relative_to(out)) if path.is_relative_to(out) else ""
+            name = within(target)
             times += aim[1:] == (name,)
             moment = aim[0] if aim[1:] == (name,) and times == order["nth"] else None
             if moment in ("torn", "before", "late"):
@@ -166,7 +170,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
 
     def save(tensors: Any, path: Path, **options: Any) -> None:
         real_save(tensors, path, **options)
-        if aim == ("torn", str(path.resolve().relative_to(out))):
+        if aim == ("torn", within(path)):
             die(path)
 
     def calibrate(*args: Any) -> None:
