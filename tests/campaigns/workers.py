@@ -54,8 +54,9 @@ def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: in
         jobs: in the order in which they begin.
         work: does a job; called in a forked process.
     """
-    # Workers and their children do not share cores with threads of their own, and look nothing up in the network.
+    # A run is a single thread on the CPU, and looks nothing up in the network.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     fork, end, told = multiprocessing.get_context("fork"), BEGUN + seconds, BEGUN
     following, failed = fork.Value("i", 0), list[Fact]()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -75,9 +76,9 @@ def spread(jobs: Sequence[Any], work: Callable[[Any, Desk], None], processes: in
         for worker in workers:
             if worker.is_alive():
                 os.killpg(worker.pid or 0, signal.SIGKILL)  # the helper and its children belong to the group
-            worker.join()
-            if worker.exitcode not in (0, -signal.SIGKILL):
+            elif worker.exitcode:
                 failed.append({"fault": f"a worker of the campaign ended with status {worker.exitcode}"})
+            worker.join()
         return failed + [json.loads(line) for folder in folders for line in _lines(folder / "facts.jsonl")]
 
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from tests.helpers.forking import Forking, answer, become, orders
 
+ENDS = 20.0  # seconds within which an interrupted run ends
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -31,11 +33,13 @@ class Attempt:
 
     Args:
         status: of the process: 0 and up, or -9 if it was killed.
-        hung: True if it was killed because its limit was over, before it ended or came to its aim.
+        hung: True if it was killed because its limit was over, before it ended or came to its aim, or if it was still
+            there ``ENDS`` seconds after an interrupt.
         output: what it printed, errors included.
         steps: training steps it made, as ``(block, step)``; those of the pass in which it died included.
         files: every file that got its final name, in order, relative to the run directory.
         seconds: from the first block on, for an attempt that reached it.
+        ending: seconds from the interrupt, or the kill after a delay, to its end.
     """
 
     status: int
@@ -44,6 +48,7 @@ class Attempt:
     files: list[str]
     seconds: float
     hung: bool = False
+    ending: float = 0.0
 
     @property
     def killed(self) -> bool:
@@ -64,6 +69,7 @@ class Attempts(Forking):
         nth: int = 1,
         delay: float | None = None,
         limit: float = 0,
+        interrupt: bool = False,
     ) -> Attempt:
         """One attempt of a command line.
 
@@ -74,11 +80,13 @@ class Attempts(Forking):
             nth: the time of the file at which it is killed: 2 for the second time that it gets its name.
             delay: seconds, from the first block on, after which it is killed.
             limit: seconds after which it is killed if it has no delay or has not begun the first block; 0 for none.
+            interrupt: after the delay, send SIGINT instead: again if it has not ended after ``ENDS`` seconds, and then
+                kill it.
         """
         log = self.folder / "attempt"
         place = [] if args[0] == "report" else ["--out", str(out)]
-        order = {"args": [*args, *place], "out": str(out), "aim": aim, "nth": nth, "delay": delay}
-        ended = self.ask({**order, "limit": limit, "log": str(log)})
+        order = {"args": [*args, *place], "out": str(out), "aim": aim, "nth": nth, "delay": delay, "limit": limit}
+        ended = self.ask({**order, "interrupt": interrupt, "log": str(log)})
         events = [json.loads(line) for line in log.with_suffix(".events").read_text().splitlines()]
         return Attempt(
             ended["status"],
@@ -87,24 +95,28 @@ class Attempts(Forking):
             [event["file"] for event in events if "file" in event],
             ended["seconds"],
             ended["hung"],
+            ended["ending"],
         )
 
 
 def serve() -> None:
-    """The helper: a child for each order, killed after its delay or its limit if it has one."""
-    child, planned, hung = 0, False, False
+    """The helper: a child for each order, killed or interrupted after its delay or its limit if it has one."""
+    child, strikes, planned, interrupt = 0, list[float](), False, False
 
-    def kill(number: int, frame: FrameType | None) -> None:
-        nonlocal hung
-        hung = not planned
-        os.kill(child, signal.SIGKILL)
+    def strike(number: int, frame: FrameType | None) -> None:
+        gentle = interrupt and planned and len(strikes) < 2
+        os.kill(child, signal.SIGINT if gentle else signal.SIGKILL)
+        strikes.append(time.perf_counter())
+        signal.setitimer(signal.ITIMER_REAL, ENDS)
 
-    signal.signal(signal.SIGALRM, kill)
+    signal.signal(signal.SIGALRM, strike)
     for order in orders():
-        planned, hung, log, (begun, begin) = False, False, Path(order["log"]), os.pipe()
+        strikes, planned, interrupt = [], False, order["interrupt"]
+        log, (begun, begin) = Path(order["log"]), os.pipe()
         log.with_suffix(".events").write_text("")
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             os.close(begun)
             become(order["args"], log.with_suffix(".output"), partial(_install, order, log, begin))
         signal.setitimer(signal.ITIMER_REAL, order["limit"])
@@ -113,12 +125,18 @@ def serve() -> None:
         os.close(begun)
         started = time.perf_counter()
         if order["delay"] is not None:
-            planned = True
+            planned = not strikes
             signal.setitimer(signal.ITIMER_REAL, max(order["delay"], 1e-6))
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its number stays taken until the timer has stopped
         signal.setitimer(signal.ITIMER_REAL, 0)
         _, status = os.waitpid(child, 0)
-        answer(status=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - started, hung=hung)
+        ended = time.perf_counter()
+        answer(
+            status=os.waitstatus_to_exitcode(status),
+            seconds=ended - started,
+            hung=len(strikes) > planned,
+            ending=ended - strikes[0] if strikes else 0,
+        )
 
 
 def _install(order: dict[str, Any], log: Path, begin: int) -> None:
