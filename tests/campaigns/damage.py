@@ -145,7 +145,8 @@ class Bench:
         name = f"{start:9} {re.sub('[0-9]{3}', 'NNN', str(path.relative_to(root)))}"
         fault = ""
         if ended.hung or "Traceback" in ended.output or ended.status not in (0, 2):
-            result, fault = "fault", f"status {ended.status}: {ended.output[-600:]}"
+            trace = "Traceback: " if "Traceback" in ended.output else ""
+            result, fault = "fault", f"{trace}status {ended.status}: {ended.output[-600:]}"
         elif ended.status == 2 and ended.output.rstrip().rpartition("\n")[2].startswith("omniq: "):
             result = "refused"
         elif ended.status == 2:
