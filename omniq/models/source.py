@@ -33,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
-from omniq.models.checks import check_checkpoint, stored_dtype
+from omniq.models.checks import check_checkpoint, check_generation_config, stored_dtype
 from omniq.models.embedding_and_head import EmbeddingAndHead
 from omniq.models.families import family_of
 from omniq.models.family import Family
@@ -115,6 +115,7 @@ class SourceModel:
         if dtype != "auto" and dtype not in MODEL_DTYPES:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(MODEL_DTYPES)}")
         folder, named = locate(str(path), gguf_file, trust_remote_code)
+        check_generation_config(folder)
         file = weight_file(folder, named)
         place = _Place(folder, trust_remote_code)
         if file.endswith(".gguf"):
