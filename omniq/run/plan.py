@@ -105,6 +105,8 @@ def prepare(run: Run, settings: str) -> Plan:
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
+    for stage in run.stages:
+        stage.check_samples(len(windows.calibration) // collectives.world_size())
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device

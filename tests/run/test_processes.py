@@ -118,6 +118,22 @@ def test_learned_rounding_of_two_processes_equals_one(
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+def test_learned_rounding_held_out_loss_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, where: dict[str, Any]
+) -> None:
+    """Each process keeps the same share of its windows from learning, and the losses on them are added."""
+    rows = {}
+    for name, batch_size in (("one", 2), ("two", 1)):
+        learned = {"epochs": 3, "shuffle": False, "batch_size": batch_size, "held_out": 0.25}
+        stages = [RTN, {"class_path": "omniq.stages.LearnedRounding", "init_args": learned}]
+        args = prepared(tmp_path / name / "settings", stages, **where)
+        _ = alone(args, tmp_path / name / "run") if name == "one" else together(pair, args, tmp_path / name / "run")
+        lines = (tmp_path / name / "run/blocks/000.1.csv").read_text().splitlines()
+        rows[name] = [float(line.split(",")[4]) for line in lines if ",held_out_loss," in line]
+    assert len(rows["one"]) == 3 + 1  # each pass, and the windows of data.held_out after the fit
+    assert rows["two"] == pytest.approx(rows["one"], rel=1e-4)
+
+
 @pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])
 def test_let_of_two_processes_equals_one(
     pair: Pair, tmp_path: Path, scheme: dict[str, Any], where: dict[str, Any]
