@@ -20,7 +20,7 @@ from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
+from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader, check_text
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -105,6 +105,7 @@ def prepare(run: Run, settings: str) -> Plan:
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
+    check_text(run.data, windows.distinct)
     for stage in run.stages:
         stage.check_samples(len(windows.calibration) // collectives.world_size())
     if run.export.format != "none":
