@@ -15,7 +15,8 @@ from torch import Tensor
 
 from omniq.blocks.placement import gather_samples
 from omniq.calibration.loader import PassLoader
-from omniq.calibration.reconstruction import Reconstruction, ReconstructionModule
+from omniq.calibration.reconstruction import ReconstructionModule
+from omniq.calibration.settings import Reconstruction
 from omniq.calibration.task import BlockTask
 from omniq.distributed import collectives
 

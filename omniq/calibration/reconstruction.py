@@ -17,7 +17,7 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -29,45 +29,10 @@ from omniq.blocks.placement import gather_samples
 from omniq.calibration.captured_step import Loss, OptimizerStep
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.module import BlockModule
-from omniq.calibration.stage import Stage
+from omniq.calibration.settings import Reconstruction
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights, weighted_error
-from omniq.errors import UserError
+from omniq.calibration.token_weights import weighted_error
 from omniq.storage.block_result import BlockResult
-
-Schedule = Literal["constant", "cosine"]
-
-
-class Reconstruction(Stage):
-    """Settings that all stages with gradients share.
-
-    Args:
-        epochs: passes over the samples for each block.
-        batch_size: samples per step and process.
-        augmented_loss: add the distance to the output of the full-precision block on the quantized stream.
-        schedule: ``constant``, or ``cosine`` to decay the learning rate to zero over the block.
-        shuffle: draw a new order of the samples for each epoch.
-        token_weights: the weight of each token in the loss.
-
-    Raises:
-        UserError: ``epochs`` or ``batch_size`` is less than 1.
-    """
-
-    def __init__(
-        self,
-        epochs: int,
-        batch_size: int,
-        augmented_loss: bool,
-        schedule: Schedule,
-        shuffle: bool,
-        token_weights: TokenWeights,
-    ) -> None:
-        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"stages: {type(self).__name__}.{name} {value} is too small: give 1 or more")
-        self.epochs, self.batch_size = epochs, batch_size
-        self.augmented_loss, self.schedule, self.shuffle = augmented_loss, schedule, shuffle
-        self.token_weights: TokenWeights = token_weights
 
 
 class ReconstructionModule(BlockModule):

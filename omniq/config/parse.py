@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse YAML files and options into a ``Run``, in two passes.
 
-The first pass parses all sections except ``stages``, ``trainer`` and ``callbacks``, whose types take seconds to import.
-It prints help and finds most errors. The second pass parses all sections. It runs only if the first pass succeeds.
+The first pass parses all sections except ``trainer`` and ``callbacks``, whose types take seconds to import. It prints
+help, finds most errors and constructs the objects. The second pass parses all sections, if the first pass succeeds.
 """
 
 import logging
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, field, fields, make_dataclass
-from importlib import import_module
+from dataclasses import MISSING, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from omniq import stages
 from omniq.config import yaml_text
 from omniq.config.class_paths import allowed_imports, check_factory
 from omniq.config.compose import compose
@@ -35,7 +35,7 @@ from omniq.config.run import Run
 from omniq.config.stage_options import apply_stage_options
 from omniq.errors import UserError
 
-HEAVY = ("stages", "trainer", "callbacks")
+HEAVY = ("trainer", "callbacks")
 """Sections whose types import torch and Lightning."""
 
 _EPILOG = (
@@ -157,9 +157,11 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         ArgumentError: an option or key is not accepted.
         UserError: a value cannot be used, or a class path is not allowed.
     """
+    for name in stages.__all__:  # import all stages, so that a class name alone is a valid class path
+        getattr(stages, name)
     content, options = apply_stage_options(*without_earlier_settings(content, options))
-    if not any(re.match(r"--(print_config|[\w.]+\.help)\b", option) for option in options):
-        _check_light_sections(content, options)
+    prints = any(re.match(rf"--(print_config|({'|'.join(HEAVY)})[\w.]*\.help)\b", option) for option in options)
+    run = None if prints else _light_run(content, options)
     trainer = content.get("trainer")
     # Otherwise jsonargparse applies the defaults of Lightning's Trainer to another class.
     no_default = ["trainer"] if isinstance(trainer, str) or "class_path" in (trainer or {}) else []
@@ -171,12 +173,19 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
     for number, callback in enumerate(config.callbacks):
         check_factory(f"callbacks.{number}", callback, Callback)
     text = parser.dump(config, skip_validation=True)
-    objects = vars(instantiate(parser, config))
-    return Run(**{each.name: objects[each.name] for each in fields(Run)}), text
+    assert run is not None  # otherwise the parser has printed and exited
+    config.stages = []  # the first pass has constructed them; a stage may log a warning
+    objects = instantiate(parser, config)
+    return replace(run, **{name: objects[name] for name in HEAVY}), text
 
 
-def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Run the first pass: print help, and raise the errors of all sections except the heavy ones."""
+def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
+    """Run the first pass: print help, and construct a run without its heavy sections.
+
+    Raises:
+        ArgumentError: an option or key is not accepted.
+        UserError: a value cannot be used.
+    """
     light = {key: "given" if key in HEAVY else value for key, value in content.items()}
     for name in HEAVY:
         if name in content and content[name] is None:
@@ -192,7 +201,9 @@ def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) ->
         skipping = section is not None and "=" not in option
     parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *_RUN)
     objects = vars(instantiate(parser, config))
-    Run(**{each.name: objects[each.name] for each in fields(Run)}).check_values()
+    run = Run(**{each.name: objects[each.name] for each in fields(Run)})
+    run.check()
+    return run
 
 
 def _run_class(types: Mapping[str, Any], no_default: Sequence[str]) -> type:
@@ -207,16 +218,11 @@ def _run_class(types: Mapping[str, Any], no_default: Sequence[str]) -> type:
 
 
 def _heavy_types() -> dict[str, Any]:
-    """Return the types of the heavy sections. Import all stages, so that a class name alone is a valid class path."""
+    """Return the types of the heavy sections."""
     from lightning import Trainer
     from lightning.pytorch.callbacks import Callback
 
-    from omniq.calibration.stage import Stage
-
-    stages = import_module("omniq.stages")
-    for name in stages.__all__:
-        getattr(stages, name)
-    return {"stages": list[Stage], "trainer": Callable[[], Trainer], "callbacks": list[Callable[[], Callback]]}
+    return {"trainer": Callable[[], Trainer], "callbacks": list[Callable[[], Callback]]}
 
 
 def parse(

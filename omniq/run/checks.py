@@ -10,7 +10,12 @@ import torch
 
 from omniq.blocks.activation_hooks import check_attention
 from omniq.blocks.grids import scheme_grids, scheme_layout
-from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
+from omniq.callbacks.checkpoint import PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
+from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 from omniq.config.run import Run
 from omniq.data import Calibration
 from omniq.distributed import collectives

@@ -15,7 +15,7 @@ from omniq.evaluate.streaming import Variant
 from omniq.evaluate.variants import full_precision_variant, in_export_dtype, quantized_variant, rounded_variant
 from omniq.models.locate import public_name
 from omniq.report.table import perplexity_table
-from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, settings_of, write_checkpoint
+from omniq.run.checkpoint import FULL, OURS, RTN, check_export, settings_of, write_checkpoint
 from omniq.run.plan import Plan
 from omniq.storage.run_dir import RunDir
 
@@ -59,7 +59,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
     scheme = plan.run.scheme
     ours = {
         RTN: rounded_variant(plan.source, scheme),
-        OURS: quantized_variant(block_reader(folder), plan.source, scheme),
+        OURS: quantized_variant(folder.read_block, plan.source, scheme),
     }
     exported = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if exported is plan.source else [(plan.source, full), (exported, ours)]
@@ -86,10 +86,10 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
 
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
     """Collect the content of the model card and of summary.json: recipe, data, versions, losses, size."""
-    read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    blocks, bits, total = [], 0.0, 0
     kept: dict[str, str] = {}
     for index in range(plan.source.num_blocks):  # one block at a time: the codes of a large model exceed the memory
-        block = read(index)
+        block = folder.read_block(index)
         blocks.append(dict(block.summary))
         for linear in block.linears.values():
             bits += linear.bits_per_weight() * linear.codes.numel()

@@ -20,7 +20,12 @@ from omniq.blocks.weights import set_tensors
 from omniq.calibration.module import BlockModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
+from omniq.callbacks.checkpoint import AtomicCheckpointIO, PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
+from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 from omniq.config.run import Run
 from omniq.config.trainer import trainer_arguments
 from omniq.distributed import collectives

@@ -22,7 +22,7 @@ from omniq.blocks.streams import Streams
 from omniq.blocks.weights import load_quantized_weights
 from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import BlockLosses
+from omniq.callbacks.losses import BlockLosses
 from omniq.config.run import Run
 from omniq.distributed import collectives
 from omniq.kernels.matmul_precision import matmul_precision

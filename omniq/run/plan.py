@@ -86,12 +86,8 @@ def open_model(run: Run) -> SourceModel:
     )
 
 
-def prepare(run: Run, settings: str) -> Plan:
-    """Check all settings of a run, open its model and draw its samples.
-
-    Raises:
-        UserError: names the first setting that cannot work, in one line.
-    """
+def _check_settings(run: Run) -> None:
+    """Check everything that does not depend on the model."""
     run.check()
     check_launcher()
     check_trainer(run.trainer)
@@ -100,11 +96,19 @@ def prepare(run: Run, settings: str) -> Plan:
     if run.export.format != "none":
         find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
         check_free(run.out / "model")
+
+
+def prepare(run: Run, settings: str) -> Plan:
+    """Check all settings of a run, open its model and draw its samples.
+
+    Raises:
+        UserError: a setting cannot work.
+    """
+    _check_settings(run)
     source = open_model(run)
     check_model(run, source)
-    tokenizer = source.tokenizer()
     generated = isinstance(run.data.source, SelfGenerated)
-    windows = None if generated else run.data.windows(tokenizer, run.seed)
+    windows = None if generated else run.data.windows(source.tokenizer(), run.seed)
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
@@ -122,21 +126,17 @@ def prepare(run: Run, settings: str) -> Plan:
     collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
+    size, saved = len(share) * sample.nbytes, 2 * len(tokens) * sample.nbytes if run.save_streams_every else 0
     return Plan(
         run=run,
         source=source,
         tokens=share,
         held_out=run.data.held_out // collectives.world_size(),
         generated=windows if generated else None,
-        evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(source.tokenizer()) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
-            run.streams,
-            device,
-            run.out,
-            len(share) * sample.nbytes,
-            processes=launched_processes()[1],
-            saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
+            run.streams, device, run.out, size, processes=launched_processes()[1], saved=saved
         ),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,

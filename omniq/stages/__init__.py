@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: one file per method, named in YAML by ``class_path: omniq.stages.<Name>``.
 
-Each class is imported on first use: ``import omniq.stages`` alone does not import torch.
+The file of a stage holds its equations and its settings, and does not import torch, so that errors in settings appear
+at once. ``omniq/stages/modules`` holds the LightningModule of each stage.
 """
 
 from typing import TYPE_CHECKING

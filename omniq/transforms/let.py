@@ -15,14 +15,13 @@ import logging
 from collections.abc import Collection, Sequence
 
 from omniq.errors import UserError
-from omniq.transforms.equivalences import EQUIVALENCES
-from omniq.transforms.initial import check_alpha
 
 log = logging.getLogger("omniq")
 
-KINDS = tuple(each.kind for each in EQUIVALENCES)
-MEASURED_KINDS = tuple(each.kind for each in EQUIVALENCES if each.measured)
-"""Kinds whose scales follow from sizes of activations and weights."""
+MEASURED_KINDS = ("norm", "value_output", "up_down")
+"""Kinds whose scales follow from sizes of activations and weights, as in SmoothQuant and AWQ."""
+KINDS = ("norm", "value_output", "query_key", "up_down")
+"""All kinds of ``omniq.transforms.equivalences``, listed here because this module does not import torch."""
 
 
 class LET:
@@ -54,6 +53,19 @@ class LET:
             raise UserError(f"transform.lr {lr} is not between 0 and 1: give a learning rate such as 5e-3")
         check_kinds(equivalences)
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Refuse a migration strength outside 0 to 1.
+
+    Raises:
+        UserError: names the value and the range.
+    """
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise UserError(
+            f"alpha {alpha} is outside 0 to 1: give 0 to keep the range of activations, up to 1 to move all of it into "
+            "the weights"
+        )
 
 
 def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = KINDS) -> None:

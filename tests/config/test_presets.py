@@ -14,7 +14,7 @@ from omniq.config.presets import PRESETS, fitting_scheme, recipe_of
 from omniq.config.run import Model, Run
 from omniq.data import HubText, LocalText, Stdlib
 from omniq.errors import UserError
-from omniq.stages import RTN, LearnedRounding, QuantEase
+from omniq.stages import LearnedRounding, QuantEase
 from tests.helpers.runs import QUICK, SMALL, configuration, write_config, write_text
 from tests.helpers.tiny import save_tiny
 
@@ -90,13 +90,15 @@ def test_preset_with_text_of_user_takes_only_that(settings: dict[str, Any], opti
 
 
 def test_preset_is_overridden_by_files_and_options(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("seed: 5\nstages+: [omniq.stages.RTN]\ndata: {source: Stdlib, samples: 7}\n")
+    more = "stages+: [{class_path: omniq.stages.QuantEase, init_args: {start: previous}}]"
+    (tmp_path / "a.yaml").write_text(f"seed: 5\n{more}\ndata: {{source: Stdlib, samples: 7}}\n")
     options = ["--stages.LearnedRounding.epochs", "3", "--scheme.name", "W3A16"]
     run, _ = resolve([tmp_path / "a.yaml"], MODEL, options, "best")
-    quantease, rounding, rtn = run.stages
+    quantease, rounding, last = run.stages
     assert isinstance(quantease, QuantEase)
     assert isinstance(rounding, LearnedRounding)
-    assert isinstance(rtn, RTN)
+    assert isinstance(last, QuantEase)
+    assert (quantease.start, last.start) == ("weights", "previous")
     assert (rounding.epochs, rounding.token_weights, run.seed, run.data.samples) == (3, "relative", 5, 7)
 
 

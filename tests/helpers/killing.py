@@ -99,7 +99,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
     """Record steps and files, and kill where the order says."""
     from omniq.export.containers import shards
     from omniq.run import loop
-    from omniq.stages.omniquant import OmniQuantModule
+    from omniq.stages.modules.omniquant import OmniQuantModule
     from omniq.storage.run_dir import RunDir
 
     out, events = Path(order["out"]).resolve(), log.with_suffix(".events")
