@@ -75,6 +75,16 @@ class Stage(ABC):
         """Kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
         return ()
 
+    def check_samples(self, samples: int) -> None:  # noqa: B027 (most stages accept any number)
+        """Refuse a number of samples that is too small for this stage.
+
+        Args:
+            samples: the calibration samples of one process.
+
+        Raises:
+            UserError: names the setting and the number.
+        """
+
     def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
         """Refuse a list of stages in which this stage lacks a stage that must come before it.
 

@@ -23,7 +23,7 @@ from omniq.cli.interrupt import Interrupted, interruptible
 from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
-from omniq.config.parse import Arguments, instantiate, parse, run_of
+from omniq.config.parse import Arguments, instantiate, parse, resolve
 from omniq.config.run import EvaluatedModel, Export, MovedModel, Run
 from omniq.data import Evaluation, TextSource
 from omniq.errors import CorruptFile, ErrorOnRank0, UserError
@@ -92,7 +92,7 @@ def _parser_message(error: ArgumentError) -> str:
 
 def quantize(arguments: Arguments) -> None:
     """Quantize a model and write a checkpoint; the same command continues an interrupted run."""
-    run, settings = run_of(compose(arguments.configs), arguments.options)
+    run, settings = resolve(arguments.configs, {}, arguments.options, arguments.preset)
     quiet_transformers()
     from omniq.run import loop
 
@@ -175,7 +175,13 @@ def _call(target: Callable[..., None]) -> Callable[[Arguments], None]:
 
 
 def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str, Any]:
-    """Parse files and options into the arguments of a function."""
+    """Parse files and options into the arguments of a function.
+
+    Raises:
+        UserError: a setting is not accepted, or a preset is given.
+    """
+    if arguments.preset is not None:
+        raise UserError(f"--preset {arguments.preset}: omniq {target.__name__} has no presets; remove the option")
     content, names = compose(arguments.configs), signature(target).parameters
     if content.keys() & ({field.name for field in fields(Run)} - names.keys()):  # a file for quantize
         content = {key: content[key] for key in ("model", "evaluation") if key in content and key in names}

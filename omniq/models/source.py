@@ -23,6 +23,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,12 @@ class SourceModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""
         return self._parameters[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in the dtype of the model; tied ones count once."""
+        shapes = (shape for name, shape in self._parameters.items() if name not in self._tied)
+        return sum(map(prod, shapes)) * self.dtype.itemsize
 
     def block(self, index: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """A block with its weights: a new module on every call, frozen, in evaluation mode, with its own config.

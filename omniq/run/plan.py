@@ -13,17 +13,18 @@ from omniq.blocks.forward import Precision
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
-from omniq.data import digest
+from omniq.data import SelfGenerated, Windows, digest
 from omniq.distributed import collectives
 from omniq.distributed.launch import check_launcher, launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
+from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader, check_text
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
+from omniq.run.generated import generated_windows
 from omniq.run.origin import Origin, open_origin
 from omniq.storage.ownership import check_writable
 
@@ -37,6 +38,7 @@ class Plan:
         source: the opened model.
         tokens: this process's shard of the calibration samples, followed by held-out samples, int64 ``[n, t]``.
         held_out: number of held-out samples in ``tokens``.
+        generated: the windows of all processes, if the model wrote them.
         evaluation: sequences for the perplexity, int64 ``[m, t]``, or None.
         device: device of the computations.
         placement: where the streams live.
@@ -51,6 +53,7 @@ class Plan:
     source: SourceModel
     tokens: Tensor
     held_out: int
+    generated: Windows | None
     evaluation: Tensor | None
     device: torch.device
     placement: ActivationPlacement
@@ -108,16 +111,22 @@ def prepare(run: Run, settings: str) -> Plan:
     source = open_model(run)
     check_model(run, source)
     origin = open_origin(run, source)
-    windows = run.data.windows(source.tokenizer(), run.seed)
-    tokens = torch.cat([windows.calibration, windows.held_out])
+    generated = isinstance(run.data.source, SelfGenerated)
+    windows = None if generated else run.data.windows(source.tokenizer(), run.seed)
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
-    collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
+    collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
+    for stage in run.stages:
+        stage.check_samples(run.data.samples // collectives.world_size())
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    if windows is None:
+        windows = generated_windows(run, source, device)
+    check_text(run.data, windows.distinct)
+    tokens = torch.cat([windows.calibration, windows.held_out])
     collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
@@ -126,7 +135,8 @@ def prepare(run: Run, settings: str) -> Plan:
         run=run,
         source=source,
         tokens=share,
-        held_out=len(windows.held_out) // collectives.world_size(),
+        held_out=run.data.held_out // collectives.world_size(),
+        generated=windows if generated else None,
         evaluation=run.evaluation.sequences(source.tokenizer()) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
