@@ -12,6 +12,7 @@ from omniq.config.compose import read
 from omniq.config.parse import parse_run
 from omniq.config.run import Run
 from omniq.errors import UserError
+from omniq.storage.ownership import check_entries
 
 RUN_AGAIN = "run its quantize command again to rewrite it"
 
@@ -20,11 +21,12 @@ def check_run_directory(path: Path) -> Path:
     """Return the path of a run's configuration file.
 
     Raises:
-        UserError: the path is not a run directory.
+        UserError: the path is not a run directory, or an entry of it is a link or has another wrong type.
     """
     config = path / "config.yaml"
     if not config.is_file():
         raise UserError(f"run {path} is not a run directory: it has no config.yaml; give the out of a quantize command")
+    check_entries(path)
     return config
 
 
