@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
 from omniq.calibration.fuse import affects_quantization
-from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.models.source import SourceModel

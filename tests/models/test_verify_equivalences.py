@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.models.families import FAMILIES, family_of_type
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, UpToDown
