@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from omniq.errors import UserError
+from omniq.models.family import Family
 from omniq.models.meta import fill
 
 _TOKENS_AT_ONCE = 16384  # per forward: bounds the memory of the final norm, whose output is not used
@@ -34,10 +35,12 @@ class BlockTap(nn.Module):
 
     Args:
         block: the block, on the meta device. Attributes that the model reads from a block come from it.
+        returns_tuple: True if the block returns a tuple.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
+        self._returns_tuple = returns_tuple
         self._block = (block,)  # in a tuple: not a submodule
         self._names = list(inspect.signature(type(block).forward).parameters)[2:]  # after self and hidden_states
         self.seen: Tensor | None = None
@@ -50,15 +53,32 @@ class BlockTap(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """Return the hidden states unchanged, ``[n, t, h]``, or ``replay`` if it is set."""
         self.kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.seen = hidden_states
-        return hidden_states if self.replay is None else self.replay
+        output = hidden_states if self.replay is None else self.replay
+        return (output, None) if self._returns_tuple else output  # the second entry is the weights of attention
 
     def forget(self) -> None:
         """Drop all tensors."""
         self.seen, self.kwargs, self.replay = None, {}, None
+
+
+class RepeatedArguments:
+    """A pre-hook of a block that repeats arguments of one sample for every sample of a batch.
+
+    Args:
+        names: names of the arguments.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def __call__(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {name: kwargs[name] for name in self.names if kwargs.get(name) is not None}
+        repeated = {name: value.repeat(len(args[0]), *[1] * (value.dim() - 1)) for name, value in given.items()}
+        return args, kwargs | repeated
 
 
 class EmbeddingAndHead:
@@ -66,11 +86,12 @@ class EmbeddingAndHead:
 
     Args:
         model: the meta model; the constructor replaces its blocks by taps.
-        blocks: dotted name of the list of blocks.
+        family: the family of the model.
         read: reads parameters by full name to a device; its flag asks for a copy that is independent of mapped files.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: str, read: Read) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, read: Read) -> None:
+        blocks = family.blocks
         names = [name for name in model.state_dict() if not name.startswith(f"{blocks}.")]
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         if not isinstance(table, nn.Embedding) or not isinstance(head, nn.Module):
@@ -81,7 +102,7 @@ class EmbeddingAndHead:
         self._model, self._read, self._table, self._head = model, read, table, head
         self._table_names, self._head_names = _names_of(model, self._table), _names_of(model, self._head)
         self._rest = [name for name in names if name not in (*self._table_names, *self._head_names)]
-        self._taps = [BlockTap(block) for block in model.get_submodule(blocks).children()]
+        self._taps = [BlockTap(block, family.returns_tuple) for block in model.get_submodule(blocks).children()]
         model.set_submodule(blocks, nn.ModuleList(self._taps))
         self._device = self._head_device = self._table_device = torch.device("meta")
         self._table.register_forward_hook(lambda module, args, output: output.to(self._device))

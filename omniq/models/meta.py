@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from omniq.errors import UserError, one_line
 
@@ -20,6 +20,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model that a config describes, on the meta device, frozen and in evaluation mode.
 
+    Models that have no ``sdpa`` attention get ``eager`` instead.
+
     Raises:
         UserError: the attention implementation is unknown, not installed, or not available for this model; or the
             config holds a value that transformers does not know.
@@ -27,7 +29,10 @@ def meta_model(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=_available(attention, config),
+                trust_remote_code=trust_remote_code,
             )
     except (ValueError, ImportError) as error:
         raise UserError(
@@ -40,6 +45,13 @@ def meta_model(
             f"({type(error).__name__}: {one_line(error)}): correct this value, or get the file again"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _available(attention: str, config: PretrainedConfig) -> str:
+    """The implementation of attention; eager instead of sdpa for models that have no sdpa, such as BLOOM."""
+    if attention == "sdpa" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return attention if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    return attention
 
 
 def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -34,7 +34,7 @@ from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
 from omniq.models.checks import check_checkpoint, stored_dtype
-from omniq.models.embedding_and_head import EmbeddingAndHead
+from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
 from omniq.models.families import family_of
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
@@ -88,7 +88,7 @@ class SourceModel:
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
         check_checkpoint(self.folder, model, checkpoint, self._alias, self._tied)
-        self._embedding_and_head = EmbeddingAndHead(model, self.family.blocks, self._read)
+        self._embedding_and_head = EmbeddingAndHead(model, self.family, self._read)
 
     @classmethod
     def open(
@@ -193,13 +193,15 @@ class SourceModel:
         names = [prefix + name for name in block.state_dict()]
         tensors = self._read(names, where, True, dtype)
         fill(self._model, block, {name.removeprefix(prefix): value for name, value in tensors.items()}, where)
+        if self.family.batched:
+            block.register_forward_pre_hook(RepeatedArguments(self.family.batched), with_kwargs=True)
         return block
 
     def embed(self, tokens: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, list[dict[str, Any]]]:
         """Hidden states entering block 0, ``[n, t, h]``, and for every block the keyword arguments of its forward.
 
-        The arguments are recorded from one sample, so that they broadcast over a batch of any size. Blocks that the
-        model treats alike share the same tensors.
+        The arguments are recorded from one sample, so that they broadcast over a batch of any size; a block repeats
+        those that do not (``Family.batched``). Blocks that the model treats alike share the same tensors.
 
         Args:
             tokens: int64 ``[n, t]``.

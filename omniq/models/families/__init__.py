@@ -4,6 +4,8 @@
 from transformers import PretrainedConfig
 
 from omniq.errors import NotByBlocks
+from omniq.models.families.bloom import BLOOM
+from omniq.models.families.falcon import FALCON
 from omniq.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from omniq.models.families.llama import LLAMA
 from omniq.models.families.opt import OPT
@@ -11,28 +13,20 @@ from omniq.models.families.phi3 import PHI3
 from omniq.models.families.qwen3 import QWEN3
 from omniq.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OPT)
-
-# Types that users may expect here, with the reason why they are not supported.
-_UNSUPPORTED = dict.fromkeys(
-    ("bloom", "falcon"),
-    "its attention does not use transformers' attention interface, where queries, keys and values are quantized, and "
-    "one linear computes all three",
-)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OPT, BLOOM, FALCON)
 
 
 def family_of_type(model_type: str | None) -> Family:
     """The family that covers a ``model_type`` of transformers.
 
     Raises:
-        NotByBlocks: no family covers it; the message lists the supported types, and may give the reason.
+        NotByBlocks: no family covers it; the message lists the supported types.
     """
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
-    why = f"{_UNSUPPORTED[model_type]}; " if model_type in _UNSUPPORTED else ""
-    raise NotByBlocks(f"model type {model_type!r} is not supported: {why}choose a model of type {supported}")
+    raise NotByBlocks(f"model type {model_type!r} is not supported: choose a model of type {supported}")
 
 
 def family_of(config: PretrainedConfig) -> Family:
