@@ -38,9 +38,7 @@ def proposals(
         readers = traced.readers(output)
         width = block.get_submodule(norm).weight.numel()
         if readers and all(name in linears and linears[name].in_features == width for name in readers):
-            yield tuple(
-                NormToLinears(norm, readers, offset, shift) for shift in (True, False) for offset in (0.0, 1.0)
-            )
+            yield tuple(NormToLinears(norm, readers, offset, shift) for shift in (True, False) for offset in (0.0, 1.0))
     names = [name for name in linears if name not in routers]
     for position, first in enumerate(names):
         for later in names[position + 1 :]:

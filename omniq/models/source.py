@@ -34,8 +34,8 @@ from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
 from omniq.models.checks import check_checkpoint, stored_dtype
-from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
 from omniq.models.discover import discover_layouts, find_family
+from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout

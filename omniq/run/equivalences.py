@@ -9,10 +9,10 @@ from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
 from omniq.calibration.fuse import affects_quantization
-from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.models.source import SourceModel
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.transforms.equivalence import Equivalence
 
 _VERIFIED_TOKENS = 32  # number of tokens for the verification

@@ -314,8 +314,6 @@ def test_evaluate_out_that_is_a_device_is_refused(
         (with_config(num_hidden_layers=0), ["config.json: the model has no blocks: correct the number of layers"]),
         (with_config(num_hidden_layers=-1), ["config.json: the model has no blocks: correct the number of layers"]),
         (retyped("mamba"), ["model type 'mamba' is not supported: choose", *FAMILIES[0].model_types]),
-        (retyped("bloom"), ["'bloom' is not supported: its attention does not use", *FAMILIES[0].model_types]),
-        (retyped("falcon"), ["queries, keys and values are quantized", "; choose a", *FAMILIES[0].model_types]),
     ],
     ids=[
         "truncated",
@@ -331,8 +329,6 @@ def test_evaluate_out_that_is_a_device_is_refused(
         "no blocks",
         "negative blocks",
         "type",
-        "bloom",
-        "falcon",
     ],
 )
 def test_quantize_broken_model_is_refused_with_reason(

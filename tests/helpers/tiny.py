@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from omniq.models.embedding_and_head import RepeatedArguments
 from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
 
@@ -43,6 +44,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma": _ROTARY | {"head_dim": 16},
     "gemma2": _ROTARY | {"head_dim": 16, "sliding_window": 8},
     "gemma3_text": _ROTARY | {"head_dim": 16, "sliding_window": 8},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"ffn_hidden_size": 128, "bias": True},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "dropout": 0.0},
 }
 
@@ -64,7 +67,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
             if parameter.dim() == 2:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5 if "embed" not in name else noise)
             else:
-                parameter.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+                parameter.copy_(0.1 * noise + (("norm" in name or "ln_" in name) and name.endswith("weight")))
     return model
 
 
@@ -100,10 +103,12 @@ def tiny_block(family: str = "llama", seed: int = 0, length: int = 16, **overrid
     """The first block of a tiny model, frozen, and the keyword arguments it is called with for ``length`` tokens."""
     model = tiny_model(family, seed, **overrides).requires_grad_(False)
     seen: dict[str, Any] = {}
-    blocks = model.get_decoder().layers
+    described = family_of_type(family)
+    blocks = model.get_submodule(described.blocks)
     handle = blocks[0].register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(torch.arange(length)[None], use_cache=False)
     handle.remove()
+    blocks[0].register_forward_pre_hook(RepeatedArguments(described.batched), with_kwargs=True)
     return blocks[0], seen
 
 

@@ -26,7 +26,7 @@ def test_family_layout_names_modules_of_its_blocks(family: str) -> None:
             assert equivalence.readers in known.groups
             assert not isinstance(block.get_submodule(equivalence.modules[0]), nn.Linear)
         elif equivalence.kind == "query_key":
-            assert bool(equivalence.factored) != hasattr(block.self_attn, "q_norm")
+            assert bool(equivalence.factored) == (equivalence.query_norm is None)
 
 
 def test_family_model_types_are_claimed_once() -> None:

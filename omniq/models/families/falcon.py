@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Falcon: LayerNorm, GELU, one fused linear for queries, keys and values; four variants of the block.
+"""Falcon: LayerNorm, GELU, and one fused linear with rows ``[q .. q k v]`` of each KV head.
 
-========  ==================================  ===================================================
-variant   rows of the fused linear            norms
-========  ==================================  ===================================================
-7b        ``[q .. q k v]``, one KV head       one, which attention and MLP read in parallel
-40b/180B  ``[q .. q k v]`` of each KV head    ``ln_attn`` and ``ln_mlp``, in parallel
-11b       ``[q .. q k v]`` of each KV head    one, in parallel
-rw        ``[q k v]`` of each head            one before attention, one before the MLP; ALiBi
-========  ==================================  ===================================================
+Attention and MLP run in parallel. They read one norm (7b with one KV head, 11b) or two (40b, 180B). The rw models run
+them in turn, with ALiBi and one key and value for each query head.
 
 Its attention does not use transformers' attention interface, so queries, keys and values cannot be quantized.
 """
