@@ -13,12 +13,11 @@ Linears that stay in floating point, with the reason: routers and gates of exper
 the block uses without calling them.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 SMALLEST_GROUP = 32  # of the group sizes in use: 32 (GGUF, MLX, MXFP4), 64, 128
 _ROUTERS = frozenset({"router", "gate", "router_gate", "shared_expert_gate"})
 _FEWEST_OUTPUTS = 8
-_TOKENS = 24  # of the traced forward
+_TOKENS = 24  # of a forward that is only compared with others
 
 
 def find_family(model: PreTrainedModel) -> Family:
@@ -87,24 +86,24 @@ def _find_blocks(model: PreTrainedModel) -> str:
     return max(sizes, key=sizes.__getitem__)
 
 
+def random_tokens(source: "SourceModel", samples: int) -> Tensor:
+    """A few random tokens of the vocabulary, int64 ``[samples, t]``."""
+    vocabulary = source.config.get_text_config().vocab_size
+    length = min(_TOKENS, getattr(source.config, "max_position_embeddings", None) or _TOKENS)
+    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
 def discover_layouts(source: "SourceModel") -> list[Layout]:
     """The layouts of all blocks of a model; blocks of the same kind share one.
 
     Args:
         source: a model of a family that ``discovered_family`` returned.
     """
-    vocabulary = source.config.get_text_config().vocab_size
-    tokens = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
-    hidden, arguments = source.embed(tokens)
+    hidden, arguments = source.embed(random_tokens(source, 1))
     source.release()
-    layouts: dict[Hashable, Layout] = {}
-    found: list[Layout] = []
-    for index in range(source.num_blocks):
-        kind = source.kind(index), tuple(id(each) for each in tree_leaves(arguments[index]) if isinstance(each, Tensor))
-        if kind not in layouts:
-            layouts[kind] = _layout_of_kind(source, index, hidden, arguments[index])
-        found.append(layouts[kind])
-    return found
+    kinds = source.kinds(arguments)
+    layouts = {index: _layout_of_kind(source, index, hidden, arguments[index]) for index in set(kinds)}
+    return [layouts[index] for index in kinds]
 
 
 def _layout_of_kind(source: "SourceModel", index: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Layout:

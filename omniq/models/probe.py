@@ -65,19 +65,19 @@ def probe(model: PreTrainedModel, blocks: str) -> BlockCalls:
         except Exception as error:  # the model unpacks what the tap returned, and fails in its own way
             problems.append(one_line(error))
             continue
-        if len(shapes) == 1 and (shape := shapes.pop())[:-1] == (2, _TOKENS):
+        if len(shapes) == 1 and all(shape[:-1] == (2, _TOKENS) for shape in shapes):
             return BlockCalls(returns_tuple, _batched(model, outer, blocks))
-        problems.append(f"hidden states of shape {list(shape if not shapes else max(shapes))} between blocks")
-    raise _refusal(model, f"its forward does not pass hidden states [samples, tokens, channels] ({problems[0]})")
+        problems.append(f"shapes {sorted(shapes)} for 2 samples of {_TOKENS} tokens")
+    raise _refusal(model, f"its hidden states cannot be recorded as [samples, tokens, channels] ({problems[0]})")
 
 
 class _Outer:
     """A copy of a model with taps for its blocks, and zeros for all other parameters, on the CPU."""
 
     def __init__(self, model: PreTrainedModel, blocks: str, returns_tuple: bool) -> None:
-        taps = nn.ModuleList(BlockTap(block, returns_tuple) for block in model.get_submodule(blocks).children())
-        shallow = {id(model.get_submodule(blocks)): taps}  # the copy gets the taps instead of the blocks
-        self.model, self.taps, self.blocks = copy.deepcopy(model, shallow), taps, blocks
+        self.taps = [BlockTap(block, returns_tuple) for block in model.get_submodule(blocks).children()]
+        instead = {id(model.get_submodule(blocks)): nn.ModuleList(self.taps)}  # in the copy
+        self.model, self.blocks = copy.deepcopy(model, instead), blocks
         if self.model.config._attn_implementation not in ("sdpa", "eager"):  # others may need a GPU
             self.model.config._attn_implementation = "eager"
         zeros = {name: torch.zeros_like(value, device="cpu") for name, value in self.model.state_dict().items()}
@@ -91,14 +91,23 @@ class _Outer:
         tokens = torch.full((samples, _TOKENS), token)
         with torch.enable_grad():
             output = inner_model(self.model, self.blocks)(input_ids=tokens, use_cache=False, return_dict=True)
-        seen = [tap.seen for tap in self.taps.children() if isinstance(tap, BlockTap)]
+        seen = [tap.seen for tap in self.taps]
         return [value.shape for value in seen if value is not None] + [output.last_hidden_state.shape]
+
+    def hidden(self) -> Tensor:
+        """The input of the first block in the last run, ``[n, t, h]``."""
+        seen = self.taps[0].seen
+        assert seen is not None
+        return seen
 
     def arguments(self) -> Iterator[Leaves]:
         """The arguments of every block in the last run."""
-        for tap in self.taps.children():
-            flat, _ = tree_flatten_with_path(tap.kwargs)
-            yield {(path[0].key, str(path[1:])): value for path, value in flat}
+        for tap in self.taps:
+            yield {
+                (name, str(path)): value
+                for name, argument in tap.kwargs.items()
+                for path, value in tree_flatten_with_path(argument)[0]
+            }
 
 
 def _batched(model: PreTrainedModel, outer: _Outer, blocks: str) -> tuple[str, ...]:
@@ -132,14 +141,13 @@ def _batched(model: PreTrainedModel, outer: _Outer, blocks: str) -> tuple[str, .
 def _runs(model: PreTrainedModel, outer: _Outer, blocks: str, batched: tuple[str, ...]) -> bool:
     """True if the first block accepts the arguments of one sample with two samples (XGLM compares sizes of masks)."""
     outer.run(1)
-    tap: Any = outer.taps[0]
-    block = copy.deepcopy(model.get_submodule(blocks)[0])
+    tap, block = outer.taps[0], copy.deepcopy(next(model.get_submodule(blocks).children()))
     zeros = {name: torch.zeros_like(value, device="cpu") for name, value in block.state_dict().items()}
     try:
         fill(model, block, zeros, torch.device("cpu"))
         block.register_forward_pre_hook(RepeatedArguments(batched), with_kwargs=True)
         with torch.no_grad():
-            block(tap.seen.detach().repeat(2, 1, 1), **tap.kwargs)
+            block(outer.hidden().detach().repeat(2, 1, 1), **tap.kwargs)
     except Exception:  # blocks check shapes in their own way
         return False
     return True

@@ -36,7 +36,8 @@ def proposals(
     linears: dict[str, Any] = {name: block.get_submodule(name) for name in traced.inputs if not expert_of(name)}
     for norm, output in traced.norms.items():
         readers = traced.readers(output)
-        width = block.get_submodule(norm).weight.numel()
+        weight: Any = block.get_submodule(norm).weight
+        width = weight.numel()
         if readers and all(name in linears and linears[name].in_features == width for name in readers):
             yield tuple(NormToLinears(norm, readers, offset, shift) for shift in (True, False) for offset in (0.0, 1.0))
     names = [name for name in linears if name not in routers]

@@ -21,13 +21,14 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 
 import copy
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from omniq.errors import UserError
@@ -184,7 +185,7 @@ class SourceModel:
             for name, value in module.named_parameters(recurse=False)
         )
 
-    def kind(self, index: int) -> Hashable:
+    def _kind(self, index: int) -> Hashable:
         """Parameters and plain attributes of the modules of a block; equal for blocks that compute alike."""
         parts = self._blocks[index].named_modules()
         plain = (bool, int, float, str)
@@ -208,13 +209,17 @@ class SourceModel:
             device: of its parameters and buffers.
             dtype: of its parameters; that of the model by default.
         """
+        block = self._filled(index, torch.device(device), dtype)
+        if self.family.batched:
+            block.register_forward_pre_hook(RepeatedArguments(self.family.batched), with_kwargs=True)
+        return block
+
+    def _filled(self, index: int, where: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
         block = copy.deepcopy(self._blocks[index])
-        prefix, where = f"{self.block_name(index)}.", torch.device(device)
+        prefix = f"{self.block_name(index)}."
         names = [prefix + name for name in block.state_dict()]
         tensors = self._read(names, where, True, dtype)
         fill(self._model, block, {name.removeprefix(prefix): value for name, value in tensors.items()}, where)
-        if self.family.batched:
-            block.register_forward_pre_hook(RepeatedArguments(self.family.batched), with_kwargs=True)
         return block
 
     def embed(self, tokens: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, list[dict[str, Any]]]:
@@ -238,6 +243,28 @@ class SourceModel:
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """
         return self._embedding_and_head.logits(hidden, torch.device(device))
+
+    def own_logits(self, tokens: Tensor, indices: Iterable[int], device: str | torch.device = "cpu") -> Tensor:
+        """Logits ``[n, t, vocabulary]`` of the model's own forward, in which only the blocks at ``indices`` compute.
+
+        A block is read when the forward reaches it, and freed afterwards.
+        """
+        where = torch.device(device)
+
+        def call(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._filled(index, where)(*args, **kwargs)
+
+        return self._embedding_and_head.own_logits(tokens, where, {index: call(index) for index in indices})
+
+    def kinds(self, arguments: Sequence[Mapping[str, Any]]) -> list[int]:
+        """For each block, the index of the first block that computes alike.
+
+        Args:
+            arguments: the arguments of each block, from ``embed``.
+        """
+        first: dict[Hashable, int] = {}
+        tensors = [[id(each) for each in tree_leaves(own) if isinstance(each, Tensor)] for own in arguments]
+        return [first.setdefault((self._kind(k), *tensors[k]), k) for k in range(self.num_blocks)]
 
     def release(self) -> None:
         """Free the embedding table and the head, which ``embed`` and ``logits`` keep; a later call reads them again."""

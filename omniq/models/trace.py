@@ -57,7 +57,7 @@ def trace(block: nn.Module, run: Callable[[], Any], tokens: int) -> Trace:
     def seen(tensor: Tensor) -> Key:
         alive.append(tensor)
         storage = tensor.untyped_storage()
-        return (storage.data_ptr(), tensor.storage_offset(), tensor.numel(), tensor._version)
+        return (storage.data_ptr(), int(tensor.storage_offset()), tensor.numel(), tensor._version)
 
     def before_linear(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:

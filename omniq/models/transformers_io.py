@@ -73,9 +73,9 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
     """
     if gguf_file is not None:
         with reading_gguf(folder / gguf_file):
-            config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
-        check_decoder_only(config)
-        return config
+            described: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+        check_decoder_only(described)
+        return described
     file = folder / "config.json"
     content = read_json(file)
     check_type(content.get("model_type"), remote_code)

@@ -142,7 +142,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128,
         "attention_chunk_size": 32}),
     "dbrx": ("dbrx", {
-        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}),
     "minimax": ("minimax", _HEADS | {
         "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 32,
