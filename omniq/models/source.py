@@ -41,7 +41,7 @@ from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout
 from omniq.models.locate import locate
-from omniq.models.meta import fill, meta_model
+from omniq.models.meta import fill, fill_shared_buffers, meta_model
 from omniq.models.stored_names import with_model_names
 from omniq.models.transformers_io import open_config, open_tokenizer
 from omniq.models.weight_files import weight_file
@@ -84,6 +84,8 @@ class SourceModel:
         self.dtype: torch.dtype = model.dtype
         self._model, self._checkpoint = model, checkpoint
         self._discovered: list[Layout] = []  # of an undeclared family; filled by the first call of ``layout``
+        if not family.groups:
+            fill_shared_buffers(model, family.blocks)
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self.num_blocks = len(self._blocks)
         if not self.num_blocks:

@@ -45,20 +45,23 @@ def dequantized_source(source: Path, export: Path, folder: Path) -> tuple[PreTra
     """The source model with the dequantized weights of an export, and the number of its quantized linears.
 
     Args:
-        source, export: the folders of both checkpoints; linears have the same names in both.
+        source, export: the folders of both checkpoints. In the export, linears have the names of stored experts or of
+            modules.
         folder: an empty folder for the copy.
     """
     config = json.loads((export / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
     stored, weights = stored_tensors(export), stored_tensors(source)
     names = [key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")]
-    for name in names:
-        value = dequantized(stored, name, group["weights"]["num_bits"])
-        weights[f"{name}.weight"] = value.to(weights[f"{name}.weight"].dtype)
+    values = {f"{name}.weight": dequantized(stored, name, group["weights"]["num_bits"]) for name in names}
+    weights |= {key: value.to(weights[key].dtype) for key, value in values.items() if key in weights}
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((source / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), len(names)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for key in values.keys() - weights.keys():  # its name in the source is not that of the module
+        model.get_parameter(key).data.copy_(values[key])
+    return model, len(names)
 
 
 @torch.no_grad()
