@@ -7,6 +7,7 @@ frequencies) come from the model's own initialisation, as when transformers load
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,9 @@ def meta_model(
 
 def _available(attention: str, config: PretrainedConfig) -> str:
     """The implementation of attention; eager instead of sdpa for models that have no sdpa, such as BLOOM."""
-    if attention == "sdpa" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return attention if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
-    return attention
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    lacks = attention == "sdpa" and type(config) in mapping and not mapping[type(config)]._supports_sdpa
+    return "eager" if lacks else attention
 
 
 def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -18,7 +18,7 @@ verified in float64, these casts are redirected to float64.
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,9 +67,8 @@ class VerifiedBlock:
         self.block, self.layout, self.dtype = block.to(dtype), layout, dtype
         self.hidden = hidden.to(dtype)
         self.kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, dict(kwargs))
-        for config in {
-            id(module.config): module.config for module in block.modules() if hasattr(module, "config")
-        }.values():
+        modules: Iterable[Any] = block.modules()
+        for config in [module.config for module in modules if hasattr(module, "config")]:
             if config._attn_implementation not in ("eager", "sdpa"):  # others lack float64 and use masks of their own
                 config._attn_implementation = "sdpa"
                 self.kwargs["attention_mask"] = None

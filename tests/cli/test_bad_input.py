@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from omniq.cli.command import main
 from omniq.config.trainer import COMPUTE_DTYPES
-from omniq.models.families import FAMILIES
 from tests.helpers.opening import only_pickle, truncate
 from tests.helpers.runs import QUICK, configuration, omniquant, write_config
 

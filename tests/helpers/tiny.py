@@ -46,6 +46,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": _ROTARY | {"head_dim": 16, "sliding_window": 8},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"ffn_hidden_size": 128, "bias": True},
+    "granite": _ROTARY | {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "smollm3": _ROTARY | {"num_hidden_layers": 4},  # the last of four blocks has no rotary embedding
+    "olmo2": _ROTARY,
+    "olmo3": _ROTARY | {"sliding_window": 8},
+    "gpt_neox": {"intermediate_size": 128},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "dropout": 0.0},
 }
 

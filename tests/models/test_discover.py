@@ -11,7 +11,6 @@ from omniq.models.self_test import streaming_error
 from omniq.models.source import SourceModel
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, ValueToOutput
-from tests.helpers.opening import refused
 from tests.helpers.zoo import zoo_model
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -31,14 +30,14 @@ DOZEN: dict[str, tuple[tuple[tuple[str, ...], ...], dict[str, int]]] = {
         ((*ATTENTION, "mlp.gate_proj", "mlp.up_proj"), OUTPUT, DOWN),
         {"norm of input_layernorm": 0, "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
     ),
-    "olmo2": (GATED, {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
+    "exaone4": (GATED, {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
     "glm": (
         (ATTENTION, OUTPUT, ("mlp.gate_up_proj",), DOWN),
         NORMS | {"value_output of self_attn.v_proj": 1, "up_down of mlp.gate_up_proj[128:256]": 1},
     ),
-    "gpt_neox": (
-        (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-        NORMS | {"value_output of attention.query_key_value[32:48 of every 48]": 1},
+    "persimmon": (
+        (("self_attn.query_key_value",), ("self_attn.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+        NORMS | {"value_output of self_attn.query_key_value[32:48 of every 48]": 1, "up_down of mlp.dense_h_to_4h": 2},
     ),
     "mpt": (
         (("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",)),

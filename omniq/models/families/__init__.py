@@ -7,13 +7,15 @@ from omniq.errors import NotByBlocks
 from omniq.models.families.bloom import BLOOM
 from omniq.models.families.falcon import FALCON
 from omniq.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from omniq.models.families.gpt_neox import GPT_NEOX
 from omniq.models.families.llama import LLAMA
+from omniq.models.families.olmo import OLMO
 from omniq.models.families.opt import OPT
 from omniq.models.families.phi3 import PHI3
 from omniq.models.families.qwen3 import QWEN3
 from omniq.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OPT, BLOOM, FALCON)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OLMO, OPT, BLOOM, FALCON, GPT_NEOX)
 
 
 def family_of_type(model_type: str | None) -> Family:

@@ -10,13 +10,14 @@ from transformers import PretrainedConfig
 
 from omniq.models.family import Family
 from omniq.models.layout import Layout
+from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, QueryKey, ValueToOutput
 from omniq.transforms.heads import Heads
 from omniq.transforms.linear_ref import LinearRef
 
 QKV, OUTPUT = "self_attention.query_key_value", "self_attention.dense"
 UP, DOWN = "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
-GROUPS = ((QKV,), (OUTPUT,), (UP,), (DOWN,))
+GROUPS: tuple[tuple[str, ...], ...] = ((QKV,), (OUTPUT,), (UP,), (DOWN,))
 
 
 def _refuse(config: PretrainedConfig) -> str | None:
@@ -27,11 +28,11 @@ def _refuse(config: PretrainedConfig) -> str | None:
 class _Bloom(Family):
     def layout(self, block: Any, index: int) -> Layout:
         query, key, value = LinearRef.split(QKV, [block.self_attention.head_dim] * 3, repeated=True)
-        norms = (NormToLinears("input_layernorm", (QKV,)), NormToLinears("post_attention_layernorm", (UP,)))
-        if block.apply_residual_connection_post_layernorm:  # then the residual reads the norms, too
-            norms = ()
-        attention = (ValueToOutput(value, OUTPUT), QueryKey(query, key, rotary=None))
-        return Layout("bloom", self.groups, Heads(block.num_heads, block.num_heads), (*norms, *attention))
+        equivalences: list[Equivalence] = [ValueToOutput(value, OUTPUT), QueryKey(query, key, rotary=None)]
+        if not block.apply_residual_connection_post_layernorm:  # else the residual reads the norms, too
+            norms = NormToLinears("input_layernorm", (QKV,)), NormToLinears("post_attention_layernorm", (UP,))
+            equivalences = [*norms, *equivalences]
+        return Layout("bloom", self.groups, Heads(block.num_heads, block.num_heads), tuple(equivalences))
 
 
 BLOOM = _Bloom(("bloom",), "transformer.h", GROUPS, returns_tuple=True, batched=("alibi",), refuse=_refuse)

@@ -26,10 +26,9 @@ class _Falcon(Family):
         query, key, value = LinearRef.split(QKV, widths, repeated=True)
         two = hasattr(block, "ln_attn")
         first, second = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
-        if hasattr(block, second):
-            groups, norms = GROUPS, (NormToLinears(first, (QKV,)), NormToLinears(second, (UP,)))
-        else:
-            groups, norms = ((QKV, UP), (OUTPUT,), (DOWN,)), (NormToLinears(first, (QKV, UP)),)
+        groups, norms = GROUPS, [NormToLinears(first, (QKV,)), NormToLinears(second, (UP,))]
+        if not hasattr(block, second):
+            groups, norms = ((QKV, UP), (OUTPUT,), (DOWN,)), [NormToLinears(first, (QKV, UP))]
         rotary = None if config.alibi else "half"
         equivalences = (*norms, ValueToOutput(value, OUTPUT), QueryKey(query, key, rotary=rotary))
         return Layout(config.model_type, groups, heads, equivalences)
