@@ -203,6 +203,10 @@ class SourceModel:
         """Shape of a parameter by full name."""
         return self._parameters[name]
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter; tied parameters count once."""
+        yield from ((name, shape) for name, shape in self._parameters.items() if name not in self._tied)
+
     def block(self, index: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """A block with its weights: a new module on every call, frozen, in evaluation mode, with its own config.
 
