@@ -100,7 +100,7 @@ def prepare(run: Run, settings: str) -> Plan:
     source = open_model(run)
     check_model(run, source)
     tokenizer = source.tokenizer()
-    windows = run.data.windows(tokenizer, run.seed)
+    windows = run.data.windows(tokenizer, run.seed, source.config.model_type)
     tokens = torch.cat([windows.calibration, windows.held_out])
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
@@ -118,7 +118,7 @@ def prepare(run: Run, settings: str) -> Plan:
         source=source,
         tokens=share,
         held_out=len(windows.held_out) // collectives.world_size(),
-        evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(tokenizer, source.config.model_type) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
             run.streams,
