@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from omniq.errors import UserError, one_line
+from omniq.errors import NotByBlocks, UserError, one_line
 
 
 def meta_model(
@@ -72,7 +72,7 @@ def fill(model: PreTrainedModel, part: nn.Module, tensors: Mapping[str, Tensor],
 
 def _fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
     """Initialise the unsaved buffers of one module twice, from different memory, to see that every entry is written."""
-    names = [name for name, value in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
+    names, given = _unsaved(module), dict(module.named_buffers(recurse=False))
     attempts: list[dict[str, Tensor]] = []
     for garbage in (0, 1) if names else ():
         for name in names:
@@ -80,8 +80,38 @@ def _fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.devic
         model._init_weights(module)
         attempts.append({name: module.get_buffer(name) for name in names})
     for name in names:
-        if not torch.equal(attempts[0][name], attempts[1][name]):
-            raise UserError(
+        if torch.equal(attempts[0][name], attempts[1][name]):
+            continue
+        if given[name].is_meta:
+            raise NotByBlocks(
                 f"the code of {type(model).__name__} does not initialise {type(module).__name__}.{name}: "
                 "this model cannot be opened block by block; choose a model of another type"
             )
+        setattr(module, name, given[name].to(device))
+
+
+def fill_shared_buffers(model: PreTrainedModel, blocks: str) -> None:
+    """Compute the unsaved buffers of blocks that the code of the whole model initialises (``mup_vector`` of Falcon-H1).
+
+    They stay in the meta model, on the CPU; ``fill`` takes them from there.
+
+    Args:
+        model: on the meta device.
+        blocks: dotted name of the list of blocks.
+    """
+    unsaved = [
+        (module, name, module.get_buffer(name))
+        for module in model.get_submodule(blocks).modules()
+        for name in _unsaved(module)
+        if module.get_buffer(name).is_floating_point()
+    ]
+    for module, name, buffer in unsaved:
+        setattr(module, name, torch.full_like(buffer, torch.nan, device="cpu"))
+    model._init_weights(model.base_model)
+    for module, name, buffer in unsaved:
+        if module.get_buffer(name).isnan().any():
+            setattr(module, name, buffer)
+
+
+def _unsaved(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]

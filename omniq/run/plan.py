@@ -19,6 +19,7 @@ from omniq.distributed.launch import check_launcher, launch_arguments, launched_
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
 from omniq.run.environment import environment
@@ -110,6 +111,7 @@ def prepare(run: Run, settings: str) -> Plan:
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: check_streaming(source, device))
     collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)

@@ -43,7 +43,7 @@ USED = [
     Private("torch.distributed.distributed_c10d", "_get_default_store", "omniq/distributed/collectives.py", ()),
     Private("torch.nn:Module", "_non_persistent_buffers_set", "omniq/models/meta.py", instance=True),
     Private("torch.nn:Module", "_apply", "omniq/runtime/linear.py", ("self", "fn", "recurse")),
-    Private("torch.utils._pytree", "tree_map_only", "omniq/calibration/verify_equivalences.py"),
+    Private("torch.utils._pytree", "tree_map_only", "omniq/models/verify_equivalences.py"),
     Private("transformers:PreTrainedModel", "_init_weights", "omniq/models/meta.py", ("self", "module")),
     Private("transformers:LlamaConfig", "_attn_implementation", "omniq/blocks/activation_hooks.py", instance=True),
     Private(

@@ -41,3 +41,13 @@ def family_of(config: PretrainedConfig) -> Family:
     if reason := family.refuse(config):
         raise NotByBlocks(reason)
     return family
+
+
+def declared_family(config: PretrainedConfig) -> Family | None:
+    """The declared family of a model; None if omniq must discover its blocks.
+
+    Raises:
+        NotByBlocks: the family refuses this variant of it.
+    """
+    declared = any(config.model_type in family.model_types for family in FAMILIES)
+    return family_of(config) if declared else None

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Undeclared families: blocks, groups, kept matrices and equivalences are found; unfit models are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from omniq.models.layout import Layout
+from omniq.models.self_test import streaming_error
+from omniq.models.source import SourceModel
+from omniq.transforms.equivalence import Equivalence
+from omniq.transforms.equivalences import NormToLinears, ValueToOutput
+from tests.helpers.zoo import zoo_model
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
+GATED = (ATTENTION, OUTPUT, ("mlp.gate_proj", "mlp.up_proj"), DOWN)
+NORMS = {"norm of input_layernorm": 0, "norm of post_attention_layernorm": 0}
+
+# The groups of the last block of a variant, and the divided modules of its equivalences. The number is the offset of a
+# norm, the power of another equivalence, and -1 for values whose shift is not exact.
+DOZEN: dict[str, tuple[tuple[tuple[str, ...], ...], dict[str, int]]] = {
+    "stablelm": (GATED, NORMS | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
+    "nemotron": (
+        (ATTENTION, OUTPUT, ("mlp.up_proj",), DOWN),
+        dict.fromkeys(NORMS, 1) | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 2},
+    ),
+    "cohere": (
+        ((*ATTENTION, "mlp.gate_proj", "mlp.up_proj"), OUTPUT, DOWN),
+        {"norm of input_layernorm": 0, "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
+    ),
+    "exaone4": (GATED, {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
+    "glm": (
+        (ATTENTION, OUTPUT, ("mlp.gate_up_proj",), DOWN),
+        NORMS | {"value_output of self_attn.v_proj": 1, "up_down of mlp.gate_up_proj[128:256]": 1},
+    ),
+    "persimmon": (
+        (("self_attn.query_key_value",), ("self_attn.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+        NORMS | {"value_output of self_attn.query_key_value[32:48 of every 48]": 1, "up_down of mlp.dense_h_to_4h": 2},
+    ),
+    "mpt": (
+        (("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",)),
+        {"norm of norm_1": 0, "norm of norm_2": 0, "value_output of attn.Wqkv[128:192]": 1},
+    ),
+    "vaultgemma": (
+        GATED,
+        {"norm of input_layernorm": 1, "norm of pre_feedforward_layernorm": 1}
+        | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
+    ),
+    "gemma4_text": (
+        GATED,
+        {"norm of input_layernorm": 0, "norm of pre_feedforward_layernorm": 0, "up_down of mlp.up_proj": 1},
+    ),
+    "gpt_oss": ((ATTENTION, OUTPUT), {"norm of input_layernorm": 0, "value_output of self_attn.v_proj": -1}),
+    "bamba": (
+        (ATTENTION, OUTPUT, ("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",)),
+        {"norm of input_layernorm": 0, "norm of pre_ff_layernorm": 0}
+        | {"value_output of self_attn.v_proj": 1, "up_down of feed_forward.up_proj": 1},
+    ),
+    "mamba2": ((("mixer.in_proj",), ("mixer.out_proj",)), {"norm of norm": 0, "norm of mixer.norm": 0}),
+}
+
+
+def opened(folder: Path, name: str) -> SourceModel:
+    zoo_model(name).save_pretrained(folder)
+    return SourceModel.open(folder)
+
+
+def measured(equivalence: Equivalence) -> int:
+    if isinstance(equivalence, NormToLinears):
+        return int(equivalence.offset)
+    return -1 if isinstance(equivalence, ValueToOutput) and not equivalence.shift else int(equivalence.power)
+
+
+@pytest.mark.parametrize("name", list(DOZEN))
+def test_discovered_layout_has_groups_and_verified_equivalences(tmp_path: Path, name: str) -> None:
+    source = opened(tmp_path, name)
+    assert not source.family.groups  # undeclared
+    layout = source.layout(source.num_blocks - 1)
+    groups, equivalences = DOZEN[name]
+    assert layout.groups == groups
+    assert {f"{each.kind} of {each.divided}": measured(each) for each in layout.equivalences} == equivalences
+    assert all(error > 1e-3 for error in layout.rejected.values())  # measured: 0.02 and more
+    assert streaming_error(source, torch.device("cpu")) <= 1e-6  # measured: 0
+
+
+def test_discovered_layout_of_equal_blocks_is_shared_and_kept_in_another_dtype(tmp_path: Path) -> None:
+    source = opened(tmp_path, "bamba")
+    layouts = [source.layout(index) for index in range(source.num_blocks)]
+    assert layouts[0].groups[0] == ("mamba.in_proj",)
+    assert source.in_dtype(torch.float16).layout(0) is layouts[0]
+    same = opened(tmp_path / "same", "stablelm")
+    assert same.layout(0) is same.layout(1)
+
+
+def kept(layout: Layout, reason: str) -> set[str]:
+    return {name for name, why in layout.kept.items() if why == reason}
+
+
+def test_discovered_layout_keeps_matrices_with_reason(tmp_path: Path) -> None:
+    layout = opened(tmp_path, "qwen3_5_text").layout(0)
+    assert kept(layout, "only 4 outputs") == {"linear_attn.in_proj_a", "linear_attn.in_proj_b"}
+    assert kept(layout, "a parameter of Conv1d, not a linear layer") == {"linear_attn.conv1d.weight"}
+    norm = layout.equivalences[0]
+    assert norm.readers[-1] == "linear_attn.in_proj_a"  # it reads the norm, so its columns change too
+    layout = opened(tmp_path / "dbrx", "dbrx").layout(0)
+    assert kept(layout, "router or gate of experts") == {"ffn.router.layer"}
+
+
+def test_discovered_family_records_how_model_calls_blocks(tmp_path: Path) -> None:
+    assert opened(tmp_path / "mpt", "mpt").family.returns_tuple
+    assert opened(tmp_path / "xglm", "xglm").family.batched == ("attention_mask",)
+    assert opened(tmp_path / "llama", "stablelm").family.batched == ()
