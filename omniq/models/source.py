@@ -37,6 +37,7 @@ from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheck
 from omniq.models.checks import check_checkpoint, stored_dtype
 from omniq.models.discover import discover_layouts, find_family
 from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
+from omniq.models.experts import with_split_experts
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout
@@ -128,7 +129,7 @@ class SourceModel:
                 config = open_config(folder, file, trust_remote_code)
                 model = meta_model(config, chosen, attention, trust_remote_code)
                 family = find_family(model)
-                held = GgufCheckpoint(folder, file, config, chosen)
+                held = with_split_experts(GgufCheckpoint(folder, file, config, chosen), model)
                 tokenizer = open_tokenizer(folder, file)
             return cls(str(path), place, model, family, held, tokenizer)
         config = open_config(folder, None, trust_remote_code)
@@ -136,7 +137,7 @@ class SourceModel:
         chosen = stored_dtype(config, stored) if dtype == "auto" else torch_dtype(dtype)
         model = meta_model(config, chosen, attention, trust_remote_code)
         family = find_family(model)
-        return cls(str(path), place, model, family, with_model_names(stored, model))
+        return cls(str(path), place, model, family, with_split_experts(with_model_names(stored, model), model))
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
