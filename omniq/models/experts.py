@@ -15,8 +15,8 @@ default: for token ``t`` with experts ``e`` and routing weights ``p``
 summed over the chosen experts in their order of choice, in float32 for half-precision outputs. Routers are untouched.
 All gate and up projections run before the first down projection.
 
-Not replaced: experts with biases, without a gate, or stored transposed or interleaved (gpt_oss, granitemoe). They stay in
-floating point.
+Not replaced: experts with biases, without a gate, or stored transposed or interleaved (gpt_oss, granitemoe). They stay
+in floating point.
 
 Shapes: ``E`` experts, ``h`` hidden size, ``f`` intermediate size, ``T`` tokens, ``k`` experts of a token.
 """

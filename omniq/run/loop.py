@@ -209,5 +209,5 @@ def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
 
 def _show(display: Display, index: int, result: BlockResult) -> None:
     parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
-    parts += [str(result.summary[name]) for name in ("guard", "unreached") if name in result.summary]
+    parts += [str(result.summary[name]) for name in ("guard", "unreached", "too few tokens") if name in result.summary]
     display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

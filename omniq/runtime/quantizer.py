@@ -127,6 +127,10 @@ class OmniqQuantizer(HfQuantizer):
 
         config = self.quantization_config
         stored = _stored_names(checkpoint_files)
+        if any(_is_of_expert(name) for name in config.linears):
+            from omniq.models.experts import split_experts
+
+            split_experts(model)
         for name, entry in config.linears.items():
             place, linear = _find(model, name)
             config.grid(name).check_width(linear.in_features, name)
@@ -135,6 +139,13 @@ class OmniqQuantizer(HfQuantizer):
                 if stored is not None and f"{name}.{part}" not in stored:
                     raise CorruptFile(f"{name}.{part} is missing in the checkpoint: download its files again")
             model.set_submodule(place, packed)
+
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any) -> list[Any]:
+        """Leave the tensors of experts as they are stored if the experts of the model are linears."""
+        split = any(_is_of_expert(name) for name in self.quantization_config.linears)
+        kept = [each for each in weight_conversions if not (split and _merges_experts(each))]
+        updated: list[Any] = super().update_weight_conversions(kept, model)
+        return updated
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, packed in _packed(model).items():
@@ -160,6 +171,15 @@ class OmniqQuantizer(HfQuantizer):
         return False
 
 
+def _is_of_expert(name: str) -> bool:
+    """True for a linear of an expert, such as ``model.layers.0.mlp.experts.3.up_proj``."""
+    return ".experts." in name
+
+
+def _merges_experts(conversion: Any) -> bool:
+    return any(target.endswith((".gate_up_proj", ".down_proj")) for target in conversion.target_patterns)
+
+
 def _packed(model: nn.Module) -> dict[str, Any]:
     from omniq.runtime.linear import PackedLinear
 
@@ -172,6 +192,9 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
     from omniq.models.families import family_of
     from omniq.models.layout import Layout
 
+    activations = Activations(**given)
+    if not activations.quantized:
+        return lambda: None
     family, modules = family_of(model.config), dict(model.named_modules())
     blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
     described: list[tuple[nn.Module, Layout, Finished | None]] = []
@@ -179,7 +202,7 @@ def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], 
         layout, packed = family.layout(block, index), _packed(block)
         plain = [name for name in layout.linears if name not in packed]
         described.append((block, layout.keep(plain, "not quantized in this checkpoint"), None if packed else {}))
-    return attach_all(described, Activations(**given))
+    return attach_all(described, activations)
 
 
 def _find(model: Any, name: str) -> tuple[str, nn.Linear]:
