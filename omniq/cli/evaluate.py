@@ -21,6 +21,7 @@ from omniq.errors import NotByBlocks, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_model, evaluate_streamed
 from omniq.evaluate.result import PerplexityResult
 from omniq.models.locate import locate
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
 from omniq.models.weight_files import read_json, weight_file
@@ -101,6 +102,7 @@ def measure(
     place = folder if file is None else folder / file
     try:
         source = SourceModel.open(place, None, _dtype(model, device), model.attention, model.trust_remote_code)
+        check_streaming(source, device)
     except NotByBlocks:
         return _measure_with_transformers(folder, weight_file(folder, file), model, evaluation, device, batch)
     windows, bos = _windows(evaluation, source.tokenizer(), source.config.model_type)

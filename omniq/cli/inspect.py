@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from omniq.blocks.activation_hooks import check_attention
 from omniq.config.run import Model
 from omniq.errors import UserError
 from omniq.export.registry import FORMATS
@@ -27,6 +28,7 @@ from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.report.console import plain_console
+from omniq.run.checks import check_format
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 SCHEMES = ("W4A16", "W8A8", "W4A4KV4")
@@ -129,9 +131,10 @@ def _measure(
 def _obstacle(source: SourceModel, format: str, scheme: str) -> str | None:
     """The reason why a format cannot hold the model in a scheme; None if it can."""
     chosen = Scheme(scheme)
-    layouts = [source.layout(index) for index in range(source.num_blocks)]
     try:
-        FORMATS[format].codec(chosen).check(layouts, [chosen.grid])
+        for index in range(source.num_blocks):
+            check_attention(source.layout(index), chosen.activations)
+        check_format(format, chosen, source)
     except UserError as error:
         return str(error)
     return None

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from omniq.errors import NotByBlocks
 from omniq.models.families import declared_family
@@ -62,22 +63,30 @@ def discovered_family(model: PreTrainedModel) -> Family:
     Raises:
         NotByBlocks: the model has no line of blocks with linears, or its blocks cannot be called one by one.
     """
-    kind, blocks = model.config.model_type, _find_blocks(model)
+    kind, blocks = model.config.model_type, find_blocks(model)
     modules = list(model.get_submodule(blocks).modules())
+    why = None
     if not any(isinstance(module, nn.Linear) for module in modules):
         why = "its blocks have no linear layers"
         if any(isinstance(module, Conv1D) for module in modules):
             why = "its blocks compute with Conv1D, whose transposed weights no export format holds"
+    elif replaced := {type(module).__name__ for module in modules} & MODULES_TO_PATCH_FOR_QUANTIZATION.keys():
+        why = f"transformers replaces its {min(replaced)} by other modules when it loads a quantized checkpoint"
+    if why is not None:
         raise NotByBlocks(f"model type {kind!r} cannot be quantized: {why}; choose a model of another type")
     calls = probe(model, blocks)
     return Family((kind,), blocks, (), returns_tuple=calls.returns_tuple, batched=calls.batched)
 
 
-def _find_blocks(model: PreTrainedModel) -> str:
-    """Dotted name of the list of modules with the most parameters that is inside no other list."""
+def find_blocks(model: PreTrainedModel) -> str:
+    """Dotted name of the list of modules with the most parameters and buffers that is inside no other list.
+
+    Args:
+        model: on any device, possibly quantized.
+    """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    sizes = {name: sum(value.numel() for value in lists[name].parameters()) for name in outermost}
+    sizes = {name: sum(value.numel() for value in lists[name].state_dict().values()) for name in outermost}
     if not sizes or not max(sizes.values()):
         raise NotByBlocks(
             f"model type {model.config.model_type!r} cannot be quantized block by block: it has no list of blocks; "
@@ -127,7 +136,7 @@ def layout_of(config: PretrainedConfig, block: nn.Module, hidden: Tensor, argume
     verified = VerifiedBlock(block, Layout(config.model_type, (), heads), hidden, arguments, dtype)
     traced = trace(block, lambda: verified.run(verified.tensors), hidden.shape[0] * hidden.shape[1])
     kept = dict(_kept(block, traced))
-    groups = [tuple(name for name in group if name not in kept) for group in _groups(block, traced)]
+    groups = [tuple(name for name in group if name not in kept) for group in groups_of(block, traced)]
     equivalences: list[Equivalence] = []
     rejected: dict[str, float] = {}
     for alternatives in proposals(block, traced, heads, [name for name in traced.inputs if _is_router(name)]):
@@ -187,7 +196,7 @@ def _kept(block: nn.Module, traced: Trace) -> Iterator[tuple[str, str]]:
             yield name, f"only {module.out_features} outputs"
 
 
-def _groups(block: nn.Module, traced: Trace) -> list[tuple[str, ...]]:
+def groups_of(block: nn.Module, traced: Trace) -> list[tuple[str, ...]]:
     """The linears that share an input, in the order in which the block runs them.
 
     An expert that no traced token reached has the groups of an expert that was reached, and its place in their order.

@@ -43,11 +43,15 @@ def family_of(config: PretrainedConfig) -> Family:
     return family
 
 
+def is_declared(model_type: str | None) -> bool:
+    """True if a declared family covers a ``model_type``."""
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def declared_family(config: PretrainedConfig) -> Family | None:
     """The declared family of a model; None if omniq must discover its blocks.
 
     Raises:
         NotByBlocks: the family refuses this variant of it.
     """
-    declared = any(config.model_type in family.model_types for family in FAMILIES)
-    return family_of(config) if declared else None
+    return family_of(config) if is_declared(config.model_type) else None
