@@ -33,6 +33,7 @@ from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import TokenWeights, weighted_error
 from omniq.errors import UserError
+from omniq.models.experts import LinearExperts
 from omniq.storage.block_result import BlockResult
 
 Schedule = Literal["constant", "cosine"]
@@ -146,9 +147,10 @@ class ReconstructionModule(BlockModule):
 
     @cached_property
     def step(self) -> OptimizerStep:
-        """The whole update; a CUDA graph on a GPU."""
+        """The whole update; a CUDA graph on a GPU, unless the number of tokens of an expert depends on the batch."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler)
+        routed = any(isinstance(module, LinearExperts) for module in self.task.block.modules())
+        return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler, graph=not routed)
 
     @cached_property
     def criterion(self) -> Loss:

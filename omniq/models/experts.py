@@ -15,8 +15,8 @@ default: for token ``t`` with experts ``e`` and routing weights ``p``
 summed over the chosen experts in their order of choice, in float32 for half-precision outputs. Routers are untouched.
 All gate and up projections run before the first down projection.
 
-Not replaced: experts with biases, without a gate, or stored transposed or interleaved (gpt_oss, granitemoe). They stay
-in floating point.
+Not replaced: experts with biases, without a gate, or transposed or interleaved (gpt_oss), and experts of types whose
+checkpoints hold no single experts (granitemoe). They stay in floating point.
 
 Shapes: ``E`` experts, ``h`` hidden size, ``f`` intermediate size, ``T`` tokens, ``k`` experts of a token.
 """
@@ -74,12 +74,11 @@ class LinearExperts(nn.Module):
         chosen, order = torch.sort(top_k_index.reshape(-1))
         tokens, counts = order // top_k_index.shape[-1], torch.bincount(chosen).tolist()
         gate, up, down = self.names
-        reached = [(self._modules[str(index)], count) for index, count in enumerate(counts) if count]
-        inner = []
-        for (expert, _), rows in zip(reached, tokens.split([count for _, count in reached]), strict=True):
+        inner, experts = [], [getattr(self, str(index)) for index, count in enumerate(counts) if count]
+        for expert, rows in zip(experts, tokens.split([count for count in counts if count]), strict=True):
             x = hidden_states[rows]
-            inner.append(self._gate_of(self, torch.cat([expert[gate](x), expert[up](x)], -1)))  # type: ignore[index]
-        outputs = torch.cat([expert[down](x) for (expert, _), x in zip(reached, inner, strict=True)])  # type: ignore[index]
+            inner.append(self._gate_of(self, torch.cat([expert[gate](x), expert[up](x)], -1)))
+        outputs = torch.cat([expert[down](x) for expert, x in zip(experts, inner, strict=True)])
         weighted = outputs * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         by_token = weighted[torch.argsort(order)].view(*top_k_index.shape, -1)
         return by_token.sum(1).to(hidden_states.dtype)
@@ -128,8 +127,7 @@ class SplitExperts(PreparedCheckpoint):
 def split_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Replace all experts modules of a model that hold merged parameters; return the model."""
     merged = [(name, module) for name, module in model.named_modules() if _is_merged(module)]
-    if merged:
-        names = names_of_projections(model)
+    if merged and (names := names_of_projections(model)):
         for name, module in merged:
             model.set_submodule(name, LinearExperts(module, names))
     return model

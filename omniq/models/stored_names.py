@@ -58,14 +58,17 @@ def with_model_names(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoi
     return Renamed(checkpoint, stored_name)
 
 
-def names_of_projections(model: PreTrainedModel) -> tuple[str, str, str]:
-    """Names of the gate, up and down projections of one expert in the checkpoints of a model type."""
-    gate_up, down = ["gate_proj", "up_proj"], ["down_proj"]
+def names_of_projections(model: PreTrainedModel) -> tuple[str, str, str] | None:
+    """Names of the gate, up and down projections of one expert in the checkpoints of a model type.
+
+    Returns:
+        the names; None if transformers does not read single experts of this type.
+    """
+    names: dict[str, list[str]] = {}
     for each in get_model_conversion_mapping(model):
-        if isinstance(each, WeightConverter):
-            names = [source.removesuffix(".weight").rpartition(".")[2] for source in each.source_patterns]
-            if each.target_patterns[0].endswith("experts.gate_up_proj"):
-                gate_up = names
-            elif each.target_patterns[0].endswith("experts.down_proj"):
-                down = names
-    return gate_up[0], gate_up[1], down[0]
+        if isinstance(each, WeightConverter) and ".experts.*." in f".{each.source_patterns[0]}":
+            stored = [source.removesuffix(".weight").rpartition(".")[2] for source in each.source_patterns]
+            names[each.target_patterns[0].rpartition(".")[2]] = stored
+    if {key: len(stored) for key, stored in names.items()} != {"gate_up_proj": 2, "down_proj": 1}:
+        return None
+    return names["gate_up_proj"][0], names["gate_up_proj"][1], names["down_proj"][0]
