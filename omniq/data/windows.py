@@ -34,10 +34,12 @@ class Windows(NamedTuple):
     Args:
         calibration: int64 ``[samples, length]``.
         held_out: int64 ``[held_out, length]``; shares no token of the text with ``calibration``.
+        distinct: the number of windows without a common token that the text for calibration holds.
     """
 
     calibration: "Tensor"
     held_out: "Tensor"
+    distinct: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Calibration:
     """The text that stages calibrate on.
 
     Args:
-        source: of the text.
-        samples: number of random windows. The paper uses 128; 16 suffice for weight-only quantization (its Table A11:
-            6.47 at W3A16 with 16 and with 128).
+        source: where the text comes from.
+        samples: number of random windows. The paper uses 128. For its weight-only quantization 16 suffice (Table A11:
+            perplexity 6.47 at W3A16 with 16 and with 128). If the text holds fewer windows, omniq prints a line.
         length: tokens per window.
-        held_out: number of windows kept apart to watch the loss on unseen text.
-        seed: of the random offsets; the seed of the run by default.
+        held_out: number of additional windows, on which the loss is measured but not optimized.
+        seed: seed of the random offsets. By default the seed of the run.
         add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
         bos: ``window`` to begin every window with BOS, ``text`` to begin only the text with it, or ``none``. By default
             ``window`` if the tokenizer adds BOS by itself, but ``text`` for LLaMA and OPT.
@@ -103,7 +105,7 @@ class Calibration:
         held_out = tokens[tail:].view(self.held_out, length).clone()
         if bos == "window":
             drawn, held_out = begin_with_bos(drawn, tokenizer), begin_with_bos(held_out, tokenizer)
-        return Windows(calibration=drawn, held_out=held_out)
+        return Windows(calibration=drawn, held_out=held_out, distinct=tail // length)
 
     def describe(self) -> str:
         """One line for the model card."""
@@ -115,9 +117,9 @@ class Evaluation:
     """The text that perplexity is measured on.
 
     Args:
-        source: of the text.
-        length: tokens per window; published numbers use 2048.
-        max_windows: the number of windows to use, from the start; all by default.
+        source: where the text comes from.
+        length: tokens per window. Published perplexities use 2048.
+        max_windows: number of windows to use, from the start of the text. By default all windows are used.
         add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
         bos: ``window`` to begin every window with BOS, ``text`` to begin only the text with it, or ``none``. By default
             ``window`` if the tokenizer adds BOS by itself, but ``text`` for LLaMA and OPT.
