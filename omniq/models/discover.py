@@ -225,5 +225,5 @@ def groups_of(block: nn.Module, traced: Trace) -> list[tuple[str, ...]]:
             model = like[pattern(expert)]
             for within, group in enumerate(templates.get(expert, templates[model])):
                 own = tuple(expert + linear.removeprefix(expert_of(linear) or "") for linear in group)
-                places[own] = (first[pattern(expert)], expert_number(expert), within)
+                places[own] = (first[pattern(expert)], within, expert_number(expert))
     return sorted(places, key=places.__getitem__)

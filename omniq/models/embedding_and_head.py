@@ -139,9 +139,8 @@ class EmbeddingAndHead:
         self._forget()
         return hidden, kwargs
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor, device: torch.device) -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the output of the last block, ``[n, t, h]``."""
+        """Logits ``[n, t, vocabulary]`` of the output of the last block, ``[n, t, h]``; differentiable in it."""
         self._come_to(device)
         self._load_head()
         # Only the shape of this input matters: the last tap returns the hidden states.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from omniq.errors import NotByBlocks, UserError, one_line
+from omniq.models.experts import split_experts
 
 
 def meta_model(
@@ -21,7 +22,7 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model that a config describes, on the meta device, frozen and in evaluation mode.
 
-    Models that have no ``sdpa`` attention get ``eager`` instead.
+    Experts are linears (``omniq.models.experts``). Models that have no ``sdpa`` attention get ``eager`` instead.
 
     Raises:
         UserError: the attention implementation is unknown, not installed, or not available for this model; or the
@@ -45,7 +46,7 @@ def meta_model(
             "transformers cannot build the model that config.json describes "
             f"({type(error).__name__}: {one_line(error)}): correct this value, or get the file again"
         ) from error
-    return model.eval().requires_grad_(False)
+    return split_experts(model).eval().requires_grad_(False)
 
 
 def _available(attention: str, config: PretrainedConfig) -> str:

@@ -23,6 +23,7 @@ import copy
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
-from omniq.models.checks import check_checkpoint, stored_dtype
+from omniq.models.checks import check_checkpoint, check_generation_config, stored_dtype
 from omniq.models.discover import discover_layouts, find_family
 from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
+from omniq.models.experts import with_split_experts
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout
@@ -120,6 +122,7 @@ class SourceModel:
         if dtype != "auto" and dtype not in MODEL_DTYPES:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(MODEL_DTYPES)}")
         folder, named = locate(str(path), gguf_file, trust_remote_code)
+        check_generation_config(folder)
         file = weight_file(folder, named)
         place = _Place(folder, trust_remote_code)
         if file.endswith(".gguf"):
@@ -128,7 +131,7 @@ class SourceModel:
                 config = open_config(folder, file, trust_remote_code)
                 model = meta_model(config, chosen, attention, trust_remote_code)
                 family = find_family(model)
-                held = GgufCheckpoint(folder, file, config, chosen)
+                held = with_split_experts(GgufCheckpoint(folder, file, config, chosen), model)
                 tokenizer = open_tokenizer(folder, file)
             return cls(str(path), place, model, family, held, tokenizer)
         config = open_config(folder, None, trust_remote_code)
@@ -136,7 +139,7 @@ class SourceModel:
         chosen = stored_dtype(config, stored) if dtype == "auto" else torch_dtype(dtype)
         model = meta_model(config, chosen, attention, trust_remote_code)
         family = find_family(model)
-        return cls(str(path), place, model, family, with_model_names(stored, model))
+        return cls(str(path), place, model, family, with_split_experts(with_model_names(stored, model), model))
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
@@ -207,6 +210,12 @@ class SourceModel:
         """Name and shape of every parameter; tied parameters count once."""
         yield from ((name, shape) for name, shape in self._parameters.items() if name not in self._tied)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in the dtype of the model; tied ones count once."""
+        shapes = (shape for name, shape in self._parameters.items() if name not in self._tied)
+        return sum(map(prod, shapes)) * self.dtype.itemsize
+
     def block(self, index: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """A block with its weights: a new module on every call, frozen, in evaluation mode, with its own config.
 
@@ -244,7 +253,7 @@ class SourceModel:
         return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
+        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``, differentiable: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """

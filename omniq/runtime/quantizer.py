@@ -130,6 +130,10 @@ class OmniqQuantizer(HfQuantizer):
 
         config = self.quantization_config
         stored = _stored_names(checkpoint_files)
+        if any(_is_of_expert(name) for name in config.linears):
+            from omniq.models.experts import split_experts
+
+            split_experts(model)
         for name, entry in config.linears.items():
             place, linear = _find(model, name)
             config.grid(name).check_width(linear.in_features, name)
@@ -138,6 +142,13 @@ class OmniqQuantizer(HfQuantizer):
                 if stored is not None and f"{name}.{part}" not in stored:
                     raise CorruptFile(f"{name}.{part} is missing in the checkpoint: download its files again")
             model.set_submodule(place, packed)
+
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any) -> list[Any]:
+        """Leave the tensors of experts as they are stored if the experts of the model are linears."""
+        split = any(_is_of_expert(name) for name in self.quantization_config.linears)
+        kept = [each for each in weight_conversions if not (split and _merges_experts(each))]
+        updated: list[Any] = super().update_weight_conversions(kept, model)
+        return updated
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, packed in _packed(model).items():
@@ -161,6 +172,15 @@ class OmniqQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
+
+
+def _is_of_expert(name: str) -> bool:
+    """True for a linear of an expert, such as ``model.layers.0.mlp.experts.3.up_proj``."""
+    return ".experts." in name
+
+
+def _merges_experts(conversion: Any) -> bool:
+    return any(target.endswith((".gate_up_proj", ".down_proj")) for target in conversion.target_patterns)
 
 
 def _packed(model: nn.Module) -> dict[str, Any]:

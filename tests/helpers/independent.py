@@ -53,7 +53,8 @@ def dequantized_source(source: Path, export: Path, folder: Path) -> tuple[PreTra
     (group,) = config["config_groups"].values()
     stored, weights = stored_tensors(export), stored_tensors(source)
     names = [key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")]
-    values = {f"{name}.weight": dequantized(stored, name, group["weights"]["num_bits"]) for name in names}
+    stored_as = {f"{name}.weight": _stored_name(f"{name}.weight", weights) for name in names}
+    values = {stored_as[f"{name}.weight"]: dequantized(stored, name, group["weights"]["num_bits"]) for name in names}
     weights |= {key: value.to(weights[key].dtype) for key, value in values.items() if key in weights}
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -62,6 +63,12 @@ def dequantized_source(source: Path, export: Path, folder: Path) -> tuple[PreTra
     for key in values.keys() - weights.keys():  # its name in the source is not that of the module
         model.get_parameter(key).data.copy_(values[key])
     return model, len(names)
+
+
+def _stored_name(name: str, weights: dict[str, Tensor]) -> str:
+    """The name of a weight in the source: Mixtral and MiniMax store experts under another name than its module."""
+    other = name.replace(".mlp.experts.", ".block_sparse_moe.experts.")
+    return other if other in weights else name
 
 
 @torch.no_grad()

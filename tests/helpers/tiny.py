@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from omniq.models.embedding_and_head import RepeatedArguments
 from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
+from tests.helpers.linear_experts import with_linear_experts
 
 # A config in which only half of the channels of each head are turned.
 HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
@@ -35,6 +36,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 _ROTARY = {"intermediate_size": 128, "num_key_value_heads": 2}  # grouped-query attention: 2 query heads a KV head
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "output_router_logits": False}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": _ROTARY,
     "mistral": _ROTARY | {"sliding_window": None, "head_dim": 16},
@@ -51,6 +53,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "olmo2": _ROTARY,
     "olmo3": _ROTARY | {"sliding_window": 8},
     "gpt_neox": {"intermediate_size": 128},
+    "mixtral": _ROTARY | {"num_local_experts": 4},
+    "qwen2_moe": _ROTARY | _EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
+    "qwen3_moe": _ROTARY | _EXPERTS | {"head_dim": 16},
+    "olmoe": _ROTARY | _EXPERTS,
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "dropout": 0.0},
 }
 
@@ -69,8 +75,8 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5 if "embed" not in name else noise)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5 if "embed" not in name else noise)
             else:
                 parameter.copy_(0.1 * noise + (("norm" in name or "ln_" in name) and name.endswith("weight")))
     return model
@@ -106,7 +112,7 @@ def save_tiny(
 
 def tiny_block(family: str = "llama", seed: int = 0, length: int = 16, **overrides: Any) -> tuple[nn.Module, dict]:
     """The first block of a tiny model, frozen, and the keyword arguments it is called with for ``length`` tokens."""
-    model = tiny_model(family, seed, **overrides).requires_grad_(False)
+    model = with_linear_experts(tiny_model(family, seed, **overrides))
     seen: dict[str, Any] = {}
     described = family_of_type(family)
     blocks = model.get_submodule(described.blocks)

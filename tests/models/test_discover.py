@@ -199,5 +199,5 @@ def test_discovered_layout_groups_of_unreached_experts_follow_those_of_reached_o
     keys = {"first": 0, "experts.1.a": 1, "experts.1.b": 1, "experts.1.c": 2}
     keys |= {"experts.2.a": 1, "experts.2.b": 1, "experts.2.c": 3, "last": 4}
     traced = Trace(inputs={name: (key, 0, 0, 0) for name, key in keys.items()})
-    experts = [group for k in range(4) for group in ((f"experts.{k}.a", f"experts.{k}.b"), (f"experts.{k}.c",))]
+    experts = [(f"experts.{k}.a", f"experts.{k}.b") for k in range(4)] + [(f"experts.{k}.c",) for k in range(4)]
     assert groups_of(block, traced) == [("first",), *experts, ("last",)]

@@ -53,6 +53,9 @@ USED = [
         "transformers.quantizers.base:HfQuantizer", "_process_model_after_weight_loading", "omniq/runtime/quantizer.py"
     ),
     Private("transformers.quantizers.base:HfQuantizer", "_dequantize", "omniq/runtime/quantizer.py"),
+    Private("transformers:PreTrainedModel", "_supports_sdpa", "omniq/models/meta.py"),
+    Private("transformers.models.mixtral.modeling_mixtral:MixtralExperts", "_apply_gate", "omniq/models/experts.py"),
+    Private("torch:Tensor", "_version", "omniq/models/trace.py"),
     Private("lightning.fabric.cli", "_main", "omniq/cli/lightning_run.py"),
     Private("jsonargparse._common", "parsing_settings", "omniq/config/class_paths.py"),
     Private("torchmetrics:MeanMetric", "_defaults", "omniq/evaluate/perplexity.py", instance=True),

@@ -29,6 +29,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 3": ("gemma3_text", {}),
     "gpt-neox": ("gpt_neox", {}),
     "granite": ("granite", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "olmoe": ("olmoe", {}),
     "olmo 3": ("olmo3", {}),
     "smollm3": ("smollm3", {}),
 }
@@ -47,7 +51,8 @@ def test_run_of_declared_family_ends_with_verified_export(
     if stage == "OmniQuant":
         kinds = [kind for kind in ("norm", "value_output", "up_down") if kind not in LACKS.get(label, ())]
         chosen = omniquant(epochs=1, transform={"equivalences": kinds})
-    assert main(write_run(tmp_path, family, model, scheme={"name": "W4A16g16"}, stages=[chosen])) == 0
+    scheme = {"name": "W4A16g16", "symmetric": "mo" in family or family == "mixtral"}  # experts need it
+    assert main(write_run(tmp_path, family, model, scheme=scheme, stages=[chosen])) == 0
     assert "read back equal; logits through transformers within 0.0e+00" in " ".join(capsys.readouterr().out.split())
     results = json.loads((tmp_path / "run" / "perplexity.json").read_text())["models"]
     assert results["omniq"]["nll"] < 1.1 * results["full precision"]["nll"]

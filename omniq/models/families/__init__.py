@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 
 from omniq.errors import NotByBlocks
 from omniq.models.families.bloom import BLOOM
+from omniq.models.families.experts import MIXTRAL, OLMOE, QWEN3_MOE
 from omniq.models.families.falcon import FALCON
 from omniq.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from omniq.models.families.gpt_neox import GPT_NEOX
@@ -15,7 +16,22 @@ from omniq.models.families.phi3 import PHI3
 from omniq.models.families.qwen3 import QWEN3
 from omniq.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, OLMO, OPT, BLOOM, FALCON, GPT_NEOX)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN3,
+    PHI3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    OLMO,
+    OPT,
+    BLOOM,
+    FALCON,
+    GPT_NEOX,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
+)
 
 
 def family_of_type(model_type: str | None) -> Family:
