@@ -205,7 +205,8 @@ def _kept(block: nn.Module, traced: Trace) -> Iterator[tuple[str, str]]:
 def groups_of(block: nn.Module, traced: Trace) -> list[tuple[str, ...]]:
     """The linears that share an input, in the order in which the block runs them.
 
-    An expert that no traced token reached has the groups of an expert that was reached, and its place in their order.
+    An expert that no traced token reached has the groups of an expert that was reached. All experts run their first
+    group before any of them runs its second (``omniq.models.experts``).
     """
     by_input: dict[Any, list[str]] = {}
     for name, key in traced.inputs.items():
