@@ -9,6 +9,7 @@
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
 #   make campaign           slow: thousands of kills, damaged files and interrupts; the tests contain a small part
 #                           make campaign ARGS="--processes 14 --seconds 500"   print tables after 500 s at most
+#   make zoo                slow: quantize a tiny model of every decoder-only type of transformers, check the exports
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
 #   make PYTHON=python3.12  create the environment with this Python
@@ -23,7 +24,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench campaign clean
+.PHONY: help install demo test lint typecheck check bench campaign zoo clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -75,6 +76,9 @@ campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.kills $(ARGS)
 	$(BIN)/python -m tests.campaigns.damage $(ARGS)
 	$(BIN)/python -m tests.campaigns.interrupts $(ARGS)
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

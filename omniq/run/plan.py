@@ -20,6 +20,7 @@ from omniq.distributed.launch import check_launcher, launch_arguments, launched_
 from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.run.checks import (
     check_callbacks,
@@ -121,7 +122,7 @@ def prepare(run: Run, settings: str) -> Plan:
     check_model(run, source)
     origin = open_origin(run, source)
     generated = isinstance(run.data.source, SelfGenerated)
-    windows = None if generated else run.data.windows(source.tokenizer(), run.seed)
+    windows = None if generated else run.data.windows(source.tokenizer(), run.seed, source.config.model_type)
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
@@ -135,6 +136,7 @@ def prepare(run: Run, settings: str) -> Plan:
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: check_streaming(source, device))
     if windows is None:
         windows = generated_windows(run, source, device)
     check_text(run.data, windows.distinct)
@@ -149,7 +151,7 @@ def prepare(run: Run, settings: str) -> Plan:
         tokens=share,
         held_out=run.data.held_out // collectives.world_size(),
         generated=windows if generated else None,
-        evaluation=run.evaluation.sequences(source.tokenizer()) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(source.tokenizer(), source.config.model_type) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
             run.streams, device, run.out, size, processes=launched_processes()[1], saved=saved
