@@ -22,7 +22,7 @@ REPLACED = ".omniq-replaced"
 _OWN = {MANIFEST, REPLACED, f".{MANIFEST}.partial"}
 _NAMES = re.compile(
     r"(config|generation_config)\.json|README\.md|recipe\.yaml"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|shard-\d{5}\.safetensors"
+    r"|model\.gguf(\.data)?|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|shard-\d{5}\.safetensors"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|processor_config)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja"
     r"|additional_chat_templates(/[^/]+\.jinja)?"

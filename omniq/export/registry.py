@@ -8,8 +8,10 @@ from typing import Any
 
 from omniq.errors import UserError
 from omniq.export.containers.container import Container
+from omniq.export.containers.gguf import GgufFile
 from omniq.export.containers.huggingface import HuggingFaceFolder
 from omniq.export.formats.compressed_tensors import CompressedTensors
+from omniq.export.formats.ggml import Ggml
 from omniq.export.formats.omniq import Omniq
 from omniq.grid.scheme import Scheme
 
@@ -35,6 +37,7 @@ FORMATS: dict[str, Format] = {
     for format in (
         Format("compressed-tensors", CompressedTensors, _FOLDER),
         Format("omniq", Omniq, _FOLDER),
+        Format("gguf", Ggml, GgufFile()),
     )
 }
 

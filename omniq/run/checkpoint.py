@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from omniq.config.run import Export
 from omniq.errors import CorruptFile, UserError, one_line
@@ -26,6 +25,8 @@ from omniq.export import (
 )
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+from omniq.models.transformers_io import open_tokenizer
+from omniq.models.weight_files import weight_file
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 
@@ -150,8 +151,9 @@ def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str
     model: Any = opened.model
     if model is None:
         return f"the checkpoint does not complete the prompt: {opened.lacking}"
-    tokenizer = AutoTokenizer.from_pretrained(opened.path)
-    tokens = tokenizer(prompt, return_tensors="pt")
+    file = weight_file(opened.path)
+    tokenizer = open_tokenizer(opened.path, file if file.endswith(".gguf") else None)
+    tokens: Any = tokenizer(prompt, return_tensors="pt")
     said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
     return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 

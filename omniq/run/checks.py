@@ -87,7 +87,9 @@ def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
     """
     layouts = [scheme_layout(source, scheme, index) for index in range(source.num_blocks)]
     grids = {scheme.grid_of(name) for name in linear_names(source)}
-    find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+    chosen = find_format(format)
+    chosen.codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
+    chosen.container.check_source(source)
 
 
 def check_storable(run: Run, block: str, result: BlockResult) -> None:

@@ -45,6 +45,9 @@ _SECTIONS = {"model", "data", "stages", "scheme"}  # every recipe of omniq has t
 class HuggingFaceFolder:
     """Implements ``omniq.export.containers.container.Container``."""
 
+    def check_source(self, source: SourceModel) -> None:
+        """Accept any model: the folder holds what transformers holds."""
+
     def write(
         self,
         source: SourceModel,
@@ -91,8 +94,7 @@ class HuggingFaceFolder:
 
     def is_ours(self, path: Path) -> bool:
         """True if the folder contains a config, and a card or a recipe of omniq."""
-        own = is_card(_text(path / "README.md")) or _is_recipe(_text(path / "recipe.yaml"))
-        return own and (path / "config.json").is_file()
+        return is_described(path) and (path / "config.json").is_file()
 
     def format_of(self, path: Path) -> str:
         """The recorded format name; in folders of versions that did not record it, the name of the method."""
@@ -164,6 +166,11 @@ def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     scaled = scaling.get("rope_type", "default") != "default"
     return {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": scaling} if scaled else {})
+
+
+def is_described(path: Path) -> bool:
+    """True if a folder contains a card or a recipe of omniq."""
+    return is_card(_text(path / "README.md")) or _is_recipe(_text(path / "recipe.yaml"))
 
 
 def _is_recipe(text: str) -> bool:

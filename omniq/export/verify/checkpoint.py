@@ -127,7 +127,7 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
         block, result = source.block_name(index), results(index)
         for name, linear in result.linears.items():
             shapes[f"{block}.{name}.weight"] = linear.codes.shape
-            _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), linear)
+            _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), reader.as_stored(linear))
             unseen -= reader.names_of(f"{block}.{name}")
             linears[f"{block}.{name}"] = WrittenLinear.of(linear)
         for name, tensor in result.tensors.items():
