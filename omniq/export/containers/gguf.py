@@ -5,11 +5,7 @@
     recipe.yaml, README.md
 
 The metadata are those of ``convert_hf_to_gguf.py``. If the source model is itself a GGUF file, its metadata are copied.
-Three keys are omniq's own, and llama.cpp ignores them:
-
-    omniq.format   the format name that users type
-    omniq.linears  the grid of each quantized linear in the run, as JSON: [bits, group size, symmetric]
-    omniq.config   the config of transformers, as JSON
+llama.cpp ignores the keys that omniq adds (``gguf_reader.py``).
 
 omniq reads the file back with its own reader. transformers opens it too, with the stored config, except for blocks of
 type Q2_0.
@@ -18,18 +14,16 @@ type Q2_0.
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from typing_extensions import Self
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import quantization_config
 
-from omniq.errors import CorruptFile, UserError, one_line
+from omniq.errors import UserError
 from omniq.export.containers.card import model_card
 from omniq.export.containers.container import Results, cast_for_export
 from omniq.export.containers.folder_reader import missing_host_memory
@@ -39,134 +33,27 @@ from omniq.export.containers.gguf_model import (
     architecture_of,
     config_metadata,
     gguf_name,
-    model_name,
+    reordered,
+    reordered_linear,
     rope_factors,
-    row_order,
 )
+from omniq.export.containers.gguf_reader import CONFIG, FILE, FORMAT, LINEARS, GgufModel, entry_of
 from omniq.export.containers.gguf_tokenizer import tokenizer_metadata
 from omniq.export.containers.huggingface import is_described
 from omniq.export.containers.requirements import missing_packages
 from omniq.export.containers.shards import writing
-from omniq.export.containers.target_model import TargetModel, target_model
+from omniq.export.containers.target_model import target_model
 from omniq.export.formats.codec import WrittenLinear
 from omniq.export.formats.ggml import BLOCK_TYPES, Q2_0, Ggml
-from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.locate import public_name
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
 from omniq.storage.block_result import QuantizedLinear
 
-FILE = "model.gguf"
-_FLOATS = {0: torch.float32, 1: torch.float16}  # types of ggml
-_FORMAT, _LINEARS, _CONFIG = "omniq.format", "omniq.linears", "omniq.config"
 _COPIED = ("general.", "tokenizer.")  # prefixes of the metadata that are copied, and that of the architecture
+GgufConfig = getattr(quantization_config, "GgufConfig", None)  # older releases always unpack the blocks
 _NO_Q2 = "transformers does not read blocks of type Q2_0"
-
-
-class GgufModel:
-    """Implements ``omniq.export.containers.container.Reader``.
-
-    Args:
-        path: the folder.
-        codec: the codec of the linears.
-
-    Raises:
-        CorruptFile: the file is missing or damaged, or is not an export of omniq.
-    """
-
-    def __init__(self, path: Path, codec: Ggml) -> None:
-        self._codec, self._file = codec, GgufReader(path / FILE)
-        self._linears = self._json(_LINEARS)
-        self._names = {ours: theirs for theirs in self._file.tensors if (ours := model_name(theirs)) is not None}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.__exit__()
-
-    def __getitem__(self, name: str) -> Tensor:
-        info = self._file.tensors[self._names[name]]
-        dtype = _FLOATS.get(info.type)
-        if dtype is None:
-            raise CorruptFile(f"{self._file.file}: {name} is of type {info.type}, not in floating point")
-        data = self._file.data(self._names[name], 8 * dtype.itemsize * prod(info.shape))
-        return _reordered(name, data.view(dtype).view(info.shape), self.config, back=True).to(torch.float16)
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all parameters, as the model has them."""
-        return set(self._names)
-
-    @property
-    def size(self) -> int:
-        """Size of all tensors in bytes."""
-        return self._file.size
-
-    @property
-    def types(self) -> set[int]:
-        """Numbers of the types of all tensors."""
-        return {info.type for info in self._file.tensors.values()}
-
-    @property
-    def format(self) -> str:
-        """The format name that users type."""
-        return self._file.text(_FORMAT)
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        """The config of transformers."""
-        content = dict(self._json(_CONFIG))
-        try:
-            return AutoConfig.for_model(content.pop("model_type"), **content)
-        except Exception as error:  # validation of configs raises many kinds of errors
-            raise CorruptFile(f"{self._file.file}: {_CONFIG}: {one_line(error)}") from error
-
-    @cached_property
-    def model(self) -> TargetModel:
-        """The stock model of the stored config."""
-        return TargetModel.of(self.config)
-
-    def names_of(self, name: str) -> set[str]:
-        """The parameter that holds a quantized linear."""
-        return {f"{name}.weight"}
-
-    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
-        """The same weights on the grid of the block that holds them."""
-        return self._codec.as_stored(linear)
-
-    def read(self, name: str) -> QuantizedLinear:
-        """A quantized linear on the grid of its blocks."""
-        info = self._file.tensors[self._names[f"{name}.weight"]]
-        type = next((type for type in BLOCK_TYPES.values() if type.number == info.type), None)
-        if type is None or name not in self._linears:
-            raise CorruptFile(f"{self._file.file}: {name} is of type {info.type}, or {_LINEARS} lacks its grid")
-        rows, width = info.shape
-        data = self._file.data(self._names[f"{name}.weight"], 8 * rows * (width // type.size) * type.bytes)
-        tensors = {f"{name}.{type.name}": data.view(rows, -1)}
-        linear = self._codec.load(name, tensors, _grid(self._linears[name]))
-        return _reordered_linear(name, linear, self.config, back=True)
-
-    def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
-        """Refuse recorded grids that differ from these, and metadata of llama.cpp that differ from the config."""
-        if self._linears != {name: _entry(linear.grid) for name, linear in linears.items()}:
-            raise CorruptFile(f"{self._file.file}: {_LINEARS} does not describe the weights")
-        for key, value in config_metadata(self.config, "").items():
-            found = self._file.metadata.get(key, value)
-            if key != "general.name" and not _same(found.decoded(), value.decoded()):
-                raise CorruptFile(
-                    f"{self._file.file}: {key} is {found.decoded()!r}, and {value.decoded()!r} in the config"
-                )
-
-    def _json(self, key: str) -> dict[str, Any]:
-        try:
-            content = json.loads(self._file.text(key))
-        except ValueError as error:
-            raise CorruptFile(f"{self._file.file}: {key}: {error}") from error
-        if not isinstance(content, dict):
-            raise CorruptFile(f"{self._file.file}: {key} is not a table")
-        return content
 
 
 class GgufFile:
@@ -212,9 +99,9 @@ class GgufFile:
         metadata |= {
             "general.file_type": Value.integer(parameters.types.most_common(1)[0][0]),  # OpenVINO requires it
             "general.quantization_version": Value.integer(2),
-            _FORMAT: Value.text(format),
-            _LINEARS: Value.text(json.dumps({name: _entry(found.grid) for name, found in parameters.linears.items()})),
-            _CONFIG: Value.text(json.dumps(json.loads(model.config.to_json_string()), sort_keys=True)),
+            FORMAT: Value.text(format),
+            LINEARS: Value.text(json.dumps({name: entry_of(found.grid) for name, found in parameters.linears.items()})),
+            CONFIG: Value.text(json.dumps(json.loads(model.config.to_json_string()), sort_keys=True)),
         }
         size = parameters.writer.close(metadata)
         weights = sum(linear.weights for linear in parameters.linears.values())
@@ -241,7 +128,7 @@ class GgufFile:
     def format_of(self, path: Path) -> str:
         """The recorded format name."""
         with GgufReader(path / FILE) as file:
-            return file.text(_FORMAT)
+            return file.text(FORMAT)
 
     def lacks(self, codec: Ggml, path: Path | None = None) -> str | None:
         """The reason why transformers cannot open the file here: packages, memory, or blocks of type Q2_0."""
@@ -256,7 +143,12 @@ class GgufFile:
         """Open the file in transformers, with the stored config."""
         with GgufModel(path, Ggml(Scheme("W8A16"))) as file:
             config = file.config
-        return open_checkpoint(path, FILE, config=config, dtype=torch.float16)
+        if config.model_type == "mistral":  # transformers has no table of names for it: the file says llama
+            content = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+            config = AutoConfig.for_model("llama", **content)
+        # transformers 5.23 keeps the blocks packed by default, and computes in float32 then
+        unpacked = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig is not None else {}
+        return open_checkpoint(path, FILE, config=config, dtype=torch.float16, **unpacked)
 
 
 class _Parameters:
@@ -280,7 +172,7 @@ class _Parameters:
         """Add a quantized linear by its full name."""
         codec.check_linear(name, linear)
         self.linears[name] = WrittenLinear.of(linear)
-        [(key, data)] = codec.store(name, _reordered_linear(name, linear, self._config)).items()
+        [(key, data)] = codec.store(name, reordered_linear(name, linear, self._config)).items()
         type = BLOCK_TYPES[key.rpartition(".")[2]]
         self.types[type.file_type] += linear.codes.numel()
         self._add(f"{name}.weight", tuple(linear.codes.shape), type.number, data)
@@ -288,7 +180,7 @@ class _Parameters:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add any other parameter by its full name: matrices in float16, vectors in float32, as llama.cpp needs it."""
         cast = cast_for_export(name, tensor, self._scheme)
-        cast = _reordered(name, cast if cast.dim() > 1 else cast.float(), self._config)
+        cast = reordered(name, cast if cast.dim() > 1 else cast.float(), self._config)
         self._add(name, tuple(cast.shape), 1 if cast.dim() > 1 else 0, cast)
 
     def _add(self, name: str, shape: tuple[int, ...], type: int, data: Tensor) -> None:
@@ -304,36 +196,3 @@ def _described(source: SourceModel) -> dict[str, Value]:
         return metadata | tokenizer_metadata(source.tokenizer(), source.config.vocab_size)
     with GgufReader(source.gguf_file) as given:
         return {key: value for key, value in given.metadata.items() if key.startswith((*_COPIED, f"{architecture}."))}
-
-
-def _reordered(name: str, tensor: Tensor, config: PretrainedConfig, back: bool = False) -> Tensor:
-    """A parameter with its rows in the order of llama.cpp, or ``back`` in that of the model."""
-    order = row_order(name, config, len(tensor))
-    if order is None:
-        return tensor
-    return tensor[order.argsort() if back else order]
-
-
-def _reordered_linear(
-    name: str, linear: QuantizedLinear, config: PretrainedConfig, back: bool = False
-) -> QuantizedLinear:
-    codes, scale, zero_point = (
-        _reordered(f"{name}.weight", part, config, back) for part in (linear.codes, linear.scale, linear.zero_point)
-    )
-    return replace(linear, codes=codes, scale=scale, zero_point=zero_point)
-
-
-def _entry(grid: Grid) -> list[Any]:
-    return [grid.bits, grid.group_size, grid.symmetric]
-
-
-def _grid(entry: list[Any]) -> Grid:
-    bits, group_size, symmetric = entry
-    return Grid(bits, group_size, symmetric)
-
-
-def _same(found: Any, expected: Any) -> bool:
-    """True for equal values; a real number of the file has the precision of float32."""
-    if isinstance(expected, float):
-        return bool(torch.tensor(found) == torch.tensor(expected))
-    return bool(found == expected)

@@ -15,6 +15,7 @@ Sources: ``convert_hf_to_gguf.py`` and ``llama-arch.cpp`` of llama.cpp.
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from omniq.errors import UserError
 from omniq.export.containers.gguf_file import Value
+from omniq.storage.block_result import QuantizedLinear
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Architectures of llama.cpp by ``config.model_type``."""
@@ -115,6 +117,24 @@ def row_order(name: str, config: PretrainedConfig, rows: int) -> Tensor | None:
     if ARCHITECTURES[config.model_type] != "llama" or heads is None:
         return None
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def reordered(name: str, tensor: Tensor, config: PretrainedConfig, back: bool = False) -> Tensor:
+    """A parameter with its rows in the order of llama.cpp, or ``back`` in that of the model."""
+    order = row_order(name, config, len(tensor))
+    if order is None:
+        return tensor
+    return tensor[order.argsort() if back else order]
+
+
+def reordered_linear(
+    name: str, linear: QuantizedLinear, config: PretrainedConfig, back: bool = False
+) -> QuantizedLinear:
+    """A quantized linear with its rows in the order of llama.cpp, or ``back`` in that of the model."""
+    codes, scale, zero_point = (
+        reordered(f"{name}.weight", part, config, back) for part in (linear.codes, linear.scale, linear.zero_point)
+    )
+    return replace(linear, codes=codes, scale=scale, zero_point=zero_point)
 
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
