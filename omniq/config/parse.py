@@ -105,7 +105,7 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         ArgumentError: an option or key is not accepted.
         UserError: a value cannot be used, or a class path is not allowed.
     """
-    content, options = apply_stage_options(*without_earlier_settings(content, options))
+    content, options = apply_stage_options(*without_earlier_settings(_with_one_export(content), options))
     if not any(re.match(r"--(print_config|[\w.]+\.help)\b", option) for option in options):
         _check_light_sections(content, options)
     trainer = content.get("trainer")
@@ -121,6 +121,20 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
     text = parser.dump(config, skip_validation=True)
     objects = vars(instantiate(parser, config))
     return Run(**{each.name: objects[each.name] for each in fields(Run)}), text
+
+
+def _with_one_export(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a list of checkpoints under ``export`` to the first checkpoint with ``also``.
+
+    Raises:
+        UserError: the list is empty, or an entry is not a mapping.
+    """
+    export = content.get("export")
+    if not isinstance(export, list):
+        return {**content}
+    if not export or not all(isinstance(entry, Mapping) for entry in export):
+        raise UserError(f"export: {export} is not a list of checkpoints: give entries such as {{format: gptq}}")
+    return {**content, "export": {**export[0], "also": export[1:]}}
 
 
 def _check_light_sections(content: Mapping[str, Any], options: Sequence[str]) -> None:

@@ -10,8 +10,11 @@ from omniq.errors import UserError
 from omniq.export.containers.container import Container
 from omniq.export.containers.gguf import GgufFile
 from omniq.export.containers.huggingface import HuggingFaceFolder
+from omniq.export.formats.auto_round import AutoRound
+from omniq.export.formats.awq import Awq
 from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.export.formats.ggml import Ggml
+from omniq.export.formats.gptq import Gptq
 from omniq.export.formats.omniq import Omniq
 from omniq.grid.scheme import Scheme
 
@@ -24,20 +27,30 @@ class Format:
         name: the name that users type. A runtime may use another name for the layout, or one name for several formats.
         codec: creates the codec for a scheme.
         container: the layout of the model.
+        groups: the group sizes for which a scale per channel may be repeated, the best first; empty if the format holds
+            scales per channel.
+        tolerance: largest relative error of the logits that the runtime computes. The default is for runtimes that
+            compute as omniq does. Measured there: 0.0.
     """
 
     name: str
     codec: Callable[[Scheme], Any]
     container: Container[Any]
+    groups: tuple[int, ...] = ()
+    tolerance: float = 1e-4
 
 
 _FOLDER = HuggingFaceFolder()
+_PACKED_KERNELS = 3e-2  # kernels of GPTQModel and auto-round multiply in bfloat16
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
         Format("compressed-tensors", CompressedTensors, _FOLDER),
         Format("omniq", Omniq, _FOLDER),
         Format("gguf", Ggml, GgufFile()),
+        Format("gptq", Gptq, _FOLDER, groups=(128, 64, 32), tolerance=_PACKED_KERNELS),
+        Format("awq", Awq, _FOLDER, groups=(128, 64, 32), tolerance=_PACKED_KERNELS),
+        Format("auto-round", AutoRound, _FOLDER, tolerance=_PACKED_KERNELS),
     )
 }
 

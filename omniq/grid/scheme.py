@@ -94,7 +94,7 @@ class Scheme:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        weight_bits, inputs, keys_values, group_size = self._parsed
+        weight_bits, inputs, keys_values, group_size = self.parsed
         for what, bits in (("activations", inputs), ("keys and values", keys_values)):
             if not 2 <= bits <= 8 and bits != 16:
                 raise UserError(f"scheme.name {self.name!r}: {what} of {bits} bits are not valid: use 2 to 8, or 16")
@@ -128,7 +128,7 @@ class Scheme:
         """The grid of linears that no rule matches."""
         from omniq.grid.affine import Grid
 
-        return Grid(self._parsed.bits, self._parsed.group_size, self.symmetric, self.export_dtype)
+        return Grid(self.parsed.bits, self.parsed.group_size, self.symmetric, self.export_dtype)
 
     @property
     def grids(self) -> tuple["Grid", ...]:
@@ -147,18 +147,19 @@ class Scheme:
         return found
 
     @cached_property
-    def _parsed(self) -> SchemeName:
+    def parsed(self) -> SchemeName:
+        """The parts of the name."""
         return parse_scheme(self.name)
 
     @property
     def activation_bits(self) -> int:
         """Bits of the linears' inputs; 16 if they are not quantized."""
-        return self._parsed.activation_bits
+        return self.parsed.activation_bits
 
     @property
     def kv_bits(self) -> int:
         """Bits of keys and values; 16 if they are not quantized."""
-        return self._parsed.kv_bits
+        return self.parsed.kv_bits
 
     @property
     def activations(self) -> Activations:

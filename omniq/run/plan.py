@@ -17,7 +17,7 @@ from omniq.data import digest
 from omniq.distributed import collectives
 from omniq.distributed.launch import check_launcher, launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
-from omniq.export import check_free, find_format
+from omniq.export import check_format, check_free
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
 from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
@@ -94,9 +94,10 @@ def prepare(run: Run, settings: str) -> Plan:
     check_trainer(run.trainer)
     check_callbacks(run)
     check_writable(run.out)
-    if run.export.format != "none":
-        find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
-        check_free(run.out / "model")
+    for export in run.exports:
+        outliers = bool(run.stored_beside_codes)
+        check_format(export.format, run.scheme, container_bits=export.container_bits, outliers=outliers)
+        check_free(run.folder_of(export))
     source = open_model(run)
     check_model(run, source)
     tokenizer = source.tokenizer()
@@ -105,8 +106,8 @@ def prepare(run: Run, settings: str) -> Plan:
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
-    if run.export.format != "none":
-        check_reader(run.export.format, run.scheme)
+    for export in run.exports:
+        check_reader(export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)

@@ -12,14 +12,13 @@ import torch
 from transformers import AutoTokenizer
 
 from omniq.errors import CorruptFile, UserError
-from omniq.export import VerificationError
+from omniq.export import VerificationError, check_format
 from omniq.export.containers.gguf_file import GgufReader
 from omniq.export.containers.gguf_model import config_metadata, rope_factors
 from omniq.export.formats.ggml import BLOCK_TYPES, Q2_0, Ggml, block_type
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_format
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
 from tests.helpers.opening import SMOL, needs_smol
@@ -96,27 +95,34 @@ def test_block_type_of_grid_that_no_block_holds_is_none(grid: Grid) -> None:
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (Scheme("W4A8g32"), "holds weights only: use A16, or format compressed-tensors or omniq"),
-        (Scheme("W4A16KV4g32"), "holds weights only"),
-        (Scheme("W4A16g32", dtype="bfloat16"), "holds float16 scales, not bfloat16: set scheme.dtype to float16"),
-        (Scheme("W4A16g16"), "holds groups of a multiple of 32 inputs, not 16: use g32, g64 or g128"),
-        (Scheme("W8A16g32"), "cannot hold 8 bits with zero points: set scheme.symmetric to true, use 7 bits"),
+        (Scheme("W4A8g32"), "does not support quantized activations: use A16, and no KV"),
+        (Scheme("W4A16KV4g32"), "does not support quantized activations"),
+        (
+            Scheme("W4A16g32", dtype="bfloat16"),
+            "holds scales in float16 only, not in bfloat16: set scheme.dtype to float16",
+        ),
+        (Scheme("W4A16g16"), "does not support groups of 16, only multiples of 32: use g32, g64 or g128"),
+        (Scheme("W8A16g32"), "does not support 8 bits with zero points: set scheme.symmetric to true, or use W7"),
     ],
 )
 def test_check_scheme_that_blocks_cannot_hold_is_refused(scheme: Scheme, message: str, source: SourceModel) -> None:
     with pytest.raises(UserError, match=f"scheme {scheme.name}: export.format gguf {message}"):
-        check_format("gguf", scheme, source)
+        check_format("gguf", scheme, source=source)
 
 
 def test_check_outliers_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot hold the sparse outliers .*: use format omniq"):
+    with pytest.raises(UserError, match="does not support the sparse outliers .*: use a method without them"):
         Ggml(Scheme("W4A16g32")).check(outliers=True)
 
 
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("opt", {}, "does not support models of type 'opt'; it holds llama, mistral, qwen2, qwen3: use format"),
+        (
+            "opt",
+            {},
+            "does not support models of type 'opt'; .* use another format; formats that can hold it: ",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -130,7 +136,7 @@ def test_check_model_that_llama_cpp_does_not_know_is_refused(
 ) -> None:
     source = opened(tmp_path / "source", Grid(4, 32), family=family, **overrides)
     with pytest.raises(UserError, match=f"export.format gguf {message}"):
-        check_format("gguf", Scheme("W4A16g32"), source)
+        check_format("gguf", Scheme("W4A16g32"), source=source)
 
 
 def test_check_tokenizer_with_unknown_rule_is_refused(source: SourceModel) -> None:
@@ -138,7 +144,7 @@ def test_check_tokenizer_with_unknown_rule_is_refused(source: SourceModel) -> No
 
     source.tokenizer().backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match="the tokenizer splits a text by the rule .*Whitespace.*, which has no name"):
-        check_format("gguf", Scheme("W4A16g32"), source)
+        check_format("gguf", Scheme("W4A16g32"), source=source)
 
 
 BIASES = {"attention_bias": True, "mlp_bias": True}

@@ -29,7 +29,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
             ``library`` and ``usage``: name of the runtime and how to run the model there; transformers by default;
             ``format`` and ``requires``: the layout, and the packages that a reader needs beside transformers;
             ``bits_per_weight``: bits of codes (at their own width), scales, zero points and outliers; ``bytes``: size
-            of all tensors as the format stores them;
+            of all tensors as the format stores them; ``stored_scheme`` and ``stored_bits_per_weight``: scheme and bits
+            of a checkpoint whose codes are wider, or whose groups are smaller, than those of ``scheme``;
             ``perplexity``: values by text, then by model; lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: digest of the source model;
@@ -85,6 +86,11 @@ def _heading(facts: Mapping[str, Any]) -> str:
         text += (
             " The codes of the quantized linears, with their scales, zero points and outliers, take "
             f"{facts['bits_per_weight']:.3f} bits per weight; all other parameters stay in floating point."
+        )
+    if "stored_scheme" in facts:
+        text += (
+            f" This checkpoint stores the same weights in {facts['stored_scheme']}, which takes "
+            f"{facts['stored_bits_per_weight']:.3f} bits per weight."
         )
     if "bytes" in facts:
         text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."

@@ -66,7 +66,7 @@ def architecture_of(config: PretrainedConfig) -> str:
     elif getattr(config, "hidden_act", "silu") != "silu":
         refusal = f"the activation {config.hidden_act!r}"
     if refusal:
-        raise UserError(f"export.format gguf does not support {refusal}: use format compressed-tensors or omniq")
+        raise UserError(f"export.format gguf does not support {refusal}: use another format")
     return ARCHITECTURES[config.model_type]
 
 

@@ -122,6 +122,6 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Value]:
 
 def _refusal(problem: str) -> UserError:
     return UserError(
-        f"export.format gguf: the tokenizer {problem}: use format compressed-tensors or omniq, or start from a GGUF "
+        f"export.format gguf: the tokenizer {problem}: use another format, or start from a GGUF "
         "file of this model, whose tokenizer is copied"
     )

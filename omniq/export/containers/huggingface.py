@@ -33,7 +33,8 @@ from omniq.export.containers.folder_reader import FolderCodec, FolderReader, mis
 from omniq.export.containers.requirements import missing_packages
 from omniq.export.containers.shards import ShardWriter, writing
 from omniq.export.containers.target_model import TargetModel, target_model
-from omniq.export.formats.codec import WrittenLinear
+from omniq.export.formats.codec import Shape, WrittenLinear
+from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
@@ -136,7 +137,10 @@ def _write_blocks(
         summaries.append(dict(result.summary))
     if not linears:
         raise UserError("no linear of any block is quantized: quantize at least one block before exporting")
-    codec.check(grids={linear.grid for linear in linears.values()})
+    shapes: dict[Grid, set[Shape]] = {}
+    for written in linears.values():
+        shapes.setdefault(written.grid, set()).add(written.shape)
+    codec.check(grids=shapes)
     return linears, plain, summaries
 
 

@@ -26,20 +26,18 @@ Q4_1 stores ``d u + m`` with a float16 ``m = -z s``, which is rounded for most s
 Shapes: ``o`` output features, ``i`` input features, ``G`` groups of a row, ``B = i / n`` blocks of a row.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from omniq.errors import UserError
-from omniq.export.formats.codec import check_middle, check_scheme, stored_under
+from omniq.export.formats.codec import Shape
+from omniq.export.formats.weights_only import WeightsOnly
+from omniq.export.restate import restate
 from omniq.grid.affine import Grid
-from omniq.grid.scheme import Scheme
-from omniq.models.layout import Layout
 from omniq.storage.block_result import QuantizedLinear
 
-_NAME = "gguf"  # the name that users type
 _HALVES = 16  # element k shares a byte with element k + 16
 
 
@@ -111,99 +109,56 @@ def block_type(grid: Grid) -> BlockType | None:
     return next((type for type in (Q4_0, Q5_0, Q8_0) if type.bits >= needed), None)
 
 
-class Ggml:
+class Ggml(WeightsOnly):
     """Blocks of the type that fits the grid of each linear."""
 
+    name = "gguf"
+    one_grid = False
     requires: tuple[str, ...] = ("gguf",)
 
-    def __init__(self, scheme: Scheme) -> None:
-        self._scheme = scheme
-
-    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
-        """Refuse a scheme with a part that blocks cannot hold.
-
-        These are quantized activations, outliers, scales in another dtype than float16, grids of 8 bits with zero
-        points, and groups that are not a multiple of a block.
-
-        Raises:
-            UserError: names the scheme and the remedy.
-        """
-        scheme, problem = self._scheme, ""
-        unheld = next((grid for grid in grids if block_type(grid) is None), None)
-        if outliers:
-            problem = "cannot hold the sparse outliers or quantized scales of this method: use format omniq"
-        elif scheme.activations.quantized:
-            problem = "holds weights only: use A16, or format compressed-tensors or omniq for quantized activations"
-        elif scheme.export_dtype != torch.float16:
-            problem = (
-                f"holds float16 scales, not {scheme.dtype}: set scheme.dtype to float16, or use format "
-                "compressed-tensors or omniq"
-            )
-        elif unheld is not None and unheld.group_size != -1 and unheld.group_size % Q4_0.size:
-            problem = (
-                f"holds groups of a multiple of {Q4_0.size} inputs, not {unheld.group_size}: use g32, g64 or g128, or "
-                "format compressed-tensors or omniq"
-            )
-        elif unheld is not None:
-            problem = (
-                f"cannot hold {unheld.bits} bits with zero points: set scheme.symmetric to true, use 7 bits or fewer, "
-                "or use format compressed-tensors or omniq"
-            )
-        check_scheme(scheme, _NAME, problem)
-
-    def check_linear(self, name: str, linear: QuantizedLinear) -> None:
-        """Refuse a linear with outliers or a width that is not a multiple of a block, and contradictory zero points.
-
-        Raises:
-            UserError: another format can store the linear.
-            ValueError: the zero point of a symmetric linear is not the middle of the code range.
-        """
-        if linear.outliers is not None or linear.grid.second is not None:
-            what = "outliers" if linear.outliers is not None else "quantized scales"
-            raise UserError(f"{name} has {what}, which format {_NAME} does not support: use format omniq")
-        width = linear.codes.shape[1]
-        if width % Q4_0.size:
-            raise UserError(
-                f"{name} has {width} inputs, and format {_NAME} holds multiples of {Q4_0.size}: use format "
-                "compressed-tensors or omniq"
-            )
-        check_middle(name, linear)
-
-    def uses(self, type: BlockType) -> bool:
-        """True if a grid of the scheme is stored in blocks of this type."""
-        return any(block_type(grid) is type for grid in self._scheme.grids)
+    def problem_of_grids(self, grids: Mapping[Grid, Collection[Shape]]) -> str:
+        """The reason why no block holds these grids, as the end of a sentence; empty if blocks hold them."""
+        for grid, shapes in grids.items():
+            if grid.group_size != -1 and grid.group_size % Q4_0.size:
+                return (
+                    f"does not support groups of {grid.group_size}, only multiples of {Q4_0.size}: use g32, g64 or g128"
+                )
+            if block_type(grid) is None:
+                return f"does not support {grid.bits} bits with zero points: set scheme.symmetric to true, or use W7"
+            if widths := [inputs for _, inputs in shapes if inputs % Q4_0.size]:
+                return (
+                    f"does not support a linear of {widths[0]} inputs, which is not a multiple of {Q4_0.size}: leave "
+                    "it in floating point by scheme.rules"
+                )
+        return ""
 
     def bits(self, grid: Grid) -> int:
         """Bits of a code on disk."""
         return _type_of(grid).bits
 
-    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
-        """The same weights on the symmetric grid of the block: ``q - z`` is kept, and ``z`` becomes the middle."""
-        bits = _type_of(linear.grid).bits
-        middle = 2 ** (bits - 1)
-        grid = Grid(bits, linear.grid.group_size, True, linear.grid.scale_dtype)
-        zero_point = linear.grid.expand(linear.zero_point, linear.codes.shape[1])
-        codes = linear.codes.to(torch.int16) - zero_point + middle
-        return QuantizedLinear.of(grid, codes, linear.scale, torch.full_like(linear.zero_point, middle))
+    def uses(self, type: BlockType) -> bool:
+        """True if a grid of the scheme is stored in blocks of this type."""
+        return any(block_type(grid) is type for grid in self._scheme.grids)
 
-    def store(self, name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        """Bytes ``[o, B * bytes]`` of the blocks, under the name of the linear and of the type."""
-        type = _type_of(linear.grid)
-        stored = self.as_stored(linear)
+    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
+        """The same weights on the symmetric grid of the block."""
+        bits = _type_of(linear.grid).bits
+        return restate(linear, replace(linear.grid, bits=bits, symmetric=True))
+
+    def tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
+        """Bytes ``[o, B * bytes]`` of the blocks, by the name of their type."""
+        type, stored = _type_of(linear.grid), self.as_stored(linear)
         codes, d = stored.codes.unflatten(1, (-1, type.size)), stored.scale
         if type is Q2_0:
             codes, d = 3 - codes, -d
         d = d.repeat_interleave(codes.shape[1] // d.shape[1], dim=1).unsqueeze(-1)  # [o, B, 1]
-        return {
-            f"{name}.{type.name}": torch.cat([d.contiguous().view(torch.uint8), type.pack(codes)], dim=-1).flatten(1)
-        }
+        return {type.name: torch.cat([d.contiguous().view(torch.uint8), type.pack(codes)], dim=-1).flatten(1)}
 
-    def load(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
-        """Invert ``store`` up to ``as_stored``.
+    def linear(self, stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
+        """Invert ``tensors`` up to ``as_stored``.
 
         Args:
-            name: full name of the linear.
-            tensors: as ``store`` returns them.
+            stored: as ``tensors`` returns it.
             grid: the grid of the linear in the run.
 
         Raises:
@@ -211,15 +166,14 @@ class Ggml:
             ValueError: the blocks of a group have different scales, or the number of bytes is wrong.
         """
         type = _type_of(grid)
-        data = stored_under(name, tensors)[type.name]
-        blocks = data.unflatten(1, (-1, type.bytes))
+        blocks = stored[type.name].unflatten(1, (-1, type.bytes))
         codes, d = type.unpack(blocks[..., 2:]), blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
         if type is Q2_0:
             codes, d = 3 - codes, -d
         groups = d.unflatten(1, (grid.groups(codes.shape[1] * type.size), -1))  # [o, G, blocks of a group]
         if not torch.equal(groups, groups[..., :1].expand_as(groups)):
             raise ValueError("the blocks of a group have different scales")
-        held = Grid(type.bits, grid.group_size, True, torch.float16)
+        held = replace(grid, bits=type.bits, symmetric=True)
         middle = torch.full_like(groups[..., 0], 2 ** (type.bits - 1))
         return QuantizedLinear.of(held, codes.flatten(1), groups[..., 0], middle)
 

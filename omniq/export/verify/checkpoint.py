@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from omniq.evaluate.perplexity import CHUNK, Perplexity
+from omniq.export.check import check_format
 from omniq.export.containers.container import Reader, Results, cast_for_export
 from omniq.export.containers.shards import same_bits
 from omniq.export.formats.codec import WrittenLinear
 from omniq.export.registry import find_format
+from omniq.export.restate import restated
 from omniq.export.verify.blockwise import BlockwiseExport
 from omniq.export.verify.reopened import ReopenedCheckpoint
 from omniq.grid.scheme import Scheme
@@ -71,8 +73,9 @@ def verify_checkpoint(
     *,
     scheme: Scheme,
     format: str = "compressed-tensors",
+    container_bits: int | None = None,
     windows: Tensor | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     opened: ReopenedCheckpoint | None = None,
 ) -> Report:
     """Compare an exported checkpoint with the finished blocks from which it was written.
@@ -80,10 +83,11 @@ def verify_checkpoint(
     Args:
         path: the folder.
         source: the exported model.
-        results, scheme, format: as for ``export_checkpoint``.
+        results, scheme, format, container_bits: as for ``export_checkpoint``.
         windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to skip this comparison.
-        tolerance: largest relative error of the logits. Measured: 0.0 on SmolLM2-135M and on the tiny models of the
-            tests, symmetric and asymmetric, with scales in float16, bfloat16 and float32.
+        tolerance: largest relative error of the logits; by default that of the format (``omniq.export.registry``).
+            Measured for compressed-tensors and omniq: 0.0 on SmolLM2-135M and on the tiny models of the tests,
+            symmetric and asymmetric, with scales in float16, bfloat16 and float32.
         opened: the checkpoint in its runtime, if the caller has opened it.
 
     Raises:
@@ -91,7 +95,11 @@ def verify_checkpoint(
         CorruptFile: a file of the checkpoint is missing or damaged; names it.
     """
     path, chosen = Path(path), find_format(format)
+    stored = check_format(format, scheme, source=source, container_bits=container_bits)
+    if stored != scheme:
+        scheme, results = stored, restated(source, results, stored)
     codec, container = chosen.codec(scheme), chosen.container
+    tolerance = chosen.tolerance if tolerance is None else tolerance
     with container.read(path, codec) as reader:
         report, names = _compare_tensors(reader, source, results, scheme)
         if windows is None:
