@@ -10,11 +10,13 @@ from omniq.errors import UserError
 from omniq.export.containers.container import Container
 from omniq.export.containers.gguf import GgufFile
 from omniq.export.containers.huggingface import HuggingFaceFolder
+from omniq.export.containers.mlx import MlxFolder
 from omniq.export.formats.auto_round import AutoRound
 from omniq.export.formats.awq import Awq
 from omniq.export.formats.compressed_tensors import CompressedTensors
 from omniq.export.formats.ggml import Ggml
 from omniq.export.formats.gptq import Gptq
+from omniq.export.formats.mlx import Mlx
 from omniq.export.formats.omniq import Omniq
 from omniq.grid.scheme import Scheme
 
@@ -48,6 +50,7 @@ FORMATS: dict[str, Format] = {
         Format("compressed-tensors", CompressedTensors, _FOLDER),
         Format("omniq", Omniq, _FOLDER),
         Format("gguf", Ggml, GgufFile()),
+        Format("mlx", Mlx, MlxFolder(), groups=(128, 64, 32)),
         Format("gptq", Gptq, _FOLDER, groups=(128, 64, 32), tolerance=_PACKED_KERNELS),
         Format("awq", Awq, _FOLDER, groups=(128, 64, 32), tolerance=_PACKED_KERNELS),
         Format("auto-round", AutoRound, _FOLDER, tolerance=_PACKED_KERNELS),
