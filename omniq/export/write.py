@@ -16,7 +16,7 @@ from omniq.export.check import check_format, linear_shapes
 from omniq.export.containers.container import Results
 from omniq.export.containers.shards import writing
 from omniq.export.formats.codec import Codec
-from omniq.export.manifest import MANIFEST, entries, foreign_entries, remove, write_manifest
+from omniq.export.manifest import MANIFEST, entries, foreign_entries, recorded_digests, remove, write_manifest
 from omniq.export.output_folder import check_output, check_replaceable, make_partial, replace, resolved
 from omniq.export.registry import find_format
 from omniq.export.restate import restated, stored_bits_per_weight
@@ -113,7 +113,8 @@ def mend_companions(
             differing = [name for name in wanted if not _same_bytes(partial / name, out / name)]
             if differing:  # first the record: a file that is there is always in it
                 own = set(entries(out)) - set(foreign_entries(out))
-                write_manifest(out, (own | {name.as_posix() for name in wanted}) - {MANIFEST})
+                names = (own | {name.as_posix() for name in wanted}) - {MANIFEST}
+                write_manifest(out, names, recorded_digests(out))
             for name in differing:
                 flush(partial / name)
                 (out / name).parent.mkdir(exist_ok=True)

@@ -38,6 +38,7 @@ class Reader(Protocol):
     Attributes:
         model: the stock model that the recorded config describes.
         names: names of all stored tensors.
+        linears: full names of the quantized linears.
         size: size of all tensors in bytes.
     """
 
@@ -46,6 +47,9 @@ class Reader(Protocol):
 
     @property
     def names(self) -> set[str]: ...
+
+    @property
+    def linears(self) -> set[str]: ...
 
     @property
     def size(self) -> int: ...

@@ -92,6 +92,11 @@ class FolderReader:
         """Names of all stored tensors."""
         return self._shards.names
 
+    @cached_property
+    def linears(self) -> set[str]:
+        """Full names of the quantized linears: those with other tensors than weight and bias."""
+        return {name for name in self.model.linears if self.names_of(name) - {f"{name}.weight"}}
+
     @property
     def size(self) -> int:
         """Size of all tensors in bytes."""

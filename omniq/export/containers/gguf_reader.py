@@ -70,6 +70,11 @@ class GgufModel:
         return set(self._names)
 
     @property
+    def linears(self) -> set[str]:
+        """Full names of the quantized linears."""
+        return set(self._linears)
+
+    @property
     def size(self) -> int:
         """Size of all tensors in bytes."""
         return self._file.size

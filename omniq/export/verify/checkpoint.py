@@ -135,7 +135,7 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
         block, result = source.block_name(index), results(index)
         for name, linear in result.linears.items():
             shapes[f"{block}.{name}.weight"] = linear.codes.shape
-            _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), reader.as_stored(linear))
+            _compare_linear(f"{block}.{name}", read_linear(reader, f"{block}.{name}"), reader.as_stored(linear))
             unseen -= reader.names_of(f"{block}.{name}")
             linears[f"{block}.{name}"] = WrittenLinear.of(linear)
         for name, tensor in result.tensors.items():
@@ -163,7 +163,13 @@ def _compare_config(reader: Reader, shapes: Mapping[str, torch.Size]) -> None:
             raise VerificationError(f"{name} has shape {ours} in the model and {theirs} in the config of the export")
 
 
-def _read(reader: Reader, name: str) -> QuantizedLinear:
+def read_linear(reader: Reader, name: str) -> QuantizedLinear:
+    """A quantized linear of an export.
+
+    Raises:
+        VerificationError: a tensor is missing or impossible; names the linear.
+        CorruptFile: a file is damaged.
+    """
     try:
         return reader.read(name)
     except KeyError as error:
