@@ -8,6 +8,7 @@
 #   make check              run lint, typecheck and test, as CI does
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
 #   make campaign           slow: thousands of kills and damaged files; the tests contain a small part of it
+#   make runtimes           open exports in llama.cpp, OpenVINO and MLX, which it installs (about 420 MB); some minutes
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
 #   make PYTHON=python3.12  create the environment with this Python
@@ -22,7 +23,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench campaign clean
+.PHONY: help install demo test lint typecheck check bench campaign runtimes clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -73,6 +74,10 @@ bench: $(VENV)/.model
 campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.kills $(ARGS)
 	$(BIN)/python -m tests.campaigns.damage
+
+runtimes: $(VENV)/.model
+	$(INSTALL) --quiet -e '.[gguf,mlx,openvino]'
+	$(BIN)/python -m pytest -q -rs tests/runtimes $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,8 +33,8 @@ from omniq.grid.affine import Grid
 from omniq.models.layout import Layout
 from omniq.storage.block_result import QuantizedLinear
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Model types of omniq that mlx-lm 0.32 has, with the same names of parameters."""
+MODEL_TYPES = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Model types whose logits in mlx-lm 0.32 are those of transformers. Its gemma2 ignores sliding windows."""
 
 
 class Mlx(WeightsOnly):

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniq.export.containers.gguf_file import GgufReader
 from omniq.export.containers.gguf_reader import FILE
-from omniq.export.registry import find_format
+from omniq.export.registry import container_of, find_format
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class Runtime:
 
 @torch.no_grad()
 def _transformers(path: Path, tokens: Tensor) -> Tensor:
-    from omniq.export.registry import container_of
-
     container = container_of(path)
     assert container is not None  # the caller has found it
     logits: Tensor = container.open(path)(tokens[None], use_cache=False).logits[0]
@@ -67,23 +66,19 @@ def _llama_cpp(path: Path, tokens: Tensor) -> Tensor:
     params.model.path = str(path / FILE)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 4 * len(tokens) + 64, 1, False, -1
     server, rows = runtime.Server(params), []
-    size = runtime_vocabulary(path)
+    with GgufReader(path / FILE) as file:
+        vocabulary = file.metadata["tokenizer.ggml.tokens"].decoded()
+    # The generated token must be readable: llama.cpp sends no probabilities with the end or with half a character.
+    # The probabilities are those before the bias.
+    size = len(vocabulary)
+    options = {"max_tokens": 1, "temperature": 0, "n_probs": size, "logit_bias": [[vocabulary.index("a"), 1e4]]}
     for length in range(1, len(tokens) + 1):
-        request = {"prompt": tokens[:length].tolist(), "max_tokens": 1, "temperature": 0, "n_probs": size}
-        answer = server.handle_completions({**request, "cache_prompt": True})
+        answer = server.handle_completions({"prompt": tokens[:length].tolist(), **options})
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         row = torch.full((size,), -torch.inf)
         row[torch.tensor([entry["id"] for entry in found])] = torch.tensor([entry["logprob"] for entry in found])
         rows.append(row)
     return torch.stack(rows)
-
-
-def runtime_vocabulary(path: Path) -> int:
-    """Number of tokens in a GGUF file."""
-    from omniq.export.containers.gguf_file import GgufReader
-
-    with GgufReader(path / FILE) as file:
-        return len(file.metadata["tokenizer.ggml.tokens"].decoded())
 
 
 def _openvino(path: Path, tokens: Tensor) -> Tensor:
