@@ -18,7 +18,6 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +203,16 @@ class GgufReader:
             KeyError: the file has no such tensor.
             CorruptFile: the file ends before the tensor does.
         """
-        start, size = self._start + self.tensors[name].offset, -(-bits // 8)
-        if start + size > len(self._map):
-            raise CorruptFile(f"{self.file} is truncated: {name} ends at byte {start + size} of {len(self._map)}")
-        return torch.frombuffer(bytearray(self._map[start : start + size]), dtype=torch.uint8)
+        place = self.place(name, bits)
+        return torch.frombuffer(bytearray(self._map[place]), dtype=torch.uint8)
+
+    def place(self, name: str, bits: int) -> slice:
+        """The bytes of the file that hold a tensor; arguments and errors as of ``data``."""
+        start = self._start + self.tensors[name].offset
+        end = start - (-bits // 8)
+        if end > len(self._map):
+            raise CorruptFile(f"{self.file} is truncated: {name} ends at byte {end} of {len(self._map)}")
+        return slice(start, end)
 
     def _header(self) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
         version, count, keys = self._unpack("<IQQ")
@@ -250,11 +255,6 @@ class GgufReader:
         found = struct.unpack_from(format, self._map, self._at)
         self._at += struct.calcsize(format)
         return found
-
-
-def elements(info: TensorInfo) -> int:
-    """Number of elements of a tensor."""
-    return prod(info.shape)
 
 
 def _text(value: bytes) -> bytes:

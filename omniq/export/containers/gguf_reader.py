@@ -21,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from typing_extensions import Self
 
 from omniq.errors import CorruptFile, one_line
-from omniq.export.containers.gguf_file import GgufReader
+from omniq.export.containers.gguf_file import GgufReader, TensorInfo
 from omniq.export.containers.gguf_model import config_metadata, model_name, reordered, reordered_linear
 from omniq.export.containers.target_model import TargetModel
 from omniq.export.formats.codec import WrittenLinear
@@ -31,6 +31,7 @@ from omniq.storage.block_result import QuantizedLinear
 
 FILE = "model.gguf"
 FORMAT, LINEARS, CONFIG = "omniq.format", "omniq.linears", "omniq.config"
+_BLOCKS = {type.number: type for type in BLOCK_TYPES.values()}
 _FLOATS = {0: torch.float32, 1: torch.float16}  # types of ggml
 
 
@@ -49,6 +50,8 @@ class GgufModel:
         self._codec, self._file = codec, GgufReader(path / FILE)
         self._linears = self._json(LINEARS)
         self._names = {ours: theirs for theirs in self._file.tensors if (ours := model_name(theirs)) is not None}
+        for name, info in self._file.tensors.items():
+            self._file.place(name, self._bits(name, info))
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +64,7 @@ class GgufModel:
         dtype = _FLOATS.get(info.type)
         if dtype is None:
             raise CorruptFile(f"{self._file.file}: {name} is of type {info.type}, not in floating point")
-        data = self._file.data(self._names[name], 8 * dtype.itemsize * prod(info.shape))
+        data = self._file.data(self._names[name], self._bits(name, info))
         return reordered(name, data.view(dtype).view(info.shape), self.config, back=True).to(torch.float16)
 
     @property
@@ -114,12 +117,11 @@ class GgufModel:
     def read(self, name: str) -> QuantizedLinear:
         """A quantized linear on the grid of its blocks."""
         info = self._file.tensors[self._names[f"{name}.weight"]]
-        type = next((type for type in BLOCK_TYPES.values() if type.number == info.type), None)
+        type = _BLOCKS.get(info.type)
         if type is None or name not in self._linears:
             raise CorruptFile(f"{self._file.file}: {name} is of type {info.type}, or {LINEARS} lacks its grid")
-        rows, width = info.shape
-        data = self._file.data(self._names[f"{name}.weight"], 8 * rows * (width // type.size) * type.bytes)
-        tensors = {f"{name}.{type.name}": data.view(rows, -1)}
+        data = self._file.data(self._names[f"{name}.weight"], self._bits(name, info))
+        tensors = {f"{name}.{type.name}": data.view(info.shape[0], -1)}
         linear = self._codec.load(name, tensors, _grid(self._linears[name]))
         return reordered_linear(name, linear, self.config, back=True)
 
@@ -133,6 +135,15 @@ class GgufModel:
                 raise CorruptFile(
                     f"{self._file.file}: {key} is {found.decoded()!r}, and {value.decoded()!r} in the config"
                 )
+
+    def _bits(self, name: str, info: TensorInfo) -> int:
+        """Bits of all elements of a tensor."""
+        block = _BLOCKS.get(info.type)
+        if block is not None and info.shape and info.shape[-1] % block.size == 0:
+            return 8 * block.bytes * prod(info.shape) // block.size
+        if info.type not in _FLOATS:
+            raise CorruptFile(f"{self._file.file}: {name} has type {info.type}, which omniq does not write")
+        return 8 * _FLOATS[info.type].itemsize * prod(info.shape)
 
     def _json(self, key: str) -> dict[str, Any]:
         try:
