@@ -140,11 +140,7 @@ def test_quantization_config_is_read_by_transformers(symmetric: bool) -> None:
         assert (theirs.bits, theirs.group_size) == (4, 64)
     assert gptq.sym is auto_round.sym is symmetric
     assert gptq.format == ("gptq" if symmetric else "gptq_v2")
-    assert (gptq.desc_act, gptq.block_name_to_quantize, gptq.modules_in_block_to_quantize) == (
-        False,
-        "model.layers",
-        None,
-    )
+    assert (gptq.desc_act, gptq.block_name_to_quantize) == (False, "model.layers")
     assert (awq.zero_point, awq.format, awq.modules_to_not_convert) == (not symmetric, "gemm", ["lm_head"])
 
 
