@@ -244,7 +244,7 @@ def test_verify_finds_changed_code_of_wider_grid(tmp_path: Path) -> None:
             Scheme("W3A16g32"),
             "does not support 3 bits, only 4: set export.container_bits to 4; formats that can",
         ),
-        ("awq", Scheme("W8A16g32"), "does not support 8 bits, only 4: use W4"),
+        ("awq", Scheme("W8A16g32"), "does not support 8 bits, only 4: use 4 bits"),
         ("gptq", Scheme("W4A16g16"), "groups of 16, only of 32, .* or 1024: use one.*compressed-tensors, omniq, auto"),
         ("awq", Scheme("W4A16g16"), "does not support groups of 16, only of 32, 64 or 128"),
         ("gptq", Scheme("W4A16g32", rules=(Rule("*.up_proj", "W8A16g32"),)), "does not support 2 grids in one model"),

@@ -54,9 +54,9 @@ def test_run_with_two_exports_writes_both_folders(tmp_path: Path, capsys: pytest
 
 
 def test_finished_run_with_other_container_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(run_of(tmp_path, export=TWO[0])) == 0
-    changed = ["--export.container_bits", "8"]
-    assert "export.container_bits was 4, now 8" in refusal([*run_of(tmp_path, export=TWO[0]), *changed], capsys)
+    args, changed = run_of(tmp_path, export={"format": "gptq", "container_bits": 4}), ["--export.container_bits", "8"]
+    assert main(args) == 0
+    assert "export.container_bits was 4, now 8" in refusal([*args, *changed], capsys)
     other = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--export.format", "gptq"]
     assert main([*other, *changed]) == 0
     assert json.loads((tmp_path / "other/config.json").read_text())["quantization_config"]["bits"] == 8
