@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from omniq.cli.command import main
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
 from omniq.export import find_format
+from omniq.export.containers.shards import ShardReader
+from omniq.export.formats.codec import stored_under
 from omniq.grid.affine import Grid
 from omniq.run.checkpoint import block_reader
 from omniq.storage.run_dir import RunDir
+from tests.helpers.published_layouts import gptq_weight
 from tests.helpers.runs import configuration, outcome, write_run
 
 RTN = [{"class_path": "omniq.stages.RTN"}]
@@ -81,6 +85,28 @@ def test_run_with_impossible_export_is_refused_before_blocks(
 ) -> None:
     assert re.search(message, refusal(run_of(tmp_path, **sections), capsys))
     assert not (tmp_path / "run").exists()
+
+
+def test_run_with_nonzero_zero_points_writes_version_1_of_gptq(tmp_path: Path) -> None:
+    scheme = {"name": "W2A16g32", "zero_points": "nonzero", "scale_bits": 8}
+    assert main(run_of(tmp_path, scheme=scheme, export={"format": "gptq"})) == 0
+    config = json.loads((tmp_path / "run/model/config.json").read_text())["quantization_config"]
+    assert (config["checkpoint_format"], config["sym"]) == ("gptq", False)
+    group_of = [index // 32 for index in range(64)]
+    with RunDir(tmp_path / "run") as folder, ShardReader(tmp_path / "run/model") as shards:
+        linear = block_reader(folder)(0).linears["mlp.up_proj"]
+        tensors = stored_under("model.layers.0.mlp.up_proj", {name: shards[name] for name in shards.names})
+    assert (gptq_weight(tensors, 2, 1, group_of) == linear.dequantize(torch.float64).numpy()).all()
+    assert torch.equal(linear.scale.bfloat16().to(linear.scale.dtype), linear.scale)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("zero_points", "inner"), ("scale_bits", 8)])
+def test_run_with_limits_and_quantized_scales_is_refused(
+    setting: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"class_path": "omniq.stages.SpQR"}]
+    args = run_of(tmp_path, scheme={"name": "W3A16g16", setting: value}, stages=stages, export={"format": "omniq"})
+    assert f"scheme.{setting} {value}: the last stage stores scales and zero points as codes" in refusal(args, capsys)
 
 
 def test_list_of_one_export_equals_its_entry(tmp_path: Path) -> None:
