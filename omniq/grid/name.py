@@ -14,6 +14,12 @@ ContainerBits = Literal[4, 8]
 
 CONTAINER_BITS: tuple[int, ...] = get_args(ContainerBits)
 
+ZeroPoints = Literal["any", "nonzero", "inner"]
+"""The zero points of asymmetric grids: 0 to ``2^b - 1``, 1 to ``2^b - 1``, or 1 to ``2^b - 2``."""
+
+ScaleBits = Literal[8]
+"""Significant bits of scales that float16 and bfloat16 both hold."""
+
 _SCHEME = re.compile(r"W(?P<weight>\d+)A(?P<activation>\d+)(?:KV(?P<kv>\d+))?(?:g(?P<group>\d+))?", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ FREE_KEYS = (
 )
 BINDING_TRAINER_KEYS = ("precision",)
 # Settings that fingerprints of earlier versions lack, with the value that those versions used.
-LATER_KEYS = {"compile": False, "scheme.rules": []}
+LATER_KEYS = {"compile": False, "scheme.rules": [], "scheme.zero_points": "any", "scheme.scale_bits": None}
 
 
 def fingerprint(settings: str) -> dict[str, Any]:

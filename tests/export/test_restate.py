@@ -93,3 +93,6 @@ def test_restate_keeps_other_parts() -> None:
     linear = QuantizedLinear(plain.grid, plain.codes, plain.scale, plain.zero_point, sparse)
     assert restate(linear, Grid(4, 32, True)).outliers is sparse
     assert restate(linear, linear.grid) is linear
+    for other in (Grid(2, 32), Grid(4, 32), Grid(4, 64, True), Grid(4, -1, True)):
+        with pytest.raises(ValueError, match="does not hold weights on Grid.bits=3"):
+            restate(linear, other)

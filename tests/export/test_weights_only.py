@@ -140,11 +140,7 @@ def test_quantization_config_is_read_by_transformers(symmetric: bool) -> None:
         assert (theirs.bits, theirs.group_size) == (4, 64)
     assert gptq.sym is auto_round.sym is symmetric
     assert gptq.format == ("gptq" if symmetric else "gptq_v2")
-    assert (gptq.desc_act, gptq.block_name_to_quantize, gptq.modules_in_block_to_quantize) == (
-        False,
-        "model.layers",
-        None,
-    )
+    assert (gptq.desc_act, gptq.block_name_to_quantize) == (False, "model.layers")
     assert (awq.zero_point, awq.format, awq.modules_to_not_convert) == (not symmetric, "gemm", ["lm_head"])
 
 
@@ -248,7 +244,7 @@ def test_verify_finds_changed_code_of_wider_grid(tmp_path: Path) -> None:
             Scheme("W3A16g32"),
             "does not support 3 bits, only 4: set export.container_bits to 4; formats that can",
         ),
-        ("awq", Scheme("W8A16g32"), "does not support 8 bits, only 4: use W4"),
+        ("awq", Scheme("W8A16g32"), "does not support 8 bits, only 4: use 4 bits"),
         ("gptq", Scheme("W4A16g16"), "groups of 16, only of 32, .* or 1024: use one.*compressed-tensors, omniq, auto"),
         ("awq", Scheme("W4A16g16"), "does not support groups of 16, only of 32, 64 or 128"),
         ("gptq", Scheme("W4A16g32", rules=(Rule("*.up_proj", "W8A16g32"),)), "does not support 2 grids in one model"),

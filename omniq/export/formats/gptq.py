@@ -8,7 +8,8 @@
 
 Version 1 (``checkpoint_format: gptq``) cannot express a zero point of 0: most readers compute the stored number plus 1
 without a carry, GPTQModel with a carry into the next number. It is used for symmetric grids, whose zero point is
-``2^(b-1)``. Asymmetric grids use version 2 (``gptq_v2``), which fewer readers know.
+``2^(b-1)``, and for asymmetric grids under ``scheme.zero_points: nonzero``. Other asymmetric grids use version 2
+(``gptq_v2``), which fewer readers know.
 
 Source: GPTQModel 7.6, ``nn_modules/qlinear``; transformers 5.23, ``quantizers/quantizer_gptq.py``. transformers builds
 all linears from one number of bits and one group size, so a model has one grid here, although GPTQModel itself and vLLM
@@ -29,6 +30,7 @@ from omniq.export.formats.codec import WrittenLinear
 from omniq.export.formats.packing import pack, unpack
 from omniq.export.formats.weights_only import WeightsOnly, block_list_of
 from omniq.grid.affine import Grid
+from omniq.grid.name import ZeroPoints
 from omniq.storage.block_result import QuantizedLinear
 
 
@@ -59,12 +61,18 @@ def gptq_linear(stored: Mapping[str, Tensor], grid: Grid, offset: int) -> Quanti
 
 
 class Gptq(WeightsOnly):
-    """Version 1 for symmetric grids, version 2 for asymmetric ones."""
+    """Version 1 for grids without a zero point of 0, version 2 for all others."""
 
     name = "gptq"
     widths = (2, 3, 4, 8)
     group_sizes = (32, 64, 128, 256, 512, 1024)  # of GPTQModel; 16 fails for 4 bits on a CPU
     requires: tuple[str, ...] = ("gptqmodel>=7.6", "optimum>=2.3")
+
+    def check_linear(self, name: str, linear: QuantizedLinear) -> None:
+        """Refuse also a zero point of 0 in version 1."""
+        super().check_linear(name, linear)
+        if _offset(linear.grid) and bool((linear.zero_point == 0).any()):
+            raise ValueError(f"{name}: a zero point is 0, although the scheme excludes it")
 
     def tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
         """Convert one linear to tensors by the last part of their names."""
@@ -107,12 +115,13 @@ class Gptq(WeightsOnly):
         """Invert ``quantization_config`` for one linear."""
         if name not in sum(config.get("modules_in_block_to_quantize", [[name]]), []):
             raise KeyError(name)
-        return Grid(config["bits"], config["group_size"], config["sym"], dtype)
+        zero_points: ZeroPoints = "any" if config["checkpoint_format"] == "gptq_v2" else "nonzero"
+        return Grid(config["bits"], config["group_size"], config["sym"], dtype, zero_points=zero_points)
 
 
 def _offset(grid: Grid) -> int:
     """The number that is subtracted from zero points: 1 in version 1, and 0 in version 2."""
-    return int(grid.symmetric)
+    return int(grid.symmetric or grid.zero_points != "any")
 
 
 def _group_of_inputs(codes: Tensor, grid: Grid) -> Tensor:

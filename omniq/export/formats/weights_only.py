@@ -108,7 +108,7 @@ class WeightsOnly(ABC):
         for grid, shapes in grids.items():
             if grid.bits not in self.widths:
                 wider = next((bits for bits in CONTAINER_BITS if bits in self.widths and bits > grid.bits), None)
-                remedy = f"set export.container_bits to {wider}" if wider else f"use W{self.widths[-1]}"
+                remedy = f"set export.container_bits to {wider}" if wider else f"use {self.widths[-1]} bits"
                 return f"does not support {grid.bits} bits, only {_either(self.widths)}: {remedy}"
             # Per-channel scales arrive here only where no group size divides the inputs, or where they are supported.
             if self.group_sizes is not None and grid.group_size not in (-1, *self.group_sizes):
