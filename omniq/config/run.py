@@ -78,8 +78,8 @@ class Export:
     """The checkpoint to write.
 
     Args:
-        format: the checkpoint format: ``compressed-tensors``, ``omniq``, ``gptq``, ``awq``, ``auto-round``, or ``none``
-            to write no checkpoint.
+        format: the checkpoint format: ``compressed-tensors``, ``omniq``, ``gptq``, ``awq``, ``auto-round``, ``gguf``,
+            ``mlx``, or ``none`` to write no checkpoint.
         container_bits: store codes of fewer bits in 4 or 8 bits, with exactly the same weights, for runtimes without
             narrower codes. By default each code takes its own bits.
         max_shard_size: maximum size of one safetensors file, in gigabytes.
@@ -105,8 +105,8 @@ class Exports(Export):
     """The checkpoints to write. In YAML, ``export`` may be a list of checkpoints.
 
     Args:
-        format: the checkpoint format: ``compressed-tensors``, ``omniq``, ``gptq``, ``awq``, ``auto-round``, or ``none``
-            to write no checkpoint.
+        format: the checkpoint format: ``compressed-tensors``, ``omniq``, ``gptq``, ``awq``, ``auto-round``, ``gguf``,
+            ``mlx``, or ``none`` to write no checkpoint.
         container_bits: store codes of fewer bits in 4 or 8 bits, with exactly the same weights, for runtimes without
             narrower codes. By default each code takes its own bits.
         max_shard_size: maximum size of one safetensors file, in gigabytes.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from omniq.config.saved import open_run, recipe_scheme
@@ -97,13 +97,14 @@ def _check_codes(path: Path, format: Format, run: Path, model: str | None) -> st
                     container_bits=bits,
                 )
                 return f"equal to those of run {run}"
-            except (VerificationError, UserError) as error:
+            except (VerificationError, CorruptFile, UserError) as error:
                 first = first or error
     raise VerificationError(str(first))
 
 
 def _table(format: str, codes: str, rows: list[Row]) -> Table:
-    table = Table("format", "runtime", title="logits against omniq's own, from the dequantized weights in float32")
+    names = (Column(name, no_wrap=True) for name in ("format", "runtime"))
+    table = Table(*names, title="logits against omniq's own, from the dequantized weights in float32")
     for column in ("codes equal", "largest logit difference", "KL (nats)"):
         table.add_column(column, justify="right")
     for row in rows:

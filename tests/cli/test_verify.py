@@ -49,12 +49,6 @@ def said(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     return status, " ".join((output.out + output.err).split())
 
 
-def numbers(text: str) -> list[str]:
-    """The cells of the last row of a table."""
-    row = next(part for part in text.split("┡")[1].split("│ │") if "│" in part or part)
-    return [cell.strip() for cell in row.split("│") if cell.strip()]
-
-
 @pytest.mark.parametrize("format", ["compressed-tensors", "omniq", "gguf"])
 @pytest.mark.parametrize("with_run", [True, False])
 def test_verify_compares_codes_and_logits(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from omniq.cli.command import arguments_of, evaluate, export, report
+from omniq.cli.command import arguments_of, evaluate, export, report, verify
 from omniq.cli.lightning_run import COMMANDS
 from omniq.config.compose import compose
 from omniq.config.parse import Arguments, run_of
@@ -60,7 +60,7 @@ def test_documented_commands_are_understood(path: Path) -> None:
     for name, *options in given:
         arguments = Arguments.sort(option for option in options if option != "--print_config")
         if name != "quantize":
-            arguments_of({"evaluate": evaluate, "export": export, "report": report}[name], arguments)
+            arguments_of({"evaluate": evaluate, "export": export, "verify": verify, "report": report}[name], arguments)
         else:
             run, _ = run_of(compose(arguments.configs), arguments.options)
             run.check()
