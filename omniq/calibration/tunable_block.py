@@ -81,7 +81,7 @@ class TunableBlock:
         return _straight_through(scale, linear.grid.store(scale.detach()))
 
     def tensor(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
-        """Return a deployed norm or bias, in the dtype of the block and exact in the export dtype."""
+        """Return a deployed norm or bias, float32, exact in the export dtype."""
         stored = self.tensors[name]
         value = stored.float()
         value = value + changes[name] * value.square().mean().sqrt()

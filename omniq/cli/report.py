@@ -12,13 +12,13 @@ from rich.table import Table
 from omniq.config.saved import check_run_directory
 from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
-from omniq.report.table import perplexity_table
+from omniq.report.table import model_line, perplexity_table
 from omniq.storage.atomic import expand_home
 from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
 
 
 def show_run(path: Path) -> None:
-    """Print the losses of every finished block, and the perplexities if they were measured.
+    """Print the losses of every finished block and stage of the whole model, and the perplexities if measured.
 
     Raises:
         UserError: the path is not a run directory.
@@ -37,6 +37,9 @@ def show_run(path: Path) -> None:
         notes = "; ".join(summary[key] for key in ("guard", "unreached") if key in summary)
         table.add_row(str(index), *values, notes)
     console.print(table)
+    if (path / "model_stages.json").exists():
+        for notes in load_record(path / "model_stages.json").values():
+            console.print(model_line(notes), highlight=False)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")
         rows = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
