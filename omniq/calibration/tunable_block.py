@@ -38,10 +38,12 @@ class TunableBlock:
             passes them in.
         result: the finished block.
         codes: learn the codes too.
+        dtype: dtype of exported norms and biases.
     """
 
-    def __init__(self, block: nn.Module, result: BlockResult, codes: bool) -> None:
+    def __init__(self, block: nn.Module, result: BlockResult, codes: bool, dtype: torch.dtype) -> None:
         load_quantized_weights(block, result)
+        self.dtype = dtype
         self.block, self.device = block, next(block.parameters()).device
         self.linears = {name: _on_device(linear, self.device) for name, linear in result.linears.items()}
         self.shapes = change_shapes(result, codes)
@@ -85,7 +87,7 @@ class TunableBlock:
         stored = self.tensors[name]
         value = stored.float()
         value = value + changes[name] * value.square().mean().sqrt()
-        return _straight_through(value, value.detach().to(stored.dtype).float())
+        return _straight_through(value, value.detach().to(self.dtype).float())
 
     @torch.no_grad()
     def changed(self, result: BlockResult, changes: Mapping[str, Tensor]) -> BlockResult:
@@ -97,7 +99,7 @@ class TunableBlock:
                 codes = _deployed_codes(codes.to(offset.device), offset, linear.grid.max_code)
             scale = self.scale(name, changes).to("cpu", linear.scale.dtype)
             linears[name] = replace(linear, codes=codes.to("cpu", torch.uint8), scale=scale)
-        tensors = {n: self.tensor(n, changes).to("cpu", v.dtype) for n, v in self.tensors.items()}
+        tensors = {name: self.tensor(name, changes).to("cpu", self.dtype) for name in self.tensors}
         return replace(result, linears=linears, tensors={**result.tensors, **tensors})
 
 

@@ -50,7 +50,7 @@ def open_block(task: ModelTask, index: int, codes: bool) -> TunableBlock:
     """Make the tunable block of an index, which computes on quantized activations as the exported model does."""
     block, result = task.block(index), task.read(index)
     attach(block, task.layouts[index], task.activations, result.linears)
-    return TunableBlock(block, result, codes)
+    return TunableBlock(block, result, codes, task.export_dtype)
 
 
 class ResidentModel:

@@ -95,7 +95,8 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
     stages = [each for each in plan.run.model_stages if each <= number]
     for index, changes in enumerate(result.changes):
         before = task.read(index)
-        block = TunableBlock(task.block(index), before, any(key.endswith(":codes") for key in changes))
+        codes = any(key.endswith(":codes") for key in changes)
+        block = TunableBlock(task.block(index), before, codes, task.export_dtype)
         after = block.changed(before, {key: value.to(plan.device) for key, value in changes.items()})
         folder.save_changes(index, stages, after.changed_from(before))
     record = folder.load_record(RECORD) or {}
@@ -105,7 +106,8 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
 
 def is_finished(plan: Plan, folder: RunDir, number: int) -> bool:
     """Return whether a stage is finished and its files are intact and belong to the codes of the blocks."""
-    if str(number) not in (folder.load_record(RECORD) or {}):
+    record = folder.load_record(RECORD) or {}
+    if str(number) not in record:
         return False
     stages = [each for each in plan.run.model_stages if each <= number]
     try:
@@ -113,5 +115,7 @@ def is_finished(plan: Plan, folder: RunDir, number: int) -> bool:
             folder.final_block(index, stages)
     except CorruptFile as error:
         log.warning("%s; %s of the whole model runs again", error, type(plan.run.model_stages[number]).__name__)
+        # Otherwise, a kill while the files are written again would leave files of two fits that look finished.
+        folder.save_record(RECORD, {key: notes for key, notes in record.items() if int(key) < number})
         return False
     return True

@@ -173,7 +173,11 @@ class BlockResult:
     def changed_from(self, other: "BlockResult") -> dict[str, Tensor]:
         """Return the tensors that differ from those of another result, by their names in the file of the result."""
         mine, theirs = self._named(), other._named()
-        return {name: value for name, value in mine.items() if not torch.equal(value, theirs[name])}
+        return {
+            name: value
+            for name, value in mine.items()
+            if value.dtype != theirs[name].dtype or not torch.equal(value, theirs[name])
+        }
 
     def _named(self) -> dict[str, Tensor]:
         tensors = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}

@@ -37,10 +37,13 @@ def with_outliers(result: BlockResult) -> BlockResult:
 def test_tunable_block_weights_equal_exported_ones_bit_for_bit(
     dtype: torch.dtype, symmetric: bool, group: int, codes: bool
 ) -> None:
-    """The values of the forward are those of the changed result, dequantized as a runtime does."""
+    """The values of the forward are those of the changed result, dequantized as a runtime does.
+
+    Norms and biases are float32 in a run, and get the export dtype.
+    """
     grid = Grid(3, group, symmetric, dtype)
-    result = with_outliers(rounded_result("opt", grid, dtype))
-    block = TunableBlock(tiny_block("opt")[0], result, codes)
+    result = with_outliers(rounded_result("opt", grid))
+    block = TunableBlock(tiny_block("opt")[0], result, codes, dtype)
     changes = random_changes(block.shapes)
     after = block.changed(result, changes)
     for name, linear in after.linears.items():
@@ -58,22 +61,22 @@ def test_tunable_block_weights_equal_exported_ones_bit_for_bit(
     for name, value in after.tensors.items():
         assert value.dtype == dtype
         assert torch.equal(block.tensor(name, changes), value.float())
-        assert not torch.equal(value, result.tensors[name])
+        assert not torch.equal(value, result.tensors[name].to(dtype))
 
 
 @ALL_GRIDS
 def test_tunable_block_without_changes_is_result(grid: Grid) -> None:
-    result = with_outliers(rounded_result("llama", grid))
-    block = TunableBlock(tiny_block()[0], result, True)
+    result = with_outliers(rounded_result("llama", grid, torch.float16))
+    block = TunableBlock(tiny_block()[0], result, True, torch.float16)
     after = block.changed(result, {key: torch.zeros(shape) for key, shape in block.shapes.items()})
     assert after.changed_from(result) == {}
 
 
 def test_tunable_block_forward_equals_block_with_exported_values() -> None:
     """To the bit: a run evaluates what it tuned."""
-    result = with_outliers(rounded_result("opt", Grid(3, 16), torch.bfloat16))
+    result = with_outliers(rounded_result("opt", Grid(3, 16)))
     (deployed, kwargs), hidden = tiny_block("opt"), torch.randn(2, 16, 64)
-    block = TunableBlock(tiny_block("opt")[0], result, True)
+    block = TunableBlock(tiny_block("opt")[0], result, True, torch.bfloat16)
     changes = random_changes(block.shapes)
     load_quantized_weights(deployed, block.changed(result, changes))
     output = deployed(hidden, **kwargs)
@@ -83,7 +86,7 @@ def test_tunable_block_forward_equals_block_with_exported_values() -> None:
 def test_tunable_block_scale_stays_positive_in_storage_dtype() -> None:
     """A change of -1 or less ends at the smallest number, one beyond the range at the largest."""
     result = rounded_result("llama", Grid(4, 16))
-    block = TunableBlock(tiny_block()[0], result, False)
+    block = TunableBlock(tiny_block()[0], result, False, torch.float16)
     for change, value in ((-1.0, 2.0**-24), (-3.0, 2.0**-24), (1e9, 65504.0)):
         changes = {key: torch.full(shape, change) for key, shape in block.shapes.items()}
         after = block.changed(result, changes)
@@ -94,7 +97,7 @@ def test_tunable_block_keeps_vectors_of_zeros() -> None:
     result = rounded_result("opt", Grid(4, 16))
     zero = "self_attn.q_proj.bias"
     result = result.with_tensors({f"tensors.{zero}": torch.zeros_like(result.tensors[zero])})
-    block = TunableBlock(tiny_block("opt")[0], result, False)
+    block = TunableBlock(tiny_block("opt")[0], result, False, torch.float16)
     after = block.changed(result, random_changes(block.shapes))
     assert after.tensors[zero].eq(0).all()
 
@@ -105,7 +108,7 @@ def test_tunable_block_learns_bias_that_transform_added() -> None:
     bias = torch.randn(128).half()
     result = dataclasses.replace(result, tensors={**result.tensors, name: bias})
     block, kwargs = tiny_block()
-    tunable, hidden = TunableBlock(block, result, False), torch.randn(1, 16, 64)
+    tunable, hidden = TunableBlock(block, result, False, torch.float16), torch.randn(1, 16, 64)
     none = {key: torch.zeros(shape) for key, shape in tunable.shapes.items()}
     leaf = torch.zeros(128, requires_grad=True)
     tunable.forward(hidden, kwargs, {**none, name: leaf}).square().sum().backward()
@@ -133,7 +136,7 @@ def test_tunable_block_in_floating_point_runs_as_it_is() -> None:
     (block, kwargs), hidden = tiny_block(), torch.randn(1, 16, 64)
     wanted = block(hidden, **kwargs)
     tensors = {name: value.detach() for name, value in block.named_parameters()}
-    tunable = TunableBlock(block, BlockResult({}, tensors), False)
+    tunable = TunableBlock(block, BlockResult({}, tensors), False, torch.float16)
     assert torch.equal(tunable.forward(hidden, kwargs, {}), wanted)
     assert tunable.changed(BlockResult({}, tensors), {}).changed_from(BlockResult({}, tensors)) == {}
 
@@ -174,7 +177,7 @@ def test_tunable_block_gradients_equal_float64_formula(family: str, grid: Grid, 
     overrides = {"intermediate_size": 64} if family == "llama" else {"ffn_dim": 64}
     result = with_outliers(rounded_result(family, grid, **overrides))
     block, kwargs = tiny_block(family, **overrides)
-    tunable = TunableBlock(block, result, codes)
+    tunable = TunableBlock(block, result, codes, torch.float16)
     changes = random_changes(tunable.shapes)
     plain = Float64Block(family, **overrides)
     values, leaves = reference_values(result, changes, tunable.changed(result, changes))

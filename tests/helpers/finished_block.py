@@ -12,18 +12,16 @@ from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 from tests.helpers.tiny import tiny_block
 
 
-def rounded_result(
-    family: str, grid: Grid, export_dtype: torch.dtype = torch.float16, index: int = 0, **overrides: Any
-) -> BlockResult:
-    """The first block of a tiny model, each linear rounded to nearest; norms and biases in the export dtype."""
+def rounded_result(family: str, grid: Grid, dtype: torch.dtype = torch.float32, **overrides: Any) -> BlockResult:
+    """The first block of a tiny model, each linear rounded to nearest; norms and biases in the dtype of a run."""
     block, _ = tiny_block(family, **overrides)
     tensors = {name: value.detach() for name, value in block.named_parameters()}
     linears = {}
-    for name in family_of_type(family).layout(block, index).linears:
+    for name in family_of_type(family).layout(block, 0).linears:
         weight = tensors.pop(f"{name}.weight")
         scale, zero_point = grid.fit(*grid.range(weight))
         linears[name] = QuantizedLinear.of(grid, grid.quantize(weight, scale, zero_point), scale, zero_point)
-    return BlockResult(linears, {name: value.to(export_dtype) for name, value in tensors.items()})
+    return BlockResult(linears, {name: value.to(dtype) for name, value in tensors.items()})
 
 
 def some_outliers(rows: int) -> Outliers:

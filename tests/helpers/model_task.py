@@ -75,7 +75,7 @@ def tiny_model_task(
             name: _rounded(tensors.pop(f"{name}.weight"), grid, scheme)
             for name, grid in scheme_grids(source, scheme, index).items()
         }
-        results.append(BlockResult(linears, {name: value.to(scheme.export_dtype) for name, value in tensors.items()}))
+        results.append(BlockResult(linears, tensors))
     return TinyModel(source, scheme, tokens, results, task)
 
 

@@ -157,6 +157,7 @@ class EndToEndModule(GradientModule[ModelTask]):
         if self.streamed:  # the loss of a full-batch step is that of the state before: the saved state was not judged
             for kind in self.shapes:
                 self.get_parameter(kind).copy_(self.get_buffer(f"best_{kind}"))
+            self.waited.sub_(1)  # the next pass judges this state again
         self._judge_start()  # the guard saved the first state before it was judged
 
     def on_train_end(self) -> None:
