@@ -14,6 +14,7 @@ list of stages: ``previous.leaves - stage.takes`` must be empty. The parts are
 - ``norms``: norms that are part of the result, but not of the block.
 - ``outliers``: weights in float16 beside the codes.
 - ``scale codes``: scales or zero points that are themselves stored as codes.
+- ``transforms``: a finished block whose full-precision block, after its transforms, is not known.
 
 A ``ModelStage`` runs once over the whole model, after all blocks are finished.
 
@@ -24,7 +25,7 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from omniq.errors import UserError
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:  # settings are parsed without torch
     from omniq.grid.scheme import Activations
     from omniq.models.layout import Layout
 
-Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes"]
-_PARTS: tuple[Part, ...] = ("block", "grid", "codes", "norms", "outliers", "scale codes")  # the order in messages
+Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes", "transforms"]
+_PARTS: tuple[Part, ...] = get_args(Part)  # the order in messages
 
 
 class Stage(ABC):
@@ -73,6 +74,16 @@ class Stage(ABC):
     def equivalence_kinds(self, layout: "Layout", activations: "Activations") -> Sequence[str]:
         """Kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
         return ()
+
+    def check_samples(self, samples: int) -> None:  # noqa: B027 (most stages accept any number)
+        """Refuse a number of samples that is too small for this stage.
+
+        Args:
+            samples: the calibration samples of one process.
+
+        Raises:
+            UserError: names the setting and the number.
+        """
 
     def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
         """Refuse a list of stages in which this stage lacks a stage that must come before it.

@@ -38,16 +38,16 @@ class TunableBlock:
             passes them in.
         result: the finished block.
         codes: learn the codes too.
-        dtype: dtype of exported norms and biases.
+        dtype: the export dtype, to which norms and biases are rounded.
     """
 
     def __init__(self, block: nn.Module, result: BlockResult, codes: bool, dtype: torch.dtype) -> None:
         load_quantized_weights(block, result)
-        self.dtype = dtype
         self.block, self.device = block, next(block.parameters()).device
         self.linears = {name: _on_device(linear, self.device) for name, linear in result.linears.items()}
         self.shapes = change_shapes(result, codes)
-        self.tensors = {n: v.to(self.device) for n, v in result.tensors.items() if n in self.shapes}
+        self.dtype = dtype
+        self.tensors = {n: v.to(self.device, dtype) for n, v in result.tensors.items() if n in self.shapes}
         for name in self.linears:
             weight = block.get_parameter(f"{name}.weight")
             weight.data = weight.data.new_empty(0)
@@ -62,7 +62,7 @@ class TunableBlock:
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        values = {name: self.tensor(name, changes) for name in self.tensors}
+        values = {name: self.tensor(name, changes).to(hidden.dtype) for name in self.tensors}
         values |= {f"{name}.weight": self.weight(name, changes, dtype) for name in self.linears}
         output = functional_call(self.block, values, (hidden,), dict(kwargs))
         return output[0] if isinstance(output, tuple) else output
@@ -83,10 +83,9 @@ class TunableBlock:
         return _straight_through(scale, linear.grid.store(scale.detach()))
 
     def tensor(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
-        """Return a deployed norm or bias, float32, exact in the export dtype."""
-        stored = self.tensors[name]
-        value = stored.float()
-        value = value + changes[name] * value.square().mean().sqrt()
+        """Return a deployed norm or bias, float32 and exact in the export dtype."""
+        start = self.tensors[name].float()
+        value = start + changes[name] * start.square().mean().sqrt()
         return _straight_through(value, value.detach().to(self.dtype).float())
 
     @torch.no_grad()

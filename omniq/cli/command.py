@@ -23,7 +23,7 @@ from omniq.cli.interrupt import Interrupted, interruptible
 from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
-from omniq.config.parse import Arguments, instantiate, parse, run_of
+from omniq.config.parse import Arguments, instantiate, parse, resolve
 from omniq.config.run import EvaluatedModel, Export, MovedModel, Run
 from omniq.data import Evaluation, TextSource
 from omniq.errors import CorruptFile, ErrorOnRank0, UserError
@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"omniq: {error}; run the quantize command again to compute it again", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
-        print(f"omniq: interrupted{CONTINUES if name == 'quantize' else ''}", file=sys.stderr)
+        print(f"omniq: interrupted{CONTINUES if name in ('quantize', 'tune') else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -92,7 +92,18 @@ def _parser_message(error: ArgumentError) -> str:
 
 def quantize(arguments: Arguments) -> None:
     """Quantize a model and write a checkpoint; the same command continues an interrupted run."""
-    run, settings = run_of(compose(arguments.configs), arguments.options)
+    run, settings = resolve(arguments.configs, {}, arguments.options, arguments.preset)
+    quiet_transformers()
+    from omniq.run import loop
+
+    loop.quantize(run, settings)
+
+
+def tune(arguments: Arguments) -> None:
+    """Improve finished blocks end to end and write a checkpoint; the same command continues an interrupted run."""
+    from omniq.cli.tune import run_to_tune
+
+    run, settings = run_to_tune(arguments)
     quiet_transformers()
     from omniq.run import loop
 
@@ -164,7 +175,13 @@ def _call(target: Callable[..., None]) -> Callable[[Arguments], None]:
 
 
 def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str, Any]:
-    """Parse files and options into the arguments of a function."""
+    """Parse files and options into the arguments of a function.
+
+    Raises:
+        UserError: a setting is not accepted, or a preset is given.
+    """
+    if arguments.preset is not None:
+        raise UserError(f"--preset {arguments.preset}: omniq {target.__name__} has no presets; remove the option")
     content, names = compose(arguments.configs), signature(target).parameters
     if content.keys() & ({field.name for field in fields(Run)} - names.keys()):  # a file for quantize
         content = {key: content[key] for key in ("model", "evaluation") if key in content and key in names}
@@ -175,6 +192,7 @@ def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str,
 
 COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "quantize": (quantize, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
+    "tune": (tune, "improve the scales and norms of a finished run, or of a quantized checkpoint, end to end"),
     "evaluate": (_call(evaluate), "measure the perplexity of a model"),
     "export": (_call(export), "write another checkpoint of a finished run"),
     "report": (_call(report), "show the losses and perplexities of a run"),

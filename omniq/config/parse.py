@@ -5,6 +5,7 @@ The first pass parses all sections except ``trainer`` and ``callbacks``, whose t
 help, finds most errors and constructs the objects. The second pass parses all sections, if the first pass succeeds.
 """
 
+import logging
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,16 @@ from omniq.config.class_paths import allowed_imports, check_factory
 from omniq.config.compose import compose
 from omniq.config.earlier import without_earlier_settings
 from omniq.config.nulls import check_nulls, null_error
+from omniq.config.presets import (
+    DEFAULT_BITS,
+    DEFAULT_PRESET,
+    GROUP_SIZES,
+    compose_preset,
+    fitting_scheme,
+    is_first_process,
+    preset_of,
+    scheme_given,
+)
 from omniq.config.run import Run
 from omniq.config.stage_options import apply_stage_options
 from omniq.errors import UserError
@@ -35,9 +46,12 @@ _EPILOG = (
 _RUN = (
     "quantize",
     "Quantize a model and write a checkpoint; the same command continues an interrupted run.",
-    " --stages.KEY changes the last stage; --stages.NAME.KEY changes the stage of class NAME. --stages.help CLASS, "
-    "--callbacks.help CLASS and --trainer.help list the settings of a class.",
+    " --preset fast, --preset balanced or --preset best chooses the stages for the scheme; without stages, balanced is "
+    "the default. --stages.KEY changes the last stage; --stages.NAME.KEY changes the stage of class NAME. "
+    "--stages.help CLASS, --callbacks.help CLASS and --trainer.help list the settings of a class.",
 )
+
+log = logging.getLogger("omniq")
 
 
 class Arguments(NamedTuple):
@@ -47,21 +61,29 @@ class Arguments(NamedTuple):
         configs: the ``--config`` files, in order.
         options: all other arguments, in order.
         packages: the values of ``--allow_import``.
+        presets: the values of ``--preset``.
     """
 
     configs: list[str]
     options: list[str]
     packages: list[str]
+    presets: list[str]
+
+    @property
+    def preset(self) -> str | None:
+        """The preset; the last value counts."""
+        return self.presets[-1] if self.presets else None
 
     @classmethod
     def sort(cls, args: Iterable[str]) -> "Arguments":
         """Sort the arguments of one command.
 
         Raises:
-            UserError: ``--config`` or ``--allow_import`` has no value.
+            UserError: ``--config``, ``--allow_import`` or ``--preset`` has no value.
         """
-        found, left = cls([], [], []), iter(args)
-        groups = {"--config": found.configs, "--allow_import": found.packages}
+        found, left = cls([], [], [], []), iter(args)
+        groups = {"--config": found.configs, "--allow_import": found.packages, "--preset": found.presets}
+        examples = {"--config": "mine.yaml", "--allow_import": "my_package", "--preset": DEFAULT_PRESET}
         for argument in left:
             name, given, value = argument.partition("=")
             group = groups.get(name)
@@ -69,14 +91,16 @@ class Arguments(NamedTuple):
                 found.options.append(argument)
                 continue
             if not given and (value := next(left, "")) == "":
-                example = "mine.yaml" if group is found.configs else "my_package"
-                raise UserError(f"{name} has no value: give one, such as {name} {example}")
+                raise UserError(f"{name} has no value: give one, such as {name} {examples[name]}")
             group.append(value)
         return found
 
 
 def parse_run(
-    configs: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None, allow_import: Sequence[str] = ()
+    configs: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    allow_import: Sequence[str] = (),
+    preset: str | None = None,
 ) -> tuple[Run, str]:
     """Parse configuration files and further settings into a run.
 
@@ -84,6 +108,7 @@ def parse_run(
         configs: YAML files.
         settings: sections as in YAML. They override the files.
         allow_import: packages whose classes the settings may name, in addition to omniq and Lightning.
+        preset: name of a preset, on which the files and settings build.
 
     Returns:
         The run, and its resolved settings as YAML.
@@ -93,13 +118,47 @@ def parse_run(
     """
     try:
         with allowed_imports(allow_import):
-            return run_of(compose(configs, settings))
+            return resolve(configs, settings or {}, (), preset)
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run, str]:
+def resolve(
+    configs: Sequence[str | Path], settings: Mapping[str, Any], options: Sequence[str], preset: str | None
+) -> tuple[Run, str]:
+    """Make a run of files, settings, options and a preset (``omniq.config.presets``); also return its settings as YAML.
+
+    A preset without a scheme opens the model to find the group size.
+
+    Raises:
+        ArgumentError: an option or key is not accepted.
+        UserError: a value cannot be used, a class path is not allowed, or the model cannot be opened.
+    """
+    content = compose(configs, settings)
+    name = preset_of(content, options, preset)
+    if name is None:
+        return run_of(content, options)
+    given = scheme_given(content, options)
+    scheme = given or f"{DEFAULT_BITS}g{GROUP_SIZES[0]}"
+    run, text = run_of(compose_preset(name, scheme, configs, settings, options), options)
+    if given is None and (fitting := fitting_scheme(run.model)) != scheme:
+        scheme = fitting
+        run, text = run_of(compose_preset(name, scheme, configs, settings, options), options)
+    if is_first_process():
+        stages = ", ".join(type(stage).__name__ for stage in run.stages)
+        log.warning("preset %s: %s by %s", name, scheme, stages)
+    return run, text
+
+
+def run_of(
+    content: Mapping[str, Any], options: Sequence[str] = (), about: tuple[str, str, str] = _RUN
+) -> tuple[Run, str]:
     """Make a run of settings and command-line options; also return its resolved settings as YAML.
+
+    Args:
+        content: the merged settings of all files.
+        options: the command-line options.
+        about: name of the command, and the first and the last paragraph of its help.
 
     Raises:
         ArgumentError: an option or key is not accepted.
@@ -109,11 +168,11 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
         getattr(stages, name)
     content, options = apply_stage_options(*without_earlier_settings(content, options))
     prints = any(re.match(rf"--(print_config|({'|'.join(HEAVY)})[\w.]*\.help)\b", option) for option in options)
-    run = None if prints else _light_run(content, options)
+    run = None if prints else _light_run(content, options, about)
     trainer = content.get("trainer")
     # Otherwise jsonargparse applies the defaults of Lightning's Trainer to another class.
     no_default = ["trainer"] if isinstance(trainer, str) or "class_path" in (trainer or {}) else []
-    parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *_RUN)
+    parser, config = parse(content, options, _run_class(_heavy_types(), no_default), *about)
     from lightning import Trainer
     from lightning.pytorch.callbacks import Callback
 
@@ -127,7 +186,7 @@ def run_of(content: Mapping[str, Any], options: Sequence[str] = ()) -> tuple[Run
     return replace(run, **{name: objects[name] for name in HEAVY}), text
 
 
-def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
+def _light_run(content: Mapping[str, Any], options: Sequence[str], about: tuple[str, str, str]) -> Run:
     """Run the first pass: print help, and construct a run without its heavy sections.
 
     Raises:
@@ -147,7 +206,7 @@ def _light_run(content: Mapping[str, Any], options: Sequence[str]) -> Run:
         elif not skipping or option.startswith("--"):
             remaining.append(option)
         skipping = section is not None and "=" not in option
-    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *_RUN)
+    parser, config = parse(light, remaining, _run_class(dict.fromkeys(HEAVY, Any), HEAVY), *about)
     objects = vars(instantiate(parser, config))
     run = Run(**{each.name: objects[each.name] for each in fields(Run)})
     run.check()

@@ -33,10 +33,12 @@ class Windows(NamedTuple):
     Args:
         calibration: int64 ``[samples, length]``.
         held_out: int64 ``[held_out, length]``; shares no token of the text with ``calibration``.
+        distinct: the number of windows without a common token that the text for calibration holds.
     """
 
     calibration: "Tensor"
     held_out: "Tensor"
+    distinct: int
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Calibration:
 
     Args:
         source: where the text comes from.
-        samples: number of random windows. The paper uses 128. For weight-only quantization 16 suffice (Table A11:
-            perplexity 6.47 at W3A16 with 16 and with 128).
+        samples: number of random windows. The paper uses 128. For its weight-only quantization 16 suffice (Table A11:
+            perplexity 6.47 at W3A16 with 16 and with 128). If the text holds fewer windows, omniq prints a line.
         length: tokens per window.
         held_out: number of additional windows, on which the loss is measured but not optimized.
         seed: seed of the random offsets. By default the seed of the run.
@@ -91,6 +93,7 @@ class Calibration:
         return Windows(
             calibration=tokens[offsets + torch.arange(self.length)],  # [samples, length]
             held_out=tokens[tail:].view(self.held_out, self.length).clone(),
+            distinct=tail // self.length,
         )
 
     def describe(self) -> str:

@@ -95,8 +95,8 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
     stages = [each for each in plan.run.model_stages if each <= number]
     for index, changes in enumerate(result.changes):
         before = task.read(index)
-        codes = any(key.endswith(":codes") for key in changes)
-        block = TunableBlock(task.block(index), before, codes, task.export_dtype)
+        learned = any(key.endswith(":codes") for key in changes)
+        block = TunableBlock(task.block(index), before, learned, task.export_dtype)
         after = block.changed(before, {key: value.to(plan.device) for key, value in changes.items()})
         folder.save_changes(index, stages, after.changed_from(before))
     record = folder.load_record(RECORD) or {}

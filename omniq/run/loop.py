@@ -34,6 +34,7 @@ from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import FitContext, check_finite_result, fit_stage
 from omniq.run.fit_model import fit_model_stage
+from omniq.run.generated import save_generated
 from omniq.run.plan import Plan, prepare
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
@@ -58,6 +59,8 @@ def quantize(run: Run, settings: str) -> Path:
     precision: Literal["float32", "tf32", "bf16"] = "float32" if run.matmul == "ieee" else run.matmul
     with RunDir(run.out) as folder, matmul_precision(precision, plan.device):
         resumed = folder.claim(plan.fingerprint, settings)
+        if plan.generated is not None:
+            save_generated(folder, plan.generated)
         folder.write_json("environment.json", plan.environment)
         with Display(plan.source.num_blocks, plain_console(quiet=not folder.writes)) as display:
             if resumed:
@@ -164,6 +167,7 @@ def run_stages(
         precision=plan.precision,
         activations=plan.run.scheme.activations,
         compile=plan.run.compile,
+        result=None if plan.origin is None else plan.origin.read(index),
     )
     losses = None
     for number, stage in enumerate(plan.run.block_stages):

@@ -12,6 +12,7 @@ from omniq.lazy import lazy_names
 if TYPE_CHECKING:
     from omniq.stages.awq import AWQ
     from omniq.stages.end_to_end import EndToEnd
+    from omniq.stages.from_checkpoint import FromCheckpoint
     from omniq.stages.gptq import GPTQ
     from omniq.stages.learned_rounding import LearnedRounding
     from omniq.stages.omniquant import OmniQuant
@@ -26,6 +27,7 @@ else:  # hidden from type checkers, for which a module-level __getattr__ defines
         {
             "AWQ": "omniq.stages.awq",
             "EndToEnd": "omniq.stages.end_to_end",
+            "FromCheckpoint": "omniq.stages.from_checkpoint",
             "GPTQ": "omniq.stages.gptq",
             "RTN": "omniq.stages.rtn",
             "LearnedRounding": "omniq.stages.learned_rounding",
@@ -42,6 +44,7 @@ __all__ = [
     "GPTQ",
     "RTN",
     "EndToEnd",
+    "FromCheckpoint",
     "LearnedRounding",
     "OmniQuant",
     "OutlierSuppression",

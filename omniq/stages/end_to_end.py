@@ -82,7 +82,7 @@ class EndToEnd(ModelStage):
 
     @property
     def takes(self) -> frozenset[Part]:
-        return frozenset({"block", "grid", "codes", "norms", "outliers"})
+        return frozenset({"block", "grid", "codes", "norms", "outliers", "transforms"})
 
     def module(self, task: "ModelTask") -> "PassModule[ModelTask]":
         from omniq.stages.modules.end_to_end import EndToEndModule

@@ -17,6 +17,9 @@ Positions are measured in grid steps, so one learning rate serves all layers and
 code, moved by at most 0.4 toward the full-precision weight, so a code changes only if the loss pushes it further. A
 position at the end of the grid receives no gradient that points out of the grid.
 
+With ``held_out``, a fraction of the samples is kept from learning: the fit stops early and keeps the state with the
+lowest loss on them (``omniq.calibration.early_stop``).
+
 Deviation from EfficientQAT: learning a scale does not change the codes. With ``rounding_lr`` 0, only scales and norms
 are tuned. Memory: for every weight of one block, float32 values of position, start, gradient and the two moments of
 AdamW, and a copy of position and moments as of the last good pass.
@@ -47,9 +50,13 @@ class LearnedRounding(Reconstruction):
         schedule: ``cosine`` to decay the learning rates to zero over the block, or ``constant``.
         shuffle: draw a new order of the samples for each epoch.
         token_weights: the weight of each token in the loss.
+        held_out: fraction of the samples that is kept from learning (at least one sample per process). The stage keeps
+            its state with the lowest loss on them. 0 learns from all samples and keeps the last state.
+        patience: passes without a lower loss on the samples of ``held_out`` after which the stage stops.
 
     Raises:
-        UserError: a learning rate is outside 0 to 1, or all are 0; see ``Reconstruction``.
+        UserError: a learning rate is outside 0 to 1, or all are 0; ``held_out`` or ``patience`` is out of range; see
+            ``Reconstruction``.
     """
 
     settings_that_omit: ClassVar[Mapping[Part, str]] = {"norms": "norm_lr 0"}
@@ -65,8 +72,15 @@ class LearnedRounding(Reconstruction):
         schedule: Schedule = "cosine",
         shuffle: bool = True,
         token_weights: TokenWeights = "uniform",
+        held_out: float = 0.0,
+        patience: int = 3,
     ) -> None:
         super().__init__(epochs, batch_size, augmented_loss, schedule, shuffle, token_weights)
+        self.held_out, self.patience = held_out, patience
+        if not 0 <= held_out < 1:
+            raise UserError(f"stages: LearnedRounding.held_out {held_out} is out of range: give 0 or more, below 1")
+        if patience < 1:
+            raise UserError(f"stages: LearnedRounding.patience {patience} is too small: give 1 or more")
         self.rates = {"rounding_lr": rounding_lr, "scale_lr": scale_lr, "norm_lr": norm_lr}
         for name, rate in self.rates.items():
             if not 0 <= rate < 1:
@@ -82,6 +96,17 @@ class LearnedRounding(Reconstruction):
             raise UserError(
                 "stages: LearnedRounding needs a preceding stage, whose codes it starts from: put RTN, OmniQuant, GPTQ "
                 "or QuantEase first"
+            )
+
+    def kept(self, samples: int) -> int:
+        """The number of samples that are kept from learning, of the ``samples`` of one process."""
+        return max(1, round(self.held_out * samples)) if self.held_out else 0
+
+    def check_samples(self, samples: int) -> None:
+        if self.kept(samples) >= samples:
+            raise UserError(
+                f"stages: LearnedRounding.held_out {self.held_out} keeps all {samples} samples of a process from "
+                "learning: lower it, or raise data.samples"
             )
 
     @property

@@ -172,14 +172,11 @@ class BlockResult:
 
     def changed_from(self, other: "BlockResult") -> dict[str, Tensor]:
         """Return the tensors that differ from those of another result, by their names in the file of the result."""
-        mine, theirs = self._named(), other._named()
-        return {
-            name: value
-            for name, value in mine.items()
-            if value.dtype != theirs[name].dtype or not torch.equal(value, theirs[name])
-        }
+        mine, theirs = self.tensors_by_name(), other.tensors_by_name()
+        return {name: value for name, value in mine.items() if not torch.equal(value, theirs[name])}
 
-    def _named(self) -> dict[str, Tensor]:
+    def tensors_by_name(self) -> dict[str, Tensor]:
+        """Return all tensors except nested ones, by their names in the file of the result."""
         tensors = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
         for name, linear in self.linears.items():
             tensors |= {f"linears.{name}:{part}": getattr(linear, part) for part in PARTS}
@@ -213,7 +210,7 @@ class BlockResult:
 
     def save(self, path: Path, owner: Owner = NO_OWNER) -> None:
         """Write the result to ``path`` atomically."""
-        tensors = self._named()
+        tensors = self.tensors_by_name()
         grids = {name: _grid_to_json(linear.grid) for name, linear in self.linears.items()}
         for name, linear in self.linears.items():
             for part in _NESTED:

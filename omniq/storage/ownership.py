@@ -16,8 +16,9 @@ from omniq.errors import UserError
 from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
+GENERATED = "generated.safetensors"
 _RECORDS = (
-    *(FINGERPRINT, "config.yaml", "environment.json", "streams.safetensors"),
+    *(FINGERPRINT, "config.yaml", "environment.json", GENERATED, "streams.safetensors"),
     *("perplexity.json", "summary.json", "export.json", "model_stages.json"),
 )
 _FOLDERS = ("blocks", "current", "tensorboard")

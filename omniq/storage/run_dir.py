@@ -4,6 +4,7 @@
     config.yaml          the resolved configuration, sufficient to repeat the run
     fingerprint.json     settings, and digests of data and model, that must not change before a resume
     environment.json     versions and machine, for the record
+    generated.safetensors  the calibration windows, if the model wrote them (``omniq.data.SelfGenerated``)
     lock                 held by the process that works in this directory
     blocks/007.safetensors   a finished block (its presence marks the block as finished)
     blocks/007.0.csv     the losses of every step in its first stage

@@ -12,9 +12,16 @@ that switch, which the family declares.
 
 import functools
 import logging
+import warnings
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from omniq.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from omniq.transforms.transform import Transform
 
 log = logging.getLogger("omniq")
 
@@ -100,3 +107,21 @@ def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str
 def warn_once(reason: str) -> None:
     """Log a warning once per process."""
     log.warning("%s", reason)
+
+
+def block_transform(block: "nn.Module", family: Any, kinds: Sequence[str], shift: bool) -> "Transform":
+    """The earlier form of ``omniq.calibration.fuse.block_transform``, kept for one release.
+
+    Args:
+        block: a block of a model.
+        family: the ``omniq.models.family.Family`` of the model.
+        kinds: the kinds of equivalences to use.
+        shift: as for ``Transform``.
+    """
+    from omniq.transforms.transform import Transform
+
+    moved = "omniq.transforms.let.block_transform has moved: use omniq.calibration.fuse.block_transform"
+    warnings.warn(moved, DeprecationWarning, stacklevel=2)
+    layout = family.layout(block, 0)
+    chosen = [each for each in layout.equivalences if each.kind in kinds]
+    return Transform(chosen, layout.heads, dict(block.named_parameters()), layout.can_bias, shift)

@@ -134,7 +134,8 @@ def test_parse_run_model_dtype_of_earlier_run_is_accepted_when_auto() -> None:
 
 def test_arguments_sort_into_files_packages_and_options() -> None:
     line = ["--config", "a.yaml", "--seed", "3", "--allow_import=mine", "--config=b.yaml", "--allow_import", "yours"]
-    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
+    line += ["--preset", "best"]
+    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"], ["best"])
     with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
         Arguments.sort(["--config"])
 

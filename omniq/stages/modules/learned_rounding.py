@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniq.calibration.reconstruction import ReconstructionModule, module_key
+from omniq.calibration.early_stop import EarlyStopModule
+from omniq.calibration.reconstruction import module_key
 from omniq.calibration.task import BlockTask
 from omniq.grid.affine import Grid
 from omniq.stages.learned_rounding import LearnedRounding
@@ -18,13 +19,13 @@ from omniq.storage.block_result import BlockResult, QuantizedLinear
 MARGIN = 0.4  # largest initial distance of a position from its code, in grid steps
 
 
-class LearnedRoundingModule(ReconstructionModule):
+class LearnedRoundingModule(EarlyStopModule):
     """Learns codes, scales and norms of one block."""
 
     settings: LearnedRounding
 
     def __init__(self, task: BlockTask, settings: LearnedRounding) -> None:
-        super().__init__(task, settings)
+        super().__init__(task, settings, settings.kept(len(task.inputs)), settings.patience)
         if task.result is None:
             raise RuntimeError(f"{task.name}: the stage has no codes to start from")
         self.start = task.result
@@ -81,14 +82,21 @@ class LearnedRoundingModule(ReconstructionModule):
             if (rate := self.settings.rates[name])
         ]
 
+    def learned_state(self) -> dict[str, Tensor]:
+        state = super().learned_state()
+        codes = {name for name in state if name.endswith(".position")}  # as codes they need a quarter of the memory
+        return {name: x.round().clamp(0, 255).byte() if name in codes else x for name, x in state.items()}
+
     @torch.no_grad()
     def finish(self) -> BlockResult:
+        self.restore_best()
         linears = {name: self.codes(name).linear() for name in self.start.linears}
         stored = {name: value.dtype for name, value in self.start.tensors.items()}
         return BlockResult(linears, {name: x.to(stored[name]) for name, x in self.plain_tensors().items()})
 
     @torch.no_grad()
     def abandon(self) -> str:
+        self.best = {}
         for name in self.start.linears:
             self.codes(name).reset()
         for value in self.norms.values():
