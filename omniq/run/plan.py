@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,15 @@ from omniq.errors import UserError, one_line
 from omniq.export import check_free, find_format
 from omniq.grid.dtypes import dtype_name
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader, check_text
+from omniq.run.checks import (
+    check_callbacks,
+    check_compiler,
+    check_divisible,
+    check_model,
+    check_reader,
+    check_text,
+    linear_names,
+)
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -118,6 +127,9 @@ def prepare(run: Run, settings: str) -> Plan:
     collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
     for stage in run.stages:
         stage.check_samples(run.data.samples // collectives.world_size())
+    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_names(source) if run.scheme.grid_of(name))
+    for model_stage in run.model_stages.values():
+        model_stage.check_text(run.data.samples * run.data.length, codes)
     if run.export.format != "none":
         check_reader(run.export.format, run.scheme)
     device = trainer.strategy.root_device
