@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from omniq.calibration.settings import Memory
 from omniq.calibration.tunable_block import change_shapes
-from omniq.calibration.tunable_model import ResidentModel, StreamedModel, fits
+from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_streamed
+from omniq.errors import UserError
 from omniq.evaluate.streaming import stream_logits
 from omniq.evaluate.variants import full_precision_variant, quantized_variant
 from omniq.grid.scheme import Scheme
@@ -150,8 +152,20 @@ def test_models_in_bfloat16_agree_with_float32(tmp_path: Path, family: str) -> N
     assert torch.cosine_similarity(a, b, 0) > 0.95
 
 
-def test_fits_compares_with_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("memory", "streamed"), [("auto", (False, True)), ("block", (True, True))])
+def test_model_is_streamed_if_asked_or_if_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Memory, streamed: tuple[bool, bool]
+) -> None:
     tiny = tiny_model_task(tmp_path)
-    for free, wanted in ((2**40, True), (2**20, False)):
+    for free, wanted in zip((2**40, 2**20), streamed, strict=True):
         monkeypatch.setattr("omniq.calibration.tunable_model.free_host_memory", lambda free=free: free)
-        assert fits(tiny.task, 1) == wanted
+        assert is_streamed(tiny.task, 1, memory) == wanted
+
+
+def test_model_that_does_not_fit_is_refused_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = tiny_model_task(tmp_path)
+    monkeypatch.setattr("omniq.calibration.tunable_model.free_host_memory", lambda: 2**20)
+    with pytest.raises(
+        UserError, match=r"EndToEnd.memory model: .* needs about .* GiB.*: set memory to block, or lower"
+    ):
+        is_streamed(tiny.task, 1, "model")

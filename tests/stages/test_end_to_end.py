@@ -21,6 +21,7 @@ from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.grid.scheme import Scheme
 from omniq.stages import RTN, EndToEnd, QuantEase, SpQR
+from omniq.stages.end_to_end import CODES_PER_TOKEN
 from omniq.stages.modules.end_to_end import EndToEndModule
 from omniq.storage.run_dir import RunDir
 from tests.helpers.model_task import TinyModel, tiny_model_task
@@ -240,13 +241,15 @@ def test_end_to_end_does_not_resume_fit_of_other_memory_mode(tmp_path: Path) -> 
     assert not EndToEnd(memory="block").module(tiny.task).can_resume(saved)
 
 
-def test_end_to_end_auto_streams_if_model_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = tiny_model_task(tmp_path)
-    for free, streamed in ((2**40, False), (2**20, True)):
-        monkeypatch.setattr("omniq.calibration.tunable_model.free_host_memory", lambda free=free: free)
-        module = EndToEnd().module(tiny.task)
-        assert isinstance(module, EndToEndModule)
-        assert module.streamed == streamed
+def test_end_to_end_codes_without_enough_text_are_refused() -> None:
+    EndToEnd().check_text(1, 10**9)
+    EndToEnd(codes=True).check_text(CODES_PER_TOKEN, CODES_PER_TOKEN**2)
+    with pytest.raises(UserError) as caught:
+        EndToEnd(codes=True).check_text(2000, 10**9)
+    assert str(caught.value) == (
+        "stages: EndToEnd.codes true: 2,000 tokens of text are too few to learn 1,000,000,000 codes: give "
+        f"{10**9 // CODES_PER_TOKEN:,} or more (data.samples times data.length), or set codes to false"
+    )
 
 
 @pytest.mark.parametrize(
