@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # settings are parsed without torch
     from omniq.calibration.pass_module import PassModule
 
 CODES_PER_TOKEN = 800
-"""The most codes for one token of text. EfficientQAT learns the codes of a 7B model from 4096 windows of 2048 tokens."""
+"""The most codes for one token of text. EfficientQAT learns those of a 7B model from 4096 windows of 2048 tokens."""
 
 
 class EndToEnd(ModelStage):
