@@ -148,7 +148,7 @@ class StreamedModel:
         self._wait()
 
     def _head(self) -> tuple[Tensor, Tensor]:
-        """Compute both losses, and the gradient of the sum over samples and tokens with respect to the last hidden states."""
+        """Compute both losses, and the gradient of the sum over samples and tokens in the last hidden states."""
         task = self.task
         losses = []
         for samples in self._batches(len(task.inputs), 1):
