@@ -206,7 +206,7 @@ class RunDir:
         for stage in stages:
             path = self.block_path(index, f"{stage}.safetensors")
             tensors, head = load_tensors(path, self.owner(path))
-            if head.get("before") != records.header_digest(before):
+            if head.get("block") != records.header_digest(before):
                 raise CorruptFile(f"{path}: the file was made for other codes or scales of its block")
             result, before = result.with_tensors(tensors), path
         return result
@@ -221,7 +221,7 @@ class RunDir:
         """
         if self.writes:
             *earlier, path = (self.block_path(index, f"{stage}.safetensors") for stage in stages)
-            head = {"before": records.header_digest(earlier[-1] if earlier else self.block_path(index))}
+            head = {"block": records.header_digest(earlier[-1] if earlier else self.block_path(index))}
             save_tensors(path, tensors, head, self.owner(path))
 
     def load_result(self, path: Path) -> BlockResult | None:
