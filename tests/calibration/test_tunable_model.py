@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A resident and a streamed model have the loss of the evaluated model, and the same gradients."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from omniq.errors import UserError
 from omniq.evaluate.streaming import stream_logits
 from omniq.evaluate.variants import full_precision_variant, quantized_variant
 from omniq.grid.scheme import Scheme
+from omniq.storage.block_result import BlockResult
 from tests.helpers.finished_block import random_changes
 from tests.helpers.model_task import TinyModel, tiny_model_task
 
@@ -51,8 +53,13 @@ def gradients(changes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def streamed_kl(tiny: TinyModel) -> tuple[float, float]:
-    """The KL of the learned and of the held-out samples by the logits that an evaluation computes, in float64."""
-    read = tiny.results.__getitem__
+    """The KL of the learned and of the held-out samples by the logits of the exported model, in float64."""
+    dtype = tiny.scheme.export_dtype
+
+    def read(index: int) -> BlockResult:
+        result = tiny.results[index]
+        return replace(result, tensors={name: value.to(dtype) for name, value in result.tensors.items()})
+
     variants = {"full": full_precision_variant, "ours": quantized_variant(read, tiny.source, tiny.scheme)}
     logits: dict[str, list[Tensor]] = {name: [] for name in variants}
     for name, part, _ in stream_logits(tiny.source, tiny.tokens, variants):
