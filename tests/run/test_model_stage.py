@@ -26,6 +26,8 @@ FILES = [
     *("perplexity.json", "summary.json", "export.json", ".model.partial/model.safetensors", "model"),
 ]
 
+RESIDENT = pytest.mark.parametrize("tuned", ["model"], indirect=True)  # the files are those of both modes
+
 
 def end_to_end(**settings: object) -> dict[str, object]:
     return stage("EndToEnd", **{"epochs": EPOCHS, "lr": 1e-2, "patience": EPOCHS, **settings})
@@ -85,14 +87,24 @@ def test_model_stage_killed_at_each_save_resumes_to_same_bits(tuned: Reference, 
     assert sum(steps.values()) - len(steps) <= kills * per_pass(tuned)
 
 
+@RESIDENT
 def test_model_stage_killed_in_losses_writes_them_once(tuned: Reference, tmp_path: Path) -> None:
     for aim in (("torn", "blocks/model.1.csv"), ("after", LAST), ("torn", "blocks/model.1.csv")):
         assert tuned.attempts.run(tuned.args, tmp_path / "run", aim=aim).killed
     tuned.finish(tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["blocks/000.1.safetensors", "blocks/001.1.safetensors", "model_stages.json"])
+@RESIDENT
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("blocks/000.1.safetensors", "flipped"),
+        ("blocks/001.1.safetensors", "truncated"),
+        ("blocks/001.1.safetensors", "missing"),
+        ("model_stages.json", "truncated"),
+        ("model_stages.json", "missing"),
+    ],
+)
 def test_model_stage_with_damaged_file_runs_again(tuned: Reference, tmp_path: Path, name: str, damage: str) -> None:
     path = finished(tuned, tmp_path / "run") / name
     spoil(path, damage)
@@ -102,6 +114,7 @@ def test_model_stage_with_damaged_file_runs_again(tuned: Reference, tmp_path: Pa
         assert str(path) in last.output
 
 
+@RESIDENT
 def test_model_stage_with_damaged_checkpoint_starts_over(tuned: Reference, tmp_path: Path) -> None:
     for damage in ("truncated", "flipped"):
         assert tuned.attempts.run(tuned.args, tmp_path / damage, aim=("after", LAST)).killed
@@ -111,6 +124,7 @@ def test_model_stage_with_damaged_checkpoint_starts_over(tuned: Reference, tmp_p
         assert last.steps == tuned.first.steps
 
 
+@RESIDENT
 def test_model_stage_runs_again_after_block_is_calibrated_again(tuned: Reference, tmp_path: Path) -> None:
     """Also in the middle of the stage, whose checkpoint belongs to the earlier blocks."""
     out = finished(tuned, tmp_path / "run")
@@ -126,6 +140,7 @@ def test_model_stage_runs_again_after_block_is_calibrated_again(tuned: Reference
     assert tuned.finish(tmp_path / "middle").steps == tuned.first.steps
 
 
+@RESIDENT
 def test_model_stage_rejects_file_of_other_block_or_run(tuned: Reference, tmp_path: Path) -> None:
     """A whole file in the wrong place is refused as a damaged one is."""
     out = finished(tuned, tmp_path / "run")
@@ -135,6 +150,7 @@ def test_model_stage_rejects_file_of_other_block_or_run(tuned: Reference, tmp_pa
     assert last.steps == tuned.first.steps
 
 
+@RESIDENT
 def test_model_stage_killed_while_damaged_file_is_mended_is_not_finished(tuned: Reference, tmp_path: Path) -> None:
     """Files of two fits are never taken for one result."""
     out = finished(tuned, tmp_path / "run")
@@ -144,6 +160,7 @@ def test_model_stage_killed_while_damaged_file_is_mended_is_not_finished(tuned: 
     tuned.finish(out)
 
 
+@RESIDENT
 def test_export_of_run_with_model_stage_holds_tuned_scales(
     tuned: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +182,7 @@ def test_export_of_run_with_model_stage_holds_tuned_scales(
     assert not (tmp_path / "other").exists()
 
 
+@RESIDENT
 def test_report_shows_losses_of_model_stage(tuned: Reference, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((tuned.folder / "reference/model_stages.json").read_text())["1"]
     capsys.readouterr()
