@@ -23,7 +23,8 @@ from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_str
 from omniq.distributed import collectives
 
 if TYPE_CHECKING:
-    from omniq.stages.end_to_end import EndToEnd
+    from omniq.models.propose import expert_of
+from omniq.stages.end_to_end import EndToEnd
 
 
 class EndToEndModule(GradientModule[ModelTask]):
@@ -94,6 +95,10 @@ class EndToEndModule(GradientModule[ModelTask]):
     def _judge_start(self) -> None:
         if isinstance(self.model, ResidentModel) and not self.best_kl.isfinite():
             self._judge(self.model.held_out(self.changes()))
+
+    @property
+    def capturable(self) -> bool:
+        return not any(expert_of(name) for layout in self.task.layouts for name in layout.linears)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         assert isinstance(self.model, ResidentModel)
