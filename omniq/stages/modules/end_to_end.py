@@ -21,10 +21,10 @@ from omniq.calibration.model_task import ModelResult, ModelTask
 from omniq.calibration.tunable_block import change_shapes, unflatten
 from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_streamed
 from omniq.distributed import collectives
+from omniq.models.propose import expert_of
 
 if TYPE_CHECKING:
-    from omniq.models.propose import expert_of
-from omniq.stages.end_to_end import EndToEnd
+    from omniq.stages.end_to_end import EndToEnd
 
 
 class EndToEndModule(GradientModule[ModelTask]):
