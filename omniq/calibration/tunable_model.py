@@ -117,7 +117,7 @@ class StreamedModel:
         self.task, self.codes, self.batch = task, codes, batch
         shape, dtype = tuple(task.inputs.shape), task.inputs.dtype
         self.inputs = [task.inputs, *(task.placement.empty(shape, dtype) for _ in task.layouts)]
-        # The gradient of the sum over samples: in float16, that of the mean would vanish.
+        # The gradient of the sum over samples and tokens: in float16, that of the mean would vanish.
         self.gradient = task.placement.empty((task.samples, *shape[1:]), torch.float32)
 
     def gradients(self, changes: Changes) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class StreamedModel:
         self._wait()
 
     def _head(self) -> tuple[Tensor, Tensor]:
-        """Compute both losses, and the gradient of the sum over samples with respect to the last hidden states."""
+        """Compute both losses, and the gradient of the sum over samples and tokens in the last hidden states."""
         task = self.task
         losses = []
         for samples in self._batches(len(task.inputs), 1):
@@ -157,7 +157,8 @@ class StreamedModel:
             targets = gather_samples(task.targets, samples, task.device)
             loss = divergence(hidden, targets, task.head, task.vocabulary)
             if learned:
-                self.gradient[samples].copy_(torch.autograd.grad(loss, hidden)[0], non_blocking=True)
+                (gradient,) = torch.autograd.grad(loss, hidden, torch.full_like(loss, hidden.shape[1]))
+                self.gradient[samples].copy_(gradient, non_blocking=True)
             losses.append(loss.detach().double())
         self._wait()
         held_out = torch.stack(losses[task.samples :]).sum()
@@ -176,7 +177,8 @@ class StreamedModel:
             if index and hidden.grad is not None:
                 self.gradient[samples].copy_(hidden.grad, non_blocking=True)
         self._wait()
-        return [(change[key], leaf.grad / task.samples) for key, leaf in leaves.items() if leaf.grad is not None]
+        count = task.samples * task.inputs.shape[1]
+        return [(change[key], leaf.grad / count) for key, leaf in leaves.items() if leaf.grad is not None]
 
     def _batches(self, count: int, batch: int | None = None) -> list[slice]:
         size = batch or self.batch

@@ -43,7 +43,9 @@ def open_run(path: Path) -> tuple[Run, str]:
         arguments = trainer.get("init_args", trainer)
         kept: dict[str, Any] = {key: content[key] for key in ("model", "scheme", "stages") if key in content}
         precision = {"precision": arguments["precision"]} if arguments.get("precision") is not None else {}
-        run, _ = parse_run([], {**kept, "data": {"source": "omniq.data.Stdlib"}, "trainer": precision})
+        numbers = {key: value for key, value in (content.get("data") or {}).items() if key == "held_out"}
+        data = {**numbers, "source": "omniq.data.Stdlib"}  # a stage of the whole model requires held-out windows
+        run, _ = parse_run([], {**kept, "data": data, "trainer": precision})
         return run, config.read_text(encoding="utf-8")
     except (UserError, AttributeError) as error:  # AttributeError if a section is not a mapping
         raise UserError(f"{config} cannot be read ({error}): {RUN_AGAIN}") from error

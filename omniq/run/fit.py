@@ -122,7 +122,9 @@ def _resumable(module: PassModule[Any], saved: PassCheckpoint, losses: BlockLoss
         folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by a different number of processes"))
         return False
     if not module.can_resume(checkpoint):
-        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for different groups of linears"))
+        folder.discard_current(
+            saved.path, CorruptFile(f"{saved.path} was saved for other groups of linears, or in another memory mode")
+        )
         return False
     if not losses.has_rows_of(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))

@@ -73,9 +73,9 @@ class EndToEnd(ModelStage):
         for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
             if value < 1:
                 raise UserError(f"stages: EndToEnd.{name} {value} is too small: give 1 or more")
-        for name, rate in (("lr", lr), ("codes_lr", codes_lr)):
+        for name, rate, usual in (("lr", lr, 0.001), ("codes_lr", codes_lr, 0.01)):
             if not 0 < rate < 1:
-                raise UserError(f"stages: EndToEnd.{name} {rate} is not between 0 and 1: try 0.001")
+                raise UserError(f"stages: EndToEnd.{name} {rate} is not between 0 and 1: try {usual}")
         if not 0 <= vectors_lr < 1:
             raise UserError(f"stages: EndToEnd.vectors_lr {vectors_lr} is not at least 0 and below 1: try 0.001")
         self.epochs, self.batch_size, self.patience = epochs, batch_size, patience

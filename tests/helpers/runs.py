@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from omniq.storage.block_result import BlockResult
+from omniq.storage.sealed import load_tensors
 from tests.helpers.tiny import save_tiny
 
 WORDS = (
@@ -76,10 +77,10 @@ def write_config(path: Path, content: dict[str, Any]) -> list[str]:
     return ["quantize", "--config", str(path)]
 
 
-def losses(path: Path) -> list[float]:
-    """The loss of every step, from the CSV file of a fit."""
+def losses(path: Path, name: str = "loss") -> list[float]:
+    """The values of that name, such as the loss of every step, from the CSV file of a fit."""
     with path.open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
+        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == name]
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -89,10 +90,16 @@ def outcome(run: Path) -> dict[str, Any]:
         if path.suffix != ".safetensors":
             found[path.name] = path.read_text(errors="replace")
             continue
+        if path.stem.count("."):  # what a stage of the whole model changed
+            found[path.name] = {name: _digest(value) for name, value in load_tensors(path)[0].items()}
+            continue
         result = BlockResult.load(path)
         tensors = {name: vars(linear) for name, linear in result.linears.items()} | dict(result.tensors)
         found[path.name] = {name: _digest(value) for name, value in tensors.items()}
         found[f"{path.name} summary"] = json.dumps({**result.summary, "seconds": 0})
+    if (run / "model_stages.json").exists():
+        record = json.loads((run / "model_stages.json").read_text())
+        found["model_stages"] = {key: {**record[key], "seconds": 0} for key in record if key != "sha256"}
     for path in sorted((run / "model").iterdir()) if (run / "model").exists() else ():
         if path.name not in ("README.md", "recipe.yaml"):  # the card tells seconds, the recipe says where it ran
             found[f"model/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
