@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``omniq`` command: quantize, inspect, evaluate, export, report.
+"""The ``omniq`` command: quantize, tune, inspect, evaluate, export, verify, report.
 
 The parser is plain jsonargparse with the conventions of LightningCLI: YAML sections hold the arguments of a class or
 function, ``class_path`` and ``init_args`` select a class, several ``--config`` files compose, ``--section.key value``
@@ -175,6 +175,24 @@ def inspect(model: Model, json: bool = False) -> None:
     inspect_model(model, json)
 
 
+def verify(model: Path, run: Path | None = None, runtime: str | None = None, source: str | None = None) -> None:
+    """Check an exported model: every code, and its logits in each installed runtime.
+
+    Args:
+        model: the folder of the export.
+        run: the run directory from which it was written. By default the weight files are compared with the digests
+            that omniq recorded in the folder.
+        runtime: the only runtime to compare: ``transformers``, ``llama.cpp``, ``openvino`` or ``mlx``. By default every
+            installed runtime that opens the format.
+        source: where the model of the run is now. Its content must be the same.
+    """
+    quiet_transformers()
+    from omniq.report.console import plain_console
+    from omniq.run.verified import verify_export
+
+    verify_export(model, run, runtime, source, plain_console())
+
+
 CONTINUES = "; the same command continues this run"
 
 
@@ -212,6 +230,7 @@ COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "tune": (tune, "improve the scales and norms of a finished run, or of a quantized checkpoint, end to end"),
     "evaluate": (_call(evaluate), "measure the perplexity of a model"),
     "export": (_call(export), "write another checkpoint of a finished run"),
+    "verify": (_call(verify), "check an exported model: every code, and its logits in each installed runtime"),
     "report": (_call(report), "show the losses and perplexities of a run"),
 }
 

@@ -134,7 +134,7 @@ def _obstacle(source: SourceModel, format: str, scheme: str) -> str | None:
     try:
         for index in range(source.num_blocks):
             check_attention(source.layout(index), chosen.activations)
-        check_format(format, chosen, source)
+        check_format(format, chosen, source=source)
     except UserError as error:
         return str(error)
     return None

@@ -12,7 +12,9 @@ from omniq.config.compose import read
 from omniq.config.parse import parse_run
 from omniq.config.run import Run
 from omniq.errors import UserError
+from omniq.grid.scheme import Scheme
 
+_LIGHT = {"data": {"source": "omniq.data.Stdlib"}, "stages": [{"class_path": "omniq.stages.RTN"}]}
 RUN_AGAIN = "run its quantize command again to rewrite it"
 
 
@@ -45,3 +47,15 @@ def open_run(path: Path) -> tuple[Run, str]:
         return run, config.read_text(encoding="utf-8")
     except (UserError, AttributeError) as error:  # AttributeError if a section is not a mapping
         raise UserError(f"{config} cannot be read ({error}): {RUN_AGAIN}") from error
+
+
+def recipe_scheme(file: Path) -> Scheme:
+    """The scheme of a recipe, which lies beside the weights of an exported model. No class that it names is imported.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return parse_run([], {"model": {"path": "."}, "scheme": read(file)["scheme"], **_LIGHT})[0].scheme
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as a recipe of omniq ({error}): export the model again") from error

@@ -132,7 +132,7 @@ def layout_of(config: PretrainedConfig, block: nn.Module, hidden: Tensor, argume
         hidden: its input, ``[1, t, h]``.
         arguments: the other arguments of its forward.
     """
-    heads, dtype = _heads(config), next(block.parameters()).dtype
+    heads, dtype = _heads(config, arguments), next(block.parameters()).dtype
     verified = VerifiedBlock(block, Layout(config.model_type, (), heads), hidden, arguments, dtype)
     traced = trace(block, lambda: verified.run(verified.tensors), hidden.shape[0] * hidden.shape[1])
     kept = dict(_kept(block, traced))
@@ -161,15 +161,21 @@ def layout_of(config: PretrainedConfig, block: nn.Module, hidden: Tensor, argume
     )
 
 
-def _heads(config: PretrainedConfig) -> Heads:
-    """The attention heads of a config; one head for a model without attention."""
+def _heads(config: PretrainedConfig, arguments: Mapping[str, Any]) -> Heads:
+    """The attention heads of a block; one head for a model without attention.
+
+    The tables of rotary embedding have one column for each channel that they turn.
+    """
     query = getattr(config, "num_attention_heads", None)
     if not isinstance(query, int):
         return Heads(1, 1)
     key = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
     if not isinstance(key, int) or query % key:
         key = 1 if getattr(config, "multi_query", False) else query
-    return Heads(query, key)
+    turned = getattr(config, "rotary_dim", None)
+    if isinstance(tables := arguments.get("position_embeddings"), tuple):
+        turned = tables[0].shape[-1]
+    return Heads(query, key, turned if isinstance(turned, int) else None)
 
 
 def _is_router(name: str) -> bool:
@@ -199,7 +205,8 @@ def _kept(block: nn.Module, traced: Trace) -> Iterator[tuple[str, str]]:
 def groups_of(block: nn.Module, traced: Trace) -> list[tuple[str, ...]]:
     """The linears that share an input, in the order in which the block runs them.
 
-    An expert that no traced token reached has the groups of an expert that was reached, and its place in their order.
+    An expert that no traced token reached has the groups of an expert that was reached. All experts run their first
+    group before any of them runs its second (``omniq.models.experts``).
     """
     by_input: dict[Any, list[str]] = {}
     for name, key in traced.inputs.items():

@@ -2,6 +2,7 @@
 """Equivalences that a traced block may have. Each proposal is verified on the block before it is believed.
 
 - Norm to linears: a norm and all linears that read its output; the norm multiplies by ``w`` or by ``1 + w``.
+- Queries and keys: two linears that read the same input, or rows of a fused linear, with or without norms of heads.
 - Value to output: a linear, or the values among the rows of a fused linear, and a later linear that alone reads as many
   inputs as the heads of attention give it. Fused rows are ``[q | k | v]``, or ``[q .. q k v]`` of each KV head.
 - Up to down: a linear, or one half of a fused linear, and a later linear that alone reads as many inputs. The function
@@ -10,14 +11,14 @@
 A norm or linear that only some tokens reach (experts) is left out: no test on a few tokens could refute it.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from omniq.models.trace import Trace
 from omniq.transforms.equivalence import Equivalence
-from omniq.transforms.equivalences import NormToLinears, UpToDown, ValueToOutput
+from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown, ValueToOutput
 from omniq.transforms.heads import Heads
 from omniq.transforms.linear_ref import Linear, LinearRef
 
@@ -30,26 +31,26 @@ def proposals(
     Args:
         block: the block.
         traced: its trace.
-        heads: its attention heads.
+        heads: its attention heads, with the number of channels that rotary embedding turns.
         routers: linears whose outputs choose experts; no scale moves between them and other linears.
     """
     linears: dict[str, Any] = {name: block.get_submodule(name) for name in traced.inputs if not expert_of(name)}
     for norm, output in traced.norms.items():
         readers = traced.readers(output)
-        weight: Any = block.get_submodule(norm).weight
-        width = weight.numel()
+        width = _width(block, norm)
         if readers and all(name in linears and linears[name].in_features == width for name in readers):
             yield tuple(NormToLinears(norm, readers, offset, shift) for shift in (True, False) for offset in (0.0, 1.0))
     names = [name for name in linears if name not in routers]
+    if found := tuple(_query_key(block, linears, traced, heads)):
+        yield found
     for position, first in enumerate(names):
         for later in names[position + 1 :]:
             key = traced.inputs[later]
             if traced.readers(key) != (later,) or key in traced.norms.values():
                 continue
             rows, width = linears[first].weight.shape[0], linears[later].weight.shape[1]
-            found = [*_value_to_output(first, rows, later, width, heads), *_up_to_down(first, rows, later, width)]
-            if found:
-                yield tuple(found)
+            if found := (*_value_to_output(first, rows, later, width, heads), *_up_to_down(first, rows, later, width)):
+                yield found
 
 
 def _value_to_output(first: str, rows: int, output: str, width: int, heads: Heads) -> Iterator[Equivalence]:
@@ -58,12 +59,43 @@ def _value_to_output(first: str, rows: int, output: str, width: int, heads: Head
     if not rest and rows == heads.key * size:
         values = [first]
     elif not rest and rows == (heads.query + 2 * heads.key) * size:
-        values = [LinearRef(first, (rows - heads.key * size, rows))]
-        if heads.key > 1:
-            of_one_head = (heads.query // heads.key * size, size, size)
-            values.append(LinearRef.split(first, of_one_head, repeated=True)[2])
+        values = [value for _, _, value in _fused(first, size, heads)]
     for shift in (True, False):
         yield from (ValueToOutput(value, output, shift) for value in values)
+
+
+def _query_key(block: nn.Module, linears: Mapping[str, Any], traced: Trace, heads: Heads) -> Iterator[Equivalence]:
+    pairs: list[tuple[Linear, Linear, int]] = []  # queries, keys, size of a head
+    for first, linear in linears.items():
+        rows = linear.out_features
+        size, rest = divmod(rows, heads.query + 2 * heads.key)
+        pairs += [] if rest else [(query, key, size) for query, key, _ in _fused(first, size, heads)]
+        size, rest = divmod(rows, heads.query)
+        others = [name for name in traced.readers(traced.inputs[first]) if name in linears and name != first]
+        keys = [name for name in others if linears[name].out_features == heads.key * size]
+        pairs += [] if rest else [(first, key, size) for key in keys]
+    for query, key, size in pairs:
+        own = LinearRef.of(query).name.rpartition(".")[0]
+        norms = [name for name in traced.norms if name.rpartition(".")[0] == own]
+        widths = zip(norms, (heads.query * size, heads.key * size), strict=False)
+        of_heads = all(_width(block, norm) in (size, width) for norm, width in widths)
+        for rotary in (None, "half", "interleaved"):
+            yield QueryKey(query, key, rotary)
+            if len(norms) == 2 and of_heads:
+                yield QueryKey(query, key, rotary, norms[0], norms[1], offset=0.0)
+                yield QueryKey(query, key, rotary, norms[0], norms[1], offset=1.0)
+
+
+def _fused(name: str, size: int, heads: Heads) -> Iterator[tuple[LinearRef, ...]]:
+    """Queries, keys and values in a fused linear: ``[q | k | v]``, or ``[q .. q k v]`` of each KV head."""
+    yield LinearRef.split(name, (heads.query * size, heads.key * size, heads.key * size))
+    if heads.key > 1:
+        yield LinearRef.split(name, (heads.query // heads.key * size, size, size), repeated=True)
+
+
+def _width(block: nn.Module, norm: str) -> int:
+    weight: Any = block.get_submodule(norm).weight
+    return int(weight.numel())
 
 
 def _up_to_down(first: str, rows: int, down: str, width: int) -> Iterator[Equivalence]:

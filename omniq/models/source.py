@@ -170,6 +170,11 @@ class SourceModel:
             self._tokenizer = open_tokenizer(self._place.folder, None, self._place.remote_code)
         return self._tokenizer
 
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file that holds the model; None for a model in safetensors."""
+        return next((file for file in self._checkpoint.files if file.suffix == ".gguf"), None)
+
     def block_name(self, index: int) -> str:
         """Dotted name of a block, such as ``model.layers.7``: the prefix of its parameters."""
         return f"{self.family.blocks}.{index}"

@@ -26,17 +26,19 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     Raises:
         UserError: the run already has a checkpoint that was written with other settings.
     """
-    check_export(folder, plan.run.export)
+    if plan.run.export.format != "none":
+        check_export(folder, plan.run.export)
     facts = summary(plan, folder)
     if plan.evaluation is not None and plan.run.evaluation is not None:
         text = plan.run.evaluation.describe(places_of_bos(plan)["evaluation"])
         facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
     folder.write_json("summary.json", facts)
-    if plan.run.export.format != "none":
-        if not (folder.path / "model").exists():
-            folder.save_record("export.json", settings_of(plan.run.export))
-        out, window = folder.path / "model", None if plan.evaluation is None else plan.evaluation[:1]
-        write_checkpoint(plan.source, folder, out, plan.run.export, plan.run, facts, console, window)
+    if plan.run.export.format != "none" and not (folder.path / "model").exists():
+        folder.save_record("export.json", settings_of(plan.run.export))
+    window = None if plan.evaluation is None else plan.evaluation[:1]
+    for export in plan.run.exports:
+        out = plan.run.folder_of(export)
+        write_checkpoint(plan.source, folder, out, export, plan.run, facts, console, window)
     folder.remove_streams()
 
 

@@ -3,10 +3,10 @@
 
     python -m tests.campaigns.zoo --methods RTN LWC QuantEase --only "gpt_neox" "falcon 40b"
 
-Each variant of ``tests.helpers.zoo`` is saved, quantized at W4A16g32 with float32 scales, and exported. The export is
-reopened in plain transformers. Its logits are compared with those of the stock model into which
-``tests.helpers.independent`` has written ``(q - z) * s``. The script prints a table and the counts, and exits 1 if a
-variant fails in any other way than a refusal before calibration.
+Each variant of ``tests.helpers.zoo`` is saved, quantized at W4A16g32 with float32 scales (symmetric if it has experts),
+and exported. The export is reopened in plain transformers. Its logits are compared with those of the stock model into
+which ``tests.helpers.independent`` has written ``(q - z) * s``. The script prints a table and the counts, and exits 1
+if a variant fails in any other way than a refusal before calibration.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from omniq.config.parse import parse_run
 from omniq.errors import NotByBlocks, UserError
+from omniq.models.propose import expert_of
 from omniq.models.source import SourceModel
 from omniq.run import loop
 from tests.helpers.independent import dequantized_source, relative_error
@@ -64,13 +65,18 @@ class Row:
         return f"{self.name:22}{self.method:10}{numbers}{self.error:10.1e}{self.seconds:6.1f}  {self.equivalences}"
 
 
-def describe(row: Row, folder: Path) -> None:
-    """Fill in what the layouts say: blocks, kept tensors, verified equivalences by kind."""
+def describe(row: Row, folder: Path) -> bool:
+    """Fill in what the layouts say: blocks, kept tensors, verified equivalences by kind.
+
+    Returns:
+        True if the model has experts, of which transformers reads only symmetric grids.
+    """
     source = SourceModel.open(folder)
     layouts = [source.layout(index) for index in range(source.num_blocks)]
     kinds = [each.kind for layout in layouts for each in layout.equivalences]
     row.blocks, row.kept = len(layouts), sum(len(layout.kept) for layout in layouts)
     row.equivalences = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return any(expert_of(name) for layout in layouts for name in layout.linears)
 
 
 def settings(folder: Path, method: str, symmetric: bool) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def settings(folder: Path, method: str, symmetric: bool) -> dict[str, Any]:
     }
 
 
-def quantize_variant(name: str, method: str, symmetric: bool = False) -> Row:
+def quantize_variant(name: str, method: str) -> Row:
     """Quantize one variant and measure its export."""
     row, start = Row(name, method), time.time()
     with tempfile.TemporaryDirectory() as scratch:
@@ -96,7 +102,7 @@ def quantize_variant(name: str, method: str, symmetric: bool = False) -> Row:
         tiny_tokenizer().save_pretrained(folder / "source")
         write_text(folder / "text.txt", words=4000)
         try:
-            describe(row, folder / "source")
+            symmetric = describe(row, folder / "source")
             loop.quantize(*parse_run((), settings(folder, method, symmetric)))
             export = AutoModelForCausalLM.from_pretrained(folder / "run" / "model", dtype=torch.float32).eval()
             expected, row.linears = dequantized_source(folder / "source", folder / "run" / "model", folder / "plain")
@@ -121,7 +127,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["RTN"], choices=list(METHODS))
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="names of variants")
-    parser.add_argument("--symmetric", action="store_true", help="quantize on a symmetric grid")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     print(f"{'variant':22}{'method':10}{'blocks':>7}{'linears':>8}{'kept':>6}{'error':>10}{'s':>6}  equivalences")
@@ -133,7 +138,7 @@ def main() -> int:
                 contextlib.redirect_stderr(nowhere),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
-                row = quantize_variant(name, method, arguments.symmetric)
+                row = quantize_variant(name, method)
             rows.append(row)
             print(row.line(), flush=True)
     failed, refused = (sum(bool(getattr(row, what)) for row in rows) for what in ("failure", "refused"))

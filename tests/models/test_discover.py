@@ -17,7 +17,7 @@ from omniq.models.self_test import check_streaming, streaming_error
 from omniq.models.source import SourceModel
 from omniq.models.trace import Trace
 from omniq.transforms.equivalence import Equivalence
-from omniq.transforms.equivalences import NormToLinears, ValueToOutput
+from omniq.transforms.equivalences import NormToLinears, QueryKey, ValueToOutput
 from tests.helpers.opening import refused, tokens
 from tests.helpers.zoo import zoo_model
 
@@ -25,47 +25,55 @@ CPU = torch.device("cpu")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
 GATED = (ATTENTION, OUTPUT, ("mlp.gate_proj", "mlp.up_proj"), DOWN)
-NORMS = {"norm of input_layernorm": 0, "norm of post_attention_layernorm": 0}
+QUERY = "query_key of self_attn.q_proj"
+NORMS: dict[str, int | str | None] = {"norm of input_layernorm": 0, "norm of post_attention_layernorm": 0}
 
 # The groups of the last block of a variant, and the divided modules of its equivalences. The number is the offset of a
-# norm, the power of another equivalence, and -1 for values whose shift is not exact.
-DOZEN: dict[str, tuple[tuple[tuple[str, ...], ...], dict[str, int]]] = {
-    "stablelm": (GATED, NORMS | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
+# norm, the power of another equivalence, and -1 for values whose shift is not exact. Queries and keys have their rotary
+# layout instead.
+DOZEN: dict[str, tuple[tuple[tuple[str, ...], ...], dict[str, int | str | None]]] = {
+    "stablelm": (GATED, NORMS | {QUERY: "half", "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
     "nemotron": (
         (ATTENTION, OUTPUT, ("mlp.up_proj",), DOWN),
-        dict.fromkeys(NORMS, 1) | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 2},
+        dict.fromkeys(NORMS, 1) | {QUERY: "half", "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 2},
     ),
     "cohere": (
         ((*ATTENTION, "mlp.gate_proj", "mlp.up_proj"), OUTPUT, DOWN),
-        {"norm of input_layernorm": 0, "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
+        {"norm of input_layernorm": 0, QUERY: "interleaved"}
+        | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
     ),
-    "exaone4": (GATED, {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
+    "exaone4": (GATED, {QUERY: None, "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1}),
     "glm": (
         (ATTENTION, OUTPUT, ("mlp.gate_up_proj",), DOWN),
-        NORMS | {"value_output of self_attn.v_proj": 1, "up_down of mlp.gate_up_proj[128:256]": 1},
+        NORMS
+        | {QUERY: "interleaved", "value_output of self_attn.v_proj": 1, "up_down of mlp.gate_up_proj[128:256]": 1},
     ),
     "persimmon": (
         (("self_attn.query_key_value",), ("self_attn.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-        NORMS | {"value_output of self_attn.query_key_value[32:48 of every 48]": 1, "up_down of mlp.dense_h_to_4h": 2},
+        NORMS
+        | {"query_key of self_attn.query_key_value[0:64]": "half"}
+        | {"value_output of self_attn.query_key_value[32:48 of every 48]": 1, "up_down of mlp.dense_h_to_4h": 2},
     ),
     "mpt": (
         (("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",)),
-        {"norm of norm_1": 0, "norm of norm_2": 0, "value_output of attn.Wqkv[128:192]": 1},
+        {"norm of norm_1": 0, "norm of norm_2": 0}
+        | {"query_key of attn.Wqkv[0:64]": None, "value_output of attn.Wqkv[128:192]": 1},
     ),
     "vaultgemma": (
         GATED,
         {"norm of input_layernorm": 1, "norm of pre_feedforward_layernorm": 1}
-        | {"value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
+        | {QUERY: "half", "value_output of self_attn.v_proj": 1, "up_down of mlp.up_proj": 1},
     ),
     "gemma4_text": (
         GATED,
-        {"norm of input_layernorm": 0, "norm of pre_feedforward_layernorm": 0, "up_down of mlp.up_proj": 1},
+        {"norm of input_layernorm": 0, "norm of pre_feedforward_layernorm": 0}
+        | {QUERY: "half", "up_down of mlp.up_proj": 1},
     ),
     "gpt_oss": ((ATTENTION, OUTPUT), {"norm of input_layernorm": 0, "value_output of self_attn.v_proj": -1}),
     "bamba": (
         (ATTENTION, OUTPUT, ("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",)),
         {"norm of input_layernorm": 0, "norm of pre_ff_layernorm": 0}
-        | {"value_output of self_attn.v_proj": 1, "up_down of feed_forward.up_proj": 1},
+        | {QUERY: "half", "value_output of self_attn.v_proj": 1, "up_down of feed_forward.up_proj": 1},
     ),
     "mamba2": ((("mixer.in_proj",), ("mixer.out_proj",)), {"norm of norm": 0, "norm of mixer.norm": 0}),
 }
@@ -76,7 +84,9 @@ def opened(folder: Path, name: str) -> SourceModel:
     return SourceModel.open(folder)
 
 
-def measured(equivalence: Equivalence) -> int:
+def measured(equivalence: Equivalence) -> int | str | None:
+    if isinstance(equivalence, QueryKey):
+        return equivalence.rotary
     if isinstance(equivalence, NormToLinears):
         return int(equivalence.offset)
     return -1 if isinstance(equivalence, ValueToOutput) and not equivalence.shift else int(equivalence.power)

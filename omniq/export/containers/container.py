@@ -39,6 +39,7 @@ class Reader(Protocol):
     Attributes:
         model: the stock model that the recorded config describes.
         names: names of all stored tensors.
+        linears: full names of the quantized linears.
         size: size of all tensors in bytes.
     """
 
@@ -47,6 +48,9 @@ class Reader(Protocol):
 
     @property
     def names(self) -> set[str]: ...
+
+    @property
+    def linears(self) -> set[str]: ...
 
     @property
     def size(self) -> int: ...
@@ -67,6 +71,12 @@ class Reader(Protocol):
             ValueError: a tensor has an impossible shape, dtype or padding.
         """
 
+    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
+        """The linear that ``read`` must return for a linear of the run: the same weights, on the grid of the file.
+
+        A container whose file has no zero points stores codes on a wider symmetric grid.
+        """
+
     def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
         """Make sure that the stored description, by which a runtime reads the tensors, matches these linears.
 
@@ -83,6 +93,13 @@ class Reader(Protocol):
 
 class Container(Protocol[C]):
     """The layout of a model on disk."""
+
+    def check_source(self, source: SourceModel) -> None:
+        """Refuse a model that the runtime of this container does not know; called before any long work.
+
+        Raises:
+            UserError: names the part of the model, and another format.
+        """
 
     def write(
         self,

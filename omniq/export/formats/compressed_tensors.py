@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.codec import WrittenLinear, check_middle, check_scheme, stored_under
+from omniq.export.formats.codec import NO_GRIDS, Shape, WrittenLinear, check_middle, check_scheme, stored_under
 from omniq.export.formats.packing import pack, unpack
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
@@ -125,7 +125,12 @@ class CompressedTensors:
         self._weights_only = scheme.activation_bits == 16
         self._layout = PackQuantized() if self._weights_only else IntQuantized(scheme.activation_symmetric)
 
-    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
+    def check(
+        self,
+        layouts: Sequence[Layout] = (),
+        grids: Mapping[Grid, Collection[Shape]] = NO_GRIDS,
+        outliers: bool = False,
+    ) -> None:
         """Refuse schemes that the files or transformers' reader do not support.
 
         These are outliers, quantized queries, keys and values, flat inputs with a range for each token, several grids
@@ -153,9 +158,9 @@ class CompressedTensors:
             )
         elif scheme.queries:
             problem = "does not support quantized queries: set scheme.queries to false, or use format omniq"
-        elif self._weights_only and len(set(grids)) > 1 and not all(grid.symmetric for grid in grids):
+        elif self._weights_only and len(grids) > 1 and not all(grid.symmetric for grid in grids):
             problem = (
-                f"does not support {len(set(grids))} grids of which one is asymmetric, because transformers reads all "
+                f"does not support {len(grids)} grids of which one is asymmetric, because transformers reads all "
                 "weights of such a checkpoint with one grid: use format omniq, or set scheme.symmetric to true"
             )
         check_scheme(scheme, _NAME, problem)

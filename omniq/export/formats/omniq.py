@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.codec import WrittenLinear, check_middle, check_scheme, stored_under
+from omniq.export.formats.codec import NO_GRIDS, Shape, WrittenLinear, check_middle, check_scheme, stored_under
 from omniq.export.formats.compressed_tensors import PackQuantized
 from omniq.export.formats.packing import pack, unpack, words
 from omniq.grid.affine import Grid
@@ -159,7 +159,12 @@ class Omniq:
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
 
-    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
+    def check(
+        self,
+        layouts: Sequence[Layout] = (),
+        grids: Mapping[Grid, Collection[Shape]] = NO_GRIDS,
+        outliers: bool = False,
+    ) -> None:
         """Refuse fixed ranges, quantized attention of undeclared families, and unsupported dtypes of scales.
 
         Raises:

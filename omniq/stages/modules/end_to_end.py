@@ -19,7 +19,7 @@ from omniq.calibration.gradient_module import GradientModule
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.model_task import ModelResult, ModelTask
 from omniq.calibration.tunable_block import change_shapes, unflatten
-from omniq.calibration.tunable_model import ResidentModel, StreamedModel, fits
+from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_streamed
 from omniq.distributed import collectives
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class EndToEndModule(GradientModule[ModelTask]):
         self.register_buffer("best_kl", torch.tensor(float("inf"), dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
         self.to(task.device)
-        whole = settings.memory == "model" or (settings.memory == "auto" and fits(task, settings.batch_size))
-        self.streamed = not whole
+        self.streamed = is_streamed(task, settings.batch_size, settings.memory)
 
     @cached_property
     def model(self) -> "ResidentModel | StreamedModel":
