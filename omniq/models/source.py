@@ -207,6 +207,10 @@ class SourceModel:
         )
         return self.structure(index), tuple(attributes)
 
+    def keeps_float32(self, name: str) -> bool:
+        """True for a tensor that transformers keeps in float32 in a half-precision model, such as biases of routers."""
+        return any(part in name for part in self._model._keep_in_fp32_modules_strict or ())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""
         return self._parameters[name]
@@ -310,6 +314,8 @@ class SourceModel:
         for name, key in stored.items():
             value = found[key]
             value_dtype = (dtype or self.dtype) if value.is_floating_point() else value.dtype
+            if value_dtype in (torch.float16, torch.bfloat16) and self.keeps_float32(name):
+                value_dtype = torch.float32
             tensors[name] = value.to(device, value_dtype, copy=own)
         return tensors
 

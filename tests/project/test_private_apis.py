@@ -54,6 +54,7 @@ USED = [
     ),
     Private("transformers.quantizers.base:HfQuantizer", "_dequantize", "omniq/runtime/quantizer.py"),
     Private("transformers:PreTrainedModel", "_supports_sdpa", "omniq/models/meta.py"),
+    Private("transformers:PreTrainedModel", "_keep_in_fp32_modules_strict", "omniq/models/source.py"),
     Private("transformers.models.mixtral.modeling_mixtral:MixtralExperts", "_apply_gate", "omniq/models/experts.py"),
     Private("torch:Tensor", "_version", "omniq/models/trace.py"),
     Private("lightning.fabric.cli", "_main", "omniq/cli/lightning_run.py"),

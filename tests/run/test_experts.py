@@ -3,15 +3,19 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from omniq.cli.command import main
 from omniq.storage.block_result import BlockResult
 from tests.helpers.runs import QUICK, configuration, omniquant, write_run
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.zoo import zoo_model
 
 RTN: dict[str, Any] = {"class_path": "omniq.stages.RTN"}
 GPTQ: dict[str, Any] = {"class_path": "omniq.stages.GPTQ"}
@@ -104,3 +108,19 @@ def test_run_of_awq_on_experts_ends_with_verified_export(tmp_path: Path, capsys:
     stages = [{"class_path": "omniq.stages.AWQ"}]
     assert main(write_run(tmp_path, "qwen3_moe", {}, scheme=SYMMETRIC, stages=stages)) == 0
     assert "logits through transformers within 0.0e+00" in " ".join(capsys.readouterr().out.split())
+
+
+def test_run_exports_bias_of_router_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers keeps this tensor of DeepSeek-V3 in float32 in a model of half precision."""
+    args = write_run(tmp_path, "llama", {}, scheme=SYMMETRIC, stages=[RTN], evaluation=None)
+    shutil.rmtree(tmp_path / "source")
+    zoo_model("deepseek_v3").save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    assert main(args) == 0
+    assert "logits through transformers within" in " ".join(capsys.readouterr().out.split())
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    given = load_file(tmp_path / "source" / "model.safetensors")
+    assert torch.equal(stored[name], given[name])
+    assert stored[name].dtype == torch.float32
+    assert stored["model.norm.weight"].dtype == torch.float16

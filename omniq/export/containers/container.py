@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Self
@@ -161,15 +162,15 @@ class Container(Protocol[C]):
         """Open the model in its runtime."""
 
 
-def cast_for_export(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
-    """Cast a parameter that is not quantized to the export dtype.
+def cast_for_export(name: str, tensor: Tensor, scheme: Scheme, keep: bool = False) -> Tensor:
+    """Cast a parameter that is not quantized to the export dtype, or to float32 if ``keep`` is true.
 
     Raises:
         UserError: a value is not finite, or exceeds the range of the dtype.
     """
     if not tensor.is_floating_point():
         return tensor
-    cast = tensor.to(scheme.export_dtype)
+    cast = tensor.to(torch.float32 if keep else scheme.export_dtype)
     if not cast.isfinite().all():
         if not tensor.isfinite().all():
             raise UserError(f"{name} contains NaN or infinity: download the model's weights again")

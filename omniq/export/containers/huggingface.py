@@ -65,7 +65,7 @@ class HuggingFaceFolder:
         linears, plain, summaries = _write_blocks(source, results, codec, scheme, writer)
         for name, tensor in source.outside():
             plain.add(name)
-            writer.add(name, cast_for_export(name, tensor, scheme))
+            writer.add(name, cast_for_export(name, tensor, scheme, source.keeps_float32(name)))
         model = target_model(source.config, plain | {f"{name}.weight" for name in linears})
         for name, shape in model.biases_without_value(plain | {f"{name}.weight" for name in linears}).items():
             writer.add(name, torch.zeros(shape, dtype=scheme.export_dtype))
@@ -133,7 +133,8 @@ def _write_blocks(
                 writer.add(key, tensor)
         for name, tensor in result.tensors.items():
             plain.add(f"{block}.{name}")
-            writer.add(f"{block}.{name}", cast_for_export(f"{block}.{name}", tensor, scheme))
+            keep = source.keeps_float32(f"{block}.{name}")
+            writer.add(f"{block}.{name}", cast_for_export(f"{block}.{name}", tensor, scheme, keep))
         summaries.append(dict(result.summary))
     if not linears:
         raise UserError("no linear of any block is quantized: quantize at least one block before exporting")

@@ -130,10 +130,10 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
             unseen -= reader.names_of(f"{block}.{name}")
             linears[f"{block}.{name}"] = WrittenLinear.of(linear)
         for name, tensor in result.tensors.items():
-            shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme)
+            shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme, source)
             others += 1
     for name, tensor in source.outside():
-        shapes |= _compare_plain(name, tensor, reader, scheme)
+        shapes |= _compare_plain(name, tensor, reader, scheme, source)
         others += 1
     unseen -= shapes.keys()
     for name in sorted(unseen):  # siblings of a new bias, which are zero
@@ -184,10 +184,12 @@ def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear
             _compare(f"{name}: {key} of {part}", getattr(ours, key), tensor)
 
 
-def _compare_plain(name: str, expected: Tensor, reader: Reader, scheme: Scheme) -> dict[str, torch.Size]:
+def _compare_plain(
+    name: str, expected: Tensor, reader: Reader, scheme: Scheme, source: SourceModel
+) -> dict[str, torch.Size]:
     if name not in reader.names:
         raise VerificationError(f"{name} is missing in the file")
-    _compare(name, reader[name], cast_for_export(name, expected, scheme).cpu())
+    _compare(name, reader[name], cast_for_export(name, expected, scheme, source.keeps_float32(name)).cpu())
     return {name: expected.shape}
 
 
