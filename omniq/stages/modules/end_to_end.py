@@ -23,7 +23,8 @@ from omniq.calibration.tunable_model import ResidentModel, StreamedModel, fits
 from omniq.distributed import collectives
 
 if TYPE_CHECKING:
-    from omniq.stages.end_to_end import EndToEnd
+    from omniq.models.propose import expert_of
+from omniq.stages.end_to_end import EndToEnd
 
 
 class EndToEndModule(GradientModule[ModelTask]):
@@ -83,6 +84,10 @@ class EndToEndModule(GradientModule[ModelTask]):
         super().on_train_start()
         if isinstance(self.model, ResidentModel) and not self.best_kl.isfinite():
             self._judge(self.model.held_out(self.changes()))
+
+    @property
+    def capturable(self) -> bool:
+        return not any(expert_of(name) for layout in self.task.layouts for name in layout.linears)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         assert isinstance(self.model, ResidentModel)
