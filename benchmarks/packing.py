@@ -75,9 +75,29 @@ def plain_bytes(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
     }
 
 
+def plain_columns(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+    """GPTQ and AutoRound, plainly: bitstreams along the inputs and the outputs, transposed; asymmetric."""
+    bits = linear.grid.bits
+    zero_point = plain_bitstream(linear.zero_point.t().contiguous(), bits)
+    return {"qweight": plain_bitstream(linear.codes, bits).t(), "qzeros": zero_point}
+
+
+def plain_interleaved(linear: QuantizedLinear, scheme: Scheme) -> dict[str, Tensor]:
+    """AWQ, plainly: eight outputs a word, in the order of its nibbles."""
+
+    def packed(numbers: Tensor) -> Tensor:
+        order = numpy.arange(numbers.shape[1]).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+        return plain_bitstream(numbers[:, order], 4)
+
+    return {"qweight": packed(linear.codes.t()), "qzeros": packed(linear.zero_point.t())}
+
+
 PLAIN: dict[str, Callable[[QuantizedLinear, Scheme], dict[str, Tensor]]] = {
     "compressed-tensors": plain_bytes,
     "omniq": plain_bits,
+    "gptq": plain_columns,
+    "awq": plain_interleaved,
+    "auto-round": plain_columns,
 }
 
 
@@ -144,7 +164,7 @@ def main() -> None:
         for wanted in SCHEMES:
             scheme = Scheme(wanted)
             try:
-                format.codec(scheme).check()
+                format.codec(scheme).check(grids={scheme.grid: shapes})
             except UserError:
                 continue  # this format has no such layout
             row = measure(name, scheme, shapes, arguments.repeats, bandwidth)

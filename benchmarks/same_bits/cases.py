@@ -66,6 +66,11 @@ def rounding(**settings: Any) -> Settings:
     return stage("LearnedRounding", **({"epochs": 2, "rounding_lr": 0.05} | settings))
 
 
+def end_to_end(**settings: Any) -> Settings:
+    """Three passes of EndToEnd, at a rate at which few steps show."""
+    return stage("EndToEnd", **({"epochs": 3, "lr": 0.01, "patience": 3} | settings))
+
+
 TEXT = {"class_path": "omniq.data.LocalText", "init_args": {"path": "text.txt"}}
 DATA: Settings = {"source": TEXT, "samples": 4, "length": 24, "held_out": 2}
 BASE: Settings = {
@@ -136,6 +141,10 @@ OTHERS: dict[str, Case] = {
     "awq-gptq": Case("W3A16g16", [stage("AWQ"), stage("GPTQ")]),
     "rtn-searched": Case("W4A16g16", [stage("RTN", clipping=SEARCHED)]),
     "outlier-suppression": Case("W4A4", [stage("OutlierSuppression")]),
+    "quantease-end-to-end": Case("W3A16g16", [QUANTEASE, end_to_end(memory="model")]),
+    "omniquant-end-to-end-streamed-kv4-own-format": Case(
+        EVERYTHING, [omniquant(transform=LET), end_to_end(memory="block", codes=True)], more=OWN
+    ),
     "pact": Case("W3A16g16", [omniquant(clipping={"class_path": "omniq.quantizers.absolute.PACT"})]),
     "lsq": Case("W3A16g16", [omniquant(clipping={"class_path": "omniq.quantizers.absolute.LSQ"})]),
     "omniquant-twice-shuffled": Case(
@@ -179,6 +188,9 @@ KILLS: list[tuple[str, str]] = [
     ("w4a4-paper-kv4-own-format", "export.json"),
     ("omniquant-twice-shuffled", "current/001.0.block"),
     ("fixed-ranges-w8a8", "blocks/000.safetensors"),
+    ("quantease-end-to-end", "current/model.1.last.ckpt"),
+    ("quantease-end-to-end", "blocks/000.1.safetensors"),
+    ("omniquant-end-to-end-streamed-kv4-own-format", "current/model.1.last.ckpt"),
     ("opt-w4a16g16", "current/000.0.last.ckpt"),
     ("qwen3-kv4-own-format", "current/001.0.last.ckpt"),
     ("blocks-1-w4a4", "blocks/001.safetensors"),

@@ -25,8 +25,9 @@ def of_run(run: Path) -> Digests:
     for path in sorted((run / "blocks").glob("*.safetensors")):
         about, tensors = read_safetensors(path)
         name = f"blocks/{path.name}"
-        summary = {key: value for key, value in json.loads(about["summary"]).items() if key != "seconds"}
-        found |= {f"{name} grids": of(json.loads(about["grids"])), f"{name} summary": of(summary)}
+        if "summary" in about:  # a finished block, not what a stage of the whole model changed in it
+            summary = {key: value for key, value in json.loads(about["summary"]).items() if key != "seconds"}
+            found |= {f"{name} grids": of(json.loads(about["grids"])), f"{name} summary": of(summary)}
         found |= {f"{name} {tensor}": digest for tensor, digest in tensors}
     for path in sorted((run / "blocks").glob("*.csv")):
         with path.open(newline="") as file:

@@ -5,7 +5,7 @@ Lightning shipped ``lightning run`` from 1.8.4 to 2.5.0. Since 2.5.1 only ``fabr
 client of Lightning's cloud, also installs a ``lightning`` command; the package that is installed last owns the name.
 omniq's command therefore forwards anything that it does not recognize:
 
-    lightning run quantize|evaluate|export|report ...   omniq, in this process
+    lightning run quantize|evaluate|export|verify|report ...   omniq, in this process
     lightning run --config FILE ...                     the same as ``lightning run quantize --config FILE ...``
     lightning run [model] SCRIPT.py ...                 ``fabric run SCRIPT.py ...``, as in 1.8.4 - 2.5.0
     anything else                                       the other installed ``lightning`` command, as in 2.3 - 2.5.0
@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-COMMANDS = ("quantize", "evaluate", "export", "report")
+COMMANDS = ("quantize", "evaluate", "export", "verify", "report")
 
 USAGE = """\
-usage: lightning run quantize|evaluate|export|report ...   omniq's commands, also spelled `omniq quantize ...`
+usage: lightning run quantize|evaluate|export|verify|report ...   omniq's commands, also spelled `omniq quantize ...`
        lightning run --config FILE ...                     quantize
        lightning run [model] SCRIPT.py ...                 a Fabric script, also spelled `fabric run SCRIPT.py ...`"""
 

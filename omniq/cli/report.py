@@ -13,13 +13,13 @@ from omniq.config.saved import check_run_directory
 from omniq.errors import CorruptFile
 from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
-from omniq.report.table import perplexity_table
+from omniq.report.table import model_line, perplexity_table
 from omniq.storage.atomic import expand_home
 from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
 
 
 def show_run(path: Path) -> None:
-    """Print the losses of every finished block, and the perplexities if they were measured.
+    """Print the losses of every finished block and stage of the whole model, and the perplexities if measured.
 
     Raises:
         UserError: the path is not a run directory.
@@ -35,9 +35,12 @@ def show_run(path: Path) -> None:
     for index in finished_blocks(path):
         summary = load_summary(block_path(path, index))
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
-        notes = "; ".join(summary[key] for key in ("guard", "unreached") if key in summary)
+        notes = "; ".join(summary[key] for key in ("guard", "unreached", "too few tokens") if key in summary)
         table.add_row(str(index), *values, notes)
     console.print(table)
+    if (path / "model_stages.json").exists():
+        for notes in load_record(path / "model_stages.json").values():
+            console.print(model_line(notes), highlight=False)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")
         if not {"models", "text"} <= measured.keys():

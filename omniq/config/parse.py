@@ -166,7 +166,7 @@ def run_of(
     """
     for name in stages.__all__:  # import all stages, so that a class name alone is a valid class path
         getattr(stages, name)
-    content, options = apply_stage_options(*without_earlier_settings(content, options))
+    content, options = apply_stage_options(*without_earlier_settings(_with_one_export(content), options))
     prints = any(re.match(rf"--(print_config|({'|'.join(HEAVY)})[\w.]*\.help)\b", option) for option in options)
     run = None if prints else _light_run(content, options, about)
     trainer = content.get("trainer")
@@ -184,6 +184,20 @@ def run_of(
     config.stages = []  # the first pass has constructed them; a stage may log a warning
     objects = instantiate(parser, config)
     return replace(run, **{name: objects[name] for name in HEAVY}), text
+
+
+def _with_one_export(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a list of checkpoints under ``export`` to the first checkpoint with ``also``.
+
+    Raises:
+        UserError: the list is empty, or an entry is not a mapping.
+    """
+    export = content.get("export")
+    if not isinstance(export, list):
+        return {**content}
+    if not export or not all(isinstance(entry, Mapping) for entry in export):
+        raise UserError(f"export: {export} is not a list of checkpoints: give entries such as {{format: gptq}}")
+    return {**content, "export": {**export[0], "also": export[1:]}}
 
 
 def _light_run(content: Mapping[str, Any], options: Sequence[str], about: tuple[str, str, str]) -> Run:

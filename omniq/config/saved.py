@@ -12,8 +12,10 @@ from omniq.config.compose import read
 from omniq.config.parse import parse_run
 from omniq.config.run import Run
 from omniq.errors import UserError
+from omniq.grid.scheme import Scheme
 from omniq.storage.ownership import check_entries
 
+_LIGHT = {"data": {"source": "omniq.data.Stdlib"}, "stages": [{"class_path": "omniq.stages.RTN"}]}
 RUN_AGAIN = "run its quantize command again to rewrite it"
 
 
@@ -43,7 +45,21 @@ def open_run(path: Path) -> tuple[Run, str]:
         arguments = trainer.get("init_args", trainer)
         kept: dict[str, Any] = {key: content[key] for key in ("model", "scheme", "stages") if key in content}
         precision = {"precision": arguments["precision"]} if arguments.get("precision") is not None else {}
-        run, _ = parse_run([], {**kept, "data": {"source": "omniq.data.Stdlib"}, "trainer": precision})
+        numbers = {key: value for key, value in (content.get("data") or {}).items() if key == "held_out"}
+        data = {**numbers, "source": "omniq.data.Stdlib"}  # a stage of the whole model requires held-out windows
+        run, _ = parse_run([], {**kept, "data": data, "trainer": precision})
         return run, config.read_text(encoding="utf-8")
     except (UserError, AttributeError) as error:  # AttributeError if a section is not a mapping
         raise UserError(f"{config} cannot be read ({error}): {RUN_AGAIN}") from error
+
+
+def recipe_scheme(file: Path) -> Scheme:
+    """The scheme of a recipe, which lies beside the weights of an exported model. No class that it names is imported.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return parse_run([], {"model": {"path": "."}, "scheme": read(file)["scheme"], **_LIGHT})[0].scheme
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as a recipe of omniq ({error}): export the model again") from error

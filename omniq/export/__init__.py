@@ -4,6 +4,8 @@
     formats/       codecs: the layout of one linear
     containers/    the layout of a model on disk
     registry.py    the format names that users type; each is a codec and a container
+    restate.py     the same weights on another grid: wider codes, smaller groups
+    check.py       refuses a format that cannot hold a scheme or a model
     write.py       writes a checkpoint into a temporary folder, then renames it
     verify/        reads the checkpoint back and compares codes and logits
 
@@ -11,6 +13,7 @@ To add a format, add a codec (``formats/codec.py``) and an entry in ``registry.p
 Hugging Face folder also needs a container (``containers/container.py``).
 """
 
+from omniq.export.check import check_format
 from omniq.export.containers.container import cast_for_export
 from omniq.export.output_folder import check_free, check_output, earlier_export
 from omniq.export.registry import FORMATS, Format, find_format
@@ -24,6 +27,7 @@ __all__ = [
     "ReopenedCheckpoint",
     "Report",
     "VerificationError",
+    "check_format",
     "check_free",
     "check_output",
     "cast_for_export",

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of the files that omniq wrote into an exported folder; omniq removes only these files.
 
-    .omniq-export.json   in the folder: the names of all files of a finished export; null while it is being written
+    .omniq-export.json   in the folder: the names of all files of a finished export, null while it is being written; and
+                         the SHA-256 of each weight file
     .omniq-replaced      in a folder that omniq has moved aside to replace it by a newer export
 
 Folders that version 0.1 wrote have no record. In these, and in a folder that is being written, a file belongs to omniq
 if it has a name that an export may use.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from omniq.storage.atomic import atomic_write
@@ -20,22 +22,28 @@ from omniq.storage.atomic import atomic_write
 MANIFEST = ".omniq-export.json"
 REPLACED = ".omniq-replaced"
 _OWN = {MANIFEST, REPLACED, f".{MANIFEST}.partial"}
+_WEIGHTS = (".safetensors", ".gguf")
 _NAMES = re.compile(
     r"(config|generation_config)\.json|README\.md|recipe\.yaml"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|shard-\d{5}\.safetensors"
+    r"|model\.gguf(\.data)?|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|shard-\d{5}\.safetensors"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|processor_config)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja"
     r"|additional_chat_templates(/[^/]+\.jinja)?"
 )
 
 
-def write_manifest(folder: Path, names: Iterable[str] | None) -> None:
+def write_manifest(folder: Path, names: Iterable[str] | None, digests: Mapping[str, str] | None = None) -> None:
     """Record the files of an export by their paths in the folder; None while they are being written.
+
+    Args:
+        folder: the folder.
+        names: the files.
+        digests: SHA-256 of the weight files.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    content = {"files": None if names is None else sorted(names)}
+    content = {"files": None if names is None else sorted(names), "sha256": dict(digests or {})}
     atomic_write(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -46,6 +54,31 @@ def recorded_names(folder: Path) -> set[str] | None:
         return None if found is None else {str(name) for name in found}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """The recorded SHA-256 of each weight file; empty without a readable record, or with that of an older omniq."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())["sha256"]
+        return {str(name): str(digest) for name, digest in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def weight_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of those files that hold weights.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digests = {}
+    for name in sorted(name for name in names if name.endswith(_WEIGHTS)):
+        digest = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 def entries(folder: Path) -> list[str]:

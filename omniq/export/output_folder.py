@@ -27,6 +27,7 @@ from omniq.export.manifest import (
     is_marked,
     recorded_names,
     remove,
+    weight_digests,
     write_manifest,
 )
 from omniq.export.registry import container_of
@@ -141,8 +142,9 @@ def make_partial(out: Path) -> Path:
 def replace(partial: Path, out: Path) -> None:
     """Record the written files, flush all files, then replace ``out`` by ``partial``."""
     previous = _previous(out)
-    write_manifest(partial, [name for name in entries(partial) if name != MANIFEST])
+    names = [name for name in entries(partial) if name != MANIFEST]
     with writing(out):
+        write_manifest(partial, names, weight_digests(partial, names))
         for path in [*partial.rglob("*"), partial]:
             flush(path)
         if out.exists() and any(out.iterdir()):

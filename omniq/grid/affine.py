@@ -12,6 +12,10 @@ Rounding is half to even. The range always includes zero, so zero is representab
 construction; every common format can store the result. A symmetric grid fixes ``z = 2^(b-1)`` and uses
 ``s = 2 max|w| / L`` (the convention of GPTQ and compressed-tensors).
 
+Some runtimes cannot hold every zero point. For ``z >= 1``, the range is first widened to ``lo <= -hi / (L - 1)``, and
+for ``z <= L - 1`` to ``hi >= -lo / (L - 1)``. So the grid still covers the range, and a group of weights of one sign
+loses one code.
+
 Scales are storage-rounded *before* codes are chosen, so ``(q - z) * s`` is bit for bit the value that a runtime
 computes. A stage may restrict scales and zero points further, to a few levels: ``omniq.grid.quantized_scales``.
 
@@ -19,14 +23,14 @@ Shapes: ``o`` output features, ``i`` input features, ``G`` groups in a row, ``g`
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, field
+from math import frexp, gcd
 
 import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.grid.name import check_weights
+from omniq.grid.name import ScaleBits, ZeroPoints, check_weights
 from omniq.grid.quantized_scales import QuantizedScales
 
 
@@ -40,6 +44,9 @@ class Grid:
         symmetric: fix the zero point in the middle of the code range.
         scale_dtype: the dtype in which scales are stored and exported.
         second: how scales and zero points are stored as codes; None if they are not.
+        zero_points: the zero points that ``fit`` may choose on an asymmetric grid. Like ``scale_bits``, this limits the
+            choice and not the meaning of codes, so grids that differ only in these two are equal.
+        scale_bits: significant bits of scales; None for all bits of their dtype.
 
     Raises:
         UserError: ``bits`` is outside 2 to 8, the group size is neither -1 nor positive, or codes of zero points would
@@ -51,6 +58,8 @@ class Grid:
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
     second: QuantizedScales | None = None
+    zero_points: ZeroPoints = field(default="any", compare=False, repr=False)
+    scale_bits: ScaleBits | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_weights(self.bits, self.group_size)
@@ -111,18 +120,43 @@ class Grid:
             scale ``[o, G]``, in the dtype of the inputs, with values that the storage dtype represents exactly; and
             zero point ``[o, G]``, integers in ``[0, L]`` in the dtype of the inputs.
         """
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        lo, hi = self.widened(lo.clamp(max=0), hi.clamp(min=0))
         if self.symmetric:
             scale = self.store(2 * torch.maximum(-lo, hi) / self.max_code)
             return scale, torch.full_like(scale, 2 ** (self.bits - 1))
         scale = self.store((hi - lo) / self.max_code)
-        return scale, (-lo / scale).round().clamp(0, self.max_code)
+        return scale, (-lo / scale).round().clamp(*self.zero_range)
+
+    @property
+    def zero_range(self) -> tuple[int, int]:
+        """Smallest and largest zero point of an asymmetric grid."""
+        return int(self.zero_points != "any"), self.max_code - int(self.zero_points == "inner")
+
+    def widened(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest range that contains ``[lo, hi]``, ``lo <= 0 <= hi``, and has a permitted zero point."""
+        least, most = self.zero_range
+        if self.symmetric or (least, most) == (0, self.max_code):
+            return lo, hi
+        # both sides by the given range: only one of them can be too short
+        return (
+            torch.minimum(lo, -hi * (least / (self.max_code - least))),
+            torch.maximum(hi, -lo * ((self.max_code - most) / most)),
+        )
 
     def store(self, scale: Tensor) -> Tensor:
-        """Round a scale to its storage dtype, but never to zero or infinity; the tensor keeps its own dtype."""
+        """Round a scale to its storage dtype, but never to zero or infinity; the tensor keeps its own dtype.
+
+        With ``scale_bits``, the scale is rounded to that many significant bits first, half to even.
+        """
         info = torch.finfo(self.scale_dtype)
-        smallest = info.tiny * info.eps  # the smallest positive number of the storage dtype, a subnormal
-        return scale.to(self.scale_dtype).to(scale.dtype).clamp(smallest, info.max)
+        smallest, largest = info.tiny * info.eps, info.max  # the smallest positive number, a subnormal
+        if self.scale_bits is not None:
+            mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, 1/2 <= mantissa < 1
+            scale = torch.ldexp(
+                torch.ldexp(mantissa, torch.tensor(self.scale_bits)).round(), exponent - self.scale_bits
+            )
+            largest = (1 - 2.0**-self.scale_bits) * 2.0 ** frexp(info.max)[1]
+        return scale.to(self.scale_dtype).to(scale.dtype).clamp(smallest, largest)
 
     def quantize(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Round weights to the nearest codes.

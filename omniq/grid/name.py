@@ -5,9 +5,20 @@ This module does not import torch, so that a configuration can be checked withou
 """
 
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from omniq.errors import UserError
+
+ContainerBits = Literal[4, 8]
+"""The bits in which a checkpoint may store narrower codes: the widths for which common runtimes have kernels."""
+
+CONTAINER_BITS: tuple[int, ...] = get_args(ContainerBits)
+
+ZeroPoints = Literal["any", "nonzero", "inner"]
+"""The zero points of asymmetric grids: 0 to ``2^b - 1``, 1 to ``2^b - 1``, or 1 to ``2^b - 2``."""
+
+ScaleBits = Literal[8]
+"""Significant bits of scales that float16 and bfloat16 both hold."""
 
 _SCHEME = re.compile(r"W(?P<weight>\d+)A(?P<activation>\d+)(?:KV(?P<kv>\d+))?(?:g(?P<group>\d+))?", re.IGNORECASE)
 
@@ -26,6 +37,11 @@ class SchemeName(NamedTuple):
     activation_bits: int
     kv_bits: int
     group_size: int
+
+    def __str__(self) -> str:
+        cache = "" if self.kv_bits == 16 else f"KV{self.kv_bits}"
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.bits}A{self.activation_bits}{cache}{group}"
 
 
 def parse_scheme(name: str) -> SchemeName:

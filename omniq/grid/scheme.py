@@ -22,10 +22,10 @@ This module imports torch only when a grid or a dtype is requested, so that a co
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omniq.errors import UserError
-from omniq.grid.name import SchemeName, check_weights, parse_scheme
+from omniq.grid.name import ScaleBits, SchemeName, ZeroPoints, check_weights, parse_scheme
 from omniq.grid.rule import Rule
 
 if TYPE_CHECKING:  # a configuration is parsed and checked without torch
@@ -78,6 +78,10 @@ class Scheme:
         activation_range: ``token`` computes a range for each token at run time, as in the paper. ``tensor`` fixes one
             range for all inputs of a linear after calibration.
         queries: quantize queries to the bits of the linears' inputs, as the paper does.
+        zero_points: the zero points of asymmetric weights: ``any``; ``nonzero`` for formats that cannot hold 0
+            (version 1 of ``gptq``); or ``inner``, which also excludes the largest code (``gguf`` in 2 bits).
+        scale_bits: significant bits of the scales of weights: 8 for scales that are exact in float16 and in bfloat16.
+            By default a scale has all bits of its dtype.
         rules: other weight settings for some linears; the last rule that matches a linear applies.
 
     Raises:
@@ -92,9 +96,11 @@ class Scheme:
     activation_range: Literal["token", "tensor"] = "token"
     queries: bool = False
     rules: tuple[Rule, ...] = ()
+    zero_points: ZeroPoints = "any"
+    scale_bits: ScaleBits | None = None
 
     def __post_init__(self) -> None:
-        weight_bits, inputs, keys_values, group_size = self._parsed
+        weight_bits, inputs, keys_values, group_size = self.parsed
         for what, bits in (("activations", inputs), ("keys and values", keys_values)):
             if not 2 <= bits <= 8 and bits != 16:
                 raise UserError(f"scheme.name {self.name!r}: {what} of {bits} bits are not valid: use 2 to 8, or 16")
@@ -111,6 +117,11 @@ class Scheme:
                 f"scheme.queries: {self.name!r} has no activation bits to give to queries; use a name such as W4A4KV4"
             )
         check_weights(weight_bits, group_size)
+        if self.zero_points != "any" and self.symmetric and all(rule.symmetric is not False for rule in self.rules):
+            raise UserError(
+                f"scheme.zero_points {self.zero_points}: the zero points of symmetric weights are fixed: remove the "
+                "setting, or set scheme.symmetric to false"
+            )
         for rule in self.rules:
             rule.check_activations(self.name, inputs, keys_values)
 
@@ -128,7 +139,7 @@ class Scheme:
         """The grid of linears that no rule matches."""
         from omniq.grid.affine import Grid
 
-        return Grid(self._parsed.bits, self._parsed.group_size, self.symmetric, self.export_dtype)
+        return Grid(self.parsed.bits, self.parsed.group_size, self.symmetric, **self._common)
 
     @property
     def grids(self) -> tuple["Grid", ...]:
@@ -143,22 +154,28 @@ class Scheme:
         for rule in self.rules:
             symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
             weights = rule.weights
-            found[rule] = weights and Grid(weights.bits, weights.group_size, symmetric, self.export_dtype)
+            found[rule] = weights and Grid(weights.bits, weights.group_size, symmetric, **self._common)
         return found
 
+    @property
+    def _common(self) -> dict[str, Any]:
+        """The fields that all grids share."""
+        return {"scale_dtype": self.export_dtype, "zero_points": self.zero_points, "scale_bits": self.scale_bits}
+
     @cached_property
-    def _parsed(self) -> SchemeName:
+    def parsed(self) -> SchemeName:
+        """The parts of the name."""
         return parse_scheme(self.name)
 
     @property
     def activation_bits(self) -> int:
         """Bits of the linears' inputs; 16 if they are not quantized."""
-        return self._parsed.activation_bits
+        return self.parsed.activation_bits
 
     @property
     def kv_bits(self) -> int:
         """Bits of keys and values; 16 if they are not quantized."""
-        return self._parsed.kv_bits
+        return self.parsed.kv_bits
 
     @property
     def activations(self) -> Activations:

@@ -36,6 +36,9 @@ matrix: ``omniq.kernels.fake_quant_torch`` forms it for a chunk of rows, ``omniq
 registers, in one fused kernel for each direction. Arithmetic is float32 for every dtype of the weight except float64,
 which has float64. The operator is opaque to torch.compile (no graph break) and safe inside CUDA graphs.
 
+If the grid permits only some zero points, the clipped range is widened for them (``omniq.grid.affine``). The reference
+computes such a grid, with several times the memory of the matrix.
+
 Differences from the published code: ranges include zero, so ``0 <= z <= L`` always; the smallest scale is the smallest
 normal number, not 1e-5; a symmetric grid is that of ``Grid``; no term of the form ``w / s^2`` is computed, which
 overflows in the published code in float16 at 8 bits. As in the published code, training does not round the scale to its
@@ -91,6 +94,8 @@ def fake_quantize(
     Raises:
         ValueError: bounds are given for a weight with factors.
     """
+    if not grid.symmetric and grid.zero_points != "any":
+        return fake_quantize_reference(weight, upper, lower, grid, bounds, out_dtype)
     scaled = weight if isinstance(weight, ScaledWeight) else ScaledWeight(weight)
     if bounds is not None and not scaled.rows is scaled.columns is None:
         raise ValueError("bounds are given for a weight with factors: leave one of the two out")
@@ -111,10 +116,15 @@ def fake_quantize_reference(
     """``fake_quantize`` in plain differentiable torch: the specification. Same arguments and result."""
     w, max_code = materialize(weight), grid.max_code
     lo, hi = grid.range(w) if bounds is None else bounds
-    xmin, xmax = clip_range(lo.unsqueeze(-1), hi.unsqueeze(-1), upper.unsqueeze(-1), lower.unsqueeze(-1))  # [o, G, 1]
+    clipped = clip_range(lo.unsqueeze(-1), hi.unsqueeze(-1), upper.unsqueeze(-1), lower.unsqueeze(-1))  # [o, G, 1]
+    xmin, xmax = grid.widened(*clipped)
     s = 2 * torch.maximum(xmax, -xmin) / max_code if grid.symmetric else (xmax - xmin) / max_code
     s = s.clamp(min=torch.finfo(s.dtype).tiny)
-    z = torch.full_like(s, 2 ** (grid.bits - 1)) if grid.symmetric else (-xmin / s).round().clamp(0, max_code).detach()
+    z = (
+        torch.full_like(s, 2 ** (grid.bits - 1))
+        if grid.symmetric
+        else (-xmin / s).round().clamp(*grid.zero_range).detach()
+    )
     steps = w.unflatten(-1, (lo.shape[-1], -1)) / s  # [o, G, g]
     rounded = steps + (steps.round() - steps).detach()
     codes = (rounded + z).clamp(0, max_code)

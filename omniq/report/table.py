@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity results as a table and as a JSON file."""
+"""Perplexity results as a table and as a JSON file; the line of a stage of the whole model."""
 
 import json
 import math
@@ -11,6 +11,8 @@ from rich.table import Column, Table
 
 from omniq.evaluate.result import PerplexityResult
 from omniq.storage.atomic import atomic_write
+
+_KL = {"held_out_kl.before": "before", "held_out_kl": "after"}
 
 
 def perplexity_table(results: Mapping[str, PerplexityResult], title: str | None = None) -> Table:
@@ -61,3 +63,14 @@ def _short(perplexity: float) -> str:
     if perplexity < 1e3:
         return f"{perplexity:.2f}"
     return f"{perplexity:.0f}" if perplexity < 1e6 else f"{perplexity:.2g}"
+
+
+def model_line(notes: Mapping[str, Any]) -> str:
+    """Describe a finished stage of the whole model in one line.
+
+    Args:
+        notes: its entry in ``model_stages.json``.
+    """
+    kl = ", ".join(f"{notes[key]:.4g} {when}" for key, when in _KL.items() if key in notes)
+    parts = ["model", notes["stage"], f"held-out KL {kl}" if kl else "", notes.get("guard", "")]
+    return "  ".join([*(part for part in parts if part), f"{notes['seconds']:.1f} s"])

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from omniq.config.run import Export, Run
 from omniq.errors import CorruptFile, UserError, one_line
@@ -26,6 +25,8 @@ from omniq.export import (
 )
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
+from omniq.models.transformers_io import open_tokenizer
+from omniq.models.weight_files import weight_file
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 
@@ -43,13 +44,13 @@ def check_export(folder: RunDir, export: Export) -> None:
         UserError: names the settings and two remedies.
     """
     model = folder.path / "model"
-    written = folder.load_record("export.json") if model.exists() and export.format != "none" else None
+    written = folder.load_record("export.json") if model.exists() else None
     if written is None:
         return
     changed = [
-        f"export.{key} was {written[key]!r}, now {value!r}"
+        f"export.{key} was {written.get(key)!r}, now {value!r}"  # earlier versions recorded no container_bits
         for key, value in settings_of(export).items()
-        if written[key] != value
+        if written.get(key) != value
     ]
     if changed:
         raise UserError(
@@ -60,7 +61,8 @@ def check_export(folder: RunDir, export: Export) -> None:
 
 def settings_of(export: Export) -> dict[str, Any]:
     """Return the settings that a checkpoint on disk depends on."""
-    return {"format": export.format, "max_shard_size": export.max_shard_size}
+    settings = {"format": export.format, "max_shard_size": export.max_shard_size}
+    return settings | {"container_bits": export.container_bits}
 
 
 def write_checkpoint(
@@ -83,10 +85,11 @@ def write_checkpoint(
     chosen = find_format(export.format)
     if window is None or not scheme.activations.quantized:
         window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
+    layout: dict[str, Any] = {"format": chosen.name, "scheme": scheme, "container_bits": export.container_bits}
     opened = ReopenedCheckpoint(out, chosen.container, chosen.codec(scheme))
 
     def verify() -> str:
-        report = verify_checkpoint(out, source, read, format=chosen.name, scheme=scheme, windows=window, opened=opened)
+        report = verify_checkpoint(out, source, read, **layout, windows=window, opened=opened)
         same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
         return describe(report) + same
 
@@ -95,10 +98,10 @@ def write_checkpoint(
     if report is None and (earlier != chosen.name or export.verify or elsewhere):
         instead = f", replacing an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {chosen.name}{instead}")
-        export_checkpoint(source, read, out, format=chosen.name, scheme=scheme, card=facts, max_shard_bytes=size)
+        export_checkpoint(source, read, out, **layout, card=facts, max_shard_bytes=size)
         opened = ReopenedCheckpoint(out, chosen.container, chosen.codec(scheme))
         report = verify() if export.verify else None
-    elif mended := mend_companions(source, out, format=chosen.name, scheme=scheme, card=facts):
+    elif mended := mend_companions(source, out, **layout, card=facts):
         console.print(f"rewritten in {out}, because damaged or made with other settings: {', '.join(mended)}")
     if report is not None:
         console.print(report)
@@ -152,8 +155,9 @@ def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str
     model: Any = opened.model
     if model is None:
         return f"the checkpoint does not complete the prompt: {opened.lacking}"
-    tokenizer = AutoTokenizer.from_pretrained(opened.path)
-    tokens = tokenizer(prompt, return_tensors="pt")
+    file = weight_file(opened.path)
+    tokenizer = open_tokenizer(opened.path, file if file.endswith(".gguf") else None)
+    tokens: Any = tokenizer(prompt, return_tensors="pt")
     said = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False)
     return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 

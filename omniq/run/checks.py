@@ -20,7 +20,7 @@ from omniq.config.run import Run
 from omniq.data import Calibration
 from omniq.distributed import collectives
 from omniq.errors import UserError, one_line
-from omniq.export import cast_for_export, find_format
+from omniq.export import cast_for_export, check_format, find_format
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
@@ -59,8 +59,8 @@ def check_model(run: Run, source: SourceModel) -> None:
         check_attention(layout, run.scheme.activations)
         for stage in run.stages:
             stage.check_layout(layout)
-    if run.export.format != "none":
-        check_format(run.export.format, run.scheme, source)
+    for export in run.exports:
+        check_format(export.format, run.scheme, source=source, container_bits=export.container_bits)
     grids = {name: run.scheme.grid_of(name) for name in linear_names(source)}
     check_widths(source, grids)
     check_lengths(run, getattr(source.config, "max_position_embeddings", None))
@@ -85,17 +85,6 @@ def check_widths(source: SourceModel, grids: Mapping[str, Grid | None]) -> None:
             grid.check_width(width, name, same.values())
 
 
-def check_format(format: str, scheme: Scheme, source: SourceModel) -> None:
-    """Refuse a format that cannot hold the layouts and grids of a model.
-
-    Raises:
-        UserError: names the conflict and a remedy.
-    """
-    layouts = [scheme_layout(source, scheme, index) for index in range(source.num_blocks)]
-    grids = {scheme.grid_of(name) for name in linear_names(source)}
-    find_format(format).codec(scheme).check(layouts, [grid for grid in grids if grid is not None])
-
-
 def check_storable(run: Run, block: str, result: BlockResult) -> None:
     """Refuse a finished block whose values the export format cannot store, before the next blocks are computed.
 
@@ -107,11 +96,10 @@ def check_storable(run: Run, block: str, result: BlockResult) -> None:
     Raises:
         UserError: names the linear.
     """
-    if run.export.format == "none":
-        return
-    codec = find_format(run.export.format).codec(run.scheme)
-    for name, linear in result.linears.items():
-        codec.check_linear(f"{block}.{name}", linear)
+    for export in run.exports:
+        codec = find_format(export.format).codec(run.scheme)
+        for name, linear in result.linears.items():
+            codec.check_linear(f"{block}.{name}", linear)
 
 
 def check_reader(format: str, scheme: Scheme) -> None:
@@ -195,12 +183,12 @@ def check_disk_space(run: Run, source: SourceModel, grids: Mapping[str, Grid | N
     sizes = [number * (source.dtype.itemsize if grids[name] is None else 1) for name, number in numbers.items()]
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
     needed = max(0, sum(sizes) - written)
-    if run.export.format != "none":
-        codec, plain = find_format(run.export.format).codec(run.scheme), 8 * run.scheme.export_dtype.itemsize
+    for export in run.exports:
+        codec, plain = find_format(export.format).codec(run.scheme), 8 * run.scheme.export_dtype.itemsize
         bits = {name: codec.bits(grid) if grid else plain for name, grid in grids.items()}
         checkpoint = sum(numbers[name] * bits[name] for name in grids) // 8
         checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
-        needed += 0 if (run.out / "model").exists() else checkpoint
+        needed += 0 if run.folder_of(export).exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
     if free < needed:
         raise UserError(

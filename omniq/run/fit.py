@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from omniq.blocks.weights import set_tensors
+from omniq.blocks.weights import block_tensors, set_tensors
 from omniq.calibration.pass_module import PassModule, Task
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
@@ -122,7 +122,9 @@ def _resumable(module: PassModule[Any], saved: PassCheckpoint, losses: BlockLoss
         folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved by a different number of processes"))
         return False
     if not module.can_resume(checkpoint):
-        folder.discard_current(saved.path, CorruptFile(f"{saved.path} was saved for different groups of linears"))
+        folder.discard_current(
+            saved.path, CorruptFile(f"{saved.path} was saved for other groups of linears, or in another memory mode")
+        )
         return False
     if not losses.has_rows_of(checkpoint):
         folder.discard_current(saved.path, CorruptFile(f"{losses.path} lacks losses that {saved.path} counts"))
@@ -193,7 +195,7 @@ def _save_stage(task: BlockTask, context: FitContext) -> None:
     result, block = _paths(task, context)
     if task.result is not None:
         context.folder.save_current_result(result, task.result)
-        tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
+        tensors = {name: value.cpu() for name, value in block_tensors(task.block).items()}
         context.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": context.clock.seconds})
 
 

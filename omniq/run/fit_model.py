@@ -20,8 +20,10 @@ from omniq.distributed import collectives
 from omniq.errors import CorruptFile
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
+from omniq.report.table import model_line
 from omniq.run.fit import FitContext, fit
 from omniq.run.plan import Plan
+from omniq.storage.records import without_non_finite
 from omniq.storage.run_dir import RunDir
 
 log = logging.getLogger("omniq")
@@ -49,10 +51,9 @@ def fit_model_stage(plan: Plan, folder: RunDir, display: Display, number: int, s
     result = collectives.broadcast_from_rank0(lambda: task.result)
     assert result is not None  # the callback Fuse sets it
     ends = {f"{key}.{when}": v for when in ("first", "last") for key, v in getattr(losses, f"{when}_pass").items()}
-    notes = {"stage": name, **ends, **task.notes, "seconds": round(clock.seconds, 3)}
+    notes = without_non_finite({"stage": name, **ends, **task.notes, "seconds": round(clock.seconds, 3)})
     collectives.broadcast_from_rank0(lambda: save(plan, folder, task, number, result, notes))
-    kl = "  ".join(f"{key} {notes[key]:.4g}" for key in ("held_out_kl.first", "held_out_kl") if key in notes)
-    display.console.print(f"model  {name}  {kl}  {notes['seconds']:.1f} s", highlight=False)
+    display.console.print(model_line(notes), highlight=False)
 
 
 def model_task(plan: Plan, folder: RunDir, number: int, targets: Tensor) -> ModelTask:
@@ -91,12 +92,13 @@ def targets_of(plan: Plan, streams: Streams | None) -> Tensor:
 
 def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: ModelResult, notes: dict[str, Any]) -> None:
     """Write the changed tensors of every block, then the entry that marks the stage as finished."""
+    stages = [each for each in plan.run.model_stages if each <= number]
     for index, changes in enumerate(result.changes):
         before = task.read(index)
         learned = any(key.endswith(":codes") for key in changes)
         block = TunableBlock(task.block(index), before, learned, task.export_dtype)
         after = block.changed(before, {key: value.to(plan.device) for key, value in changes.items()})
-        folder.save_changes(index, number, after.changed_from(before))
+        folder.save_changes(index, stages, after.changed_from(before))
     record = folder.load_record(RECORD) or {}
     folder.save_record(RECORD, {**record, str(number): notes})
     folder.current(None, number, "last.ckpt").unlink(missing_ok=True)
@@ -104,13 +106,16 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
 
 def is_finished(plan: Plan, folder: RunDir, number: int) -> bool:
     """Return whether a stage is finished and its files are intact and belong to the codes of the blocks."""
-    if str(number) not in (folder.load_record(RECORD) or {}):
+    record = folder.load_record(RECORD) or {}
+    if str(number) not in record:
         return False
     stages = [each for each in plan.run.model_stages if each <= number]
     try:
         for index in range(plan.source.num_blocks):
             folder.final_block(index, stages)
     except CorruptFile as error:
-        log.warning("%s; stage %d of the whole model runs again", error, number)
+        log.warning("%s; %s of the whole model runs again", error, type(plan.run.model_stages[number]).__name__)
+        # Otherwise, a kill while the files are written again would leave files of two fits that look finished.
+        folder.save_record(RECORD, {key: notes for key, notes in record.items() if int(key) < number})
         return False
     return True

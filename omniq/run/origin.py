@@ -111,7 +111,7 @@ def _of_checkpoint(path: Path, scheme: Scheme, source: SourceModel) -> Origin:
     chosen = format_of(path)
     reader = chosen.container.read(path, chosen.codec(scheme))
     for name, tensor in source.outside():
-        ours = cast_for_export(name, tensor, scheme)
+        ours = cast_for_export(name, tensor, scheme, source.keeps_float32(name))
         if name in reader.names and not torch.equal(reader[name], ours.to(reader[name].dtype)):
             raise UserError(
                 f"stages: FromCheckpoint.path {path}: {name} differs from the model in model.path, which must be the "

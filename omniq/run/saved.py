@@ -10,11 +10,11 @@ from typing import Any
 from omniq.config.run import Export, Run
 from omniq.config.saved import RUN_AGAIN, open_run
 from omniq.errors import UserError
-from omniq.export import check_output, find_format
+from omniq.export import check_format, check_output
 from omniq.models.source import SourceModel
 from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
-from omniq.run.checks import check_format, check_reader
+from omniq.run.checks import check_reader
 from omniq.run.companions import check_companions
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
@@ -41,11 +41,12 @@ def export_run(path: Path, out: Path, export: Export, model: str | None = None) 
     if model is not None:
         run.model = replace(run.model, path=model)
     facts = _facts(path)
-    find_format(export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))
+    outliers = bool(run.stored_beside_codes)
+    check_format(export.format, run.scheme, container_bits=export.container_bits, outliers=outliers)
     check_output(out)
     with RunDir(path) as folder:
         source = _open(run)
-        check_format(export.format, run.scheme, source)
+        check_format(export.format, run.scheme, source=source, container_bits=export.container_bits)
         check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
         check_companions(folder, source)

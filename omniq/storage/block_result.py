@@ -248,7 +248,9 @@ class BlockResult:
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
     second = None if grid.second is None else vars(grid.second)
-    return vars(grid) | {"scale_dtype": dtype_name(grid.scale_dtype), "second": second}
+    found = vars(grid) | {"scale_dtype": dtype_name(grid.scale_dtype), "second": second}
+    defaults = {"zero_points": "any", "scale_bits": None}  # earlier versions do not know these keys
+    return {key: value for key, value in found.items() if key not in defaults or value != defaults[key]}
 
 
 def _grid_from_json(grid: dict[str, Any]) -> Grid:

@@ -31,7 +31,7 @@ computes it again from the last intact state. It refuses a damaged fingerprint. 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -203,20 +203,26 @@ class RunDir:
         Raises:
             CorruptFile: a file is missing or damaged, or belongs to another block, to another run or to other codes.
         """
-        result, base = self.read_block(index), records.header_digest(self.block_path(index))
+        result, before = self.read_block(index), self.block_path(index)
         for stage in stages:
             path = self.block_path(index, f"{stage}.safetensors")
             tensors, head = load_tensors(path, self.owner(path))
-            if head.get("block") != base:
-                raise CorruptFile(f"{path}: the file was made for other codes of its block")
-            result = result.with_tensors(tensors)
+            if head.get("block") != records.header_digest(before):
+                raise CorruptFile(f"{path}: the file was made for other codes or scales of its block")
+            result, before = result.with_tensors(tensors), path
         return result
 
-    def save_changes(self, index: int, stage: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write what a stage of the whole model changed in a block: tensors by their names in a block result."""
-        path = self.block_path(index, f"{stage}.safetensors")
+    def save_changes(self, index: int, stages: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Write what the last of some stages of the whole model changed in a block.
+
+        Args:
+            index: the index of the block.
+            stages: positions of these stages in the list of stages.
+            tensors: the changed tensors, by their names in a block result.
+        """
         if self.writes:
-            head = {"block": records.header_digest(self.block_path(index))}
+            *earlier, path = (self.block_path(index, f"{stage}.safetensors") for stage in stages)
+            head = {"block": records.header_digest(earlier[-1] if earlier else self.block_path(index))}
             save_tensors(path, tensors, head, self.owner(path))
 
     def load_result(self, path: Path) -> BlockResult | None:

@@ -29,9 +29,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def foreign_checkpoint(finished: Path, out: Path) -> Path:
-    """The checkpoint of the run without the marks of omniq, as another program would write it."""
-    shutil.copytree(finished / "run" / "model", out)
+def foreign_checkpoint(export: Path, out: Path) -> Path:
+    """A copy of an export without the marks of omniq, as another program would write it."""
+    shutil.copytree(export, out)
     for name in ("README.md", "recipe.yaml", ".omniq-export.json"):
         (out / name).unlink(missing_ok=True)
     config = json.loads((out / "config.json").read_text())
@@ -65,8 +65,11 @@ def test_tune_of_a_run_keeps_codes_and_lowers_held_out_kl(finished: Path, tmp_pa
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
-def test_tune_of_a_foreign_checkpoint_equals_tune_of_its_run(finished: Path, tmp_path: Path) -> None:
-    checkpoint = foreign_checkpoint(finished, tmp_path / "foreign")
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "awq"])
+def test_tune_of_a_foreign_checkpoint_equals_tune_of_its_run(finished: Path, tmp_path: Path, form: str) -> None:
+    export = ["--out", str(tmp_path / "export"), "--export.format", form]
+    assert main(["export", "--run", str(finished / "run"), *export]) == 0
+    checkpoint = foreign_checkpoint(tmp_path / "export", tmp_path / "foreign")
     assert main(["tune", "--run", str(finished / "run"), "--out", str(tmp_path / "a"), "--export.format", "none"]) == 0
     base = ["--model.path", str(finished / "source"), "--export.format", "none", *data_options(finished)]
     assert main(["tune", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b"), *base]) == 0
@@ -112,9 +115,9 @@ def test_tune_bad_input_gets_one_line(
         perturb(tmp_path / "other")
         places["other"] = tmp_path / "other"
     if "{foreign}" in arguments:
-        places["foreign"] = foreign_checkpoint(finished, tmp_path / "foreign")
+        places["foreign"] = foreign_checkpoint(finished / "run" / "model", tmp_path / "foreign")
     if "{float}" in arguments:
-        places["float"] = foreign_checkpoint(finished, tmp_path / "float")
+        places["float"] = foreign_checkpoint(finished / "run" / "model", tmp_path / "float")
         config = json.loads((tmp_path / "float" / "config.json").read_text())
         config["quantization_config"]["config_groups"]["group_0"]["weights"]["type"] = "float"
         (tmp_path / "float" / "config.json").write_text(json.dumps(config))

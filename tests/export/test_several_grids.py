@@ -102,10 +102,10 @@ def test_compressed_tensors_several_asymmetric_grids_are_refused(tmp_path: Path)
     grid, other = Grid(4, 32), Grid(8, -1, symmetric=True)
     words = "W4A16g32: .* does not support 2 grids of which one is asymmetric, .*: use format omniq, or set scheme.sym"
     codec = CompressedTensors(scheme_of(grid))
-    codec.check(grids=[grid, grid])
-    codec.check(grids=[Grid(4, 32, symmetric=True), other])
+    codec.check(grids={grid: ()})
+    codec.check(grids={Grid(4, 32, symmetric=True): (), other: ()})
     with pytest.raises(UserError, match=words):
-        codec.check(grids=[grid, other])
+        codec.check(grids={grid: (), other: ()})
     source = opened(tmp_path / "source", grid)
     with pytest.raises(UserError, match=words):
         export(source, mixed(source, grid, {"mlp.down_proj": other}), tmp_path / "out")

@@ -143,6 +143,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
     """Record steps and files, and kill where the order says."""
     from omniq.export.containers import shards
     from omniq.run import loop
+    from omniq.stages.modules.end_to_end import EndToEndModule
     from omniq.stages.modules.omniquant import OmniQuantModule
     from omniq.storage.run_dir import RunDir
 
@@ -191,13 +192,17 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
         if aim == ("torn", within(path)):
             die(path)
 
-    def calibrate(*args: Any) -> None:
+    def calibrate(*args: Any) -> Any:
         os.close(begin)
-        real_calibrate(*args)
+        return real_calibrate(*args)
 
     def step(module: OmniQuantModule, indices: Any) -> Any:
         record(step=(f"{module.task.name} {module.settings.schedule}", module.batches.position))
         return real_step(module, indices)
+
+    def model_step(module: EndToEndModule, indices: Any, batch_idx: int) -> Any:
+        record(step=("model", module.batches.position))
+        return real_model_step(module, indices, batch_idx)
 
     def save_streams_async(folder: RunDir, *streams: Any) -> None:
         real_keep(folder, *streams)
@@ -214,6 +219,7 @@ def _install(order: dict[str, Any], log: Path, begin: int) -> None:
     os.replace, os.rename, os.fsync = watched(os.replace), watched(os.rename), flush
     shards.save_file, loop.calibrate = save, calibrate
     RunDir.save_streams_async, OmniQuantModule.training_step = save_streams_async, step
+    real_model_step, EndToEndModule.training_step = EndToEndModule.training_step, model_step
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ LONGER: dict[str, dict[str, Any]] = {
         "stages": [stage("AWQ"), stage("QuantEase", sweeps=3), stage("LearnedRounding", epochs=2)],
         "scheme": {"name": "W3A16g16"},
     },
+    "quantease-end_to_end": {
+        "stages": [stage("QuantEase", sweeps=3), stage("EndToEnd", epochs=3, lr=1e-2, memory="model")],
+        "scheme": {"name": "W3A16g16"},
+    },
+    "rtn-end_to_end-streamed-twice": {
+        "stages": [stage("RTN"), *2 * [stage("EndToEnd", epochs=2, lr=1e-2, memory="block")]],
+        "scheme": {"name": "W4A8"},
+    },
     "outlier_suppression-omniquant-rounding": {
         "stages": [stage("OutlierSuppression"), stage("OmniQuant", epochs=1), stage("LearnedRounding", epochs=1)],
         "scheme": {"name": "W4A8"},

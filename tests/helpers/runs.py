@@ -77,10 +77,10 @@ def write_config(path: Path, content: dict[str, Any]) -> list[str]:
     return ["quantize", "--config", str(path)]
 
 
-def losses(path: Path) -> list[float]:
-    """The loss of every step, from the CSV file of a fit."""
+def losses(path: Path, name: str = "loss") -> list[float]:
+    """The values of that name, such as the loss of every step, from the CSV file of a fit."""
     with path.open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
+        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == name]
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from omniq.blocks.forward import call_block
 from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
 from omniq.callbacks.checkpoint import AtomicCheckpointIO, PassCheckpoint
@@ -25,6 +26,7 @@ from omniq.report.stopwatch import Stopwatch
 from tests.helpers import runs
 from tests.helpers.tiny import tiny_block
 
+Module = TypeVar("Module", bound=PassModule[Any])
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_key_value_heads": 1}
 
 
@@ -48,7 +50,7 @@ def on_cuda(task: BlockTask) -> BlockTask:
     return replace(task, inputs=task.inputs.cuda(), targets=task.targets.cuda(), kwargs=kwargs)
 
 
-def fit(module: BlockModule, folder: Path, *more: Callback, resume: bool = False, **trainer: Any) -> BlockModule:
+def fit(module: Module, folder: Path, *more: Callback, resume: bool = False, **trainer: Any) -> Module:
     """One fit without a run directory; its losses and its checkpoint are in ``folder``."""
     folder.mkdir(exist_ok=True)
     last = folder / "last.ckpt"

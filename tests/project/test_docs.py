@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from omniq.cli.command import arguments_of, evaluate, export, report
+from omniq.cli.command import arguments_of, evaluate, export, report, verify
 from omniq.cli.lightning_run import COMMANDS
 from omniq.config.parse import Arguments, resolve
 from omniq.export import find_format
@@ -59,7 +59,7 @@ def test_documented_commands_are_understood(path: Path) -> None:
     for name, *options in given:
         arguments = Arguments.sort(option for option in options if option != "--print_config")
         if name != "quantize":
-            arguments_of({"evaluate": evaluate, "export": export, "report": report}[name], arguments)
+            arguments_of({"evaluate": evaluate, "export": export, "verify": verify, "report": report}[name], arguments)
         else:
             run, _ = resolve(arguments.configs, {}, arguments.options, arguments.preset)
             run.check()

@@ -328,3 +328,19 @@ def test_devices_without_launcher_are_refused_with_command(tmp_path: Path, capsy
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "trainer.devices 2 means 2 process(es), but one was started: run torchrun --nproc-per-node 2" in message
+
+
+@pytest.mark.parametrize("memory", ["model", "block"])
+def test_end_to_end_of_two_processes_equals_one(pair: Pair, tmp_path: Path, memory: str, where: dict[str, Any]) -> None:
+    """Gradients and held-out losses are those of the samples of both processes."""
+    runs = {}
+    for name, batch_size in (("one", 8), ("two", 4)):
+        learned = {"epochs": 3, "lr": 1e-2, "batch_size": batch_size, "patience": 3, "memory": memory}
+        stages = [RTN, {"class_path": "omniq.stages.EndToEnd", "init_args": learned}]
+        runs[name] = prepared(tmp_path / name / "settings", stages, **where)
+    alone(runs["one"], tmp_path / "one" / "run")
+    together(pair, runs["two"], tmp_path / "two" / "run")
+    for value, count in (("loss", 3), ("held_out_kl", 4)):
+        ours, theirs = (losses(tmp_path / name / "run/blocks/model.1.csv", value) for name in ("two", "one"))
+        assert len(ours) == count
+        assert ours == pytest.approx(theirs, rel=1e-3)

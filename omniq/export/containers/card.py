@@ -26,13 +26,16 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
             ``name``: name of the checkpoint folder; ``base_model``: Hub name or folder of the source model;
             ``scheme``: name such as ``W3A16g64``; ``method``: short description of the method;
+            ``library`` and ``usage``: name of the runtime and how to run the model there; transformers by default;
             ``format`` and ``requires``: the layout, and the packages that a reader needs beside transformers;
             ``bits_per_weight``: bits of codes (at their own width), scales, zero points and outliers; ``bytes``: size
-            of all tensors as the format stores them;
+            of all tensors as the format stores them; ``stored_scheme`` and ``stored_bits_per_weight``: scheme and bits
+            of a checkpoint whose codes are wider, or whose groups are smaller, than those of ``scheme``;
             ``perplexity``: values by text, then by model; lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: digest of the source model;
-            ``data``: origin, digest and sizes of the calibration text; ``versions``: versions of the used packages.
+            ``data``: origin, digest and sizes of the calibration text; ``bos``: where windows begin with BOS, by
+            ``calibration`` and ``evaluation``; ``versions``: versions of the used packages.
 
     Returns:
         Markdown with a YAML front matter.
@@ -61,7 +64,7 @@ def is_card(text: str) -> bool:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head: dict[str, Any] = {"library_name": facts.get("library", "transformers"), "pipeline_tag": "text-generation"}
     tags = [_TAG, "quantized", facts.get("format"), facts.get("scheme")]
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))  # the format may also be omniq
     if _is_hub_name(base := str(facts.get("base_model", ""))):
@@ -85,12 +88,19 @@ def _heading(facts: Mapping[str, Any]) -> str:
             " The codes of the quantized linears, with their scales, zero points and outliers, take "
             f"{facts['bits_per_weight']:.3f} bits per weight; all other parameters stay in floating point."
         )
+    if "stored_scheme" in facts:
+        text += (
+            f" This checkpoint stores the same weights in {facts['stored_scheme']}, which takes "
+            f"{facts['stored_bits_per_weight']:.3f} bits per weight."
+        )
     if "bytes" in facts:
         text += f" The tensors take {facts['bytes'] / 1e6:,.1f} MB."
     return f"# {facts.get('name', 'model')}\n\n{text}"
 
 
 def _loading(facts: Mapping[str, Any]) -> str:
+    if "usage" in facts:
+        return f"## Use\n\n{facts['usage']}"
     folder = facts.get("name", "path/to/this/folder")
     packages = [_READER, *facts.get("requires", ())]
     reader = "import omniq  # teaches transformers this format\n" if "omniq" in packages else ""
@@ -113,6 +123,7 @@ def _perplexity(perplexity: Mapping[str, Mapping[str, float]]) -> str:
 def _origin(facts: Mapping[str, Any]) -> str:
     rows = [["base model digest", facts["source_digest"]]] if "source_digest" in facts else []
     rows += [[f"calibration {key}", value] for key, value in facts.get("data", {}).items()]
+    rows += [[f"BOS in {part}", place] for part, place in facts.get("bos", {}).items()]
     rows += [["seed", facts["seed"]]] if "seed" in facts else []
     rows += [[package, version] for package, version in facts.get("versions", {}).items()]
     return f"## Origin\n\n{_table(['', ''], rows)}" if rows else ""

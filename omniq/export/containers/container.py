@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Self
@@ -38,6 +39,7 @@ class Reader(Protocol):
     Attributes:
         model: the stock model that the recorded config describes.
         names: names of all stored tensors.
+        linears: full names of the quantized linears.
         size: size of all tensors in bytes.
     """
 
@@ -46,6 +48,9 @@ class Reader(Protocol):
 
     @property
     def names(self) -> set[str]: ...
+
+    @property
+    def linears(self) -> set[str]: ...
 
     @property
     def size(self) -> int: ...
@@ -66,6 +71,12 @@ class Reader(Protocol):
             ValueError: a tensor has an impossible shape, dtype or padding.
         """
 
+    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
+        """The linear that ``read`` must return for a linear of the run: the same weights, on the grid of the file.
+
+        A container whose file has no zero points stores codes on a wider symmetric grid.
+        """
+
     def check_description(self, linears: Mapping[str, WrittenLinear]) -> None:
         """Make sure that the stored description, by which a runtime reads the tensors, matches these linears.
 
@@ -82,6 +93,13 @@ class Reader(Protocol):
 
 class Container(Protocol[C]):
     """The layout of a model on disk."""
+
+    def check_source(self, source: SourceModel) -> None:
+        """Refuse a model that the runtime of this container does not know; called before any long work.
+
+        Raises:
+            UserError: names the part of the model, and another format.
+        """
 
     def write(
         self,
@@ -144,15 +162,15 @@ class Container(Protocol[C]):
         """Open the model in its runtime."""
 
 
-def cast_for_export(name: str, tensor: Tensor, scheme: Scheme) -> Tensor:
-    """Cast a parameter that is not quantized to the export dtype.
+def cast_for_export(name: str, tensor: Tensor, scheme: Scheme, keep: bool = False) -> Tensor:
+    """Cast a parameter that is not quantized to the export dtype, or to float32 if ``keep`` is true.
 
     Raises:
         UserError: a value is not finite, or exceeds the range of the dtype.
     """
     if not tensor.is_floating_point():
         return tensor
-    cast = tensor.to(scheme.export_dtype)
+    cast = tensor.to(torch.float32 if keep else scheme.export_dtype)
     if not cast.isfinite().all():
         if not tensor.isfinite().all():
             raise UserError(f"{name} contains NaN or infinity: download the model's weights again")

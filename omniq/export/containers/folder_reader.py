@@ -92,6 +92,11 @@ class FolderReader:
         """Names of all stored tensors."""
         return self._shards.names
 
+    @cached_property
+    def linears(self) -> set[str]:
+        """Full names of the quantized linears: those with other tensors than weight and bias."""
+        return {name for name in self.model.linears if self.names_of(name) - {f"{name}.weight"}}
+
     @property
     def size(self) -> int:
         """Size of all tensors in bytes."""
@@ -105,6 +110,10 @@ class FolderReader:
     def names_of(self, name: str) -> set[str]:
         """Names of the stored tensors of a quantized linear, without its bias, which is a plain parameter."""
         return {key for key in self._shards.names if key.startswith(f"{name}.")} - {f"{name}.bias"}
+
+    def as_stored(self, linear: QuantizedLinear) -> QuantizedLinear:
+        """The same linear: the files hold its codes, scales and zero points."""
+        return linear
 
     def read(self, name: str) -> QuantizedLinear:
         """A quantized linear on the grid that ``config.json`` records."""
@@ -156,7 +165,12 @@ def stock_model(path: Path) -> TargetModel:
 
 def missing_memory(path: Path, stays_packed: bool) -> str | None:
     """A message if transformers lacks host memory to open a folder; None if the memory suffices."""
-    needed, free = int(_SPARE * needed_memory(path, stays_packed)), free_host_memory()
+    return missing_host_memory(needed_memory(path, stays_packed))
+
+
+def missing_host_memory(opened: int) -> str | None:
+    """A message if transformers lacks host memory for a model of this size in bytes; None if the memory suffices."""
+    needed, free = int(_SPARE * opened), free_host_memory()
     if needed <= free:
         return None
     return f"transformers needs {needed / 1e9:,.1f} GB of host memory to open it, and {free / 1e9:,.1f} GB are free"

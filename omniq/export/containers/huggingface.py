@@ -33,7 +33,8 @@ from omniq.export.containers.folder_reader import FolderCodec, FolderReader, mis
 from omniq.export.containers.requirements import missing_packages
 from omniq.export.containers.shards import ShardWriter, writing
 from omniq.export.containers.target_model import TargetModel, target_model
-from omniq.export.formats.codec import WrittenLinear
+from omniq.export.formats.codec import Shape, WrittenLinear
+from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint
@@ -44,6 +45,9 @@ _SECTIONS = {"model", "data", "stages", "scheme"}  # every recipe of omniq has t
 
 class HuggingFaceFolder:
     """Implements ``omniq.export.containers.container.Container``."""
+
+    def check_source(self, source: SourceModel) -> None:
+        """Accept any model: the folder holds what transformers holds."""
 
     def write(
         self,
@@ -61,7 +65,7 @@ class HuggingFaceFolder:
         linears, plain, summaries = _write_blocks(source, results, codec, scheme, writer)
         for name, tensor in source.outside():
             plain.add(name)
-            writer.add(name, cast_for_export(name, tensor, scheme))
+            writer.add(name, cast_for_export(name, tensor, scheme, source.keeps_float32(name)))
         model = target_model(source.config, plain | {f"{name}.weight" for name in linears})
         for name, shape in model.biases_without_value(plain | {f"{name}.weight" for name in linears}).items():
             writer.add(name, torch.zeros(shape, dtype=scheme.export_dtype))
@@ -91,8 +95,7 @@ class HuggingFaceFolder:
 
     def is_ours(self, path: Path) -> bool:
         """True if the folder contains a config, and a card or a recipe of omniq."""
-        own = is_card(_text(path / "README.md")) or _is_recipe(_text(path / "recipe.yaml"))
-        return own and (path / "config.json").is_file()
+        return is_described(path) and (path / "config.json").is_file()
 
     def format_of(self, path: Path) -> str:
         """The recorded format name; in folders of versions that did not record it, the name of the method."""
@@ -130,11 +133,15 @@ def _write_blocks(
                 writer.add(key, tensor)
         for name, tensor in result.tensors.items():
             plain.add(f"{block}.{name}")
-            writer.add(f"{block}.{name}", cast_for_export(f"{block}.{name}", tensor, scheme))
+            keep = source.keeps_float32(f"{block}.{name}")
+            writer.add(f"{block}.{name}", cast_for_export(f"{block}.{name}", tensor, scheme, keep))
         summaries.append(dict(result.summary))
     if not linears:
         raise UserError("no linear of any block is quantized: quantize at least one block before exporting")
-    codec.check(grids={linear.grid for linear in linears.values()})
+    shapes: dict[Grid, set[Shape]] = {}
+    for written in linears.values():
+        shapes.setdefault(written.grid, set()).add(written.shape)
+    codec.check(grids=shapes)
     return linears, plain, summaries
 
 
@@ -164,6 +171,11 @@ def _older_names(content: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     scaled = scaling.get("rope_type", "default") != "default"
     return {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": scaling} if scaled else {})
+
+
+def is_described(path: Path) -> bool:
+    """True if a folder contains a card or a recipe of omniq."""
+    return is_card(_text(path / "README.md")) or _is_recipe(_text(path / "recipe.yaml"))
 
 
 def _is_recipe(text: str) -> bool:

@@ -8,6 +8,7 @@ another layout than one with only quantized weights. A container writes the tens
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,11 @@ from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
 from omniq.storage.block_result import QuantizedLinear
 
+Shape = tuple[int, int]
+"""Outputs and inputs of a linear."""
+
+NO_GRIDS: Mapping[Grid, Collection[Shape]] = {}
+
 
 @dataclass(frozen=True)
 class WrittenLinear:
@@ -26,13 +32,13 @@ class WrittenLinear:
 
     Args:
         grid: the grid of its codes.
-        weights: number of weights.
+        shape: outputs and inputs.
         bits_per_weight: bits of codes, scales, zero points and outliers, divided by the number of weights.
         outliers: number of weights kept in float16; None without a sparse part.
     """
 
     grid: Grid
-    weights: int
+    shape: Shape
     bits_per_weight: float
     outliers: int | None
 
@@ -40,7 +46,13 @@ class WrittenLinear:
     def of(cls, linear: QuantizedLinear) -> "WrittenLinear":
         """Collect the facts about a linear."""
         outliers = None if linear.outliers is None else linear.outliers.value.numel()
-        return cls(linear.grid, linear.codes.numel(), linear.bits_per_weight(), outliers)
+        outputs, inputs = linear.codes.shape
+        return cls(linear.grid, (outputs, inputs), linear.bits_per_weight(), outliers)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
 
 
 class Codec(Protocol):
@@ -53,12 +65,17 @@ class Codec(Protocol):
     @property
     def requires(self) -> tuple[str, ...]: ...
 
-    def check(self, layouts: Sequence[Layout] = (), grids: Collection[Grid] = (), outliers: bool = False) -> None:
+    def check(
+        self,
+        layouts: Sequence[Layout] = (),
+        grids: Mapping[Grid, Collection[Shape]] = NO_GRIDS,
+        outliers: bool = False,
+    ) -> None:
         """Refuse a scheme that the codec or its runtime does not support; called before any long work.
 
         Args:
             layouts: the layouts of the blocks, if the model is already known.
-            grids: the grids of all quantized linears, if they are already known.
+            grids: the stored grids of all quantized linears with the shapes of these, if they are already known.
             outliers: True if linears have a sparse part beside the codes.
 
         Raises:

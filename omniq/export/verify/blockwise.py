@@ -101,7 +101,9 @@ class BlockwiseExport:
             if found is not None:
                 return linear(name.removesuffix(".weight"), found).dequantize(dtype)
             value = plain(name)
-            return torch.zeros(model.parameters[name], dtype=dtype) if value is None else value.to(dtype)
+            if value is None:
+                return torch.zeros(model.parameters[name], dtype=dtype)
+            return value.to(torch.float32 if self._source.keeps_float32(name) else dtype)
 
         def quantized(index: int, block: nn.Module) -> nn.Module:
             layout = scheme_layout(self._source, self._scheme, index)

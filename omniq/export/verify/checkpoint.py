@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from omniq.evaluate.perplexity import CHUNK, Perplexity
+from omniq.export.check import check_format
 from omniq.export.containers.container import Reader, Results, cast_for_export
 from omniq.export.containers.shards import same_bits
 from omniq.export.formats.codec import WrittenLinear
 from omniq.export.registry import find_format
+from omniq.export.restate import restated
 from omniq.export.verify.blockwise import BlockwiseExport
 from omniq.export.verify.reopened import ReopenedCheckpoint
 from omniq.grid.scheme import Scheme
@@ -71,16 +73,18 @@ def verify_checkpoint(
     *,
     scheme: Scheme,
     format: str = "compressed-tensors",
+    container_bits: int | None = None,
     windows: Tensor | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     opened: ReopenedCheckpoint | None = None,
 ) -> Report:
     """Compare an exported checkpoint with the finished blocks from which it was written.
 
     Args:
-        source, results, scheme, format: as for ``export_checkpoint``.
+        source, results, scheme, format, container_bits: as for ``export_checkpoint``.
         windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to skip this comparison.
-        tolerance: largest relative error of the logits. Measured: 0.0 on SmolLM2-135M and the models of the tests.
+        tolerance: largest relative error of the logits; by default that of the format (``omniq.export.registry``).
+            Measured for compressed-tensors and omniq: 0.0 on SmolLM2-135M and the models of the tests.
         opened: the checkpoint in its runtime, if it is already open.
 
     Raises:
@@ -88,7 +92,11 @@ def verify_checkpoint(
         CorruptFile: a file of the checkpoint is missing or damaged.
     """
     path, chosen = Path(path), find_format(format)
+    stored = check_format(format, scheme, source=source, container_bits=container_bits)
+    if stored != scheme:
+        scheme, results = stored, restated(source, results, stored)
     codec, container = chosen.codec(scheme), chosen.container
+    tolerance = chosen.tolerance if tolerance is None else tolerance
     with container.read(path, codec) as reader:
         report, names = _compare_tensors(reader, source, results, scheme)
         if windows is None:
@@ -118,14 +126,14 @@ def _compare_tensors(reader: Reader, source: SourceModel, results: Results, sche
         block, result = source.block_name(index), results(index)
         for name, linear in result.linears.items():
             shapes[f"{block}.{name}.weight"] = linear.codes.shape
-            _compare_linear(f"{block}.{name}", _read(reader, f"{block}.{name}"), linear)
+            _compare_linear(f"{block}.{name}", read_linear(reader, f"{block}.{name}"), reader.as_stored(linear))
             unseen -= reader.names_of(f"{block}.{name}")
             linears[f"{block}.{name}"] = WrittenLinear.of(linear)
         for name, tensor in result.tensors.items():
-            shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme)
+            shapes |= _compare_plain(f"{block}.{name}", tensor, reader, scheme, source)
             others += 1
     for name, tensor in source.outside():
-        shapes |= _compare_plain(name, tensor, reader, scheme)
+        shapes |= _compare_plain(name, tensor, reader, scheme, source)
         others += 1
     unseen -= shapes.keys()
     for name in sorted(unseen):  # siblings of a new bias, which are zero
@@ -146,7 +154,13 @@ def _compare_config(reader: Reader, shapes: Mapping[str, torch.Size]) -> None:
             raise VerificationError(f"{name} has shape {ours} in the model and {theirs} in the config of the export")
 
 
-def _read(reader: Reader, name: str) -> QuantizedLinear:
+def read_linear(reader: Reader, name: str) -> QuantizedLinear:
+    """A quantized linear of an export.
+
+    Raises:
+        VerificationError: a tensor is missing or impossible; names the linear.
+        CorruptFile: a file is damaged.
+    """
     try:
         return reader.read(name)
     except KeyError as error:
@@ -170,10 +184,12 @@ def _compare_linear(name: str, found: QuantizedLinear, expected: QuantizedLinear
             _compare(f"{name}: {key} of {part}", getattr(ours, key), tensor)
 
 
-def _compare_plain(name: str, expected: Tensor, reader: Reader, scheme: Scheme) -> dict[str, torch.Size]:
+def _compare_plain(
+    name: str, expected: Tensor, reader: Reader, scheme: Scheme, source: SourceModel
+) -> dict[str, torch.Size]:
     if name not in reader.names:
         raise VerificationError(f"{name} is missing in the file")
-    _compare(name, reader[name], cast_for_export(name, expected, scheme).cpu())
+    _compare(name, reader[name], cast_for_export(name, expected, scheme, source.keeps_float32(name)).cpu())
     return {name: expected.shape}
 
 

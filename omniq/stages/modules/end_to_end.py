@@ -19,8 +19,9 @@ from omniq.calibration.gradient_module import GradientModule
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.model_task import ModelResult, ModelTask
 from omniq.calibration.tunable_block import change_shapes, unflatten
-from omniq.calibration.tunable_model import ResidentModel, StreamedModel, fits
+from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_streamed
 from omniq.distributed import collectives
+from omniq.models.propose import expert_of
 
 if TYPE_CHECKING:
     from omniq.stages.end_to_end import EndToEnd
@@ -34,6 +35,7 @@ class EndToEndModule(GradientModule[ModelTask]):
         settings: the settings of the stage.
     """
 
+    initial_kl: Tensor
     best_kl: Tensor
     waited: Tensor
 
@@ -49,11 +51,11 @@ class EndToEndModule(GradientModule[ModelTask]):
             size = sum(torch.Size(shape).numel() for shape in shapes.values())
             self.register_parameter(kind, nn.Parameter(torch.zeros(size)))
             self.register_buffer(f"best_{kind}", torch.zeros(size))
-        self.register_buffer("best_kl", torch.tensor(float("inf"), dtype=torch.float64))
+        for name in ("initial_kl", "best_kl"):  # of the held-out samples
+            self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
         self.to(task.device)
-        whole = settings.memory == "model" or (settings.memory == "auto" and fits(task, settings.batch_size))
-        self.streamed = not whole
+        self.streamed = is_streamed(task, settings.batch_size, settings.memory)
 
     @cached_property
     def model(self) -> "ResidentModel | StreamedModel":
@@ -79,10 +81,24 @@ class EndToEndModule(GradientModule[ModelTask]):
                 blocks[int(index)][key] = value
         return blocks
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["streamed"] = self.streamed
+
+    def can_resume(self, checkpoint: Mapping[str, Any]) -> bool:
+        """True if the fit was saved in the same mode. With ``memory: auto``, the free memory may select another."""
+        return bool(checkpoint["streamed"] == self.streamed)
+
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._judge_start()
+
+    def _judge_start(self) -> None:
         if isinstance(self.model, ResidentModel) and not self.best_kl.isfinite():
             self._judge(self.model.held_out(self.changes()))
+
+    @property
+    def capturable(self) -> bool:
+        return not any(expert_of(name) for layout in self.task.layouts for name in layout.linears)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         assert isinstance(self.model, ResidentModel)
@@ -117,7 +133,11 @@ class EndToEndModule(GradientModule[ModelTask]):
     def _judge(self, held_out: Tensor) -> None:
         """Keep the present state if its held-out KL is the least so far; stop after too many passes without a gain."""
         self.track("held_out_kl", held_out)
-        better = bool(held_out < self.best_kl)  # NaN is not
+        if not held_out.isfinite():  # the guard restores an earlier state
+            return
+        if not self.initial_kl.isfinite():
+            self.initial_kl.copy_(held_out)
+        better = bool(held_out < self.best_kl)
         if better:
             self.best_kl.copy_(held_out)
             for kind in self.shapes:
@@ -135,13 +155,23 @@ class EndToEndModule(GradientModule[ModelTask]):
         rates = {"scales": settings.lr, "vectors": settings.vectors_lr, "codes": settings.codes_lr}
         return [{"params": [self.get_parameter(kind)], "lr": rates[kind]} for kind in self.shapes]
 
+    @torch.no_grad()
+    def restored(self) -> None:
+        super().restored()
+        if self.streamed:  # the loss of a full-batch step is that of the state before: the saved state was not judged
+            for kind in self.shapes:
+                self.get_parameter(kind).copy_(self.get_buffer(f"best_{kind}"))
+            self.waited.sub_(1)  # the next pass judges this state again
+        self._judge_start()  # the guard saved the first state before it was judged
+
     def on_train_end(self) -> None:
         super().on_train_end()
         self.__dict__.pop("model", None)
 
     @torch.no_grad()
     def finish(self) -> ModelResult:
-        self.task.notes["held_out_kl"] = float(self.best_kl)
+        judged = {"held_out_kl.before": self.initial_kl, "held_out_kl": self.best_kl}
+        self.task.notes |= {name: float(value) for name, value in judged.items() if value.isfinite()}
         flat = {kind: self.get_buffer(f"best_{kind}").cpu() for kind in self.shapes}
         return ModelResult(self._by_block(flat))
 
@@ -150,6 +180,7 @@ class EndToEndModule(GradientModule[ModelTask]):
         for kind in self.shapes:
             self.get_parameter(kind).zero_()
             self.get_buffer(f"best_{kind}").zero_()
+        self.best_kl.copy_(self.initial_kl)
         return "the model as its blocks were calibrated"
 
 
