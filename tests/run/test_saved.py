@@ -63,7 +63,7 @@ def test_run_without_fingerprint_is_not_continued(finished: Finished) -> None:
     (finished.run / "fingerprint.json").unlink()
     before = (finished.run / "config.yaml").read_bytes()
     assert main([*finished.args, "--data.samples", "2"]) == 2
-    assert "run holds config.yaml and no fingerprint.json, so it is not a run directory" in finished.said()
+    assert "run holds companions.json and no fingerprint.json, so it is not a run directory" in finished.said()
     assert (finished.run / "config.yaml").read_bytes() == before
 
 
