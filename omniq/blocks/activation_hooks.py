@@ -71,23 +71,20 @@ def attach(
     """Make a block compute with quantized activations.
 
     Args:
-        block: the block.
-        layout: the layout of the block.
-        activations: how the scheme quantizes activations.
+        block, layout: the block and its layout.
         finished: the quantized linears of a finished block by name; they hold the static ranges of their inputs. Inputs
             of other linears are not quantized, and a block without quantized linears computes in full precision. None
             during the calibration of the block.
 
     Returns:
-        A function that removes everything again.
+        A function that removes all hooks.
 
     Raises:
         UserError: the scheme quantizes queries, keys or values, and the attention of the block cannot be redirected.
     """
     check_attention(layout, activations)
     undo: list[Callable[[], None]] = []
-    if finished is not None and not finished:
-        activations = Activations()
+    activations = Activations() if finished is not None and not finished else activations
     if activations.inputs != 16:
         length = SampleLength()
         if activations.static and finished is None:

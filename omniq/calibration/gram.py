@@ -41,56 +41,14 @@ from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import Observation
 from omniq.calibration.rounding import round_to_nearest
 from omniq.calibration.second_moments import note_unreached, unknown_moment
+from omniq.calibration.settings import GramStage
 from omniq.calibration.stacked_linears import StackedLinears, split_by_grid
-from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
-from omniq.errors import UserError
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.quantizers.clipping import RangeEstimator, Searched
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 log = logging.getLogger("omniq")
-
-
-class GramStage(Stage):
-    """Settings that all layer-wise stages share.
-
-    Args:
-        clipping: how to choose the range of each group; ``Searched``, weighted with the diagonal of S, by default.
-        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
-        batch_size: samples per gathering step.
-        token_weights: the weight of each token in S.
-        damping: the fraction of the mean diagonal of S that the solver adds to the diagonal.
-
-    Raises:
-        UserError: ``batch_size`` is less than 1, or ``damping`` is outside 0 to 1.
-    """
-
-    def __init__(
-        self,
-        clipping: RangeEstimator | None = None,
-        true_sequential: bool = True,
-        batch_size: int = 4,
-        token_weights: TokenWeights = "uniform",
-        damping: float = 0.01,
-    ) -> None:
-        name = type(self).__name__
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} of {name} is too small: give 1 or more")
-        if not 0 <= damping < 1:
-            raise UserError(
-                f"damping {damping} of {name} is outside 0 to 1: give a fraction of the mean diagonal, such as 0.01"
-            )
-        self.clipping = clipping or Searched()
-        self.true_sequential, self.batch_size = true_sequential, batch_size
-        self.token_weights: TokenWeights = token_weights
-        self.damping = damping
-
-    @property
-    def leaves(self) -> frozenset[Part]:
-        return frozenset({"grid", "codes"})
 
 
 class GramModule(BlockModule):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from omniq.calibration.input_statistics import InputGram, InputSquares
 from omniq.calibration.observe import observe
+from omniq.calibration.settings import TokenWeights
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights
 from omniq.quantizers.clipping import Clipping
 
 

@@ -59,6 +59,11 @@ class BlockTask:
         return f"block/{self.index:03d}"
 
     @property
+    def label(self) -> str:
+        """``block 7``: the name of this block in messages."""
+        return f"block {self.index}"
+
+    @property
     def device(self) -> torch.device:
         """The device on which the block computes."""
         return next(self.block.parameters()).device

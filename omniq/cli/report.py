@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from omniq.config.saved import check_run_directory
+from omniq.errors import CorruptFile
 from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
@@ -39,5 +40,7 @@ def show_run(path: Path) -> None:
     console.print(table)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")
+        if not {"models", "text"} <= measured.keys():
+            raise CorruptFile(f"{path / 'perplexity.json'}: it is the content of another file of a run")
         rows = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
         console.print(perplexity_table(rows, title=measured["text"]))

@@ -33,10 +33,12 @@ class Windows(NamedTuple):
     Args:
         calibration: int64 ``[samples, length]``.
         held_out: int64 ``[held_out, length]``; shares no token of the text with ``calibration``.
+        distinct: the number of windows without a common token that the text for calibration holds.
     """
 
     calibration: "Tensor"
     held_out: "Tensor"
+    distinct: int
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Calibration:
     """The text that stages calibrate on.
 
     Args:
-        source: of the text.
-        samples: number of random windows. The paper uses 128; 16 suffice for weight-only quantization (its Table A11:
-            6.47 at W3A16 with 16 and with 128).
+        source: where the text comes from.
+        samples: number of random windows. The paper uses 128. For its weight-only quantization 16 suffice (Table A11:
+            perplexity 6.47 at W3A16 with 16 and with 128). If the text holds fewer windows, omniq prints a line.
         length: tokens per window.
-        held_out: number of windows kept apart to watch the loss on unseen text.
-        seed: of the random offsets; the seed of the run by default.
+        held_out: number of additional windows, on which the loss is measured but not optimized.
+        seed: seed of the random offsets. By default the seed of the run.
         add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
     """
 
@@ -91,6 +93,7 @@ class Calibration:
         return Windows(
             calibration=tokens[offsets + torch.arange(self.length)],  # [samples, length]
             held_out=tokens[tail:].view(self.held_out, self.length).clone(),
+            distinct=tail // self.length,
         )
 
     def describe(self) -> str:
@@ -103,9 +106,9 @@ class Evaluation:
     """The text that perplexity is measured on.
 
     Args:
-        source: of the text.
-        length: tokens per window; published numbers use 2048.
-        max_windows: the number of windows to use, from the start; all by default.
+        source: where the text comes from.
+        length: tokens per window. Published perplexities use 2048.
+        max_windows: number of windows to use, from the start of the text. By default all windows are used.
         add_special_tokens: let the tokenizer add its special tokens to the whole text, as it does by default.
     """
 

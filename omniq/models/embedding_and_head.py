@@ -117,9 +117,8 @@ class EmbeddingAndHead:
         self._forget()
         return hidden, kwargs
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor, device: torch.device) -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the output of the last block, ``[n, t, h]``."""
+        """Logits ``[n, t, vocabulary]`` of the output of the last block, ``[n, t, h]``; differentiable in it."""
         self._come_to(device)
         if self._head_device != self._device:
             fill(self._model, self._head, self._local(self._head_names, self._device, True), self._device)

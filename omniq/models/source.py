@@ -23,6 +23,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
-from omniq.models.checks import check_checkpoint, stored_dtype
+from omniq.models.checks import check_checkpoint, check_generation_config, stored_dtype
 from omniq.models.embedding_and_head import EmbeddingAndHead
 from omniq.models.families import family_of
 from omniq.models.family import Family
@@ -115,6 +116,7 @@ class SourceModel:
         if dtype != "auto" and dtype not in MODEL_DTYPES:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(MODEL_DTYPES)}")
         folder, named = locate(str(path), gguf_file, trust_remote_code)
+        check_generation_config(folder)
         file = weight_file(folder, named)
         place = _Place(folder, trust_remote_code)
         if file.endswith(".gguf"):
@@ -180,6 +182,12 @@ class SourceModel:
         """Shape of a parameter by full name."""
         return self._parameters[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in the dtype of the model; tied ones count once."""
+        shapes = (shape for name, shape in self._parameters.items() if name not in self._tied)
+        return sum(map(prod, shapes)) * self.dtype.itemsize
+
     def block(self, index: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """A block with its weights: a new module on every call, frozen, in evaluation mode, with its own config.
 
@@ -211,7 +219,7 @@ class SourceModel:
         return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
+        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``, differentiable: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """

@@ -38,7 +38,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     window = None if plan.evaluation is None else plan.evaluation[:1]
     for export in plan.run.exports:
         out = plan.run.folder_of(export)
-        write_checkpoint(plan.source, folder, out, export, plan.run.scheme, facts, console, window)
+        write_checkpoint(plan.source, folder, out, export, plan.run, facts, console, window)
     folder.remove_streams()
 
 
@@ -61,7 +61,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
     scheme = plan.run.scheme
     ours = {
         RTN: rounded_variant(plan.source, scheme),
-        OURS: quantized_variant(block_reader(folder), plan.source, scheme),
+        OURS: quantized_variant(block_reader(folder, plan.run), plan.source, scheme),
     }
     exported = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if exported is plan.source else [(plan.source, full), (exported, ours)]
@@ -88,7 +88,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
 
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
     """Collect the content of the model card and of summary.json: recipe, data, versions, losses, size."""
-    read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    read, blocks, bits, total = block_reader(folder, plan.run), [], 0.0, 0
     kept: dict[str, str] = {}
     for index in range(plan.source.num_blocks):  # one block at a time: the codes of a large model exceed the memory
         block = read(index)
@@ -110,4 +110,5 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         **({"kept": kept} if kept else {}),
         "versions": dict(plan.environment),
         "blocks": blocks,
+        **({"model_stages": stages} if (stages := folder.load_record("model_stages.json")) else {}),
     }

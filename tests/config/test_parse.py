@@ -4,14 +4,16 @@
 import logging
 from argparse import ArgumentError
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from omniq.calibration.outlier_settings import OutlierSettings
 from omniq.config.parse import Arguments, parse_run, run_of
+from omniq.config.run import Export
 from omniq.errors import UserError
+from omniq.export.registry import FORMATS
 from omniq.run.fingerprint import fingerprint
 
 RUN: dict[str, Any] = {
@@ -132,7 +134,8 @@ def test_parse_run_model_dtype_of_earlier_run_is_accepted_when_auto() -> None:
 
 def test_arguments_sort_into_files_packages_and_options() -> None:
     line = ["--config", "a.yaml", "--seed", "3", "--allow_import=mine", "--config=b.yaml", "--allow_import", "yours"]
-    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
+    line += ["--preset", "best"]
+    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"], ["best"])
     with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
         Arguments.sort(["--config"])
 
@@ -177,3 +180,8 @@ def test_option_of_repeated_stage_is_refused() -> None:
 def test_option_unknown_to_named_stage_is_refused() -> None:
     with pytest.raises(ArgumentError, match="'epoch' is not accepted"):
         run_of(TWO, ["--stages.OmniQuant.epoch", "3"])
+
+
+def test_choices_of_export_format_are_those_of_registry() -> None:
+    """The choices are written out, because the registry imports torch and ``--help`` must not."""
+    assert set(get_args(get_type_hints(Export)["format"])) == {*FORMATS, "none"}

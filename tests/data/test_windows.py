@@ -57,6 +57,7 @@ def test_calibration_windows_lie_before_held_out_tail(length, samples, held_out,
     assert drawn.calibration.min() >= 0
     assert drawn.calibration.max() < total - held_out * length
     assert drawn.held_out.flatten().tolist() == list(range(total - held_out * length, total))
+    assert drawn.distinct == (total - held_out * length) // length
 
 
 def test_calibration_offsets_are_uniform_up_to_both_ends():

@@ -75,7 +75,7 @@ class Awq(WeightsOnly):
 
     def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
         """Invert ``quantization_config`` for one linear."""
-        if name in (config["modules_to_not_convert"] or ()):
+        if config["version"] != "gemm" or name in (config.get("modules_to_not_convert") or ()):
             raise KeyError(name)
         return Grid(config["bits"], config["group_size"], not config["zero_point"], dtype)
 
