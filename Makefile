@@ -9,6 +9,7 @@
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
 #   make campaign           slow: thousands of kills, damaged files and interrupts; the tests contain a small part
 #                           make campaign ARGS="--processes 14 --seconds 500"   print tables after 500 s at most
+#   make zoo                slow: quantize a tiny model of every decoder-only type of transformers, check the exports
 #   make runtimes           slow: install the readers of all export formats in .venv-runtimes; open our exports with them
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
@@ -25,7 +26,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench campaign runtimes clean
+.PHONY: help install demo test lint typecheck check bench campaign runtimes zoo clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -88,6 +89,9 @@ $(RUNTIMES)/.installed: $(CONSTRAINTS) pyproject.toml
 	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt setuptools torch
 	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt -e '.[dev,runtimes]'
 	@touch $@
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

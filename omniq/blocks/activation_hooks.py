@@ -95,7 +95,7 @@ def attach(
                 continue
             fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
-            shared = SharedInput(activations, fixed, linears[-1], length)
+            shared = SharedInput(activations, fixed, linears[-1], length if names[0] in layout.flat else None)
             undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
     if activations.attention and layout.attention is not None:
         undo.append(_redirect(block.get_submodule(layout.attention), activations))
@@ -144,11 +144,12 @@ class SharedInput:
         activations: how the tensor is quantized.
         fixed: the static range of the tensor, if it is known.
         last: the linear that runs last. After it, the quantized tensor is released.
-        length: records the number of tokens per sample.
+        length: records the number of tokens per sample, for a tensor that holds the tokens of all samples in order,
+            ``[n t, c]``; None for a tensor of samples or for an expert, whose tokens share one range.
     """
 
     def __init__(
-        self, activations: Activations, fixed: StaticGrid | None, last: nn.Module, length: SampleLength
+        self, activations: Activations, fixed: StaticGrid | None, last: nn.Module, length: SampleLength | None
     ) -> None:
         self.activations, self.fixed, self.last, self.length = activations, fixed, last, length
         self._source: Tensor | None = None
@@ -170,7 +171,8 @@ class SharedInput:
         x = x.to(_compute_dtype(x))
         if self.fixed is not None:
             return self.fixed.quantize(x, bits)
-        samples = x if x.dim() == 3 else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
+        samples = x if self.length is None else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
+        samples = samples if samples.dim() == 3 else samples.unsqueeze(0)  # [1, tokens of an expert, c]
         return quantize_samples(samples, bits, symmetric).view(x.shape)
 
 

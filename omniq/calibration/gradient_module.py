@@ -41,6 +41,11 @@ class GradientModule(PassModule[AnyTask]):
         """The learned parameters in groups for the optimizer, each with its learning rate."""
 
     @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the update: its operations must not depend on the values of the batch."""
+        return True
+
+    @property
     def compiles(self) -> bool:
         """Whether the loss is compiled."""
         return False
@@ -59,9 +64,9 @@ class GradientModule(PassModule[AnyTask]):
 
     @cached_property
     def step(self) -> OptimizerStep:
-        """The whole update; a CUDA graph on a GPU."""
+        """The whole update; a CUDA graph on a GPU, unless ``capturable`` is False."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler)
+        return OptimizerStep(self.criterion, self.trainer.optimizers[0], scaler, graph=self.capturable)
 
     @property
     def steps(self) -> int:

@@ -28,6 +28,7 @@ from omniq.calibration.module import BlockModule
 from omniq.calibration.settings import Reconstruction
 from omniq.calibration.task import BlockTask
 from omniq.calibration.token_weights import weighted_error
+from omniq.models.experts import LinearExperts
 from omniq.storage.block_result import BlockResult
 
 
@@ -52,6 +53,10 @@ class ReconstructionModule(GradientModule[BlockTask], BlockModule):
         Args:
             dtype: dtype of the fake-quantized weights, so that autocast does not convert them.
         """
+
+    @property
+    def capturable(self) -> bool:
+        return not any(isinstance(module, LinearExperts) for module in self.task.block.modules())
 
     @abstractmethod
     def finish(self) -> BlockResult:

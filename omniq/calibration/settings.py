@@ -16,6 +16,7 @@ from omniq.transforms.let import KINDS
 if TYPE_CHECKING:
     from omniq.models.layout import Layout
 
+Memory = Literal["auto", "model", "block"]
 Schedule = Literal["constant", "cosine"]
 TokenWeights = Literal["uniform", "relative"]
 """The weight of each token in the objective of a stage: ``omniq.calibration.token_weights``."""

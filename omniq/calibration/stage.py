@@ -103,6 +103,17 @@ class ModelStage(Stage):
     def module(self, task: "ModelTask") -> "PassModule[ModelTask]":
         """Build the LightningModule for the whole model."""
 
+    def check_text(self, tokens: int, codes: int) -> None:
+        """Refuse too little calibration text.
+
+        Args:
+            tokens: number of calibration tokens of all processes.
+            codes: number of quantized weights of the model.
+
+        Raises:
+            UserError: names the number of tokens that the stage needs.
+        """
+
 
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuse a list of stages in which a stage lacks its predecessor, or loses a part of its predecessor's result.

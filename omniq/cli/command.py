@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``omniq`` command: quantize, evaluate, export, report.
+"""The ``omniq`` command: quantize, inspect, evaluate, export, report.
 
 The parser is plain jsonargparse with the conventions of LightningCLI: YAML sections hold the arguments of a class or
 function, ``class_path`` and ``init_args`` select a class, several ``--config`` files compose, ``--section.key value``
@@ -24,7 +24,7 @@ from omniq.cli.quiet import quiet, quiet_transformers
 from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
 from omniq.config.parse import Arguments, instantiate, parse, resolve
-from omniq.config.run import EvaluatedModel, Export, MovedModel, Run
+from omniq.config.run import EvaluatedModel, Export, Model, MovedModel, Run
 from omniq.data import Evaluation, TextSource
 from omniq.errors import CorruptFile, ErrorOnRank0, UserError
 from omniq.report.streams import replace_unencodable
@@ -162,14 +162,30 @@ def report(run: Path) -> None:
     show_run(run)
 
 
+def inspect(model: Model, json: bool = False) -> None:
+    """Show what omniq finds in a model: blocks, linears, equivalences, group sizes, formats. No file is written.
+
+    Args:
+        model: the model.
+        json: print JSON instead of tables.
+    """
+    quiet_transformers()
+    from omniq.cli.inspect import inspect_model
+
+    inspect_model(model, json)
+
+
 CONTINUES = "; the same command continues this run"
 
 
 def _call(target: Callable[..., None]) -> Callable[[Arguments], None]:
     """Make a command that parses its arguments and calls a function with them."""
 
+    switches = {f"--{name}" for name, each in signature(target).parameters.items() if each.annotation is bool}
+
     def command(arguments: Arguments) -> None:
-        target(**arguments_of(target, arguments))
+        options = [f"{option}=true" if option in switches else option for option in arguments.options]
+        target(**arguments_of(target, arguments._replace(options=options)))
 
     return command
 
@@ -192,6 +208,7 @@ def arguments_of(target: Callable[..., None], arguments: Arguments) -> dict[str,
 
 COMMANDS: dict[str, tuple[Callable[[Arguments], None], str]] = {
     "quantize": (quantize, "quantize a model and write a checkpoint; the same command continues an interrupted run"),
+    "inspect": (_call(inspect), "show what omniq finds in a model: blocks, linears, equivalences, formats"),
     "tune": (tune, "improve the scales and norms of a finished run, or of a quantized checkpoint, end to end"),
     "evaluate": (_call(evaluate), "measure the perplexity of a model"),
     "export": (_call(export), "write another checkpoint of a finished run"),

@@ -35,7 +35,7 @@ def show_run(path: Path) -> None:
     for index in finished_blocks(path):
         summary = load_summary(block_path(path, index))
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
-        notes = "; ".join(summary[key] for key in ("guard", "unreached") if key in summary)
+        notes = "; ".join(summary[key] for key in ("guard", "unreached", "too few tokens") if key in summary)
         table.add_row(str(index), *values, notes)
     console.print(table)
     if (path / "perplexity.json").exists():

@@ -65,7 +65,8 @@ def stream_logits(
         for stream in streams.values():
             stream[batch].copy_(hidden)
     for index in range(source.num_blocks):
-        _advance(streams, variants, index, source.block(index, device, dtype), _cast(kwargs[index], dtype), batch_size)
+        arguments = kwargs[index] if dtype == source.dtype else _cast(kwargs[index], dtype)  # some tables are float32
+        _advance(streams, variants, index, source.block(index, device, dtype), arguments, batch_size)
         progress(index + 1)
     for name, stream in streams.items():
         for batch in batches:

@@ -17,7 +17,13 @@ FREE_KEYS = (
 )
 BINDING_TRAINER_KEYS = ("precision",)
 # Settings that fingerprints of earlier versions lack, with the value that those versions used.
-LATER_KEYS = {"compile": False, "scheme.rules": [], "scheme.zero_points": "any", "scheme.scale_bits": None}
+LATER_KEYS = {
+    "compile": False,
+    "scheme.rules": [],
+    "data.bos": None,
+    "scheme.zero_points": "any",
+    "scheme.scale_bits": None,
+}
 LATER_STAGE_KEYS = {"held_out": 0.0, "patience": 3}
 
 

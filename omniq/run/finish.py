@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
 from omniq.blocks.placement import ActivationPlacement
-from omniq.data import digest
+from omniq.data import Bos, digest
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.result import PerplexityResult
 from omniq.evaluate.streaming import Variant
@@ -30,7 +30,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
         check_export(folder, plan.run.export)
     facts = summary(plan, folder)
     if plan.evaluation is not None and plan.run.evaluation is not None:
-        text = plan.run.evaluation.describe()
+        text = plan.run.evaluation.describe(places_of_bos(plan)["evaluation"])
         facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none" and not (folder.path / "model").exists():
@@ -40,6 +40,17 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
         out = plan.run.folder_of(export)
         write_checkpoint(plan.source, folder, out, export, plan.run, facts, console, window)
     folder.remove_streams()
+
+
+def places_of_bos(plan: Plan) -> dict[str, Bos]:
+    """Where windows begin with BOS, for calibration and evaluation."""
+    tokenizer, kind = plan.source.tokenizer(), plan.source.config.model_type
+    places: dict[str, Bos] = {}
+    if plan.generated is None:  # generated windows say themselves how they begin
+        places["calibration"] = plan.run.data.place_of_bos(tokenizer, kind)
+    if plan.run.evaluation is not None:
+        places["evaluation"] = plan.run.evaluation.place_of_bos(tokenizer, kind)
+    return places
 
 
 def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:
@@ -104,6 +115,7 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
         "recipe": (folder.path / "config.yaml").read_text(encoding="utf-8"),
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
+        "bos": places_of_bos(plan),
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,
         "bits_per_weight": round(bits / total, 3),  # of the quantized linears

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from omniq.blocks.weights import set_tensors
+from omniq.blocks.weights import block_tensors, set_tensors
 from omniq.calibration.pass_module import PassModule, Task
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
@@ -193,7 +193,7 @@ def _save_stage(task: BlockTask, context: FitContext) -> None:
     result, block = _paths(task, context)
     if task.result is not None:
         context.folder.save_current_result(result, task.result)
-        tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
+        tensors = {name: value.cpu() for name, value in block_tensors(task.block).items()}
         context.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": context.clock.seconds})
 
 

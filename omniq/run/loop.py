@@ -19,7 +19,7 @@ from omniq.blocks.forward import propagate
 from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.blocks.streams import Streams
-from omniq.blocks.weights import load_quantized_weights
+from omniq.blocks.weights import block_tensors, load_quantized_weights
 from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
 from omniq.callbacks.losses import BlockLosses
@@ -109,7 +109,7 @@ def pass_block(
     if result is None and layout.linears and (plan.run.blocks is None or index < plan.run.blocks):
         result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
-        result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
+        result = BlockResult({}, {name: value.cpu() for name, value in block_tensors(block).items()})
     load_quantized_weights(block, result)
     if not finished:
         name = plan.source.block_name(index)
@@ -222,5 +222,5 @@ def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
 
 def _show(display: Display, index: int, result: BlockResult) -> None:
     parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
-    parts += [str(result.summary[name]) for name in ("guard", "unreached") if name in result.summary]
+    parts += [str(result.summary[name]) for name in ("guard", "unreached", "too few tokens") if name in result.summary]
     display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

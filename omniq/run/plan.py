@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -19,8 +20,17 @@ from omniq.distributed.launch import check_launcher, launch_arguments, launched_
 from omniq.errors import UserError, one_line
 from omniq.export import check_format, check_free
 from omniq.grid.dtypes import dtype_name
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader, check_text
+from omniq.run.checks import (
+    check_callbacks,
+    check_compiler,
+    check_divisible,
+    check_model,
+    check_reader,
+    check_text,
+    linear_names,
+)
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
@@ -113,17 +123,21 @@ def prepare(run: Run, settings: str) -> Plan:
     check_model(run, source)
     origin = open_origin(run, source)
     generated = isinstance(run.data.source, SelfGenerated)
-    windows = None if generated else run.data.windows(source.tokenizer(), run.seed)
+    windows = None if generated else run.data.windows(source.tokenizer(), run.seed, source.config.model_type)
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
     collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
     for stage in run.stages:
         stage.check_samples(run.data.samples // collectives.world_size())
+    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_names(source) if run.scheme.grid_of(name))
+    for model_stage in run.model_stages.values():
+        model_stage.check_text(run.data.samples * run.data.length, codes)
     for export in run.exports:
         check_reader(export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: check_streaming(source, device))
     if windows is None:
         windows = generated_windows(run, source, device)
     check_text(run.data, windows.distinct)
@@ -138,7 +152,7 @@ def prepare(run: Run, settings: str) -> Plan:
         tokens=share,
         held_out=run.data.held_out // collectives.world_size(),
         generated=windows if generated else None,
-        evaluation=run.evaluation.sequences(source.tokenizer()) if run.evaluation else None,
+        evaluation=run.evaluation.sequences(source.tokenizer(), source.config.model_type) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
             run.streams, device, run.out, size, processes=launched_processes()[1], saved=saved

@@ -23,12 +23,13 @@ with one block on the device at a time: a pass forward keeps the input of every 
 again with gradients.
 
 Codes can be learned, too (``codes: true``): ``q' = round(q + d)`` with a straight-through gradient. There is one
-number for each weight, so this needs far more text.
+number for each weight, so this needs far more text, and a run with less than one token for 800 codes is refused.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from omniq.calibration.settings import Memory
 from omniq.calibration.stage import ModelStage, Part, Stage
 from omniq.errors import UserError
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:  # settings are parsed without torch
     from omniq.calibration.model_task import ModelTask
     from omniq.calibration.pass_module import PassModule
 
-Memory = Literal["auto", "model", "block"]
+CODES_PER_TOKEN = 800
+"""The most codes for one token of text. EfficientQAT learns those of a 7B model from 4096 windows of 2048 tokens."""
 
 
 class EndToEnd(ModelStage):
@@ -88,6 +90,14 @@ class EndToEnd(ModelStage):
         from omniq.stages.modules.end_to_end import EndToEndModule
 
         return EndToEndModule(task, self)
+
+    def check_text(self, tokens: int, codes: int) -> None:
+        needed = -(-codes // CODES_PER_TOKEN)
+        if self.codes and tokens < needed:
+            raise UserError(
+                f"stages: EndToEnd.codes true: {tokens:,} tokens of text are too few to learn {codes:,} codes: give "
+                f"{needed:,} or more (data.samples times data.length), or set codes to false"
+            )
 
     def check_place_in_list(self, before: Sequence[Stage]) -> None:
         if not before:

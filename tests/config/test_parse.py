@@ -23,13 +23,30 @@ RUN: dict[str, Any] = {
     "evaluation": {"source": {"class_path": "omniq.data.Stdlib"}},
 }
 OPTIONAL = {"model.gguf_file", "data.seed", "evaluation", "evaluation.max_windows", "export.prompt", "blocks"}
+OPTIONAL |= {"data.bos", "evaluation.bos"}
 OPTIONAL |= {f"stages.0.{name}" for name in ("clipping", "outliers", "outlier_columns")}
 OPTIONAL |= {f"stages.0.outlier_{name}" for name in ("support", "method")}
 KEYS = [
     *("model", "model.path", "model.gguf_file", "model.attention", "model.trust_remote_code", "data", "data.source"),
-    *("data.samples", "data.length", "data.held_out", "data.seed", "data.add_special_tokens", "scheme", "scheme.name"),
+    *(
+        "data.samples",
+        "data.length",
+        "data.held_out",
+        "data.seed",
+        "data.add_special_tokens",
+        "data.bos",
+        "scheme",
+        "scheme.name",
+    ),
     *("scheme.symmetric", "scheme.dtype", "scheme.activation_range", "stages", "callbacks", "trainer", "evaluation"),
-    *("evaluation.source", "evaluation.length", "evaluation.max_windows", "evaluation.add_special_tokens", "export"),
+    *(
+        "evaluation.source",
+        "evaluation.length",
+        "evaluation.max_windows",
+        "evaluation.add_special_tokens",
+        "evaluation.bos",
+        "export",
+    ),
     *("export.format", "export.max_shard_size", "export.verify", "export.prompt", "out", "seed", "streams", "batch"),
     *("save_streams_every", "blocks", "matmul", "compile"),
     *(f"stages.0.{name}" for name in ("sweeps", "start", "grid", "clipping", "damping", "act_order", "outliers")),

@@ -29,6 +29,7 @@ from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
 from tests.helpers.published_layouts import awq_weight, gptq_weight
 from tests.helpers.schemes import scheme_of
+from tests.helpers.tiny import save_tiny
 
 NAME = "model.layers.0.mlp.up_proj"
 FORMATS = {"gptq": Gptq, "awq": Awq, "auto-round": AutoRound}
@@ -313,3 +314,10 @@ def test_awq_refuses_family_with_scaled_activations(source: SourceModel) -> None
     with pytest.raises(UserError, match="awq does not support bloom, where transformers expects scaled activations"):
         Awq(Scheme("W4A16g32")).check([layout])
     Gptq(Scheme("W4A16g32")).check([layout])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_check_format_refuses_experts(format: str, tmp_path: Path) -> None:
+    source = SourceModel.open(save_tiny(tmp_path / "source", "mixtral"))
+    with pytest.raises(UserError, match="does not support the experts of mixtral: use format omniq; formats that can"):
+        check_format(format, Scheme("W4A16g32"), source=source)

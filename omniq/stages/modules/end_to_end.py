@@ -19,11 +19,12 @@ from omniq.calibration.gradient_module import GradientModule
 from omniq.calibration.loader import PassLoader
 from omniq.calibration.model_task import ModelResult, ModelTask
 from omniq.calibration.tunable_block import change_shapes, unflatten
-from omniq.calibration.tunable_model import ResidentModel, StreamedModel, fits
+from omniq.calibration.tunable_model import ResidentModel, StreamedModel, is_streamed
 from omniq.distributed import collectives
 
 if TYPE_CHECKING:
-    from omniq.stages.end_to_end import EndToEnd
+    from omniq.models.propose import expert_of
+from omniq.stages.end_to_end import EndToEnd
 
 
 class EndToEndModule(GradientModule[ModelTask]):
@@ -52,8 +53,7 @@ class EndToEndModule(GradientModule[ModelTask]):
         self.register_buffer("best_kl", torch.tensor(float("inf"), dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
         self.to(task.device)
-        whole = settings.memory == "model" or (settings.memory == "auto" and fits(task, settings.batch_size))
-        self.streamed = not whole
+        self.streamed = is_streamed(task, settings.batch_size, settings.memory)
 
     @cached_property
     def model(self) -> "ResidentModel | StreamedModel":
@@ -83,6 +83,10 @@ class EndToEndModule(GradientModule[ModelTask]):
         super().on_train_start()
         if isinstance(self.model, ResidentModel) and not self.best_kl.isfinite():
             self._judge(self.model.held_out(self.changes()))
+
+    @property
+    def capturable(self) -> bool:
+        return not any(expert_of(name) for layout in self.task.layouts for name in layout.linears)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         assert isinstance(self.model, ResidentModel)
