@@ -7,7 +7,9 @@
 #   make lint               check style (ruff) and import directions between rooms (import-linter)
 #   make check              run lint, typecheck and test, as CI does
 #   make bench              run the benchmarks on the CPU; write their figures to build/bench/ as JSON too
-#   make campaign           slow: thousands of kills and damaged files; the tests contain a small part of it
+#   make campaign           slow: thousands of kills, damaged files and interrupts; the tests contain a small part
+#                           make campaign ARGS="--processes 14 --seconds 500"   print tables after 500 s at most
+#   make zoo                slow: quantize a tiny model of every decoder-only type of transformers, check the exports
 #   make runtimes           slow: install the readers of all export formats in .venv-runtimes; open our exports with them
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
@@ -24,7 +26,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help install demo test lint typecheck check bench campaign runtimes clean
+.PHONY: help install demo test lint typecheck check bench campaign zoo runtimes clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -74,7 +76,11 @@ bench: $(VENV)/.model
 
 campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.kills $(ARGS)
-	$(BIN)/python -m tests.campaigns.damage
+	$(BIN)/python -m tests.campaigns.damage $(ARGS)
+	$(BIN)/python -m tests.campaigns.interrupts $(ARGS)
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
 
 # An environment of its own, because GPTQModel needs an older numpy than the tested one. It builds GPTQModel from source.
 runtimes: $(RUNTIMES)/.installed

@@ -46,11 +46,12 @@ from plain.step import Eager
 from omniq.blocks.activation_hooks import attach
 from omniq.calibration.captured_step import OptimizerStep
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import BlockLosses
+from omniq.callbacks.losses import BlockLosses
 from omniq.cli.quiet import quiet
 from omniq.grid.name import parse_scheme
 from omniq.grid.scheme import Activations, Scheme
-from omniq.stages.omniquant import OmniQuant, OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
+from omniq.stages.omniquant import OmniQuant
 from omniq.transforms.let import LET
 
 SCHEMES = {"cuda": ("W4A16", "W3A16g128", "W2A16g128", "W4A4KV4", "W6A6KV6"), "cpu": ("W4A16", "W3A16g64", "W4A4KV4")}

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from omniq.grid.affine import Grid
 from omniq.kernels.coordinate_descent import sweep_
-from omniq.kernels.layer_problem import Precision, Problem, codes_of, prepare
+from omniq.kernels.layer_problem import Precision, Problem, nearest, prepare
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.kernels.products import products_of
 from omniq.solvers.coordinate_descent import CoordinateDescent, is_relaxed
@@ -121,7 +121,7 @@ def _codes(problem: Problem, backend: Any) -> Tensor:
     residual = torch.zeros_like(problem.target)
     for rounded in (True, False, True):
         sweep_(problem, residual, rounded, backend)
-    return codes_of(problem, residual)
+    return nearest(problem, residual, slice(None)).to(torch.uint8)
 
 
 def square_rate(precision: Precision, device: torch.device) -> float:

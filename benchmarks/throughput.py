@@ -46,13 +46,14 @@ from measuring.machine import Rates, name_of, seconds_of, write_json
 from plain.step import Eager
 
 from omniq.blocks.streams import Streams
-from omniq.callbacks import AtomicCheckpointIO
+from omniq.callbacks.checkpoint import AtomicCheckpointIO
 from omniq.cli.quiet import quiet
 from omniq.config.parse import parse_run
 from omniq.grid.scheme import Scheme
 from omniq.kernels.matmul_precision import matmul_precision
 from omniq.run import loop
-from omniq.stages.omniquant import OmniQuant, OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
+from omniq.stages.omniquant import OmniQuant
 from omniq.storage.run_dir import RunDir
 
 DEFAULTS = {  # shape, blocks, samples, length, epochs, scheme, precision

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.distributed import collectives
 from omniq.report.stopwatch import Stopwatch
 from omniq.storage.sealed import NO_OWNER, Owner, load_state, save_state
@@ -68,7 +68,7 @@ class PassCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         step, total = batch_idx + 1, trainer.num_training_batches
         if step < total and pl_module.pausing and not trainer.should_stop:
             trainer.save_checkpoint(self.path, weights_only=False)

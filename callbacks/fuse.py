@@ -5,7 +5,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.distributed import collectives
 
 
@@ -20,7 +20,7 @@ class Fuse(Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         task = pl_module.task
         result, dtype = pl_module.finish(), task.export_dtype
         name = collectives.broadcast_from_rank0(lambda: result.first_unstorable(dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.distributed import collectives
 
 
@@ -45,7 +45,7 @@ class NonFiniteGuard(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         self._write_note(pl_module)
         self._save_state(trainer, pl_module)
 
@@ -53,7 +53,7 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         self._losses += [value for _, value in pl_module.tracked[-1:]]
         if not pl_module.pausing:
             return
@@ -70,7 +70,7 @@ class NonFiniteGuard(Callback):
         states = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in trainer.optimizers]}
         self._good = copy.deepcopy(states)
 
-    def _restore_state(self, trainer: L.Trainer, module: BlockModule) -> None:
+    def _restore_state(self, trainer: L.Trainer, module: PassModule[Any]) -> None:
         self.failed += 1
         module.load_state_dict(self._good["module"])
         for optimizer, state in zip(trainer.optimizers, self._good["optimizers"], strict=True):
@@ -91,6 +91,6 @@ class NonFiniteGuard(Callback):
         self._write_note(module)
         self._save_state(trainer, module)
 
-    def _write_note(self, module: BlockModule) -> None:
+    def _write_note(self, module: PassModule[Any]) -> None:
         if self.note is not None:
             module.task.notes["guard"] = self.note

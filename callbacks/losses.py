@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.distributed import collectives
 from omniq.storage.atomic import open_for_append, report_full_disk
 
@@ -69,7 +69,7 @@ class BlockLosses(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         self._loggers, self._name = trainer.loggers, pl_module.task.name
         if collectives.rank() != 0:
             return
@@ -83,7 +83,7 @@ class BlockLosses(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         step = self._step = batch_idx + 1
         self._pass = pl_module.batches.pass_of(step)
         self._pending += [(step, name, value) for name, value in pl_module.tracked]
@@ -103,7 +103,7 @@ class BlockLosses(Callback):
         if collectives.rank() == 0:
             self._append("".join(self._row(self._step, self._pass, *item) for item in values.items()).encode())
 
-    def _write(self, trainer: L.Trainer, module: BlockModule) -> None:
+    def _write(self, trainer: L.Trainer, module: PassModule[Any]) -> None:
         if not self._pending:
             return
         stacked = torch.stack([value.double().reshape(()) for _, _, value in self._pending]).to(module.task.device)

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 from omniq.callbacks.losses import BlockLosses
 from omniq.report.display import Display
 
@@ -27,7 +27,7 @@ class BlockProgress(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         done = pl_module.batches.position
         self.display.stage(pl_module.task.index, self.stage, done, int(trainer.num_training_batches))
 

@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from omniq.calibration.module import BlockModule
+from omniq.calibration.pass_module import PassModule
 
 
 class Settle(Callback):
@@ -38,7 +38,7 @@ class Settle(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, BlockModule)
+        assert isinstance(pl_module, PassModule)
         step = batch_idx + 1
         if step < trainer.num_training_batches and pl_module.pausing:
             self.settle()

@@ -9,10 +9,10 @@ The public API consists of two functions. Both are imported on first use, so tha
 Importing omniq also registers omniq's checkpoint format with transformers (``omniq.runtime``).
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from omniq import runtime
+from omniq.lazy import lazy_names
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "quantize"]
@@ -20,11 +20,7 @@ __all__ = ["__version__", "load", "quantize"]
 if TYPE_CHECKING:
     from omniq.api import load, quantize
 else:  # hidden from type checkers, for which a module-level __getattr__ defines every name
-
-    def __getattr__(name: str) -> object:
-        if name in __all__:
-            return getattr(import_module("omniq.api"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = lazy_names(__name__, {"load": "omniq.api", "quantize": "omniq.api"})
 
 
 def __dir__() -> list[str]:

@@ -18,18 +18,22 @@ def quantize(
     model: str | Path,
     *,
     config: str | Path | Sequence[str | Path] = (),
+    preset: str | None = None,
     allow_import: Sequence[str] = (),
     **settings: Any,
 ) -> Path:
     """Quantize a model and write a checkpoint, as ``omniq quantize`` does. The same call continues an interrupted run.
 
         omniq.quantize("meta-llama/Llama-2-7b-hf", config="configs/w3a16g128.yaml", out="checkpoints/llama-w3")
+        omniq.quantize("my-model", preset="best", out="checkpoints/mine")
         omniq.quantize("my-model", scheme={"name": "W4A16"}, stages=[{"class_path": "omniq.stages.RTN"}], data=…)
 
     Args:
         model: a folder, a GGUF file, a model name on the Hugging Face Hub, or ``package:name/file.gguf`` for a file
             inside an installed package.
         config: YAML files with settings. A later file replaces a list or a class as a whole.
+        preset: ``fast``, ``balanced`` or ``best``: the stages, on which files and settings build. ``balanced`` is the
+            default if neither the files nor the settings give stages.
         allow_import: packages whose classes the settings may name, in addition to omniq and Lightning.
         **settings: sections as in YAML. They override the files.
 
@@ -45,7 +49,8 @@ def quantize(
     quiet_transformers()
     configs = [config] if isinstance(config, (str, Path)) else config
     section = settings.pop("model", {})
-    return loop.quantize(*parse_run(configs, {**settings, "model": {**section, "path": str(model)}}, allow_import))
+    everything = {**settings, "model": {**section, "path": str(model)}}
+    return loop.quantize(*parse_run(configs, everything, allow_import, preset))
 
 
 def load(path: str | Path, **options: Any) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaModel
 from omniq.calibration.task import BlockTask
 from omniq.grid.scheme import Scheme
 from omniq.models.families.llama import LLAMA
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from omniq.calibration.task import BlockTask
 from omniq.kernels.fake_quant import fake_quantize_reference
 from omniq.quantizers.activations import quantize_tokens_reference
-from omniq.stages.omniquant import OmniQuant, OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
+from omniq.stages.omniquant import OmniQuant
 
 
 class Eager:

@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 from statistics import median
 
+RUN = ["quantize", "--model.path", "x", "--data.source", "Stdlib"]
 COMMANDS = {
     "omniq --help": ["--help"],
     "omniq quantize --help": ["quantize", "--help"],
     "omniq evaluate --help": ["evaluate", "--help"],
-    "unknown key": ["quantize", "--model.path", "x", "--data.source", "Stdlib", "--scheme.wbits", "3"],
+    "epochs -3": [*RUN, "--stages+", "OmniQuant", "--stages.epochs", "-3"],
+    "unknown key": [*RUN, "--scheme.wbits", "3"],
 }
 
 

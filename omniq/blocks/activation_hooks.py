@@ -71,23 +71,20 @@ def attach(
     """Make a block compute with quantized activations.
 
     Args:
-        block: the block.
-        layout: the layout of the block.
-        activations: how the scheme quantizes activations.
+        block, layout: the block and its layout.
         finished: the quantized linears of a finished block by name; they hold the static ranges of their inputs. Inputs
             of other linears are not quantized, and a block without quantized linears computes in full precision. None
             during the calibration of the block.
 
     Returns:
-        A function that removes everything again.
+        A function that removes all hooks.
 
     Raises:
         UserError: the scheme quantizes queries, keys or values, and the attention of the block cannot be redirected.
     """
     check_attention(layout, activations)
     undo: list[Callable[[], None]] = []
-    if finished is not None and not finished:
-        activations = Activations()
+    activations = Activations() if finished is not None and not finished else activations
     if activations.inputs != 16:
         length = SampleLength()
         if activations.static and finished is None:
@@ -98,7 +95,7 @@ def attach(
                 continue
             fixed = None if finished is None else finished[names[0]].input
             linears = [block.get_submodule(name) for name in names]
-            shared = SharedInput(activations, fixed, linears[-1], length)
+            shared = SharedInput(activations, fixed, linears[-1], length if names[0] in layout.flat else None)
             undo += [linear.register_forward_pre_hook(shared).remove for linear in linears]
     if activations.attention and layout.attention is not None:
         undo.append(_redirect(block.get_submodule(layout.attention), activations))
@@ -147,11 +144,12 @@ class SharedInput:
         activations: how the tensor is quantized.
         fixed: the static range of the tensor, if it is known.
         last: the linear that runs last. After it, the quantized tensor is released.
-        length: records the number of tokens per sample.
+        length: records the number of tokens per sample, for a tensor that holds the tokens of all samples in order,
+            ``[n t, c]``; None for a tensor of samples or for an expert, whose tokens share one range.
     """
 
     def __init__(
-        self, activations: Activations, fixed: StaticGrid | None, last: nn.Module, length: SampleLength
+        self, activations: Activations, fixed: StaticGrid | None, last: nn.Module, length: SampleLength | None
     ) -> None:
         self.activations, self.fixed, self.last, self.length = activations, fixed, last, length
         self._source: Tensor | None = None
@@ -173,7 +171,8 @@ class SharedInput:
         x = x.to(_compute_dtype(x))
         if self.fixed is not None:
             return self.fixed.quantize(x, bits)
-        samples = x if x.dim() == 3 else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
+        samples = x if self.length is None else x.unflatten(0, (-1, self.length.tokens))  # [n, t, c]
+        samples = samples if samples.dim() == 3 else samples.unsqueeze(0)  # [1, tokens of an expert, c]
         return quantize_samples(samples, bits, symmetric).view(x.shape)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load quantized weights, and transformed tensors, into a block."""
+"""The tensors of a block, and how quantized weights and transformed tensors are loaded into it."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from omniq.storage.block_result import BlockResult
+
+
+def block_tensors(block: nn.Module) -> dict[str, Tensor]:
+    """All parameters and saved buffers of a block by name, detached."""
+    return {name: value.detach() for name, value in block.state_dict().items()}
 
 
 def load_quantized_weights(block: nn.Module, result: BlockResult) -> None:
@@ -17,18 +22,18 @@ def load_quantized_weights(block: nn.Module, result: BlockResult) -> None:
 
 @torch.no_grad()
 def set_tensors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy parameters into a block and keep its dtype. A bias that a transform created is added to its linear.
+    """Copy tensors into a block and keep its dtypes. A bias that a transform created is added to its linear.
 
     Raises:
-        KeyError: a name is neither a parameter of the block nor the bias of one of its linears.
+        KeyError: a name is neither a tensor of the block nor the bias of one of its linears.
     """
-    parameters = dict(block.named_parameters())
+    own = block_tensors(block)
     for name, value in tensors.items():
-        if name in parameters:
-            parameters[name].copy_(value)
+        if name in own:
+            own[name].copy_(value)
             continue
         owner, _, last = name.rpartition(".")
         linear = block.get_submodule(owner)
         if last != "bias" or not isinstance(linear, nn.Linear):
-            raise KeyError(f"{name} is neither a parameter of the block nor the bias of one of its linears")
+            raise KeyError(f"{name} is neither a tensor of the block nor the bias of one of its linears")
         linear.bias = nn.Parameter(value.to(linear.weight, copy=True), requires_grad=False)

@@ -2,5 +2,6 @@
 """Shared by all methods: settings, the block with its streams, the LightningModule, and statistics of inputs.
 
 ``Stage`` holds settings, ``BlockTask`` a block and its streams, and ``BlockModule`` is the LightningModule of one fit.
-May import blocks and everything below. Read ``stage.py`` first, then ``task.py``.
+``stage.py`` and ``settings.py`` do not import torch. May import blocks and everything below. Read ``stage.py`` first,
+then ``task.py``.
 """

@@ -14,36 +14,11 @@ from omniq.blocks.weights import set_tensors
 from omniq.calibration.input_statistics import InputRange
 from omniq.calibration.observe import observe
 from omniq.calibration.task import BlockTask
-from omniq.errors import UserError
 from omniq.models.layout import Layout
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.initial import ChannelRanges
-from omniq.transforms.let import KINDS, warn_once
+from omniq.transforms.let import warn_once
 from omniq.transforms.transform import Transform
-
-
-def kinds_of(layout: Layout) -> list[str]:
-    """The kinds of equivalences that the layout of a block declares."""
-    declared = {equivalence.kind for equivalence in layout.equivalences}
-    return [kind for kind in KINDS if kind in declared]
-
-
-def check_equivalences(layout: Layout, kinds: Sequence[str], field: str = "transform.equivalences") -> None:
-    """Refuse equivalences that a block does not have.
-
-    Args:
-        layout: the layout of the block.
-        kinds: the requested kinds.
-        field: the setting that requests them, for the message.
-
-    Raises:
-        UserError: names the model type and the kinds that it has.
-    """
-    available = kinds_of(layout)
-    remedy = f"choose from {', '.join(available)}" if available else "use a method without a transform"
-    for kind in kinds:
-        if kind not in available:
-            raise UserError(f"{field}: {layout.model_type} has no equivalence {kind!r}: {remedy}")
 
 
 def affects_quantization(layout: Layout, equivalence: Equivalence) -> bool:

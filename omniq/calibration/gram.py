@@ -17,7 +17,9 @@ Lightning drives the stage as one epoch whose steps are the gathering batches an
 checkpoint after a pass, at most one every five seconds, makes the stage resumable.
 
 If no token reaches a linear, such as an expert of a mixture, that linear has no S. It is rounded to nearest, or keeps
-the result of the previous stage if this stage builds on it. The summary of the block names the linear.
+the result of the previous stage if this stage builds on it. The same applies to an expert that sees fewer tokens than
+its inputs, because S then describes these tokens rather than the inputs. The summary of the block names the linears.
+All experts of a layer gather in the same pass.
 
 S accumulates in float32. Half-precision inputs are multiplied without conversion and summed in float32, because
 products of two float16 values are exact in float32. With several processes, S is summed over all of them. Only the
@@ -30,6 +32,7 @@ Shapes: ``n`` samples, ``t`` tokens, ``o`` output features of a stacked group, `
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,57 +43,16 @@ from omniq.calibration.loader import PlanLoader
 from omniq.calibration.module import BlockModule
 from omniq.calibration.observe import Observation
 from omniq.calibration.rounding import round_to_nearest
-from omniq.calibration.second_moments import note_unreached, unknown_moment
+from omniq.calibration.second_moments import note_starved, note_unreached, unknown_moment
+from omniq.calibration.settings import GramStage
 from omniq.calibration.stacked_linears import StackedLinears, split_by_grid
-from omniq.calibration.stage import Part, Stage
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights
 from omniq.distributed import collectives
-from omniq.errors import UserError
 from omniq.kernels.matmul_precision import matmul_precision
-from omniq.quantizers.clipping import RangeEstimator, Searched
+from omniq.models.propose import pattern
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 
 log = logging.getLogger("omniq")
-
-
-class GramStage(Stage):
-    """Settings that all layer-wise stages share.
-
-    Args:
-        clipping: how to choose the range of each group; ``Searched``, weighted with the diagonal of S, by default.
-        true_sequential: gather the inputs of a group of linears after the earlier groups have been quantized.
-        batch_size: samples per gathering step.
-        token_weights: the weight of each token in S.
-        damping: the fraction of the mean diagonal of S that the solver adds to the diagonal.
-
-    Raises:
-        UserError: ``batch_size`` is less than 1, or ``damping`` is outside 0 to 1.
-    """
-
-    def __init__(
-        self,
-        clipping: RangeEstimator | None = None,
-        true_sequential: bool = True,
-        batch_size: int = 4,
-        token_weights: TokenWeights = "uniform",
-        damping: float = 0.01,
-    ) -> None:
-        name = type(self).__name__
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} of {name} is too small: give 1 or more")
-        if not 0 <= damping < 1:
-            raise UserError(
-                f"damping {damping} of {name} is outside 0 to 1: give a fraction of the mean diagonal, such as 0.01"
-            )
-        self.clipping = clipping or Searched()
-        self.true_sequential, self.batch_size = true_sequential, batch_size
-        self.token_weights: TokenWeights = token_weights
-        self.damping = damping
-
-    @property
-    def leaves(self) -> frozenset[Part]:
-        return frozenset({"grid", "codes"})
 
 
 class GramModule(BlockModule):
@@ -109,11 +71,13 @@ class GramModule(BlockModule):
         self.automatic_optimization = False
         self.settings, self.work = settings, work
         groups = tuple(range(len(task.layout.groups)))
-        self.rounds = tuple((k,) for k in groups) if settings.true_sequential else (groups,)
+        alike = [tuple(same) for _, same in groupby(groups, lambda k: pattern(task.layout.groups[k][0]))]
+        self.rounds = tuple(alike) if settings.true_sequential else (groups,)
         self.plan = [(k, names) for k in groups for names in split_by_grid(task.layout.groups[k], task.grids)]
         self.observation: Observation | None = None  # while a round gathers
         self.grams: dict[int, Tensor] = {}  # by group
-        self.tokens: dict[int, int] = {}  # number of tokens that S sums over, in all processes; by group
+        self.tokens: dict[int, int] = {}  # number of tokens that S sums over, in all processes; 0 without S; by group
+        self.too_few: dict[int, int] = {}  # number of tokens of an expert that has no S, by group
         self.found: dict[str, QuantizedLinear] = {}
         self.stacks: dict[int, StackedLinears] = {}  # by position in ``plan``
         self._solved_weights: dict[str, Tensor] = {}
@@ -159,7 +123,8 @@ class GramModule(BlockModule):
 
     def finish(self) -> BlockResult:
         groups = self.task.layout.groups
-        note_unreached(self.task, [name for k, tokens in self.tokens.items() if not tokens for name in groups[k]])
+        note_unreached(self.task, [name for k, tokens in self.too_few.items() if not tokens for name in groups[k]])
+        note_starved(self.task, {groups[k][0]: tokens for k, tokens in self.too_few.items() if tokens})
         return BlockResult({name: self.found[name] for name in self.task.layout.linears}, self.task.plain_tensors())
 
     def second_moment(self, number: int) -> Tensor:
@@ -196,7 +161,8 @@ class GramModule(BlockModule):
             name = self.task.layout.groups[k][0]
             width = self.task.linear(name).in_features
             self.tokens[k] = seen[name].tokens
-            if not self.tokens[k]:
+            if not self.tokens[k] or (self.tokens[k] < width and pattern(name) != name):
+                self.too_few[k], self.tokens[k] = self.tokens[k], 0
                 done = self._unreached(k)
                 for number in self.stacks_in(k):
                     self._keep(number, {name: done[name] for name in self.plan[number][1]})
@@ -209,7 +175,7 @@ class GramModule(BlockModule):
                 )  # fmt: skip
 
     def _unreached(self, k: int) -> dict[str, QuantizedLinear]:
-        """The results for a group of linears that no token reaches."""
+        """The results for a group of linears that no token or too few tokens reach."""
         task, clipping, names = self.task, self.settings.clipping, self.task.layout.groups[k]
         if task.result is not None and "grid" in self.settings.takes:
             return {name: task.result.linears[name] for name in names}
@@ -243,6 +209,7 @@ class GramModule(BlockModule):
             "groups": [list(group) for group in self.task.layout.groups],
             "grams": {k: gram for k, gram in self.grams.items() if k not in solved},
             "tokens": self.tokens,
+            "too few": self.too_few,
             "found": {name: linear.to_state() for name, linear in self.found.items()},
             "solvers": solvers,
         }
@@ -254,6 +221,7 @@ class GramModule(BlockModule):
         every = self.task.inputs.shape[0] * self.task.inputs.shape[1] * collectives.world_size()
         # Checkpoints up to version 1b67ee7 hold no counts; in those versions every linear saw every token.
         self.tokens = dict(state.get("tokens", dict.fromkeys(range(len(self.task.layout.groups)), every)))
+        self.too_few = dict(state.get("too few", {k: 0 for k, number in self.tokens.items() if not number}))
         self.found = {name: QuantizedLinear.from_state(linear) for name, linear in state["found"].items()}
         self._add_solved_weights(self.found)
         self.load_solver_state(state["solvers"])

@@ -23,8 +23,9 @@ from torch.func import functional_call
 
 from omniq.blocks.placement import gather_samples
 from omniq.calibration.input_statistics import Statistic
+from omniq.calibration.settings import TokenWeights
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights, relative_weights
+from omniq.calibration.token_weights import relative_weights
 from omniq.distributed import collectives
 from omniq.kernels.layer_problem import all_finite
 

@@ -15,7 +15,7 @@ log = logging.getLogger("omniq")
 
 @dataclass(frozen=True)
 class OutlierSettings:
-    """Weights that QuantEase keeps in float16 beside the codes (section 4 of the paper).
+    """Weights that QuantEase keeps in float16 beside the codes.
 
     Args:
         fraction: fraction of the weights of each linear to keep, above 0 and up to 0.5; 0.01 keeps 1 %. At least one

@@ -5,15 +5,15 @@ GPTQ calls twice the sum of ``x x^T`` the Hessian. Here, the mean of ``x x^T`` i
 diagonal the second moment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from omniq.calibration.input_statistics import InputGram, InputSquares
 from omniq.calibration.observe import observe
+from omniq.calibration.settings import TokenWeights
 from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights
 from omniq.quantizers.clipping import Clipping
 
 
@@ -53,6 +53,13 @@ def note_unreached(task: BlockTask, names: Sequence[str]) -> None:
     """Name the linears that no token reaches in the summary of the block."""
     if names:
         task.notes["unreached"] = f"no calibration token reaches {', '.join(names)}: rounded to nearest"
+
+
+def note_starved(task: BlockTask, tokens: Mapping[str, int]) -> None:
+    """Name experts that see fewer tokens than their inputs, with their tokens, in the summary of the block."""
+    if tokens:
+        listed = ", ".join(f"{name} ({number})" for name, number in tokens.items())
+        task.notes["too few tokens"] = f"fewer calibration tokens than inputs reach {listed}: rounded to nearest"
 
 
 def second_moments_for(

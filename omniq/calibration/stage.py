@@ -14,6 +14,9 @@ list of stages: ``previous.leaves - stage.takes`` must be empty. The parts are
 - ``norms``: norms that are part of the result, but not of the block.
 - ``outliers``: weights in float16 beside the codes.
 - ``scale codes``: scales or zero points that are themselves stored as codes.
+- ``transforms``: a finished block whose full-precision block, after its transforms, is not known.
+
+A ``ModelStage`` runs once over the whole model, after all blocks are finished.
 
 A stage that transforms the block leaves only the block. It also rounds the weights, so that it can be the last stage.
 
@@ -22,18 +25,18 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size, ``o``/``i`` 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from omniq.errors import UserError
 
 if TYPE_CHECKING:  # settings are parsed without torch
-    from omniq.calibration.module import BlockModule
-    from omniq.calibration.task import BlockTask
+    from omniq.calibration.model_task import ModelTask
+    from omniq.calibration.pass_module import PassModule
     from omniq.grid.scheme import Activations
     from omniq.models.layout import Layout
 
-Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes"]
-_PARTS: tuple[Part, ...] = ("block", "grid", "codes", "norms", "outliers", "scale codes")  # the order in messages
+Part = Literal["block", "grid", "codes", "norms", "outliers", "scale codes", "transforms"]
+_PARTS: tuple[Part, ...] = get_args(Part)  # the order in messages
 
 
 class Stage(ABC):
@@ -58,8 +61,8 @@ class Stage(ABC):
         return frozenset({"grid"})
 
     @abstractmethod
-    def module(self, task: "BlockTask") -> "BlockModule":
-        """Build the LightningModule for one block."""
+    def module(self, task: Any) -> "PassModule[Any]":
+        """Build the LightningModule (a ``BlockModule``) for one block (a ``BlockTask``)."""
 
     def check_layout(self, layout: "Layout") -> None:  # noqa: B027 (most stages accept any family)
         """Refuse a family that lacks what this stage needs.
@@ -72,6 +75,16 @@ class Stage(ABC):
         """Kinds of equivalences that this stage uses in a block; each is verified before the run starts."""
         return ()
 
+    def check_samples(self, samples: int) -> None:  # noqa: B027 (most stages accept any number)
+        """Refuse a number of samples that is too small for this stage.
+
+        Args:
+            samples: the calibration samples of one process.
+
+        Raises:
+            UserError: names the setting and the number.
+        """
+
     def check_place_in_list(self, before: Sequence["Stage"]) -> None:  # noqa: B027 (most stages may come first)
         """Refuse a list of stages in which this stage lacks a stage that must come before it.
 
@@ -83,6 +96,25 @@ class Stage(ABC):
         """
 
 
+class ModelStage(Stage):
+    """Settings of a method that runs once, on all finished blocks together."""
+
+    @abstractmethod
+    def module(self, task: "ModelTask") -> "PassModule[ModelTask]":
+        """Build the LightningModule for the whole model."""
+
+    def check_text(self, tokens: int, codes: int) -> None:
+        """Refuse too little calibration text.
+
+        Args:
+            tokens: number of calibration tokens of all processes.
+            codes: number of quantized weights of the model.
+
+        Raises:
+            UserError: names the number of tokens that the stage needs.
+        """
+
+
 def check_stages(stages: Sequence[Stage]) -> None:
     """Refuse a list of stages in which a stage lacks its predecessor, or loses a part of its predecessor's result.
 
@@ -91,6 +123,11 @@ def check_stages(stages: Sequence[Stage]) -> None:
     """
     for position, stage in enumerate(stages):
         stage.check_place_in_list(stages[:position])
+        if position and isinstance(stages[position - 1], ModelStage) and not isinstance(stage, ModelStage):
+            raise UserError(
+                f"stages: {type(stage).__name__} quantizes blocks after {type(stages[position - 1]).__name__}, which "
+                "needs finished blocks: put it before"
+            )
         if position:
             _check_nothing_is_lost(stages[position - 1], stage)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from omniq.blocks.activation_hooks import quantized_activations
 from omniq.blocks.forward import Precision, propagate
 from omniq.blocks.placement import empty_like_stream
+from omniq.blocks.weights import block_tensors
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
@@ -59,6 +60,11 @@ class BlockTask:
         return f"block/{self.index:03d}"
 
     @property
+    def label(self) -> str:
+        """``block 7``: the name of this block in messages."""
+        return f"block {self.index}"
+
+    @property
     def device(self) -> torch.device:
         """The device on which the block computes."""
         return next(self.block.parameters()).device
@@ -90,6 +96,6 @@ class BlockTask:
         return quantized_activations(self.block, self.layout, self.activations)
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Every parameter that is not the weight of a quantized linear, by name: norms, biases, kept linears."""
+        """Every tensor that is not the weight of a quantized linear: norms, biases, kept linears, saved buffers."""
         quantized = {f"{name}.weight" for name in self.layout.linears}
-        return {name: value.detach() for name, value in self.block.named_parameters() if name not in quantized}
+        return {name: value for name, value in block_tensors(self.block).items() if name not in quantized}

@@ -14,12 +14,10 @@ The Gram matrix S of the layer-wise stages uses the same weights.
 Shapes: ``b`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
 
-from typing import Literal
-
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-TokenWeights = Literal["uniform", "relative"]
+from omniq.calibration.settings import TokenWeights
 
 
 def relative_weights(targets: Tensor) -> Tensor:

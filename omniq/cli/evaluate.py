@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import EvaluatedModel
-from omniq.data import Evaluation
+from omniq.data import Bos, Evaluation
 from omniq.errors import NotByBlocks, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_model, evaluate_streamed
 from omniq.evaluate.result import PerplexityResult
 from omniq.models.locate import locate
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.models.transformers_io import open_checkpoint, open_tokenizer
 from omniq.models.weight_files import read_json, weight_file
@@ -40,10 +43,11 @@ def evaluate_checkpoint(
     if out is not None:
         out = expand_home(out)
         check_result_file(out)
-    result = measure(model, evaluation, find_device(device), batch)
-    plain_console().print(perplexity_table({model.path: result}, title=evaluation.describe()))
+    result, bos = measure(model, evaluation, find_device(device), batch)
+    text = evaluation.describe(bos)
+    plain_console().print(perplexity_table({model.path: result}, title=text))
     if out is not None:
-        write_results(out, {model.path: result}, text=evaluation.describe())
+        write_results(out, {model.path: result}, text=text)
 
 
 def check_result_file(out: Path) -> None:
@@ -83,8 +87,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int) -> PerplexityResult:
+def measure(
+    model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int
+) -> tuple[PerplexityResult, Bos]:
     """Measure the perplexity of a model that omniq or transformers can open.
+
+    Returns:
+        the result, and where the windows begin with BOS.
 
     Raises:
         UserError: the model is not found, neither omniq nor transformers can open it, or the text does not fit it.
@@ -93,24 +102,31 @@ def measure(model: EvaluatedModel, evaluation: Evaluation, device: torch.device,
     place = folder if file is None else folder / file
     try:
         source = SourceModel.open(place, None, _dtype(model, device), model.attention, model.trust_remote_code)
+        check_streaming(source, device)
     except NotByBlocks:
         return _measure_with_transformers(folder, weight_file(folder, file), model, evaluation, device, batch)
-    windows = evaluation.sequences(source.tokenizer())
+    windows, bos = _windows(evaluation, source.tokenizer(), source.config.model_type)
 
     def placement(size: int) -> ActivationPlacement:
         return ActivationPlacement.choose("auto", device, Path(gettempdir()), size, count=1)
 
     variants = {"model": lambda index, block: block}
-    return evaluate_streamed(source, windows, variants, device, batch, placement=placement)["model"]
+    return evaluate_streamed(source, windows, variants, device, batch, placement=placement)["model"], bos
+
+
+def _windows(evaluation: Evaluation, tokenizer: Any, model_type: str | None) -> tuple[Tensor, Bos]:
+    return evaluation.sequences(tokenizer, model_type), evaluation.place_of_bos(tokenizer, model_type)
 
 
 def _measure_with_transformers(
     folder: Path, file: str, model: EvaluatedModel, evaluation: Evaluation, device: torch.device, batch: int
-) -> PerplexityResult:
+) -> tuple[PerplexityResult, Bos]:
     """Measure with transformers. A quantized checkpoint keeps its own dtype, also on a CPU."""
     gguf = file if file.endswith(".gguf") else None
-    windows = evaluation.sequences(open_tokenizer(folder, gguf, model.trust_remote_code))
-    quantized = gguf is None and bool(read_json(folder / "config.json").get("quantization_config"))
+    config = {} if gguf is not None else read_json(folder / "config.json")
+    tokenizer = open_tokenizer(folder, gguf, model.trust_remote_code)
+    windows, bos = _windows(evaluation, tokenizer, config.get("model_type"))
+    quantized = bool(config.get("quantization_config"))
     with _open_errors_in_one_line(folder, model):
         loaded = open_checkpoint(
             folder,
@@ -119,7 +135,7 @@ def _measure_with_transformers(
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
         )
-    return evaluate_model(loaded, windows, batch, device)
+    return evaluate_model(loaded, windows, batch, device), bos
 
 
 def _dtype(model: EvaluatedModel, device: torch.device) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from omniq.config.saved import check_run_directory
+from omniq.errors import CorruptFile
 from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
 from omniq.report.table import perplexity_table
@@ -34,10 +35,12 @@ def show_run(path: Path) -> None:
     for index in finished_blocks(path):
         summary = load_summary(block_path(path, index))
         values = [f"{summary[key]:.4g}" if key in summary else "" for key in keys]
-        notes = "; ".join(summary[key] for key in ("guard", "unreached") if key in summary)
+        notes = "; ".join(summary[key] for key in ("guard", "unreached", "too few tokens") if key in summary)
         table.add_row(str(index), *values, notes)
     console.print(table)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")
+        if not {"models", "text"} <= measured.keys():
+            raise CorruptFile(f"{path / 'perplexity.json'}: it is the content of another file of a run")
         rows = {name: PerplexityResult.from_json(entry) for name, entry in measured["models"].items()}
         console.print(perplexity_table(rows, title=measured["text"]))

@@ -41,19 +41,14 @@ def stream_logits(
     """Compute logits of several variants of a checkpoint, in one pass over its blocks.
 
     Args:
-        source: the checkpoint.
         windows: int64 ``[m, t]``.
-        variants: the variants by name; ``lambda index, block: block`` is the unmodified model.
-        device: device on which blocks run.
-        batch_size: windows per forward.
+        variants: ``lambda index, block: block`` is the unmodified model.
         progress: called with the number of finished blocks.
         dtype: dtype of blocks and activations; by default that of the checkpoint. Embedding and head keep their dtype.
-        placement: chooses the placement of activations, given the bytes of one variant's activations; by default
-            ``device``.
+        placement: chooses where activations live, given the bytes of one variant's; by default on ``device``.
 
     Yields:
-        for each variant and batch: the name of the variant, logits ``[b, t, v]`` and tokens ``[b, t]``, both on
-        ``device``.
+        for each variant and batch: the name, logits ``[b, t, v]`` and tokens ``[b, t]``, both on ``device``.
 
     Raises:
         UserError: the windows are longer than the model's context, or contain tokens outside its vocabulary.
@@ -61,21 +56,20 @@ def stream_logits(
     device = torch.device(device)
     first, kwargs = source.embed(windows[:1], device)
     dtype = dtype or first.dtype
-    shape = (*windows.shape, first.shape[-1])
     size = windows.numel() * first.shape[-1] * dtype.itemsize
     place = ActivationPlacement("device", device, Path()) if placement is None else placement(size)
-    streams = {name: place.empty(shape, dtype) for name in variants}
-    for start in range(0, len(windows), batch_size):
-        batch = slice(start, start + batch_size)
+    streams = {name: place.empty((*windows.shape, first.shape[-1]), dtype) for name in variants}
+    batches = [slice(start, start + batch_size) for start in range(0, len(windows), batch_size)]
+    for batch in batches:
         hidden = source.embed(windows[batch], device)[0]
         for stream in streams.values():
             stream[batch].copy_(hidden)
     for index in range(source.num_blocks):
-        _advance(streams, variants, index, source.block(index, device, dtype), _cast(kwargs[index], dtype), batch_size)
+        arguments = kwargs[index] if dtype == source.dtype else _cast(kwargs[index], dtype)  # some tables are float32
+        _advance(streams, variants, index, source.block(index, device, dtype), arguments, batch_size)
         progress(index + 1)
     for name, stream in streams.items():
-        for start in range(0, len(windows), batch_size):
-            batch = slice(start, start + batch_size)
+        for batch in batches:
             yield name, source.logits(gather_samples(stream, batch, device), device), windows[batch].to(device)
 
 

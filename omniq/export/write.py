@@ -36,21 +36,17 @@ def export_checkpoint(
     container_bits: int | None = None,
     max_shard_bytes: int = 2**30,
 ) -> Path:
-    """Write a checkpoint that the runtime of a format can open.
+    """Write a checkpoint that the runtime of a format can open, and return its folder.
 
     Args:
         source: provides all parameters outside the blocks, the config and the tokenizer.
         results: fetches a finished block by its index.
         out: the folder to create. An earlier export there is replaced when the new one is complete.
         scheme: the number formats of the finished blocks; parameters are exported in the dtype of the scales.
-        card: facts for the model card (see ``omniq.export.containers.card``); ``card["recipe"]`` is also written to
-            ``recipe.yaml``.
+        card: facts for the model card (``omniq.export.containers.card``); ``recipe`` also goes to ``recipe.yaml``.
         format: a name in ``FORMATS``.
         container_bits: bits of stored codes for narrower grids; None to store every grid in its own bits.
         max_shard_bytes: largest size of a weight file, and of the tensors held in memory beside one block.
-
-    Returns:
-        the folder.
 
     Raises:
         UserError: the format is unknown, the format or the model cannot hold the scheme or a parameter, the disk is

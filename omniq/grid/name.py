@@ -68,3 +68,18 @@ def check_weights(bits: int, group_size: int) -> None:
         raise UserError(f"weight bits {bits} are outside 2..8: choose a scheme from W2 to W8, such as W4A16")
     if group_size != -1 and group_size < 1:
         raise UserError(f"group size {group_size} is not valid: give a positive size, or -1 for per-channel scales")
+
+
+def check_scale_codes(scale_bits: int, zero_bits: int, rows: int) -> None:
+    """Refuse codes of scales and zero points that no format can store; the arguments of ``QuantizedScales``.
+
+    Raises:
+        UserError: the bits of a code are out of range, or a run has fewer than two rows.
+    """
+    for name, bits in (("scale_bits", scale_bits), ("zero_bits", zero_bits)):
+        if bits and not 2 <= bits <= 8:
+            raise UserError(
+                f"{name} {bits} is out of range: give 2 to 8 (3 is usual), or 0 to store the values without codes"
+            )
+    if rows < 2:
+        raise UserError(f"scale_group {rows} is too small for scales to share a range: give 2 or more, such as 16")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omniq.errors import UserError
+from omniq.grid.name import check_scale_codes
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,7 @@ class QuantizedScales:
     rows: int = 16
 
     def __post_init__(self) -> None:
-        for name, bits in (("scale_bits", self.scale_bits), ("zero_bits", self.zero_bits)):
-            if bits and not 2 <= bits <= 8:
-                raise UserError(
-                    f"{name} {bits} is out of range: give 2 to 8 (3 is usual), or 0 to store the values without codes"
-                )
-        if self.rows < 2:
-            raise UserError(
-                f"scale_group {self.rows} is too small for scales to share a range: give 2 or more, such as 16"
-            )
+        check_scale_codes(self.scale_bits, self.zero_bits, self.rows)
 
     def runs(self, outputs: int) -> int:
         """Number of runs in ``outputs`` rows."""

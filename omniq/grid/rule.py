@@ -33,7 +33,7 @@ class Rule:
         layers: full names of the linears, as a glob such as ``model.layers.0.*``, where ``*`` also matches dots; or
             ``re:`` followed by a regular expression for the whole name, such as ``re:.*down_proj``.
         name: bits and group size of the weights, as in ``scheme.name``; ``none`` leaves the linears in floating point.
-        symmetric: fix the zero points of weights in the middle of the code range; by default as ``scheme.symmetric``.
+        symmetric: fix the zero points of weights in the middle of the code range. By default as ``scheme.symmetric``.
 
     Raises:
         UserError: the pattern or the name is not valid, or no grid has these bits and this group size.

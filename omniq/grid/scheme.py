@@ -73,10 +73,10 @@ class Scheme:
             ``W4A4KV4``.
         symmetric: fix the zero points of weights in the middle of the code range.
         dtype: dtype of scales and of all exported parameters that are not quantized.
-        activation_symmetric: quantize activations without zero points, which common integer kernels prefer; the paper
+        activation_symmetric: quantize activations without zero points, which common integer kernels prefer. The paper
             uses zero points.
-        activation_range: which inputs of a linear share a range: each ``token`` has its own, computed at run time (as
-            in the paper), or the whole ``tensor`` has one, fixed after calibration.
+        activation_range: ``token`` computes a range for each token at run time, as in the paper. ``tensor`` fixes one
+            range for all inputs of a linear after calibration.
         queries: quantize queries to the bits of the linears' inputs, as the paper does.
         zero_points: the zero points of asymmetric weights: ``any``; ``nonzero`` for formats that cannot hold 0
             (version 1 of ``gptq``); or ``inner``, which also excludes the largest code (``gguf`` in 2 bits).

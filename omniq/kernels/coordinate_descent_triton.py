@@ -78,6 +78,52 @@ def _nearest(u, scale, zero, max_code, MAGIC: tl.constexpr):
 
 
 @triton.jit
+def _load_run(
+    work_ptr, gram_ptr, target_ptr, residual_ptr, inverse_ptr, mask_ptr, low, columns, row, valid, outputs, stride,
+    MASKED: tl.constexpr, FULL_RUNS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Part 2: gradients, targets, weights, unrounded coordinates, triangle of S and inverses of a run, as tuples."""
+    gradients, targets, olds, keeps, weights, inverses = (), (), (), (), (), ()
+    for t in tl.static_range(RUN):
+        inside = (low + t < columns) | FULL_RUNS
+        at = (low + t) * outputs + row
+        gradients += (tl.load(work_ptr + at, mask=valid & inside, other=0.0),)
+        target = tl.load(target_ptr + at, mask=valid & inside, other=0.0)
+        targets += (target,)
+        olds += (target - tl.load(residual_ptr + at, mask=valid & inside, other=0.0),)
+        if MASKED:
+            keeps += (tl.load(mask_ptr + at, mask=valid & inside, other=0) != 0,)
+        for k in tl.static_range(t):
+            weights += (tl.load(gram_ptr + (low + t) * stride + low + k, mask=inside, other=0.0),)
+        inverses += (tl.load(inverse_ptr + low + t, mask=inside, other=0.0),)  # 0: no step
+    return gradients, targets, olds, keeps, weights, inverses
+
+
+@triton.jit
+def _store_run(work_ptr, residual_ptr, steps, residuals, low, columns, row, valid, outputs,
+               FULL_RUNS: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    for t in tl.static_range(RUN):
+        here = valid & ((low + t < columns) | FULL_RUNS)
+        at = (low + t) * outputs + row
+        tl.store(work_ptr + at, steps[t], mask=here)
+        tl.store(residual_ptr + at, residuals[t], mask=here)
+
+
+@triton.jit
+def _visit(old, gradient, inverse, keep, scale, zero, max_code, MASKED: tl.constexpr, MAGIC: tl.constexpr):
+    """The exact minimizer of one coordinate, its new value, the step, and whether its code moved."""
+    u = old + gradient * inverse
+    new = _nearest(u, scale, zero, max_code, MAGIC) * scale
+    if MASKED:
+        new = tl.where(keep, u, new)
+    step = tl.where(inverse > 0, old - new, 0.0)
+    moved = tl.abs(step) > 0.5 * scale
+    if MASKED:
+        moved = moved & (keep == 0)
+    return u, new, step, moved
+
+
+@triton.jit
 def _round_block(
     work_ptr, gram_ptr, target_ptr, residual_ptr, scale_ptr, zero_ptr, group_ptr, inverse_ptr, mask_ptr,
     changed_ptr, gain_ptr, outputs, columns, stride, max_code,
@@ -92,19 +138,10 @@ def _round_block(
     for low in range(0, columns, RUN):
         if low > 0:
             _earlier_steps(work_ptr, gram_ptr, low, columns, row, valid, outputs, stride, RUN, DEPTH, PRODUCT)
-        gradients, targets, olds, keeps, weights, inverses = (), (), (), (), (), ()
-        for t in tl.static_range(RUN):
-            inside = (low + t < columns) | FULL_RUNS
-            at = (low + t) * outputs + row
-            gradients += (tl.load(work_ptr + at, mask=valid & inside, other=0.0),)
-            target = tl.load(target_ptr + at, mask=valid & inside, other=0.0)
-            targets += (target,)
-            olds += (target - tl.load(residual_ptr + at, mask=valid & inside, other=0.0),)
-            if MASKED:
-                keeps += (tl.load(mask_ptr + at, mask=valid & inside, other=0) != 0,)
-            for k in tl.static_range(t):
-                weights += (tl.load(gram_ptr + (low + t) * stride + low + k, mask=inside, other=0.0),)
-            inverses += (tl.load(inverse_ptr + low + t, mask=inside, other=0.0),)  # 0: no step
+        gradients, targets, olds, keeps, weights, inverses = _load_run(
+            work_ptr, gram_ptr, target_ptr, residual_ptr, inverse_ptr, mask_ptr, low, columns, row, valid, outputs,
+            stride, MASKED, FULL_RUNS, RUN,
+        )  # fmt: skip
         grid = tl.load(group_ptr + low) * outputs + row
         tl.debug_barrier()
         # NOTE: these two come after the barrier so that the arithmetic, which needs them, does so as well.
@@ -121,25 +158,14 @@ def _round_block(
             gradient = gradients[t]
             for k in tl.static_range(t):
                 gradient += weights[t * (t - 1) // 2 + k] * steps[k]
-            old, live = olds[t], inverses[t] > 0
-            u = old + gradient * inverses[t]
-            new = _nearest(u, scale, zero, max_code, MAGIC) * scale
-            if MASKED:
-                new = tl.where(keeps[t], u, new)
-            step = tl.where(live, old - new, 0.0)
-            moved = tl.abs(step) > 0.5 * scale
-            if MASKED:
-                moved = moved & (keeps[t] == 0)
+            keep = keeps[t] if MASKED else False
+            u, new, step, moved = _visit(olds[t], gradient, inverses[t], keep, scale, zero, max_code, MASKED, MAGIC)
             count += moved.to(tl.int32)
             diagonal = tl.load(gram_ptr + (low + t) * (stride + 1), mask=inside, other=0.0)
-            gain += diagonal * step * (2.0 * u - new - old)
+            gain += diagonal * step * (2.0 * u - new - olds[t])
             steps += (step,)
-            residuals += (tl.where(live, targets[t] - new, 0.0),)
-        for t in tl.static_range(RUN):
-            here = valid & ((low + t < columns) | FULL_RUNS)
-            at = (low + t) * outputs + row
-            tl.store(work_ptr + at, steps[t], mask=here)
-            tl.store(residual_ptr + at, residuals[t], mask=here)
+            residuals += (tl.where(inverses[t] > 0, targets[t] - new, 0.0),)
+        _store_run(work_ptr, residual_ptr, steps, residuals, low, columns, row, valid, outputs, FULL_RUNS, RUN)
         total += gain.to(tl.float64)
         tl.debug_barrier()
     tl.store(gain_ptr + row, tl.load(gain_ptr + row, mask=valid, other=0.0) + total, mask=valid)

@@ -3,7 +3,7 @@
 
 The weight is ``w = diag(r) W diag(c)``: ``W`` is frozen, and a transform gives the factors ``r`` and ``c`` (ones if
 they are absent). For a group of weights with range ``lo <= 0 <= hi`` (zero included), ``b`` bits, ``L = 2^b - 1``
-and two learned logits (OmniQuant, arXiv 2308.13137, section 3.2, learnable weight clipping):
+and two learned logits (OmniQuant, arXiv 2308.13137, learnable weight clipping):
 
     xmax = sigmoid(upper) hi,  xmin = sigmoid(lower) lo           the clipped range
     s = (xmax - xmin) / L      or  2 max(xmax, -xmin) / L         asymmetric or symmetric, at least ``tiny``

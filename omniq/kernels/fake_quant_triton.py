@@ -37,14 +37,12 @@ from torch import Tensor
 from omniq.kernels.fake_quant_torch import Operands, empty_gradients, empty_like, empty_range
 from omniq.kernels.fused import on_device
 from omniq.kernels.triton_functions import (
-    TINY,
     at_least_tiny,
-    clamp,
+    code_gradients,
     learned_grid,
-    nearest,
-    quotient,
+    range_gradients,
     round_to_grid,
-    split_range_gradient,
+    store,
 )
 
 _TILE = 2048  # weights of a program at a time: each thread of 4 warps loads twice 16 bytes of half precision
@@ -97,21 +95,36 @@ def group_backward(
         mask = valid[:, None] & (column < size)
         w = tl.load(weight_ptr + start_of_row + column, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + start_of_row + column, mask=mask, other=0.0).to(tl.float32)
-        steps = quotient(w, s, inverse)
-        rounded = nearest(steps)
-        codes = clamp(rounded, -z, MAX_CODE - z)
-        inside = rounded == codes
-        total += g * (codes - tl.where(inside, steps, 0.0))
+        _, to_scale, kept = code_gradients(g, w, s, z, inverse, MAX_CODE)
+        total += to_scale
         if TO_WEIGHT:
-            d_w = tl.where(inside, g, 0.0).to(d_weight_ptr.dtype.element_ty)
-            tl.store(d_weight_ptr + start_of_row + column, d_w, mask=mask)
-    d_range = tl.where(scale < TINY, 0.0, tl.div_rn(tl.sum(total, axis=1), MAX_CODE * 1.0))
-    d_min, d_max = split_range_gradient(d_range, xmin, xmax, SYMMETRIC)
-    tl.store(d_upper_ptr + row, (d_max * xmax * (1.0 - keep_hi)).to(d_upper_ptr.dtype.element_ty), mask=valid)
-    tl.store(d_lower_ptr + row, (d_min * xmin * (1.0 - keep_lo)).to(d_lower_ptr.dtype.element_ty), mask=valid)
+            store(d_weight_ptr, start_of_row + column, kept, mask)
+    d_min, d_max = range_gradients(tl.sum(total, axis=1), scale, xmin, xmax, MAX_CODE, SYMMETRIC)
+    store(d_upper_ptr, row, d_max * xmax * (1.0 - keep_hi), valid)
+    store(d_lower_ptr, row, d_min * xmin * (1.0 - keep_lo), valid)
     if TO_WEIGHT:
-        tl.store(d_hi_ptr + row, (d_max * keep_hi).to(d_hi_ptr.dtype.element_ty), mask=valid)
-        tl.store(d_lo_ptr + row, (d_min * keep_lo).to(d_lo_ptr.dtype.element_ty), mask=valid)
+        store(d_hi_ptr, row, d_max * keep_hi, valid)
+        store(d_lo_ptr, row, d_min * keep_lo, valid)
+
+
+@triton.jit
+def _row_layout(groups, size, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """Index of each group, whether it exists, and offsets and mask of the weights of a padded row."""
+    group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
+    valid = group < groups
+    return group, valid, group[:, None] * size + member[None, :], valid[:, None] & (member < size)[None, :]
+
+
+@triton.jit
+def _scaled(w, c, rows_ptr, row, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """``W c r`` of one row, and ``r``."""
+    r = 1.0
+    if BY_COLUMN:
+        w *= c
+    if BY_ROW:
+        r = tl.load(rows_ptr + row).to(tl.float32)
+        w *= r
+    return w, r
 
 
 @triton.jit
@@ -120,31 +133,38 @@ def row_forward(
     MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    valid = group < groups
-    offsets = group[:, None] * size + member[None, :]
-    mask = valid[:, None] & (member < size)[None, :]
+    group, valid, offsets, mask = _row_layout(groups, size, GROUPS, SIZE)
     first, stride = tl.program_id(0), tl.num_programs(0)
-    if BY_COLUMN:
-        c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32) if BY_COLUMN else 1.0
     start, step = first.to(tl.int64) * width, stride.to(tl.int64) * width
     next_w = tl.load(weight_ptr + start + offsets, mask=mask, other=0.0)
     for row in range(first, outputs, stride):
         w = next_w.to(tl.float32)
         next_w = tl.load(weight_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
-        if BY_COLUMN:
-            w *= c
-        if BY_ROW:
-            w *= tl.load(rows_ptr + row).to(tl.float32)
+        w, _ = _scaled(w, c, rows_ptr, row, BY_ROW, BY_COLUMN)
         lo, hi = tl.minimum(tl.min(w, axis=1), 0.0), tl.maximum(tl.max(w, axis=1), 0.0)
         which = row * groups + group
         tl.store(lo_ptr + which, lo, mask=valid)
         tl.store(hi_ptr + which, hi, mask=valid)
         _, _, _, _, scale, zero = learned_grid(lo, hi, upper_ptr, lower_ptr, which, valid, MAX_CODE, SYMMETRIC)
         s, z = at_least_tiny(scale)[:, None], zero[:, None]
-        out = round_to_grid(w, s, z, MAX_CODE).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + start + offsets, out, mask=mask)
+        store(out_ptr, start + offsets, round_to_grid(w, s, z, MAX_CODE), mask)
         start += step
+
+
+@triton.jit
+def _extremes(w, lo, hi, mask, TO_WEIGHT: tl.constexpr):
+    """1 where a weight is the smallest or the largest of its group."""
+    at_lo, at_hi = tl.where(w == lo[:, None], 1.0, 0.0), tl.where(w == hi[:, None], 1.0, 0.0)
+    if TO_WEIGHT:  # the padding must not share an extreme of zero; without ``d w`` it is multiplied by zero
+        at_lo, at_hi = tl.where(mask, at_lo, 0.0), tl.where(mask, at_hi, 0.0)
+    return at_lo, at_hi
+
+
+@triton.jit
+def _add_shares(d_w, at_lo, at_hi, d_lo, d_hi, n_lo, n_hi):
+    """Add to each extreme weight its share of the gradient of the extreme; equal weights share equally."""
+    return d_w + at_lo * (d_lo / tl.maximum(n_lo, 1.0))[:, None] + at_hi * (d_hi / tl.maximum(n_hi, 1.0))[:, None]
 
 
 @triton.jit
@@ -159,14 +179,10 @@ def row_backward(
     MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
     TO_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    valid = group < groups
-    offsets = group[:, None] * size + member[None, :]
-    mask = valid[:, None] & (member < size)[None, :]
+    group, valid, offsets, mask = _row_layout(groups, size, GROUPS, SIZE)
     first, stride = tl.program_id(0), tl.num_programs(0)
-    if BY_COLUMN:
-        c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        sums = tl.zeros([GROUPS, SIZE], tl.float32)
+    c = tl.load(columns_ptr + offsets, mask=mask, other=0.0).to(tl.float32) if BY_COLUMN else 1.0
+    sums = tl.zeros([GROUPS, SIZE], tl.float32)
     start, step = first.to(tl.int64) * width, stride.to(tl.int64) * width
     next_w = tl.load(weight_ptr + start + offsets, mask=mask, other=0.0)
     next_g = tl.load(grad_ptr + start + offsets, mask=mask, other=0.0)
@@ -174,46 +190,26 @@ def row_backward(
         w, g = next_w.to(tl.float32), next_g.to(tl.float32)
         next_w = tl.load(weight_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
         next_g = tl.load(grad_ptr + start + step + offsets, mask=mask & (row + stride < outputs), other=0.0)
-        if BY_COLUMN:
-            w *= c
-        if BY_ROW:
-            r = tl.load(rows_ptr + row).to(tl.float32)
-            w *= r
+        w, r = _scaled(w, c, rows_ptr, row, BY_ROW, BY_COLUMN)
         which = row * groups + group
-        lo = tl.load(lo_ptr + which, mask=valid, other=0.0)
-        hi = tl.load(hi_ptr + which, mask=valid, other=0.0)
+        lo, hi = tl.load(lo_ptr + which, mask=valid, other=0.0), tl.load(hi_ptr + which, mask=valid, other=0.0)
         keep_lo, keep_hi, xmin, xmax, scale, zero = learned_grid(
             lo, hi, upper_ptr, lower_ptr, which, valid, MAX_CODE, SYMMETRIC
         )
-        s, z = at_least_tiny(scale)[:, None], zero[:, None]
-        steps = quotient(w, s, tl.div_rn(1.0, s))
-        rounded = nearest(steps)
-        codes = clamp(rounded, -z, MAX_CODE - z)
-        inside = rounded == codes
-        at_lo, at_hi = tl.where(w == lo[:, None], 1.0, 0.0), tl.where(w == hi[:, None], 1.0, 0.0)
-        if TO_WEIGHT:  # the padding must not share an extreme of zero; without ``d w`` it is multiplied by zero
-            at_lo, at_hi = tl.where(mask, at_lo, 0.0), tl.where(mask, at_hi, 0.0)
-        to_scale, kept = g * (codes - tl.where(inside, steps, 0.0)), tl.where(inside, g, 0.0)
+        s = at_least_tiny(scale)[:, None]
+        codes, to_scale, kept = code_gradients(g, w, s, zero[:, None], tl.div_rn(1.0, s), MAX_CODE)
+        at_lo, at_hi = _extremes(w, lo, hi, mask, TO_WEIGHT)
         d_scale, to_row, n_lo, n_hi = tl.reduce((to_scale, g * codes, at_lo, at_hi), 1, _add)
-        d_range = tl.where(scale < TINY, 0.0, tl.div_rn(d_scale, MAX_CODE * 1.0))
-        d_min, d_max = split_range_gradient(d_range, xmin, xmax, SYMMETRIC)
-        tl.store(d_upper_ptr + which, (d_max * xmax * (1.0 - keep_hi)).to(d_upper_ptr.dtype.element_ty), mask=valid)
-        tl.store(d_lower_ptr + which, (d_min * xmin * (1.0 - keep_lo)).to(d_lower_ptr.dtype.element_ty), mask=valid)
+        d_min, d_max = range_gradients(d_scale, scale, xmin, xmax, MAX_CODE, SYMMETRIC)
+        store(d_upper_ptr, which, d_max * xmax * (1.0 - keep_hi), valid)
+        store(d_lower_ptr, which, d_min * xmin * (1.0 - keep_lo), valid)
         if BY_ROW:
-            d_r = tl.div_rn(tl.sum(to_row * at_least_tiny(scale), axis=0), r)
-            tl.store(d_rows_ptr + row, d_r.to(d_rows_ptr.dtype.element_ty))
-        if BY_COLUMN or TO_WEIGHT:
-            to_lo = (d_min * keep_lo / tl.maximum(n_lo, 1.0))[:, None]
-            to_hi = (d_max * keep_hi / tl.maximum(n_hi, 1.0))[:, None]
-            d_w = kept + at_lo * to_lo + at_hi * to_hi
-            if BY_COLUMN:
-                sums += d_w * w
-            if TO_WEIGHT:
-                if BY_COLUMN:
-                    d_w *= c
-                if BY_ROW:
-                    d_w *= r
-                tl.store(d_weight_ptr + start + offsets, d_w.to(d_weight_ptr.dtype.element_ty), mask=mask)
+            store(d_rows_ptr, row, tl.div_rn(tl.sum(to_row * at_least_tiny(scale), axis=0), r), None)
+        d_w = _add_shares(kept, at_lo, at_hi, d_min * keep_lo, d_max * keep_hi, n_lo, n_hi)
+        if BY_COLUMN:
+            sums += d_w * w
+        if TO_WEIGHT:
+            store(d_weight_ptr, start + offsets, d_w * c * r, mask)
         start += step
     if BY_COLUMN:
         tl.store(sums_ptr + first.to(tl.int64) * width + offsets, sums, mask=mask)

@@ -90,25 +90,21 @@ def prepare(
     precision: Precision = "float32",
     block: int | None = None,
 ) -> Problem:
-    """Build a ``Problem``; tensors that already have the right layout are not copied.
+    """Build a ``Problem``; tensors that already have the right layout are not copied. ``mask`` is ``[o, i]``.
 
     Args:
         target: original weights, ``[o, i]``; no copy if it is the transpose of a contiguous tensor.
-        gram: ``[i, i]``, symmetric and finite.
-        scale, zero_point: ``[o, G]``.
-        bits: bits of a code.
+        gram: ``[i, i]``, symmetric and finite; scale, zero_point: ``[o, G]``.
         group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
-        mask: bool ``[o, i]``, True where a sparse part stores the weight, which is then not rounded.
         precision: "float64" computes in float64, the others in float32; "tf32" lets CUDA multiply in TF32.
         block: columns of a block; by default the fastest measured (docs/results.md).
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
     gram = gram.to(dtype)
-    diagonal = gram.diagonal()
     dead = dead_columns(gram)
     group_index = groups_of(target, scale) if group_index is None else group_index.to(target.device)
-    long = target.is_cuda and len(target) <= _LONG_BLOCK_OUTPUTS
-    block = min(block or (_LONG_BLOCK if long else BLOCK), len(gram))
+    fastest = _LONG_BLOCK if target.is_cuda and len(target) <= _LONG_BLOCK_OUTPUTS else BLOCK
+    block = min(block or fastest, len(gram))
     return Problem(
         target=target.to(dtype).t().contiguous(),
         gram=gram,
@@ -116,7 +112,7 @@ def prepare(
         zero_point=zero_point.to(dtype).t().contiguous(),
         group_index=group_index,
         max_code=2**bits - 1,
-        inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, diagonal)),
+        inverse=torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, gram.diagonal())),
         dead=frozenset(dead.nonzero().flatten().tolist()),
         triangles=_triangles(gram, dead, block),
         mask=None if mask is None else mask.t().contiguous(),
@@ -182,14 +178,6 @@ def nearest(problem: Problem, residual: Tensor, columns: slice) -> Tensor:
     group = problem.group_index[columns]
     steps = ((problem.target[columns] - residual[columns]) / problem.scale[group]).round_()
     return steps.add_(problem.zero_point[group]).clamp_(0, problem.max_code)
-
-
-def codes_of(problem: Problem, residual: Tensor) -> Tensor:
-    """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
-    codes = torch.empty(residual.shape, dtype=torch.uint8, device=residual.device)
-    for columns in problem.blocks(SLICE):
-        codes[columns] = nearest(problem, residual, columns).to(torch.uint8)
-    return codes
 
 
 def empty_codes(problem: Problem) -> Tensor:

@@ -75,3 +75,26 @@ def split_range_gradient(d_range, xmin, xmax, SYMMETRIC: tl.constexpr):
     else:
         d_min, d_max = -d_range, d_range
     return d_min, d_max
+
+
+@triton.jit
+def range_gradients(d_scale, scale, xmin, xmax, MAX_CODE: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Gradients of xmin and xmax, given that of the scale; zero if the scale was raised to ``TINY``."""
+    d_range = tl.where(scale < TINY, 0.0, tl.div_rn(d_scale, MAX_CODE * 1.0))
+    return split_range_gradient(d_range, xmin, xmax, SYMMETRIC)
+
+
+@triton.jit
+def code_gradients(g, w, s, z, inverse, MAX_CODE: tl.constexpr):
+    """Codes less their zero point, and, given ``dLoss/dw^``, what each weight adds to the scale and passes through."""
+    steps = quotient(w, s, inverse)
+    rounded = nearest(steps)
+    codes = clamp(rounded, -z, MAX_CODE - z)
+    inside = rounded == codes
+    return codes, g * (codes - tl.where(inside, steps, 0.0)), tl.where(inside, g, 0.0)
+
+
+@triton.jit
+def store(pointer, at, value, valid):
+    """Store a value in the dtype of its destination."""
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=valid)

@@ -69,7 +69,7 @@ class Checkpoint(ABC):
         described = [(name, stored.shape, stored.dtype) for name, stored in sorted(self.tensors.items())]
         digest.update(json.dumps(described).encode())
         for file in self.files:
-            digest.update(_sha256(file))
+            digest.update(file_digest(file))
         return digest.hexdigest()
 
 
@@ -149,7 +149,7 @@ def _header(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file} is truncated or corrupt ({error}): get the file again") from error
 
 
-def _sha256(file: Path) -> bytes:
+def file_digest(file: Path) -> bytes:
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(buffer):

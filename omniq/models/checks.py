@@ -7,7 +7,9 @@ linear that stock linears lack (``q_proj.qweight``, ``q_proj.SCB``, ``q_proj.wei
 (``q_proj.lora_A.weight``) have the second sign too, and are refused with the same message.
 """
 
+import json
 import logging
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -99,3 +101,20 @@ def _check_parameter(name: str, value: Tensor, checkpoint: Checkpoint) -> None:
             f"{stored.file}: {name} has shape {list(stored.shape)}, but the config asks for {list(value.shape)}: "
             "get config.json and weights from the same place"
         )
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a damaged ``generation_config.json``, which the export copies and which transformers would ignore.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        sound = isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is not a JSON object: correct the file, or remove it to use transformers' defaults")

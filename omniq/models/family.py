@@ -38,6 +38,9 @@ class Family:
         flat: linears whose input has no sample dimension, ``[tokens, i]``.
         partial_rotary: True if the code of the family uses ``partial_rotary_factor`` of the config.
         new_biases: True if linears may get biases that the source model lacks, where its config has a switch for them.
+        returns_tuple: True if blocks return a tuple, whose first entry is the hidden states.
+        batched: arguments of a block whose first dimension is a multiple of the number of samples, such as ALiBi biases
+            ``[n heads, 1, t]``. They are recorded for one sample and repeated for each batch.
         refuse: returns the reason why a variant of the family is not supported, given its config; None if it is.
     """
 
@@ -49,6 +52,8 @@ class Family:
     flat: tuple[str, ...] = ()
     partial_rotary: bool = False
     new_biases: bool = True
+    returns_tuple: bool = False
+    batched: tuple[str, ...] = ()
     refuse: Callable[[PretrainedConfig], str | None] = _accept
 
     def layout(self, block: nn.Module, index: int) -> Layout:

@@ -28,6 +28,8 @@ class Layout:
             samples in order.
         can_bias: linears without a bias that may get one, because the config of the model has a switch for it.
         kept: linears that stay in floating point, with the reason for each.
+        rejected: equivalences that were proposed for an undeclared family and change the output of the block, with
+            the measured error of each (``omniq.models.verify_equivalences``).
     """
 
     model_type: str
@@ -38,6 +40,7 @@ class Layout:
     flat: tuple[str, ...] = ()
     can_bias: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -21,26 +21,29 @@ Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from omniq.errors import UserError
 from omniq.grid.dtypes import MODEL_DTYPES, torch_dtype
 from omniq.models.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint
-from omniq.models.checks import check_checkpoint, stored_dtype
-from omniq.models.embedding_and_head import EmbeddingAndHead
-from omniq.models.families import family_of
+from omniq.models.checks import check_checkpoint, check_generation_config, stored_dtype
+from omniq.models.discover import discover_layouts, find_family
+from omniq.models.embedding_and_head import EmbeddingAndHead, RepeatedArguments
+from omniq.models.experts import with_split_experts
 from omniq.models.family import Family
 from omniq.models.gguf import reading_gguf
 from omniq.models.layout import Layout
 from omniq.models.locate import locate
-from omniq.models.meta import fill, meta_model
+from omniq.models.meta import fill, fill_shared_buffers, meta_model
 from omniq.models.stored_names import with_model_names
 from omniq.models.transformers_io import open_config, open_tokenizer
 from omniq.models.weight_files import weight_file
@@ -73,14 +76,18 @@ class SourceModel:
         path: str,
         place: _Place,
         model: PreTrainedModel,
+        family: Family,
         checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.path, self.folder, self._place, self._tokenizer = path, place.folder, place, tokenizer
         self.config: PretrainedConfig = model.config
-        self.family: Family = family_of(model.config)
+        self.family = family
         self.dtype: torch.dtype = model.dtype
         self._model, self._checkpoint = model, checkpoint
+        self._discovered: list[Layout] = []  # of an undeclared family; filled by the first call of ``layout``
+        if not family.groups:
+            fill_shared_buffers(model, family.blocks)
         self._blocks = list(model.get_submodule(self.family.blocks).children())
         self.num_blocks = len(self._blocks)
         if not self.num_blocks:
@@ -88,7 +95,7 @@ class SourceModel:
         self._parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tie()
         check_checkpoint(self.folder, model, checkpoint, self._alias, self._tied)
-        self._embedding_and_head = EmbeddingAndHead(model, self.family.blocks, self._read)
+        self._embedding_and_head = EmbeddingAndHead(model, self.family, self._read)
 
     @classmethod
     def open(
@@ -115,22 +122,24 @@ class SourceModel:
         if dtype != "auto" and dtype not in MODEL_DTYPES:
             raise UserError(f"model.dtype {dtype!r} is unknown: choose auto, {', '.join(MODEL_DTYPES)}")
         folder, named = locate(str(path), gguf_file, trust_remote_code)
+        check_generation_config(folder)
         file = weight_file(folder, named)
         place = _Place(folder, trust_remote_code)
         if file.endswith(".gguf"):
             chosen = torch.float32 if dtype == "auto" else torch_dtype(dtype)
             with reading_gguf(folder / file):
                 config = open_config(folder, file, trust_remote_code)
-                family_of(config)
-                held = GgufCheckpoint(folder, file, config, chosen)
+                model = meta_model(config, chosen, attention, trust_remote_code)
+                family = find_family(model)
+                held = with_split_experts(GgufCheckpoint(folder, file, config, chosen), model)
                 tokenizer = open_tokenizer(folder, file)
-            return cls(str(path), place, meta_model(config, chosen, attention, trust_remote_code), held, tokenizer)
+            return cls(str(path), place, model, family, held, tokenizer)
         config = open_config(folder, None, trust_remote_code)
-        family_of(config)
         stored = SafetensorsCheckpoint(folder, file)
         chosen = stored_dtype(config, stored) if dtype == "auto" else torch_dtype(dtype)
         model = meta_model(config, chosen, attention, trust_remote_code)
-        return cls(str(path), place, model, with_model_names(stored, model))
+        family = find_family(model)
+        return cls(str(path), place, model, family, with_split_experts(with_model_names(stored, model), model))
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> "SourceModel":
@@ -141,13 +150,15 @@ class SourceModel:
             checkpoint: holds its parameters under the names of the model.
             folder: to name in messages.
         """
-        return cls(str(folder), _Place(folder, False), model, checkpoint)
+        return cls(str(folder), _Place(folder, False), model, find_family(model), checkpoint)
 
     def in_dtype(self, dtype: torch.dtype) -> "SourceModel":
         """The same model with all parameters in another dtype."""
         config, place = copy.deepcopy(self.config), self._place
         model = meta_model(config, dtype, config._attn_implementation, place.remote_code)
-        return SourceModel(self.path, place, model, self._checkpoint, self._tokenizer)
+        other = SourceModel(self.path, place, model, self.family, self._checkpoint, self._tokenizer)
+        other._discovered = self._discovered
+        return other
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights, or in the GGUF file.
@@ -170,7 +181,10 @@ class SourceModel:
 
     def layout(self, index: int) -> Layout:
         """The layout of a block: its linears, which of them share an input, and where scales may move."""
-        return self.family.layout(self._blocks[index], index)
+        if self.family.groups:
+            return self.family.layout(self._blocks[index], index)
+        self._discovered = self._discovered or discover_layouts(self)
+        return self._discovered[index]
 
     def structure(self, index: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
         """Name, owner and shape of every parameter of a block; equal for blocks of the same kind."""
@@ -181,9 +195,31 @@ class SourceModel:
             for name, value in module.named_parameters(recurse=False)
         )
 
+    def _kind(self, index: int) -> Hashable:
+        """Parameters and plain attributes of the modules of a block; equal for blocks that compute alike."""
+        parts = self._blocks[index].named_modules()
+        plain = (bool, int, float, str)
+        attributes = (
+            (prefix, name, value)
+            for prefix, module in parts
+            for name, value in vars(module).items()
+            if isinstance(value, plain) and not name.endswith(("_idx", "_index", "layer_id", "layer_number"))
+        )
+        return self.structure(index), tuple(attributes)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter by full name."""
         return self._parameters[name]
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every parameter; tied parameters count once."""
+        yield from ((name, shape) for name, shape in self._parameters.items() if name not in self._tied)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in the dtype of the model; tied ones count once."""
+        shapes = (shape for name, shape in self._parameters.items() if name not in self._tied)
+        return sum(map(prod, shapes)) * self.dtype.itemsize
 
     def block(self, index: int, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """A block with its weights: a new module on every call, frozen, in evaluation mode, with its own config.
@@ -193,8 +229,14 @@ class SourceModel:
             device: of its parameters and buffers.
             dtype: of its parameters; that of the model by default.
         """
+        block = self._filled(index, torch.device(device), dtype)
+        if self.family.batched:
+            block.register_forward_pre_hook(RepeatedArguments(self.family.batched), with_kwargs=True)
+        return block
+
+    def _filled(self, index: int, where: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
         block = copy.deepcopy(self._blocks[index])
-        prefix, where = f"{self.block_name(index)}.", torch.device(device)
+        prefix = f"{self.block_name(index)}."
         names = [prefix + name for name in block.state_dict()]
         tensors = self._read(names, where, True, dtype)
         fill(self._model, block, {name.removeprefix(prefix): value for name, value in tensors.items()}, where)
@@ -203,8 +245,8 @@ class SourceModel:
     def embed(self, tokens: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, list[dict[str, Any]]]:
         """Hidden states entering block 0, ``[n, t, h]``, and for every block the keyword arguments of its forward.
 
-        The arguments are recorded from one sample, so that they broadcast over a batch of any size. Blocks that the
-        model treats alike share the same tensors.
+        The arguments are recorded from one sample, so that they broadcast over a batch of any size; a block repeats
+        those that do not (``Family.batched``). Blocks that the model treats alike share the same tensors.
 
         Args:
             tokens: int64 ``[n, t]``.
@@ -216,11 +258,33 @@ class SourceModel:
         return self._embedding_and_head.embed(tokens, torch.device(device))
 
     def logits(self, hidden: Tensor, device: str | torch.device = "cpu") -> Tensor:
-        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``: final norm and head.
+        """Logits ``[n, t, vocabulary]`` of the last block's output ``[n, t, h]``, differentiable: final norm and head.
 
         The head stays on the device until ``release``. Split long inputs: logits are large.
         """
         return self._embedding_and_head.logits(hidden, torch.device(device))
+
+    def own_logits(self, tokens: Tensor, indices: Iterable[int], device: str | torch.device = "cpu") -> Tensor:
+        """Logits ``[n, t, vocabulary]`` of the model's own forward, in which only the blocks at ``indices`` compute.
+
+        A block is read when the forward reaches it, and freed afterwards.
+        """
+        where = torch.device(device)
+
+        def call(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._filled(index, where)(*args, **kwargs)
+
+        return self._embedding_and_head.own_logits(tokens, where, {index: call(index) for index in indices})
+
+    def kinds(self, arguments: Sequence[Mapping[str, Any]]) -> list[int]:
+        """For each block, the index of the first block that computes alike.
+
+        Args:
+            arguments: the arguments of each block, from ``embed``.
+        """
+        first: dict[Hashable, int] = {}
+        tensors = [[id(each) for each in tree_leaves(own) if isinstance(each, Tensor)] for own in arguments]
+        return [first.setdefault((self._kind(k), *tensors[k]), k) for k in range(self.num_blocks)]
 
     def release(self) -> None:
         """Free the embedding table and the head, which ``embed`` and ``logits`` keep; a later call reads them again."""

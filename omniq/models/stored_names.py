@@ -6,7 +6,8 @@ its head as ``embed_out``. transformers keeps the rules in a table for each mode
 (``transformers.conversion_mapping``) and applies them in ``convert_and_load_state_dict_in_model``; this module follows
 that function, for names only. It is the only one that imports these two modules of transformers.
 
-Where the table merges or transposes tensors (experts that become one parameter), the model is refused by name.
+The experts of a mixture stay as they are stored (``omniq.models.experts``), where the table would merge them. Where it
+merges or transposes other tensors, the model is refused by name.
 """
 
 from transformers import PreTrainedModel
@@ -36,6 +37,8 @@ def with_model_names(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoi
     stored_name: dict[str, str] = {}
     for stored in sorted(checkpoint.tensors, key=dot_natural_key):  # some rules depend on the names seen before
         name, converted_by = rename_source_key(stored, renamings, converters, prefix, wanted)
+        if name not in wanted and converted_by is not None:  # a projection of one expert, which the model has, too
+            name, converted_by = rename_source_key(stored, renamings, [], prefix, wanted)
         if name not in wanted and stored in wanted:
             name, converted_by = stored, None
         if name in wanted and converted_by is not None:
@@ -53,3 +56,19 @@ def with_model_names(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoi
     if all(name == stored for name, stored in stored_name.items()):
         return checkpoint
     return Renamed(checkpoint, stored_name)
+
+
+def names_of_projections(model: PreTrainedModel) -> tuple[str, str, str] | None:
+    """Names of the gate, up and down projections of one expert in the checkpoints of a model type.
+
+    Returns:
+        the names; None if transformers does not read single experts of this type.
+    """
+    names: dict[str, list[str]] = {}
+    for each in get_model_conversion_mapping(model):
+        if isinstance(each, WeightConverter) and ".experts.*." in f".{each.source_patterns[0]}":
+            stored = [source.removesuffix(".weight").rpartition(".")[2] for source in each.source_patterns]
+            names[each.target_patterns[0].rpartition(".")[2]] = stored
+    if {key: len(stored) for key, stored in names.items()} != {"gate_up_proj": 2, "down_proj": 1}:
+        return None
+    return names["gate_up_proj"][0], names["gate_up_proj"][1], names["down_proj"][0]

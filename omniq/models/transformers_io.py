@@ -16,7 +16,7 @@ from transformers import (
 
 from omniq.errors import NotByBlocks, UserError, one_line
 from omniq.models.checkpoint import SafetensorsCheckpoint
-from omniq.models.families import family_of_type
+from omniq.models.decoder_only import check_decoder_only, check_type
 from omniq.models.gguf import reading_gguf
 from omniq.models.no_progress_bars import without_bars
 from omniq.models.weight_files import INDEX, SINGLE, configured_file, read_json, weight_file
@@ -68,15 +68,17 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
         remote_code: run code that comes with it.
 
     Raises:
-        NotByBlocks: the type is unknown, or the model is quantized already.
+        NotByBlocks: the type is unknown, the model is not decoder-only, or it is quantized already.
         UserError: config.json or the GGUF file is missing or damaged.
     """
     if gguf_file is not None:
         with reading_gguf(folder / gguf_file):
-            return AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+            described: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf_file)
+        check_decoder_only(described)
+        return described
     file = folder / "config.json"
     content = read_json(file)
-    family_of_type(content.get("model_type"))
+    check_type(content.get("model_type"), remote_code)
     if quantized := content.get("quantization_config"):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise NotByBlocks(f"{file}: the model is quantized already ({method}): give the model it was made from")
@@ -87,6 +89,7 @@ def open_config(folder: Path, gguf_file: str | None = None, remote_code: bool = 
         raise UserError(
             f"{file} cannot be read as a config of transformers ({one_line(error)}): get the file again"
         ) from error
+    check_decoder_only(config)
     if hasattr(config, "transformers_weights"):
         del config.transformers_weights
     return config

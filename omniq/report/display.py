@@ -80,13 +80,14 @@ class Display:
     ) -> None:
         self.progress.stop()
 
-    def stage(self, index: int, name: str, done: int, total: int) -> None:
-        """Show that a stage of a block begins."""
-        if index != self._done:  # the run starts at a later block and skips those before it
+    def stage(self, index: int | None, name: str, done: int, total: int) -> None:
+        """Show that a stage begins, on a block or, without an index, on the model."""
+        if index is not None and index != self._done:  # the run starts at a later block and skips those before it
             self._measure_from(index)
         self._calibrating = index
+        label = "model" if index is None else f"block {index}"
         self.progress.reset(
-            self._steps, total=total, completed=done, visible=True, description=f"block {index} {name}", detail=""
+            self._steps, total=total, completed=done, visible=True, description=f"{label} {name}", detail=""
         )
         self._begin(self._steps)
 

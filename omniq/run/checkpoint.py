@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from omniq.config.run import Export
+from omniq.config.run import Export, Run
 from omniq.errors import CorruptFile, UserError, one_line
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.variants import in_export_dtype, quantized_variant
@@ -70,22 +70,18 @@ def write_checkpoint(
     folder: RunDir,
     out: Path,
     export: Export,
-    scheme: Scheme,
+    run: Run,
     facts: dict[str, Any],
     console: Console,
     window: Tensor | None = None,
 ) -> None:
     """Export a finished run, compare the checkpoint with the optimized model, and complete a prompt with it.
 
-    An existing export in ``out`` is kept if it is the export of this run. It is replaced if its format differs, if it
-    is damaged, or if it belongs to another run. If an export is kept, its files other than the weights are rewritten
-    where they differ.
-
-    Args:
-        window: one evaluation sequence, int64 ``[1, t]``. If activations are quantized, its perplexity is compared.
-            The default is a fixed sentence.
+    An export that is already in ``out`` is kept if it is the export of this run; its files beside the weights are
+    rewritten where they differ. An export in another format, of another run, or with damage is replaced. ``window`` is
+    one evaluation sequence, int64 ``[1, t]``, whose perplexity is compared if activations are quantized.
     """
-    read, size = block_reader(folder), int(export.max_shard_size * 1e9)
+    read, scheme, size = block_reader(folder, run), run.scheme, int(export.max_shard_size * 1e9)
     chosen = find_format(export.format)
     if window is None or not scheme.activations.quantized:
         window = source.tokenizer()(VERIFICATION_TEXT, return_tensors="pt").input_ids
@@ -97,15 +93,9 @@ def write_checkpoint(
         same = same_perplexity(report, source, read, scheme, window) if scheme.activations.quantized else ""
         return describe(report) + same
 
-    earlier, report = None, None
-    try:
-        earlier = earlier_export(out)
-        if earlier == chosen.name and export.verify:
-            report = verify()
-    except (CorruptFile, VerificationError) as error:
-        log.warning("%s is not the checkpoint of this run (%s): replacing it", out, one_line(error))
-    own = out == folder.path / "model"  # in any other folder, only the codes identify the run
-    if report is None and (earlier != chosen.name or export.verify or not own):
+    earlier, report = _check_earlier(out, chosen.name, verify if export.verify else None)
+    elsewhere = out != folder.path / "model"  # where only the codes identify the run
+    if report is None and (earlier != chosen.name or export.verify or elsewhere):
         instead = f", replacing an export in format {earlier}" if earlier is not None else ""
         console.print(f"writing {out} in format {chosen.name}{instead}")
         export_checkpoint(source, read, out, **layout, card=facts, max_shard_bytes=size)
@@ -117,6 +107,18 @@ def write_checkpoint(
         console.print(report)
     if export.prompt is not None:
         console.print(answer(opened, export.prompt))
+
+
+def _check_earlier(out: Path, name: str, verify: Callable[[], str] | None) -> tuple[str | None, str | None]:
+    """Return the format of the export in ``out``, and the report of its verification if it passes."""
+    earlier = None
+    try:
+        earlier = earlier_export(out)
+        if earlier == name and verify is not None:
+            return earlier, verify()
+    except (CorruptFile, VerificationError) as error:
+        log.warning("%s is not the checkpoint of this run (%s): replacing it", out, one_line(error))
+    return earlier, None
 
 
 def describe(report: Report) -> str:
@@ -160,10 +162,6 @@ def answer(opened: ReopenedCheckpoint, prompt: str, new_tokens: int = 24) -> str
     return f"the checkpoint says: {tokenizer.decode(said[0], skip_special_tokens=True)!r}"
 
 
-def block_reader(folder: RunDir) -> Callable[[int], BlockResult]:
-    """Make a function that reads a finished block by its index."""
-
-    def read(index: int) -> BlockResult:
-        return folder.read_block(index)
-
-    return read
+def block_reader(folder: RunDir, run: Run) -> Callable[[int], BlockResult]:
+    """Make a function that reads a finished block by its index, with what the stages of the whole model changed."""
+    return lambda index: folder.final_block(index, run.model_stages)

@@ -10,8 +10,14 @@ import torch
 
 from omniq.blocks.activation_hooks import check_attention
 from omniq.blocks.grids import scheme_grids, scheme_layout
-from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
+from omniq.callbacks.checkpoint import PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
+from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 from omniq.config.run import Run
+from omniq.data import Calibration
 from omniq.distributed import collectives
 from omniq.errors import UserError, one_line
 from omniq.export import cast_for_export, check_format, find_format
@@ -129,6 +135,21 @@ def check_divisible(samples: int, held_out: int) -> None:
         if value % number:
             nearest = value - value % number or number
             raise UserError(f"{name} {value} is not divisible by the {number} processes: give {nearest}")
+
+
+def check_text(data: Calibration, distinct: int) -> None:
+    """Warn if the text holds fewer windows than the run draws from it.
+
+    Args:
+        data: the settings.
+        distinct: the number of windows without a common token that the text holds.
+    """
+    if distinct < data.samples and collectives.rank() == 0:
+        log.warning(
+            "data.samples %d: the text holds %d windows of %d tokens, so the windows repeat parts of it; more text "
+            "gives a better result, and data.samples %d is faster",
+            *(data.samples, distinct, data.length, distinct),
+        )
 
 
 def check_lengths(run: Run, positions: int | None) -> None:

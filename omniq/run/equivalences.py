@@ -9,10 +9,10 @@ from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
 from omniq.calibration.fuse import affects_quantization
-from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.models.source import SourceModel
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.transforms.equivalence import Equivalence
 
 _VERIFIED_TOKENS = 32  # number of tokens for the verification
@@ -30,6 +30,8 @@ def verify_equivalences(run: Run, source: SourceModel, tokens: Tensor, device: t
     Raises:
         UserError: an equivalence changes the output of a block.
     """
+    if not source.family.groups:
+        return  # an undeclared family: discovery has verified its equivalences
     embedded, verified = None, set()
     for index in range(source.num_blocks if run.blocks is None else min(run.blocks, source.num_blocks)):
         layout = scheme_layout(source, run.scheme, index)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fingerprint of a run: the settings that must not change between start and resume."""
 
+import re
 from typing import Any
 
 import yaml
@@ -16,7 +17,14 @@ FREE_KEYS = (
 )
 BINDING_TRAINER_KEYS = ("precision",)
 # Settings that fingerprints of earlier versions lack, with the value that those versions used.
-LATER_KEYS = {"compile": False, "scheme.rules": [], "scheme.zero_points": "any", "scheme.scale_bits": None}
+LATER_KEYS = {
+    "compile": False,
+    "scheme.rules": [],
+    "scheme.zero_points": "any",
+    "scheme.scale_bits": None,
+    "data.bos": None,
+}
+LATER_STAGE_KEYS = {"held_out": 0.0, "patience": 3}
 
 
 def fingerprint(settings: str) -> dict[str, Any]:
@@ -24,7 +32,7 @@ def fingerprint(settings: str) -> dict[str, Any]:
     flat = _flatten(as_recorded(yaml.safe_load(settings)))
     # Trainer arguments are named as in YAML that gives no class for the Trainer.
     named = {key.replace("trainer.init_args.", "trainer.", 1): value for key, value in flat.items()}
-    return {key: value for key, value in named.items() if not _free(key) and (key, value) not in LATER_KEYS.items()}
+    return {key: value for key, value in named.items() if not _free(key) and not _later(key, value)}
 
 
 def _free(key: str) -> bool:
@@ -32,6 +40,12 @@ def _free(key: str) -> bool:
     if section == "trainer":
         return rest not in BINDING_TRAINER_KEYS
     return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+
+
+def _later(key: str, value: Any) -> bool:
+    setting = re.fullmatch(r"stages\.\d+\.init_args\.(\w+)", key)
+    later = (setting[1], value) in LATER_STAGE_KEYS.items() if setting else False
+    return later or (key, value) in LATER_KEYS.items()
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

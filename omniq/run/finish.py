@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omniq.blocks.grids import scheme_layout
 from omniq.blocks.placement import ActivationPlacement
-from omniq.data import digest
+from omniq.data import Bos, digest
 from omniq.evaluate.perplexity import evaluate_streamed
 from omniq.evaluate.result import PerplexityResult
 from omniq.evaluate.streaming import Variant
@@ -30,7 +30,7 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
         check_export(folder, plan.run.export)
     facts = summary(plan, folder)
     if plan.evaluation is not None and plan.run.evaluation is not None:
-        text = plan.run.evaluation.describe()
+        text = plan.run.evaluation.describe(places_of_bos(plan)["evaluation"])
         facts["perplexity"] = {text: perplexities(plan, plan.evaluation, text, folder, console)}
     folder.write_json("summary.json", facts)
     if plan.run.export.format != "none" and not (folder.path / "model").exists():
@@ -38,8 +38,19 @@ def finish(plan: Plan, folder: RunDir, console: Console) -> None:
     window = None if plan.evaluation is None else plan.evaluation[:1]
     for export in plan.run.exports:
         out = plan.run.folder_of(export)
-        write_checkpoint(plan.source, folder, out, export, plan.run.scheme, facts, console, window)
+        write_checkpoint(plan.source, folder, out, export, plan.run, facts, console, window)
     folder.remove_streams()
+
+
+def places_of_bos(plan: Plan) -> dict[str, Bos]:
+    """Where windows begin with BOS, for calibration and evaluation."""
+    tokenizer, kind = plan.source.tokenizer(), plan.source.config.model_type
+    places: dict[str, Bos] = {}
+    if plan.generated is None:  # generated windows say themselves how they begin
+        places["calibration"] = plan.run.data.place_of_bos(tokenizer, kind)
+    if plan.run.evaluation is not None:
+        places["evaluation"] = plan.run.evaluation.place_of_bos(tokenizer, kind)
+    return places
 
 
 def perplexities(plan: Plan, windows: Tensor, text: str, folder: RunDir, console: Console) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
     scheme = plan.run.scheme
     ours = {
         RTN: rounded_variant(plan.source, scheme),
-        OURS: quantized_variant(block_reader(folder), plan.source, scheme),
+        OURS: quantized_variant(block_reader(folder, plan.run), plan.source, scheme),
     }
     exported = in_export_dtype(plan.source, scheme)
     passes = [(plan.source, full | ours)] if exported is plan.source else [(plan.source, full), (exported, ours)]
@@ -88,7 +99,7 @@ def measure(plan: Plan, windows: Tensor, folder: RunDir, console: Console) -> di
 
 def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
     """Collect the content of the model card and of summary.json: recipe, data, versions, losses, size."""
-    read, blocks, bits, total = block_reader(folder), [], 0.0, 0
+    read, blocks, bits, total = block_reader(folder, plan.run), [], 0.0, 0
     kept: dict[str, str] = {}
     for index in range(plan.source.num_blocks):  # one block at a time: the codes of a large model exceed the memory
         block = read(index)
@@ -104,10 +115,12 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         "method": " then ".join(type(stage).__name__ for stage in plan.run.stages),
         "recipe": (folder.path / "config.yaml").read_text(encoding="utf-8"),
         "data": {"text": plan.run.data.describe(), "digest": plan.fingerprint["data digest"]},
+        "bos": places_of_bos(plan),
         "source_digest": plan.fingerprint["model digest"],
         "seed": plan.run.seed,
         "bits_per_weight": round(bits / total, 3),  # of the quantized linears
         **({"kept": kept} if kept else {}),
         "versions": dict(plan.environment),
         "blocks": blocks,
+        **({"model_stages": stages} if (stages := folder.load_record("model_stages.json")) else {}),
     }

@@ -16,11 +16,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from omniq.blocks.weights import set_tensors
-from omniq.calibration.module import BlockModule
+from omniq.blocks.weights import block_tensors, set_tensors
+from omniq.calibration.pass_module import PassModule, Task
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import AtomicCheckpointIO, BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
+from omniq.callbacks.checkpoint import AtomicCheckpointIO, PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
+from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 from omniq.config.run import Run
 from omniq.config.trainer import trainer_arguments
 from omniq.distributed import collectives
@@ -30,6 +35,7 @@ from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
 from omniq.storage.atomic import report_full_disk
 from omniq.storage.block_result import BlockResult
+from omniq.storage.records import task_name
 from omniq.storage.run_dir import RunDir
 
 
@@ -61,8 +67,30 @@ def fit_stage(task: BlockTask, stage: Stage, context: FitContext) -> BlockLosses
     if _load_stage(task, context):
         return None
     name = type(stage).__name__
-    module = stage.module(task)
-    losses = BlockLosses(context.folder.block_path(task.index, f"{context.number}.csv"), name)
+    losses = fit(stage.module(task), name, context)
+    # All processes continue with the same codes, even if their hardware rounds differently.
+    task.result = collectives.broadcast_from_rank0(lambda: task.result)
+    names = [type(each).__name__ for each in context.run.stages]
+    label = name if names.count(name) == 1 else f"{name} {context.number + 1}"
+    task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
+    if context.number + 1 < len(context.run.block_stages):
+        _save_stage(task, context)
+    return losses
+
+
+def fit(module: PassModule[Any], name: str, context: FitContext) -> BlockLosses:
+    """Run ``Trainer.fit`` for one stage on one task, from its last checkpoint if there is one.
+
+    Args:
+        module: the stage at work.
+        name: name of the stage.
+        context: the surroundings of the fit.
+
+    Returns:
+        The callback that wrote the losses.
+    """
+    task, folder = module.task, context.folder
+    losses = BlockLosses(folder.block_path(task.index, f"{context.number}.csv"), name)
     last = last_checkpoint(context, task)
     given = [make() for make in context.run.callbacks]
     guards = [callback for callback in given if isinstance(callback, NonFiniteGuard)]
@@ -72,27 +100,20 @@ def fit_stage(task: BlockTask, stage: Stage, context: FitContext) -> BlockLosses
         BlockProgress(context.display, name, losses),
         *[callback for callback in given if callback not in guards],
         Fuse(),
-        Settle(context.folder.settle),
+        Settle(folder.settle),
         checkpoint := PassCheckpoint(last, context.clock),
     ]
-    resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, context.folder)) else None
+    resume = last if collectives.all_ranks(_resumable(module, checkpoint, losses, folder)) else None
     trainer = make_trainer(context, task, callbacks)
     try:
-        with report_full_disk(context.folder.path):
+        with report_full_disk(folder.path):
             trainer.fit(module, module.batches, ckpt_path=resume)
     except SystemExit as error:  # Lightning converts Ctrl-C to SystemExit
         raise KeyboardInterrupt from error
-    # All processes continue with the same codes, even if their hardware rounds differently.
-    task.result = collectives.broadcast_from_rank0(lambda: task.result)
-    names = [type(each).__name__ for each in context.run.stages]
-    label = name if names.count(name) == 1 else f"{name} {context.number + 1}"
-    task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
-    if context.number + 1 < len(context.run.stages):
-        _save_stage(task, context)
     return losses
 
 
-def _resumable(module: BlockModule, saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
+def _resumable(module: PassModule[Any], saved: PassCheckpoint, losses: BlockLosses, folder: RunDir) -> bool:
     """True if an intact checkpoint by the same number of processes exists, with all losses that it counts."""
     checkpoint = folder.load_current(saved.path)
     if checkpoint is None:
@@ -124,7 +145,7 @@ def check_finite_result(index: int, result: BlockResult, dtype: torch.dtype) -> 
         )
 
 
-def make_trainer(context: FitContext, task: BlockTask, callbacks: list[Callback]) -> L.Trainer:
+def make_trainer(context: FitContext, task: Task, callbacks: list[Callback]) -> L.Trainer:
     """Make a Trainer with one epoch, omniq's checkpoints, and the user's arguments for everything else."""
     given = trainer_arguments(context.run.trainer)
     arguments: dict[str, Any] = {
@@ -145,13 +166,13 @@ def make_trainer(context: FitContext, task: BlockTask, callbacks: list[Callback]
     return trainer
 
 
-def last_checkpoint(context: FitContext, task: BlockTask) -> Path:
+def last_checkpoint(context: FitContext, task: Task) -> Path:
     """Return the path of the checkpoint of the fit in progress."""
     return context.folder.current(task.index, context.number, "last.ckpt")
 
 
-def _tensorboard(context: FitContext, task: BlockTask) -> TensorBoardLogger:
-    version = f"{task.index:03d}.{context.number}"
+def _tensorboard(context: FitContext, task: Task) -> TensorBoardLogger:
+    version = f"{task_name(task.index)}.{context.number}"
     return TensorBoardLogger(context.folder.path, name="tensorboard", version=version)
 
 
@@ -172,7 +193,7 @@ def _save_stage(task: BlockTask, context: FitContext) -> None:
     result, block = _paths(task, context)
     if task.result is not None:
         context.folder.save_current_result(result, task.result)
-        tensors = {name: value.detach().cpu() for name, value in task.block.named_parameters()}
+        tensors = {name: value.cpu() for name, value in block_tensors(task.block).items()}
         context.folder.save_current(block, {"block": tensors, "notes": task.notes, "seconds": context.clock.seconds})
 
 

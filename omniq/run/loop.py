@@ -19,10 +19,10 @@ from omniq.blocks.forward import propagate
 from omniq.blocks.grids import scheme_grids, scheme_layout
 from omniq.blocks.prefetch import blocks_ahead
 from omniq.blocks.streams import Streams
-from omniq.blocks.weights import load_quantized_weights
+from omniq.blocks.weights import block_tensors, load_quantized_weights
 from omniq.calibration.static_ranges import calibrate_static_ranges
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import BlockLosses
+from omniq.callbacks.losses import BlockLosses
 from omniq.config.run import Run
 from omniq.distributed import collectives
 from omniq.kernels.matmul_precision import matmul_precision
@@ -33,6 +33,8 @@ from omniq.run.checks import check_storable
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import FitContext, check_finite_result, fit_stage
+from omniq.run.fit_model import fit_model_stage
+from omniq.run.generated import save_generated
 from omniq.run.plan import Plan, prepare
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
@@ -57,23 +59,32 @@ def quantize(run: Run, settings: str) -> Path:
     precision: Literal["float32", "tf32", "bf16"] = "float32" if run.matmul == "ieee" else run.matmul
     with RunDir(run.out) as folder, matmul_precision(precision, plan.device):
         resumed = folder.claim(plan.fingerprint, settings)
+        if plan.generated is not None:
+            save_generated(folder, plan.generated)
         folder.write_json("environment.json", plan.environment)
         with Display(plan.source.num_blocks, plain_console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")
-            calibrate(plan, folder, display)
+            streams = calibrate(plan, folder, display)
+            for number in run.model_stages:
+                fit_model_stage(plan, folder, display, number, streams)
+            del streams
         collectives.finish_on_rank0(lambda: finish(plan, folder, display.console))
     return run.out
 
 
-def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
-    """Finish every block that is not finished yet."""
+def calibrate(plan: Plan, folder: RunDir, display: Display) -> Streams | None:
+    """Finish every block that is not finished yet.
+
+    Returns:
+        The streams after the last block; None if all blocks were finished before.
+    """
     blocks = range(plan.source.num_blocks)
     finished = collectives.broadcast_from_rank0(lambda: [folder.load_block(index) is not None for index in blocks])
     if all(finished):
         for index in blocks:
             _show(display, index, folder.read_block(index))
-        return
+        return None
     folder.clear_current(keep=finished.index(False))
     streams = _streams_before(plan, folder, finished.index(False))
     plan.source.release()
@@ -83,6 +94,7 @@ def calibrate(plan: Plan, folder: RunDir, display: Display) -> None:
         del block, result  # NOTE: otherwise three blocks are in memory while the next one is read
         _keep_streams(plan, folder, streams)
     folder.flush()
+    return streams
 
 
 def pass_block(
@@ -97,7 +109,7 @@ def pass_block(
     if result is None and layout.linears and (plan.run.blocks is None or index < plan.run.blocks):
         result, losses = run_stages(plan, folder, display, block, streams, clock)
     elif result is None:
-        result = BlockResult({}, {name: value.detach().cpu() for name, value in block.named_parameters()})
+        result = BlockResult({}, {name: value.cpu() for name, value in block_tensors(block).items()})
     load_quantized_weights(block, result)
     if not finished:
         name = plan.source.block_name(index)
@@ -155,9 +167,10 @@ def run_stages(
         precision=plan.precision,
         activations=plan.run.scheme.activations,
         compile=plan.run.compile,
+        result=None if plan.origin is None else plan.origin.read(index),
     )
     losses = None
-    for number, stage in enumerate(plan.run.stages):
+    for number, stage in enumerate(plan.run.block_stages):
         losses = fit_stage(task, stage, FitContext(plan.run, folder, display, number, clock))
     if task.result is None:
         raise RuntimeError(f"block {index}: the stages left no result")
@@ -209,5 +222,5 @@ def _keep_streams(plan: Plan, folder: RunDir, streams: Streams) -> None:
 
 def _show(display: Display, index: int, result: BlockResult) -> None:
     parts = [f"{name} {result.summary[name]:.4g}" for name in ("loss", "held_out_loss") if name in result.summary]
-    parts += [str(result.summary[name]) for name in ("guard", "unreached") if name in result.summary]
+    parts += [str(result.summary[name]) for name in ("guard", "unreached", "too few tokens") if name in result.summary]
     display.block(index, "  ".join([*parts, f"{result.summary['seconds']:.1f} s"]))

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -13,17 +14,28 @@ from omniq.blocks.forward import Precision
 from omniq.blocks.placement import ActivationPlacement
 from omniq.config.run import Run
 from omniq.config.trainer import check_trainer, compute_dtype, trainer_arguments
-from omniq.data import digest
+from omniq.data import SelfGenerated, Windows, digest
 from omniq.distributed import collectives
 from omniq.distributed.launch import check_launcher, launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
 from omniq.export import check_format, check_free
 from omniq.grid.dtypes import dtype_name
+from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
-from omniq.run.checks import check_callbacks, check_compiler, check_divisible, check_model, check_reader
+from omniq.run.checks import (
+    check_callbacks,
+    check_compiler,
+    check_divisible,
+    check_model,
+    check_reader,
+    check_text,
+    linear_names,
+)
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
 from omniq.run.fingerprint import fingerprint
+from omniq.run.generated import generated_windows
+from omniq.run.origin import Origin, open_origin
 from omniq.storage.ownership import check_writable
 
 
@@ -36,6 +48,7 @@ class Plan:
         source: the opened model.
         tokens: this process's shard of the calibration samples, followed by held-out samples, int64 ``[n, t]``.
         held_out: number of held-out samples in ``tokens``.
+        generated: the windows of all processes, if the model wrote them.
         evaluation: sequences for the perplexity, int64 ``[m, t]``, or None.
         device: device of the computations.
         placement: where the streams live.
@@ -43,12 +56,14 @@ class Plan:
         block_arguments: for each block, the arguments of its forward besides the hidden states.
         fingerprint: settings and digests that must not change between start and resume.
         environment: versions and machine.
+        origin: finished blocks from which the run starts, or None.
     """
 
     run: Run
     source: SourceModel
     tokens: Tensor
     held_out: int
+    generated: Windows | None
     evaluation: Tensor | None
     device: torch.device
     placement: ActivationPlacement
@@ -56,6 +71,7 @@ class Plan:
     block_arguments: list[dict[str, Any]]
     fingerprint: Mapping[str, Any]
     environment: Mapping[str, Any]
+    origin: Origin | None = None
 
     def embed(self) -> Tensor:
         """Compute the hidden states that enter block 0, ``[n, t, h]``, in the memory of the streams."""
@@ -83,12 +99,8 @@ def open_model(run: Run) -> SourceModel:
     )
 
 
-def prepare(run: Run, settings: str) -> Plan:
-    """Check all settings of a run, open its model and draw its samples.
-
-    Raises:
-        UserError: names the first setting that cannot work, in one line.
-    """
+def _check_settings(run: Run) -> None:
+    """Check everything that does not depend on the model."""
     run.check()
     check_launcher()
     check_trainer(run.trainer)
@@ -98,43 +110,64 @@ def prepare(run: Run, settings: str) -> Plan:
         outliers = bool(run.stored_beside_codes)
         check_format(export.format, run.scheme, container_bits=export.container_bits, outliers=outliers)
         check_free(run.folder_of(export))
+
+
+def prepare(run: Run, settings: str) -> Plan:
+    """Check all settings of a run, open its model and draw its samples.
+
+    Raises:
+        UserError: a setting cannot work.
+    """
+    _check_settings(run)
     source = open_model(run)
     check_model(run, source)
-    tokenizer = source.tokenizer()
-    windows = run.data.windows(tokenizer, run.seed)
-    tokens = torch.cat([windows.calibration, windows.held_out])
+    origin = open_origin(run, source)
+    generated = isinstance(run.data.source, SelfGenerated)
+    windows = None if generated else run.data.windows(source.tokenizer(), run.seed, source.config.model_type)
     trainer = open_trainer(run)
     # through the first process: the others may still be setting up the group when it ends with an error
-    collectives.broadcast_from_rank0(lambda: check_divisible(len(windows.calibration), len(windows.held_out)))
+    collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
+    for stage in run.stages:
+        stage.check_samples(run.data.samples // collectives.world_size())
+    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_names(source) if run.scheme.grid_of(name))
+    for model_stage in run.model_stages.values():
+        model_stage.check_text(run.data.samples * run.data.length, codes)
     for export in run.exports:
         check_reader(export.format, run.scheme)
     device = trainer.strategy.root_device
     if run.compile:
         check_compiler(device)
+    collectives.broadcast_from_rank0(lambda: check_streaming(source, device))
+    if windows is None:
+        windows = generated_windows(run, source, device)
+    check_text(run.data, windows.distinct)
+    tokens = torch.cat([windows.calibration, windows.held_out])
     collectives.broadcast_from_rank0(lambda: verify_equivalences(run, source, tokens, device))
     sample, block_arguments = source.embed(tokens[:1], device)
     share = collectives.local_shard(tokens)
+    size, saved = len(share) * sample.nbytes, 2 * len(tokens) * sample.nbytes if run.save_streams_every else 0
     return Plan(
         run=run,
         source=source,
         tokens=share,
-        held_out=len(windows.held_out) // collectives.world_size(),
-        evaluation=run.evaluation.sequences(tokenizer) if run.evaluation else None,
+        held_out=run.data.held_out // collectives.world_size(),
+        generated=windows if generated else None,
+        evaluation=run.evaluation.sequences(source.tokenizer(), source.config.model_type) if run.evaluation else None,
         device=device,
         placement=ActivationPlacement.choose(
-            run.streams,
-            device,
-            run.out,
-            len(share) * sample.nbytes,
-            processes=launched_processes()[1],
-            saved=2 * len(tokens) * sample.nbytes if run.save_streams_every else 0,
+            run.streams, device, run.out, size, processes=launched_processes()[1], saved=saved
         ),
         precision=trainer.precision_plugin.forward_context,
         block_arguments=block_arguments,
         fingerprint=collectives.broadcast_from_rank0(
-            lambda: fingerprint(settings) | {"data digest": digest(tokens), "model digest": source.digest()}
+            lambda: (
+                fingerprint(settings)
+                | {"data digest": digest(tokens), "model digest": source.digest()}
+                | ({} if origin is None else {"origin digest": origin.digest})
+            )
         ),
         environment=environment(device),
+        origin=origin,
     )
 
 

@@ -48,7 +48,7 @@ def export_run(path: Path, out: Path, export: Export, model: str | None = None) 
         check_format(export.format, run.scheme, source=source, container_bits=export.container_bits)
         check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
-        write_checkpoint(source, folder, out, export, run.scheme, facts, plain_console())
+        write_checkpoint(source, folder, out, export, run, facts, plain_console())
 
 
 def _open(run: Run) -> SourceModel:

@@ -91,7 +91,7 @@ def _check_codes(path: Path, format: Format, run: Path, model: str | None) -> st
                 verify_checkpoint(
                     path,
                     source,
-                    block_reader(folder),
+                    block_reader(folder, settings),
                     scheme=settings.scheme,
                     format=format.name,
                     container_bits=bits,

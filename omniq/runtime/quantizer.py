@@ -10,8 +10,8 @@ Importing this module registers both classes. This happens while transformers is
 import more of transformers than its registry has already loaded. Functions import the rest when a model is opened.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,9 @@ from omniq.errors import CorruptFile, UserError
 from omniq.grid.affine import Grid
 from omniq.grid.dtypes import SCALE_DTYPES, torch_dtype
 from omniq.grid.scheme import Activations
+
+if TYPE_CHECKING:
+    from omniq.models.layout import Layout
 
 METHOD = "omniq"
 VERSION = 1  # version of the layout; a reader refuses newer versions
@@ -127,6 +130,10 @@ class OmniqQuantizer(HfQuantizer):
 
         config = self.quantization_config
         stored = _stored_names(checkpoint_files)
+        if any(_is_of_expert(name) for name in config.linears):
+            from omniq.models.experts import split_experts
+
+            split_experts(model)
         for name, entry in config.linears.items():
             place, linear = _find(model, name)
             config.grid(name).check_width(linear.in_features, name)
@@ -135,6 +142,13 @@ class OmniqQuantizer(HfQuantizer):
                 if stored is not None and f"{name}.{part}" not in stored:
                     raise CorruptFile(f"{name}.{part} is missing in the checkpoint: download its files again")
             model.set_submodule(place, packed)
+
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], model: Any) -> list[Any]:
+        """Leave the tensors of experts as they are stored if the experts of the model are linears."""
+        split = any(_is_of_expert(name) for name in self.quantization_config.linears)
+        kept = [each for each in weight_conversions if not (split and _merges_experts(each))]
+        updated: list[Any] = super().update_weight_conversions(kept, model)
+        return updated
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, packed in _packed(model).items():
@@ -160,6 +174,15 @@ class OmniqQuantizer(HfQuantizer):
         return False
 
 
+def _is_of_expert(name: str) -> bool:
+    """True for a linear of an expert, such as ``model.layers.0.mlp.experts.3.up_proj``."""
+    return ".experts." in name
+
+
+def _merges_experts(conversion: Any) -> bool:
+    return any(target.endswith((".gate_up_proj", ".down_proj")) for target in conversion.target_patterns)
+
+
 def _packed(model: nn.Module) -> dict[str, Any]:
     from omniq.runtime.linear import PackedLinear
 
@@ -169,17 +192,39 @@ def _packed(model: nn.Module) -> dict[str, Any]:
 def _quantize_activations(model: Any, given: Mapping[str, Any]) -> Callable[[], None]:
     """Let blocks with quantized linears compute on quantized activations; returns a function that undoes this."""
     from omniq.blocks.activation_hooks import Finished, attach_all
-    from omniq.models.families import family_of
-    from omniq.models.layout import Layout
 
-    family, modules = family_of(model.config), dict(model.named_modules())
-    blocks = modules.get(family.blocks) or modules[family.blocks.removeprefix(f"{model.base_model_prefix}.")]
+    activations = Activations(**given)
+    if not activations.quantized:
+        return lambda: None
     described: list[tuple[nn.Module, Layout, Finished | None]] = []
-    for index, block in enumerate(blocks.children()):
-        layout, packed = family.layout(block, index), _packed(block)
+    for block, layout, packed in _layouts(model):
         plain = [name for name in layout.linears if name not in packed]
         described.append((block, layout.keep(plain, "not quantized in this checkpoint"), None if packed else {}))
-    return attach_all(described, Activations(**given))
+    return attach_all(described, activations)
+
+
+def _layouts(model: Any) -> Iterator[tuple[nn.Module, "Layout", dict[str, Any]]]:
+    """The blocks of a model, with their layouts and their packed linears.
+
+    In an undeclared family, each packed linear is a group of its own: its input is quantized once more if other linears
+    read it too, to the same values. Formats refuse quantized queries, keys and values there (``Omniq.check``).
+    """
+    from omniq.models.discover import find_blocks
+    from omniq.models.families import declared_family
+    from omniq.models.layout import Layout
+    from omniq.transforms.heads import Heads
+
+    family = declared_family(model.config)
+    name = find_blocks(model) if family is None else family.blocks
+    modules = dict(model.named_modules())
+    blocks = modules.get(name) or modules[name.removeprefix(f"{model.base_model_prefix}.")]
+    for index, block in enumerate(blocks.children()):
+        packed = _packed(block)
+        if family is None:
+            layout = Layout(model.config.model_type, tuple((linear,) for linear in packed), Heads(1, 1))
+        else:
+            layout = family.layout(block, index)
+        yield block, layout, packed
 
 
 def _find(model: Any, name: str) -> tuple[str, nn.Linear]:

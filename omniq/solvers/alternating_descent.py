@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantEase with a sparse part that changes (arXiv 2309.01885, section 4, Algorithm 3): descent and hard thresholding.
+"""QuantEase with a sparse part that changes (arXiv 2309.01885, Algorithm 3): descent and hard thresholding.
 
     minimise  ||(W - B - H) X||^2,   B on the grid,   H sparse
 

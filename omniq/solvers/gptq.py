@@ -48,44 +48,54 @@ def gptq(
     """Round a layer.
 
     Args:
-        weight: ``[o, i]``; gram: ``[i, i]``, symmetric. All arithmetic is done in the dtype of ``gram``.
-        scale, zero_point: ``[o, G]``.
-        bits: bits of a code.
+        weight: ``[o, i]``; gram: ``[i, i]``, symmetric, whose dtype all arithmetic has; scale, zero_point: ``[o, G]``.
         group_index: group of each column, int64 ``[i]``; by default equal runs of neighbours.
-        mask: bool ``[o, i]``, True where a sparse part stores the weight, which is then not rounded.
+        mask: bool ``[o, i]``, True where a sparse part stores the weight, as changed by the errors of earlier columns.
+            Its code stands for zero.
         damping: added to the diagonal, as a fraction of its mean (0.01 in the paper, section 4).
         act_order: visit the columns by descending S_jj; each column keeps the grid of its own group.
         block: columns between two large products (128 in the paper).
 
-    Returns:
-        the solution in the dtype of ``gram``. Where ``mask`` is True, the code stands for zero, and the sparse part
-        holds the weight as changed by the errors of the columns before it.
-
     Raises:
         UserError: the Gram matrix is not finite, or not positive definite with a hundred times the damping.
     """
-    dtype, width = gram.dtype, weight.shape[1]
     group_index = groups_of(weight, scale) if group_index is None else group_index
+    values, masked = weight.to(gram.dtype).t(), None if mask is None else mask.t()  # [i, o]
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else None
     if order is not None:
-        weight, gram, group_index = weight[:, order], gram[order][:, order], group_index[order]
-        mask = None if mask is None else mask[:, order]
+        values, gram, group_index = values[order], gram[order][:, order], group_index[order]
+        masked = None if masked is None else masked[order]
+    scale, zero_point = scale.to(gram.dtype).t(), zero_point.to(gram.dtype).t()  # [G, o]
     factor = inverse_factor(gram, damping)
-    values = weight.to(dtype).t().clone(memory_format=torch.contiguous_format)  # [i, o]
-    scale, zero_point = scale.to(dtype).t(), zero_point.to(dtype).t()  # [G, o]
-    codes = torch.empty(values.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, width, block):
-        here = slice(start, min(start + block, width))
-        group, free = group_index[here], None if mask is None else mask[:, here].t()
-        grid = (scale[group], zero_point[group], 2**bits - 1)
-        errors = _round_block(values[here], codes[here], factor[here, here], grid, free)
-        values[here.stop :].addmm_(factor[here, here.stop :].t(), errors, alpha=-1)
+    codes, values = _round(values, factor, scale, zero_point, 2**bits - 1, group_index, masked, block)
     if order is not None:
         back = order.argsort()
         codes, values = codes[back], values[back]
-        mask = None if mask is None else mask[:, back]
     sparse = None if mask is None else values.t() * mask
     return LayerSolution(codes.t(), scale.t(), zero_point.t(), sparse)
+
+
+def _round(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    max_code: int,
+    group_index: Tensor,
+    mask: Tensor | None,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Steps 3 and 4: codes and final values, both ``[i, o]``, of columns in the order in which they are visited."""
+    values = weight.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, len(values), block):
+        here = slice(start, min(start + block, len(values)))
+        group, free = group_index[here], None if mask is None else mask[here]
+        errors = _round_block(
+            values[here], codes[here], factor[here, here], (scale[group], zero_point[group], max_code), free
+        )
+        values[here.stop :].addmm_(factor[here, here.stop :].t(), errors, alpha=-1)
+    return codes, values
 
 
 def _round_block(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few weights in full precision beside the codes: their choice and their updates (QuantEase, section 4).
+"""A few weights in full precision beside the codes: their choice and their updates (QuantEase).
 
     minimise  ||(W - B - H) X||^2,   B on the grid,   H non-zero in at most k entries, or in at most k whole columns
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: one file per method, named in YAML by ``class_path: omniq.stages.<Name>``.
 
-Each class is imported on first use: ``import omniq.stages`` alone does not import torch.
+The file of a stage holds its equations and its settings, and does not import torch, so that errors in settings appear
+at once. ``omniq/stages/modules`` holds the LightningModule of each stage.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from omniq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from omniq.stages.awq import AWQ
+    from omniq.stages.end_to_end import EndToEnd
+    from omniq.stages.from_checkpoint import FromCheckpoint
     from omniq.stages.gptq import GPTQ
     from omniq.stages.learned_rounding import LearnedRounding
     from omniq.stages.omniquant import OmniQuant
@@ -23,6 +26,8 @@ else:  # hidden from type checkers, for which a module-level __getattr__ defines
         __name__,
         {
             "AWQ": "omniq.stages.awq",
+            "EndToEnd": "omniq.stages.end_to_end",
+            "FromCheckpoint": "omniq.stages.from_checkpoint",
             "GPTQ": "omniq.stages.gptq",
             "RTN": "omniq.stages.rtn",
             "LearnedRounding": "omniq.stages.learned_rounding",
@@ -38,6 +43,8 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "RTN",
+    "EndToEnd",
+    "FromCheckpoint",
     "LearnedRounding",
     "OmniQuant",
     "OutlierSuppression",

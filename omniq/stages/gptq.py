@@ -14,16 +14,14 @@ Deviation from the published code: the grid is chosen once, before any column ch
 another clipping is given.
 """
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.input_statistics import powers_of
-from omniq.calibration.stacked_linears import StackedLinears
-from omniq.calibration.task import BlockTask
-from omniq.calibration.token_weights import TokenWeights
+from omniq.calibration.settings import GramStage, TokenWeights
 from omniq.quantizers.clipping import RangeEstimator
-from omniq.solvers.gptq import gptq
-from omniq.storage.block_result import QuantizedLinear
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
 
 
 class GPTQ(GramStage):
@@ -50,29 +48,7 @@ class GPTQ(GramStage):
         super().__init__(clipping, true_sequential, batch_size, token_weights, damping)
         self.act_order = act_order
 
-    def module(self, task: BlockTask) -> "GPTQModule":
+    def module(self, task: "BlockTask") -> "BlockModule":
+        from omniq.stages.modules.gptq import GPTQModule
+
         return GPTQModule(task, self)
-
-
-class GPTQModule(GramModule):
-    """GPTQ on one block: one solver step for each stack of linears."""
-
-    settings: GPTQ
-
-    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        grid, settings, rows = stack.grid, self.settings, stack.local_rows
-        part = stack.select_rows(rows)
-        part.fitted = grid.fit(*settings.clipping.range(part.weight, grid, self.second_moment(number)))
-        rounded = gptq(
-            part.weight,
-            gram,
-            part.scale,
-            part.zero_point,
-            grid.bits,
-            damping=settings.damping,
-            act_order=settings.act_order,
-        )
-        errors = powers_of(part.weight - rounded.values(), gram)
-        self.track_errors(stack, rows, errors, powers_of(part.weight, gram))
-        stack.fitted = stack.gather(part.scale), stack.gather(part.zero_point)
-        return stack.linears(stack.gather(rounded.codes))

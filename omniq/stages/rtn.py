@@ -7,10 +7,14 @@ Every results table has this baseline. Min-max clipping needs no calibration dat
 of each input.
 """
 
-from omniq.calibration.rounding import RTNModule
+from typing import TYPE_CHECKING
+
 from omniq.calibration.stage import Stage
-from omniq.calibration.task import BlockTask
 from omniq.quantizers.clipping import MinMax, RangeEstimator
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
 
 
 class RTN(Stage):
@@ -23,5 +27,7 @@ class RTN(Stage):
     def __init__(self, clipping: RangeEstimator | None = None) -> None:
         self.clipping = clipping or MinMax()
 
-    def module(self, task: BlockTask) -> "RTNModule":
+    def module(self, task: "BlockTask") -> "BlockModule":
+        from omniq.calibration.rounding import RTNModule
+
         return RTNModule(task, self.clipping)

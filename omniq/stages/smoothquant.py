@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmoothQuant (arXiv 2211.10438): move part of the activations' range into the weights, then round to nearest.
 
-For every input channel ``j`` (section 4, equation 4):
+For every input channel ``j`` (equation 4):
 
     s_j = max|x_j|^alpha / max|W_j|^(1 - alpha),      x_j <- x_j / s_j,      W_j <- W_j s_j
 
@@ -15,19 +15,18 @@ it only prepares the block, and the other stage replaces its codes.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from omniq.calibration.fuse import block_transform, check_equivalences, fuse, input_ranges
-from omniq.calibration.rounding import RTNModule
+from omniq.calibration.settings import check_equivalences
 from omniq.calibration.stage import Part, Stage
-from omniq.calibration.task import BlockTask
-from omniq.grid.scheme import Activations
-from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, RangeEstimator
-from omniq.storage.block_result import BlockResult
-from omniq.transforms.initial import check_alpha
-from omniq.transforms.let import MEASURED_KINDS, check_kinds
+from omniq.transforms.let import MEASURED_KINDS, check_alpha, check_kinds
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
+    from omniq.grid.scheme import Activations
+    from omniq.models.layout import Layout
 
 
 class SmoothQuant(Stage):
@@ -54,28 +53,13 @@ class SmoothQuant(Stage):
     def leaves(self) -> frozenset[Part]:
         return frozenset({"block"})
 
-    def check_layout(self, layout: Layout) -> None:
+    def check_layout(self, layout: "Layout") -> None:
         check_equivalences(layout, self.equivalences, "stages: SmoothQuant.equivalences")
 
-    def equivalence_kinds(self, layout: Layout, activations: Activations) -> Sequence[str]:
+    def equivalence_kinds(self, layout: "Layout", activations: "Activations") -> Sequence[str]:
         return self.equivalences
 
-    def module(self, task: BlockTask) -> "SmoothQuantModule":
+    def module(self, task: "BlockTask") -> "BlockModule":
+        from omniq.stages.modules.smoothquant import SmoothQuantModule
+
         return SmoothQuantModule(task, self)
-
-
-class SmoothQuantModule(RTNModule):
-    """Smooths one block and rounds it once."""
-
-    def __init__(self, task: BlockTask, settings: SmoothQuant) -> None:
-        super().__init__(task, settings.clipping)
-        self.settings = settings
-
-    @torch.no_grad()
-    def finish(self) -> BlockResult:
-        task = self.task
-        transform = block_transform(task, self.settings.equivalences, shift=False)
-        tensors = dict(task.block.named_parameters())
-        values = transform.initial(tensors, input_ranges(task), self.settings.alpha, shift=False)
-        fuse(task.block, transform, transform.parameters(values).to(task.device))
-        return super().finish()

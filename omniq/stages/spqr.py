@@ -31,21 +31,18 @@ the largest are at most ``2^zero_bits - 1`` apart.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from omniq.calibration.gram import GramModule, GramStage
-from omniq.calibration.input_statistics import power_of, relative_error
-from omniq.calibration.stacked_linears import StackedLinears
+from omniq.calibration.settings import GramStage
 from omniq.calibration.stage import Part
-from omniq.calibration.task import BlockTask
 from omniq.errors import UserError
-from omniq.grid.affine import Grid
-from omniq.grid.quantized_scales import QuantizedScales
+from omniq.grid.name import check_scale_codes
 from omniq.quantizers.clipping import MinMax, RangeEstimator
-from omniq.solvers.spqr import Feedback, spqr
-from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
+
+if TYPE_CHECKING:  # settings are parsed without torch
+    from omniq.calibration.module import BlockModule
+    from omniq.calibration.task import BlockTask
+    from omniq.grid.affine import Grid
 
 
 class SpQR(GramStage):
@@ -99,47 +96,25 @@ class SpQR(GramStage):
                 "clipping of SpQR does not support weighting 'gram', because SpQR compensates for rounding errors: use "
                 "'diagonal'"
             )
-        self.second = QuantizedScales(scale_bits, zero_bits, scale_group)
+        check_scale_codes(scale_bits, zero_bits, scale_group)
+        self.scale_bits, self.zero_bits, self.scale_group = scale_bits, zero_bits, scale_group
         self.threshold, self.act_order = threshold, act_order
 
     @property
     def leaves(self) -> frozenset[Part]:
         outliers: set[Part] = {"outliers"} if self.threshold else set()
-        scale_codes: set[Part] = {"scale codes"} if self.second.scale_bits or self.second.zero_bits else set()
+        scale_codes: set[Part] = {"scale codes"} if self.scale_bits or self.zero_bits else set()
         return super().leaves | outliers | scale_codes
 
-    def grid(self, grid: Grid) -> Grid:
+    def grid(self, grid: "Grid") -> "Grid":
         """The grid of the scheme, with codes for scales and zero points where they save space."""
-        zero_bits = self.second.zero_bits if self.second.zero_bits < grid.bits and not grid.symmetric else 0
-        second = replace(self.second, zero_bits=zero_bits)
+        from omniq.grid.quantized_scales import QuantizedScales
+
+        zero_bits = self.zero_bits if self.zero_bits < grid.bits and not grid.symmetric else 0
+        second = QuantizedScales(self.scale_bits, zero_bits, self.scale_group)
         return replace(grid, second=second if second.scale_bits or second.zero_bits else None)
 
-    def module(self, task: BlockTask) -> "SpQRModule":
+    def module(self, task: "BlockTask") -> "BlockModule":
+        from omniq.stages.modules.spqr import SpQRModule
+
         return SpQRModule(task, self)
-
-
-class SpQRModule(GramModule):
-    """SpQR on one block: one solver step for each stack of linears."""
-
-    settings: SpQR
-
-    def solve(self, number: int, stack: StackedLinears, gram: Tensor, step: int) -> dict[str, QuantizedLinear]:
-        settings, grid = self.settings, self.settings.grid(stack.grid)
-        feedback = Feedback.of(gram, grid.groups(len(gram)), damping=settings.damping, act_order=settings.act_order)
-        found = {}
-        for name, weight in stack.split(stack.weight):
-            codes, scale, zero_point, sparse = spqr(weight, feedback, grid, settings.clipping, settings.threshold)
-            outliers = None if sparse is None else Outliers.from_dense(sparse)
-            found[name] = QuantizedLinear.of(grid, codes, scale, zero_point, outliers)
-            missed = weight - grid.dequantize(codes, scale, zero_point)
-            missed = missed if sparse is None else missed - sparse
-            error = relative_error(power_of(missed, gram), power_of(weight, gram))
-            self.track(f"{name.rpartition('.')[2]}/recon_error", error)
-        return found
-
-    def finish(self) -> BlockResult:
-        linears = self.found.values()
-        weights = sum(linear.codes.numel() for linear in linears)
-        outliers = sum(linear.outliers.value.numel() for linear in linears if linear.outliers is not None)
-        bits = sum(linear.bits_per_weight() * linear.codes.numel() for linear in linears)
-        return super().finish().with_summary(outliers=outliers / weights, bits_per_weight=bits / weights)

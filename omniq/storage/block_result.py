@@ -54,6 +54,7 @@ class Outliers:
         return out
 
 
+PARTS = ("codes", "scale", "zero_point")
 # Attributes of a quantized linear that hold several tensors, with their types.
 _NESTED: dict[str, type[Outliers] | type[StaticGrid]] = {"outliers": Outliers, "input": StaticGrid}
 
@@ -81,7 +82,7 @@ class QuantizedLinear:
     def __post_init__(self) -> None:
         # A stage receives the result of an earlier stage in memory or, after a kill, from a file. Both must have the
         # same memory layout, because the order of summation in a product depends on strides.
-        for name in ("codes", "scale", "zero_point"):
+        for name in PARTS:
             object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @classmethod
@@ -158,6 +159,29 @@ class BlockResult:
         """Return the result with additional entries in its summary."""
         return replace(self, summary={**self.summary, **entries})
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "BlockResult":
+        """Return the result with other values for some tensors, by their names in the file of the result."""
+        linears = {
+            name: replace(
+                linear, **{part: tensors.get(f"linears.{name}:{part}", getattr(linear, part)) for part in PARTS}
+            )
+            for name, linear in self.linears.items()
+        }
+        others = {name: tensors.get(f"tensors.{name}", value) for name, value in self.tensors.items()}
+        return replace(self, linears=linears, tensors=others)
+
+    def changed_from(self, other: "BlockResult") -> dict[str, Tensor]:
+        """Return the tensors that differ from those of another result, by their names in the file of the result."""
+        mine, theirs = self.tensors_by_name(), other.tensors_by_name()
+        return {name: value for name, value in mine.items() if not torch.equal(value, theirs[name])}
+
+    def tensors_by_name(self) -> dict[str, Tensor]:
+        """Return all tensors except nested ones, by their names in the file of the result."""
+        tensors = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
+        for name, linear in self.linears.items():
+            tensors |= {f"linears.{name}:{part}": getattr(linear, part) for part in PARTS}
+        return tensors
+
     def on_host(self) -> "BlockResult":
         """Return the result with all tensors in host memory, where the codes already are."""
         return replace(self, tensors={name: value.cpu() for name, value in self.tensors.items()})
@@ -186,15 +210,12 @@ class BlockResult:
 
     def save(self, path: Path, owner: Owner = NO_OWNER) -> None:
         """Write the result to ``path`` atomically."""
-        tensors: dict[str, Tensor] = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
-        grids = {}
+        tensors = self.tensors_by_name()
+        grids = {name: _grid_to_json(linear.grid) for name, linear in self.linears.items()}
         for name, linear in self.linears.items():
-            grids[name] = _grid_to_json(linear.grid)
-            parts = {"codes": linear.codes, "scale": linear.scale, "zero_point": linear.zero_point}
             for part in _NESTED:
                 if (nested := getattr(linear, part)) is not None:
-                    parts |= {f"{part}.{key}": value for key, value in vars(nested).items()}
-            tensors |= {f"linears.{name}:{part}": tensor for part, tensor in parts.items()}
+                    tensors |= {f"linears.{name}:{part}.{key}": value for key, value in vars(nested).items()}
         save_tensors(path, tensors, {"grids": json.dumps(grids), "summary": json.dumps(dict(self.summary))}, owner)
 
     @classmethod

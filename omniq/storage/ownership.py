@@ -16,12 +16,13 @@ from omniq.errors import UserError
 from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
+GENERATED = "generated.safetensors"
 _RECORDS = (
-    *(FINGERPRINT, "config.yaml", "environment.json", "streams.safetensors"),
-    *("perplexity.json", "summary.json", "export.json"),
+    *(FINGERPRINT, "config.yaml", "environment.json", GENERATED, "streams.safetensors"),
+    *("perplexity.json", "summary.json", "export.json", "model_stages.json"),
 )
 _FOLDERS = ("blocks", "current", "tensorboard")
-_BLOCK_FILE = re.compile(r"\d{3,}\..+")  # such as 007.safetensors, 007.0.csv and 007.0.last.ckpt
+_BLOCK_FILE = re.compile(r"(\d{3,}|model)\..+")  # such as 007.safetensors, 007.0.csv and model.2.last.ckpt
 _LONGEST = "current/." + 50 * "x"  # at least as long as any file name of a run, temporary names included
 # Entries of a run that was killed before it wrote its fingerprint. The folders are empty at that time.
 _BEFORE_FINGERPRINT = {"lock", "blocks", "current", f".{FINGERPRINT}.partial"}
@@ -132,5 +133,6 @@ def remove_partial_files(path: Path) -> None:
     for name in _RECORDS:
         (path / f".{name}.partial").unlink(missing_ok=True)
     for folder in ("blocks", "current"):
-        for leftover in (path / folder).glob(".[0-9][0-9][0-9].*.partial"):
-            leftover.unlink()
+        for pattern in (".[0-9][0-9][0-9].*.partial", ".model.*.partial"):
+            for leftover in (path / folder).glob(pattern):
+                leftover.unlink()

@@ -56,9 +56,14 @@ def finished_blocks(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())  # ignores copies that the user made
 
 
-def block_path(run: Path, index: int, suffix: str = "safetensors") -> Path:
-    """Return the path of a file of a block, such as ``blocks/007.safetensors``."""
-    return run / "blocks" / f"{index:03d}.{suffix}"
+def task_name(index: int | None) -> str:
+    """Return the first part of the names of files: ``007`` for a block, ``model`` for the whole model."""
+    return "model" if index is None else f"{index:03d}"
+
+
+def block_path(run: Path, index: int | None, suffix: str = "safetensors") -> Path:
+    """Return the path of a file of a block or of the model, such as ``blocks/007.safetensors``."""
+    return run / "blocks" / f"{task_name(index)}.{suffix}"
 
 
 def load_summary(path: Path) -> dict[str, Any]:
@@ -79,3 +84,16 @@ def load_summary(path: Path) -> dict[str, Any]:
     if not isinstance(summary, dict) or present != size + max(ends, default=0):
         raise CorruptFile(f"{path}: the file is truncated")
     return summary
+
+
+def header_digest(path: Path) -> str:
+    """Return a SHA-256 over the header of a block result, which holds the checksum of its content.
+
+    Raises:
+        CorruptFile: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
+    except (OSError, OverflowError, MemoryError) as error:
+        raise CorruptFile(f"{path}: the header is damaged") from error

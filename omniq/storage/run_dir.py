@@ -4,14 +4,18 @@
     config.yaml          the resolved configuration, sufficient to repeat the run
     fingerprint.json     settings, and digests of data and model, that must not change before a resume
     environment.json     versions and machine, for the record
+    generated.safetensors  the calibration windows, if the model wrote them (``omniq.data.SelfGenerated``)
     lock                 held by the process that works in this directory
     blocks/007.safetensors   a finished block (its presence marks the block as finished)
     blocks/007.0.csv     the losses of every step in its first stage
+    blocks/007.2.safetensors   what the third stage, a stage of the whole model, changed in the block
+    blocks/model.2.csv   the losses of this stage
     tensorboard/         the same losses for TensorBoard, if it is installed
     current/             the block in progress: last.ckpt, and the results of its earlier stages
     streams.safetensors  both activation streams at a block boundary, until the run is finished
     perplexity.json  summary.json  model/
     export.json          the settings of the export in model/
+    model_stages.json    the stages of the whole model that are finished
 
 With several processes, rank 0 holds the lock and writes, and all ranks read. Activation streams with ``streams: disk``
 are files without a name.
@@ -26,7 +30,7 @@ computes it again from the last intact state. It refuses a damaged fingerprint. 
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -167,8 +171,8 @@ class RunDir:
 
     # -- finished blocks ----------------------------------------------------------------------------------------
 
-    def block_path(self, index: int, suffix: str = "safetensors") -> Path:
-        """Return the path of a file of a block, such as ``blocks/007.safetensors``."""
+    def block_path(self, index: int | None, suffix: str = "safetensors") -> Path:
+        """Return the path of a file of a block, such as ``blocks/007.safetensors``, or without index of the model."""
         return records.block_path(self.path, index, suffix)
 
     def finished(self) -> list[int]:
@@ -187,6 +191,32 @@ class RunDir:
         """
         path = self.block_path(index)
         return BlockResult.load(path, self.owner(path))
+
+    def final_block(self, index: int, stages: Iterable[int]) -> BlockResult:
+        """Read a finished block with what some stages of the whole model changed in it.
+
+        Args:
+            index: the index of the block.
+            stages: positions of these stages in the list of stages.
+
+        Raises:
+            CorruptFile: a file is missing or damaged, or belongs to another block, to another run or to other codes.
+        """
+        result, base = self.read_block(index), records.header_digest(self.block_path(index))
+        for stage in stages:
+            path = self.block_path(index, f"{stage}.safetensors")
+            tensors, head = load_tensors(path, self.owner(path))
+            if head.get("block") != base:
+                raise CorruptFile(f"{path}: the file was made for other codes of its block")
+            result = result.with_tensors(tensors)
+        return result
+
+    def save_changes(self, index: int, stage: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what a stage of the whole model changed in a block: tensors by their names in a block result."""
+        path = self.block_path(index, f"{stage}.safetensors")
+        if self.writes:
+            head = {"block": records.header_digest(self.block_path(index))}
+            save_tensors(path, tensors, head, self.owner(path))
 
     def load_result(self, path: Path) -> BlockResult | None:
         """Load a block result; None if it is missing. A damaged file is reported and removed."""
@@ -209,9 +239,9 @@ class RunDir:
 
     # -- the block in progress ----------------------------------------------------------------------------------
 
-    def current(self, index: int, stage: int, name: str) -> Path:
-        """Return the path of a file of the block in progress, such as ``current/007.0.last.ckpt``."""
-        return self.path / "current" / f"{index:03d}.{stage}.{name}"
+    def current(self, index: int | None, stage: int, name: str) -> Path:
+        """Return the path of a file of the block or model in progress, such as ``current/007.0.last.ckpt``."""
+        return self.path / "current" / f"{records.task_name(index)}.{stage}.{name}"
 
     def load_current(self, path: Path) -> Any | None:
         """Load state of the block in progress; None if it is missing. A damaged file is reported and removed."""

@@ -2,5 +2,5 @@
 """Equivalences: scales and shifts that move between layers and leave the output of the block unchanged.
 
 May import kernels. Read ``equivalence.py`` first, then ``transform.py``. To add an equivalence, add a file to
-``equivalences``.
+``equivalences`` and its kind to ``let.py``.
 """

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Equivalence``: a change of a block's tensors by scales and shifts that leaves the output of the block unchanged.
 
-With a scale ``s = exp(theta)`` and a shift ``d`` for each channel (OmniQuant, arXiv 2308.13137, section 3.3), one
-module divides its output, and other modules, the *readers*, compensate for it. Each kind of equivalence is one file in
-``omniq.transforms.equivalences``. ``omniq.transforms.transform`` applies all equivalences of a block.
+    X W + b = ((X - d) / s) (diag(s) W) + (b + d W)             (OmniQuant, arXiv 2308.13137, equation 3)
+
+``X`` is the input of a linear, in rows; ``s = exp(theta)`` is a positive scale and ``d`` a shift of each input channel.
+The module that computes ``X`` shifts and divides its output; the linears that read it, the *readers*, compensate. Each
+kind of equivalence is one file in ``omniq.transforms.equivalences``. ``omniq.transforms.transform`` applies all
+equivalences of a block.
 
 Equivalences are exact, also beyond the published cases:
 
@@ -33,11 +36,9 @@ class Equivalence(ABC):
 
     Attributes:
         kind: the name of the kind in YAML.
-        measured: True if a scale follows from the sizes of activations and weights, as in SmoothQuant and AWQ.
     """
 
     kind: ClassVar[str]
-    measured: ClassVar[bool] = True
 
     @property
     def shift(self) -> bool:

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from omniq.errors import UserError
-
 LIMIT = 10.0  # largest |theta|: e^10 = 22026, of the order of the largest half-precision number
 FLOOR = 1e-5  # smallest activation and weight size, so that a dead channel gets a finite scale (OmniQuant's code)
 
@@ -45,16 +43,3 @@ def smooth_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """SmoothQuant's scale ``activation^alpha / weight^(1 - alpha)`` from sizes ``[c]``, clamped to the limits."""
     scale = activation.clamp(min=FLOOR) ** alpha / weight.clamp(min=FLOOR) ** (1 - alpha)
     return scale.clamp(math.exp(-LIMIT), math.exp(LIMIT))
-
-
-def check_alpha(alpha: float | None) -> None:
-    """Refuse a migration strength outside 0 to 1.
-
-    Raises:
-        UserError: names the value and the range.
-    """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise UserError(
-            f"alpha {alpha} is outside 0 to 1: give 0 to keep the range of activations, up to 1 to move all of it into "
-            "the weights"
-        )

@@ -12,17 +12,23 @@ that switch, which the family declares.
 
 import functools
 import logging
+import warnings
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from omniq.errors import UserError
-from omniq.transforms.equivalences import EQUIVALENCES
-from omniq.transforms.initial import check_alpha
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from omniq.transforms.transform import Transform
 
 log = logging.getLogger("omniq")
 
-KINDS = tuple(each.kind for each in EQUIVALENCES)
-MEASURED_KINDS = tuple(each.kind for each in EQUIVALENCES if each.measured)
-"""Kinds whose scales follow from sizes of activations and weights."""
+MEASURED_KINDS = ("norm", "value_output", "up_down")
+"""Kinds whose scales follow from sizes of activations and weights, as in SmoothQuant and AWQ."""
+KINDS = ("norm", "value_output", "query_key", "up_down")
+"""All kinds of ``omniq.transforms.equivalences``, listed here because this module does not import torch."""
 
 
 class LET:
@@ -54,6 +60,19 @@ class LET:
             raise UserError(f"transform.lr {lr} is not between 0 and 1: give a learning rate such as 5e-3")
         check_kinds(equivalences)
         self.alpha, self.lr, self.shift, self.equivalences = alpha, lr, shift, tuple(equivalences)
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Refuse a migration strength outside 0 to 1.
+
+    Raises:
+        UserError: names the value and the range.
+    """
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise UserError(
+            f"alpha {alpha} is outside 0 to 1: give 0 to keep the range of activations, up to 1 to move all of it into "
+            "the weights"
+        )
 
 
 def check_kinds(kinds: Sequence[str], field: str = "transform.equivalences", choices: Collection[str] = KINDS) -> None:
@@ -88,3 +107,21 @@ def worth_learning(kinds: Sequence[str], quantized_attention: bool) -> tuple[str
 def warn_once(reason: str) -> None:
     """Log a warning once per process."""
     log.warning("%s", reason)
+
+
+def block_transform(block: "nn.Module", family: Any, kinds: Sequence[str], shift: bool) -> "Transform":
+    """The earlier form of ``omniq.calibration.fuse.block_transform``, kept for one release.
+
+    Args:
+        block: a block of a model.
+        family: the ``omniq.models.family.Family`` of the model.
+        kinds: the kinds of equivalences to use.
+        shift: as for ``Transform``.
+    """
+    from omniq.transforms.transform import Transform
+
+    moved = "omniq.transforms.let.block_transform has moved: use omniq.calibration.fuse.block_transform"
+    warnings.warn(moved, DeprecationWarning, stacklevel=2)
+    layout = family.layout(block, 0)
+    chosen = [each for each in layout.equivalences if each.kind in kinds]
+    return Transform(chosen, layout.heads, dict(block.named_parameters()), layout.can_bias, shift)

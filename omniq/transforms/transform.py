@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from omniq.kernels.scaled_weight import ScaledWeight, materialize
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.heads import Heads
-from omniq.transforms.initial import LIMIT, ChannelRanges, check_alpha
+from omniq.transforms.initial import LIMIT, ChannelRanges
+from omniq.transforms.let import check_alpha
 from omniq.transforms.transformed_tensors import TransformedTensors
 
 

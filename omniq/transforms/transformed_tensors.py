@@ -11,7 +11,6 @@ Shapes: ``o`` output features, ``i`` input features.
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from omniq.kernels.scaled_weight import ScaledWeight
 from omniq.transforms.heads import Heads
@@ -55,15 +54,11 @@ class TransformedTensors:
 
     def divide(self, linear: LinearRef, scale: Tensor, shift: Tensor | None = None) -> None:
         """Subtract ``shift`` from the outputs of a linear, then divide them by ``scale``; both are ``[rows]``."""
-        weight, factor = self.weights[linear.name], 1 / scale
-        if linear.rows is None:
-            self.weights[linear.name] = weight.times_rows(factor)
-            self._divide_bias(linear.name, scale, shift)
-            return
-        start, stop = linear.rows
-        around = (start, weight.weight.shape[0] - stop)
-        self.weights[linear.name] = weight.times_rows(pad(factor, around, value=1.0))
-        self._divide_bias(linear.name, pad(scale, around, value=1.0), None if shift is None else pad(shift, around))
+        weight = self.weights[linear.name]
+        outputs = weight.weight.shape[0]
+        self.weights[linear.name] = weight.times_rows(linear.spread(1 / scale, outputs, fill=1.0))
+        shift = None if shift is None else linear.spread(shift, outputs, fill=0.0)
+        self._divide_bias(linear.name, linear.spread(scale, outputs, fill=1.0), shift)
 
     def multiply_inputs(self, name: str, scale: Tensor, shift: Tensor | None = None) -> None:
         """Compensate for inputs of a linear that lost ``shift`` and were divided by ``scale``; both are ``[i]``."""

@@ -18,7 +18,7 @@ from omniq.blocks.forward import call_block
 from omniq.cli.command import main
 from omniq.data import Evaluation, LocalText
 from omniq.errors import UserError
-from omniq.evaluate import evaluate_model
+from omniq.evaluate.perplexity import evaluate_model
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout

@@ -1,109 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage files of tiny runs at random and start the run again: each damage is repaired, refused in a line, or harmless.
+"""Damage files of tiny runs and models at random: each damage is repaired, refused in a line, or changes nothing.
 
-    python -m tests.campaigns.damage --files 5000 --processes 2
+    python -m tests.campaigns.damage --files 5000 --processes 14 --seconds 500
 
-Three folders are damaged: a finished run, a run that was killed in its second stage, and the source model. After each
-damage the same command runs again. It must end with the result of the undamaged run (the damaged file was made again),
-or with exit status 2 and one line. A traceback, or another result without a word, is a fault.
+One file is damaged, then a command reads the folder:
+
+    finished, midway    a run that has ended, or was killed in its last stage: the same command again
+    source              the model of the run that was killed: the same command again
+    export              a run that has ended: ``omniq export`` in the other format
+    report              a run that has ended: ``omniq report``
+    new                 the model: a run from the start
+    evaluate            the exported checkpoint: ``omniq evaluate``
+
+The first four must end with the result of the undamaged files or with exit status 2 and a line, the others in status 0
+or 2: a damaged model may be another valid one. A traceback, a hang, another status or another result without a word is
+a fault. When the seconds are over, the script prints what it has found so far.
 """
 
 import argparse
+import hashlib
+import os
 import random
+import re
 import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.killing import Attempts
+from tests.campaigns.workers import Desk, Fact, spread
 from tests.helpers.recipes import stage
 from tests.helpers.runs import SMALL, outcome, write_run
 
-STAGES = [stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)]
-# Text for people: a change in it changes no result, and each start writes it anew or never reads it. The losses of a
-# finished block (``.csv``) are such text, too.
-RECORDS = ("summary.json", "environment.json", "config.yaml", "README.md", "recipe.yaml", "lock")
+PER_JOB = 20
+HANGS = 120.0  # seconds; a run takes one
+STARTS = ("finished", "finished", "midway", "midway", "source", "export", "report", "new", "evaluate")
+KINDS = ("truncate", "flip", "zero", "append", "empty", "garbage", "replace", "swap", "remove", "folder", "link")
+RESULTS = ("refused", "made again", "unchanged result", "other model", "fault")
+LISTS: dict[str, dict[str, Any]] = {  # by format
+    "compressed-tensors": {"stages": [stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)]},
+    "omniq": {
+        "stages": [stage("OmniQuant", epochs=1), stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)],
+        "scheme": {"name": "W3A16g16"},
+    },
+}
 
 
-def damage(path: Path, others: list[Path], draw: random.Random) -> str:
-    """Change one file; returns what was done to it."""
+def damage(path: Path, others: list[Path], kind: str, draw: random.Random) -> None:
+    """Damage one file in this way; ``others`` are the files of its folder."""
     content = bytearray(path.read_bytes())
     place = draw.randrange(len(content)) if content else 0
-    kind = draw.choice(["truncate", "flip", "zero", "append", "empty", "garbage", "replace", "remove"])
-    if kind == "truncate":
-        path.write_bytes(content[:place])
+    if kind in ("swap", "replace"):
+        alike = [other for other in others if other != path and other.suffix == path.suffix]
+        content[:] = draw.choice(alike if kind == "swap" and alike else others).read_bytes()
     elif kind == "flip" and content:
         content[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(content)
-    elif kind == "zero" and content:
+    elif kind == "zero":
         content[place : place + 64] = bytes(len(content[place : place + 64]))
-        path.write_bytes(content)
+    elif kind == "truncate":
+        del content[place:]
     elif kind == "append":
-        path.write_bytes(content + draw.randbytes(16))
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "garbage":
-        path.write_bytes(draw.randbytes(200))
-    elif kind == "replace":
-        shutil.copy(draw.choice(others), path)
-    elif kind == "remove":
-        path.unlink()
-    return kind
+        content += draw.randbytes(16)
+    elif kind in ("empty", "garbage"):
+        content[:] = draw.randbytes(200 if kind == "garbage" else 0)
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("absent")
+    elif kind != "remove":
+        path.write_bytes(content)
 
 
-def same(out: Path, expected: dict[str, Any], path: Path) -> bool:
-    """Whether a run has the expected outcome, but for the damaged file if that holds losses."""
-    found = outcome(out)
-    return all(
-        found.get(name) == value
-        for name, value in expected.items()
-        if not (path.suffix == ".csv" == Path(name).suffix and name == path.name)
-    )
+def look(path: Path) -> str:
+    """What is at a path, to compare."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else os.path.lexists(path) * "other"
 
 
-def damage_many(files: int, seed: int, until: float) -> tuple[Counter[str], list[str]]:
-    """Damage so many files, one at a time, or until a point in time (``time.time()``)."""
-    tally, faults, draw = Counter[str](), [], random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        command = write_run(folder, model=SMALL, stages=STAGES)
-        with Attempts(folder) as attempts:
-            assert attempts.run(command, folder / "whole").status == 0
-            assert attempts.run(command, folder / "midway", aim=("after", "current/001.1.last.ckpt")).killed
-            expected = outcome(folder / "whole")
-            for number in range(files):
-                if time.time() > until:
-                    break
-                tally["damaged"] += 1
-                start = draw.choice(["whole", "whole", "midway", "source"])
-                out = folder / "trial"
-                shutil.rmtree(out, ignore_errors=True)
-                if start != "source":
-                    shutil.copytree(folder / start, out)
-                root = folder / "source" if start == "source" else out
-                shutil.rmtree(folder / "kept", ignore_errors=True)
-                shutil.copytree(folder / "source", folder / "kept")
-                every = sorted(path for path in root.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
-                path = draw.choice(every)
-                name = f"{number} {start}/{path.relative_to(root)}"
-                kind = damage(path, every, draw)
-                ended = attempts.run(command, out)
-                shutil.rmtree(folder / "source")
-                (folder / "kept").rename(folder / "source")
-                said = f"{name} {kind}: status {ended.status}: {ended.output[-300:]}"
-                if "Traceback" in ended.output or ended.status not in (0, 2):
-                    faults.append(said)
-                elif ended.status == 2:
-                    tally["refused"] += 1
-                elif start == "source" or path.name in RECORDS or same(out, expected, path):
-                    tally["repaired or harmless"] += 1
-                else:
-                    faults.append(f"undetected: {said}")
-    return tally, faults
+def digests(folder: Path) -> dict[str, str]:
+    """Every exported file but those for people, which tell times."""
+    return {path.name: look(path) for path in sorted(folder.iterdir()) if path.suffix not in (".md", ".yaml")}
+
+
+class Bench:
+    """The undamaged folders of one list of stages, and what the commands make of them."""
+
+    def __init__(self, form: str, desk: Desk) -> None:
+        self.desk, self.folder = desk, desk.folder / form
+        self.folder.mkdir()
+        self.command = write_run(self.folder, model=SMALL, export={"format": form}, **LISTS[form])
+        self.other = next(name for name in LISTS if name != form)
+        last = f"current/001.{len(LISTS[form]['stages']) - 1}.last.ckpt"
+        whole = self.attempt(self.command, self.folder / "finished")
+        midway = self.attempt(self.command, self.folder / "midway", aim=("after", last))
+        exported = self.attempt(self.export(self.folder / "finished"), self.folder / "exported")
+        assert (whole.status, midway.killed, exported.status) == (0, True, 0), whole.output + exported.output
+        shutil.copytree(self.folder / "source", self.folder / "kept")
+        self.expected, self.exported = outcome(self.folder / "finished"), digests(self.folder / "exported")
+
+    def attempt(self, args: list[str], out: Path, **options: Any) -> Any:
+        return self.desk.attempts.run(args, out, limit=HANGS, **options)
+
+    def export(self, run: Path) -> list[str]:
+        """The command line of an export, without its folder."""
+        return ["export", "--run", str(run), "--export.format", self.other]
+
+    def lay_out(self, start: str) -> tuple[Path, Path, list[str]]:
+        """Copy what is to be damaged: the root of it, and the command line with the value of its ``--out``."""
+        trial, source, finished = self.folder / "trial", self.folder / "source", self.folder / "finished"
+        for folder in (trial, source, self.folder / "result"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        shutil.copytree(self.folder / "kept", source)
+        if start != "new":
+            shutil.copytree(self.folder / "midway" if start in ("midway", "source") else finished, trial)
+        if start == "export":
+            return trial, self.folder / "result", self.export(trial)
+        if start == "evaluate":
+            command = ["evaluate", "--config", self.command[-1], "--model.path", str(trial / "model")]
+            return trial / "model", self.folder / "result.json", [*command, "--device", "cpu"]
+        if start == "report":
+            return trial, trial, ["report", "--run", str(trial)]
+        return source if start in ("source", "new") else trial, trial, self.command
+
+    def same(self, start: str, damaged: Path) -> bool:
+        """Whether the result is that of the undamaged files, but for a damaged file that only people read."""
+        if start == "export":
+            return digests(self.folder / "result") == self.exported
+        if start == "report":
+            return True
+        found, expected = outcome(self.folder / "trial"), dict(self.expected)
+        if damaged.suffix == ".csv":  # losses of a finished block
+            found.pop(damaged.name, None)
+            expected.pop(damaged.name, None)
+        return found == expected
+
+    def trial(self, start: str, kind: str, draw: random.Random) -> None:
+        """Damage one file and note what comes of it."""
+        root, out, command = self.lay_out(start)
+        every = sorted(path for path in root.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
+        path = draw.choice(every)
+        damage(path, every, kind, draw)
+        left, ended = look(path), self.attempt(command, out)
+        name = f"{start:9} {re.sub('[0-9]{3}', 'NNN', str(path.relative_to(root)))}"
+        fault = ""
+        if ended.hung or "Traceback" in ended.output or ended.status not in (0, 2):
+            trace = "Traceback: " if "Traceback" in ended.output else ""
+            result, fault = "fault", f"{trace}status {ended.status}: {ended.output[-600:]}"
+        elif ended.status == 2 and ended.output.rstrip().rpartition("\n")[2].startswith("omniq: "):
+            result = "refused"
+        elif ended.status == 2:
+            result, fault = "fault", f"refused in more than a line: {ended.output[-600:]}"
+        elif start in ("new", "evaluate"):
+            result = "other model"
+        elif not self.same(start, path):
+            result, fault = "fault", f"another result without a word: {ended.output[-300:]}"
+        else:
+            result = "made again" if look(path) != left else "unchanged result"
+        said = {"fault": f"{name} {kind}: {fault}"} if fault else {}
+        self.desk.note(file=name, kind=kind, result=result, **said)
+
+
+def damage_many(job: tuple[int, int], desk: Desk) -> None:
+    """A job: damage so many files, with draws from this seed."""
+    files, seed = job
+    form, draw = list(LISTS)[seed % len(LISTS)], random.Random(seed)
+    if form not in desk.kept:
+        desk.kept[form] = Bench(form, desk)
+    for _ in range(files):
+        if desk.open:
+            desk.kept[form].trial(draw.choice(STARTS), draw.choice(KINDS), draw)
+
+
+def table(facts: list[Fact], by: str) -> None:
+    """Print a row for each file or for each way to damage it."""
+    print(f"{by:50} {'damaged':>8}" + "".join(f"{result:>18}" for result in RESULTS))
+    for name in [*sorted({fact[by] for fact in facts}), "all"]:
+        tally = Counter(fact["result"] for fact in facts if name in ("all", fact[by]))
+        print(f"{name:50} {tally.total():8}" + "".join(f"{tally[result]:18}" for result in RESULTS))
+    print()
 
 
 def main() -> int:
@@ -112,17 +187,18 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="damage no further file after so long")
+    parser.add_argument("--seconds", type=float, default=1e6, help="print the tables after so long at most")
     options = parser.parse_args()
-    until = time.time() + options.seconds
-    share = -(-options.files // options.processes)
-    with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(damage_many, share, options.seed + number, until) for number in range(options.processes)]
-        found = [job.result() for job in jobs]
-    total = sum((tally for tally, _ in found), Counter[str]())
-    faults = [fault for _, each in found for fault in each]
+    sizes = [min(PER_JOB, options.files - begin) for begin in range(0, options.files, PER_JOB)]
+    jobs = [(size, options.seed * 100_000 + number) for number, size in enumerate(sizes)]
+    facts = spread(jobs, damage_many, options.processes, options.seconds)
+    damaged = [fact for fact in facts if "file" in fact]
+    for by in ("file", "kind"):
+        table(damaged, by)
+    faults = [fact["fault"] for fact in facts if "fault" in fact]
     print(*faults, sep="\n")
-    print(f"{total.pop('damaged')} damaged files: {dict(total)}, {len(faults)} faults")
+    tracebacks = sum("Traceback" in fault for fault in faults)
+    print(f"{len(damaged)} damaged files, {len(faults)} faults, {tracebacks} of them tracebacks")
     return bool(faults)
 
 

@@ -14,6 +14,7 @@ from omniq.cli.command import main
 from omniq.cli.quiet import quiet
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
+from omniq.storage.records import save_record
 from tests.helpers.runs import QUICK, configuration, write_config
 
 
@@ -136,6 +137,9 @@ def test_report_of_damaged_record_names_it_and_changes_nothing(
     assert "seconds" in said
     assert f"{record}: the checksum does not match its content; run the quantize command again" in errors
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    save_record(record, {"format": "omniq"})  # such as export.json in its place
+    assert main(["report", "--run", str(run)]) == 2
+    assert f"{record}: it is the content of another file of a run; run the quantize" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["quantize", "evaluate", "export", "report"])

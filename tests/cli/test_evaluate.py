@@ -19,7 +19,7 @@ from omniq.cli import evaluate as evaluate_command
 from omniq.cli.command import main
 from omniq.config.parse import parse_run
 from omniq.errors import UserError
-from omniq.evaluate import evaluate_model
+from omniq.evaluate.perplexity import evaluate_model
 from omniq.grid.affine import Grid
 from omniq.models import locate
 from omniq.models.transformers_io import open_checkpoint

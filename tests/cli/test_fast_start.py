@@ -71,6 +71,43 @@ def test_quantize_mistake_in_light_section_imports_no_torch(
     assert reason in errors
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("OmniQuant --stages.epochs -3", "stages: OmniQuant.epochs -3 is too small"),
+        ("OmniQuant --stages.epoch 3", "Option 'epoch' is not accepted"),
+        ("OmniQuant --stages.clipping Searched", "stages: OmniQuant has nothing to learn"),
+        ("OmniQuant --stages.clipping.initial.weighting all", "weighting"),
+        ("OmniQuant --stages.clipping omniq.quantizers.absolute.LSQ --stages.clipping.initial 5", "initial"),
+        ("OmniQuant --stages.transform.lr 2", "transform.lr 2.0 is not between 0 and 1"),
+        ("OmniQuant --stages.transform.equivalences=[gate]", "transform.equivalences: 'gate' is not accepted"),
+        ("GPTQ --stages.damping 2", "damping 2.0 of GPTQ is outside 0 to 1"),
+        ("GPTQ --stages.token_weights equal", "token_weights"),
+        ("QuantEase --stages.sweeps 0", "sweeps 0 of QuantEase is too small"),
+        ("QuantEase --stages.outliers.fraction 2", "outliers.fraction 2.0 of QuantEase is outside 0 to 0.5"),
+        ("SpQR --stages.zero_bits 9", "zero_bits 9 is out of range"),
+        ("AWQ --stages.candidates 1", "stages: AWQ.candidates 1 is too small"),
+        ("SmoothQuant --stages.alpha 2", "alpha 2.0 is outside 0 to 1"),
+        ("OutlierSuppression --stages.samples 0", "stages: OutlierSuppression.samples 0 is too small"),
+        ("RTN --stages.clipping LWC", "clipping"),
+        ("RTN --stages.bits 3", "Option 'bits' is not accepted"),
+        ("LearnedRounding", "stages: LearnedRounding needs a preceding stage"),
+        ("QuantEase --stages+ RTN", "stages: RTN would discard the grid and codes"),
+        ("Nothing", "Nothing"),
+    ],
+)
+def test_quantize_mistake_in_stage_imports_no_torch(options: str, reason: str) -> None:
+    last, errors = run("quantize", "--model.path=x", "--data.source=Stdlib", "--stages+", *options.split())
+    assert last == "2 []"
+    assert errors.startswith("omniq: ")
+    assert errors.count("\n") == 1
+    assert reason in errors
+
+
+def test_help_of_stage_imports_no_torch() -> None:
+    assert run("quantize", "--stages.help", "OmniQuant") == ("0 []", "")
+
+
 def test_evaluate_mistake_imports_no_torch() -> None:
     last, errors = run("evaluate", "--model.path", "x", "--evaluation.source", "Stdlib", "--batch", "many")
     assert last == "2 []"

@@ -13,7 +13,7 @@ from omniq.config.class_paths import allowed_imports
 from omniq.config.compose import compose
 from omniq.config.parse import parse_run, run_of
 from omniq.errors import UserError
-from omniq.stages import RTN, OmniQuant
+from omniq.stages import RTN, LearnedRounding
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,10 +55,10 @@ def test_parse_run_composes_files_and_options_override(folder: Path) -> None:
     """Later files replace keys and lists, ``stages+`` appends, and options override files."""
     (folder / "data.yaml").write_text("data: {samples: 7, seed: 5}")
     (folder / "stages.yaml").write_text("stages: [{class_path: omniq.stages.RTN}]")
-    (folder / "more.yaml").write_text("stages+: [{class_path: omniq.stages.OmniQuant, init_args: {epochs: 9}}]")
+    (folder / "more.yaml").write_text("stages+: [{class_path: omniq.stages.LearnedRounding, init_args: {epochs: 9}}]")
     run, settings = parse_run([folder / name for name in ("run.yaml", "data.yaml", "stages.yaml", "more.yaml")])
     assert (run.data.samples, run.data.seed, run.data.length) == (7, 5, 24)
-    assert [type(stage) for stage in run.stages] == [RTN, OmniQuant]
+    assert [type(stage) for stage in run.stages] == [RTN, LearnedRounding]
     assert run.stages[1].epochs == 9
     assert yaml.safe_load(settings)["data"]["samples"] == 7
     run, _ = parse_run([folder / "run.yaml", folder / "data.yaml"], {"data": {"samples": 2}, "seed": 8})
@@ -68,8 +68,8 @@ def test_parse_run_composes_files_and_options_override(folder: Path) -> None:
 @pytest.mark.parametrize(
     "later",
     [
-        "stages: [{class_path: omniq.stages.LearnedRounding}]",
-        "stages: [omniq.stages.LearnedRounding]",
+        "stages: [omniq.stages.RTN, omniq.stages.LearnedRounding]",
+        "stages: [omniq.stages.OmniQuant]",
         "stages: [{class_path: omniq.stages.OmniQuant}]",
         "stages: [{class_path: omniq.stages.RTN}, {class_path: omniq.stages.LearnedRounding}]",
     ],
@@ -87,8 +87,9 @@ def test_later_file_list_of_stages_replaces_earlier_list(folder: Path, later: st
 def test_later_file_without_list_of_stages_keeps_earlier_list(folder: Path) -> None:
     before = resolved(folder, LEARNED)["stages"]
     assert resolved(folder, LEARNED, "scheme: {name: W4A16}\ntrainer: {precision: 32-true}")["stages"] == before
-    more = resolved(folder, LEARNED, "stages+: [{class_path: omniq.stages.RTN}]\ndata: {source: Stdlib}")["stages"]
-    assert more == [*before, {"class_path": "omniq.stages.RTN", "init_args": {}}]
+    later = "stages+: [{class_path: omniq.stages.LearnedRounding}]\ndata: {source: Stdlib}"
+    more = resolved(folder, LEARNED, later)["stages"]
+    assert [*before, "omniq.stages.LearnedRounding"] == [*more[:-1], more[-1]["class_path"]]
     changed = resolved(folder, LEARNED, options=["--stages.clipping_lr", "0.02"])["stages"][0]
     assert changed["init_args"] == {**before[0]["init_args"], "clipping_lr": 0.02}
 

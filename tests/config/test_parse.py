@@ -4,14 +4,16 @@
 import logging
 from argparse import ArgumentError
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from omniq.calibration.outlier_settings import OutlierSettings
 from omniq.config.parse import Arguments, parse_run, run_of
+from omniq.config.run import Export
 from omniq.errors import UserError
+from omniq.export.registry import FORMATS
 from omniq.run.fingerprint import fingerprint
 
 RUN: dict[str, Any] = {
@@ -21,13 +23,30 @@ RUN: dict[str, Any] = {
     "evaluation": {"source": {"class_path": "omniq.data.Stdlib"}},
 }
 OPTIONAL = {"model.gguf_file", "data.seed", "evaluation", "evaluation.max_windows", "export.prompt", "blocks"}
+OPTIONAL |= {"data.bos", "evaluation.bos"}
 OPTIONAL |= {f"stages.0.{name}" for name in ("clipping", "outliers", "outlier_columns")}
 OPTIONAL |= {f"stages.0.outlier_{name}" for name in ("support", "method")}
 KEYS = [
     *("model", "model.path", "model.gguf_file", "model.attention", "model.trust_remote_code", "data", "data.source"),
-    *("data.samples", "data.length", "data.held_out", "data.seed", "data.add_special_tokens", "scheme", "scheme.name"),
+    *(
+        "data.samples",
+        "data.length",
+        "data.held_out",
+        "data.seed",
+        "data.add_special_tokens",
+        "data.bos",
+        "scheme",
+        "scheme.name",
+    ),
     *("scheme.symmetric", "scheme.dtype", "scheme.activation_range", "stages", "callbacks", "trainer", "evaluation"),
-    *("evaluation.source", "evaluation.length", "evaluation.max_windows", "evaluation.add_special_tokens", "export"),
+    *(
+        "evaluation.source",
+        "evaluation.length",
+        "evaluation.max_windows",
+        "evaluation.add_special_tokens",
+        "evaluation.bos",
+        "export",
+    ),
     *("export.format", "export.max_shard_size", "export.verify", "export.prompt", "out", "seed", "streams", "batch"),
     *("save_streams_every", "blocks", "matmul", "compile"),
     *(f"stages.0.{name}" for name in ("sweeps", "start", "grid", "clipping", "damping", "act_order", "outliers")),
@@ -132,7 +151,8 @@ def test_parse_run_model_dtype_of_earlier_run_is_accepted_when_auto() -> None:
 
 def test_arguments_sort_into_files_packages_and_options() -> None:
     line = ["--config", "a.yaml", "--seed", "3", "--allow_import=mine", "--config=b.yaml", "--allow_import", "yours"]
-    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"])
+    line += ["--preset", "best"]
+    assert Arguments.sort(line) == (["a.yaml", "b.yaml"], ["--seed", "3"], ["mine", "yours"], ["best"])
     with pytest.raises(UserError, match="--config has no value: give one, such as --config mine.yaml"):
         Arguments.sort(["--config"])
 
@@ -177,3 +197,8 @@ def test_option_of_repeated_stage_is_refused() -> None:
 def test_option_unknown_to_named_stage_is_refused() -> None:
     with pytest.raises(ArgumentError, match="'epoch' is not accepted"):
         run_of(TWO, ["--stages.OmniQuant.epoch", "3"])
+
+
+def test_choices_of_export_format_are_those_of_registry() -> None:
+    """The choices are written out, because the registry imports torch and ``--help`` must not."""
+    assert set(get_args(get_type_hints(Export)["format"])) == {*FORMATS, "none"}

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from omniq.data import Calibration, Evaluation, HubText, LocalText, TextSource, digest
 from omniq.errors import UserError
@@ -57,6 +58,7 @@ def test_calibration_windows_lie_before_held_out_tail(length, samples, held_out,
     assert drawn.calibration.min() >= 0
     assert drawn.calibration.max() < total - held_out * length
     assert drawn.held_out.flatten().tolist() == list(range(total - held_out * length, total))
+    assert drawn.distinct == (total - held_out * length) // length
 
 
 def test_calibration_offsets_are_uniform_up_to_both_ends():
@@ -86,7 +88,7 @@ def test_evaluation_text_gets_special_tokens_once():
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     source = Words("abc" * 20)
-    windows = Evaluation(source, 10).sequences(tokenizer)
+    windows = Evaluation(source, 10).sequences(tokenizer, "llama")
     assert windows[0, 0] == 256
     assert (windows == 256).sum() == 1  # at the very start only
     assert not (Evaluation(source, 10, add_special_tokens=False).sequences(tokenizer) == 256).any()
@@ -140,3 +142,59 @@ def test_windows_description_says_how_they_are_made():
     assert Calibration(source, 8, 64).describe() == "8 random windows of 64 tokens from words"
     assert Evaluation(source, 64).describe() == "all consecutive windows of 64 tokens of words"
     assert Evaluation(source, 64, 3).describe() == "the first 3 consecutive windows of 64 tokens of words"
+
+
+def tokenizer_that_adds_bos() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("chosen", "adds", "model_type", "place"),
+    [
+        (None, True, "gemma", "window"),
+        (None, True, None, "window"),
+        (None, True, "llama", "text"),
+        (None, True, "opt", "text"),
+        (None, False, "gemma", "text"),
+        ("none", True, "gemma", "none"),
+        ("text", True, "gemma", "text"),
+        ("window", False, "llama", "window"),
+    ],
+)
+def test_windows_begin_with_bos_where_setting_or_default_says(chosen, adds, model_type, place):
+    tokenizer = tokenizer_that_adds_bos() if adds else tiny_tokenizer()
+    text = Words("".join(chr(97 + index % 26) for index in range(200)))
+    data, evaluation = Calibration(text, 8, 10, 2, bos=chosen), Evaluation(text, 10, bos=chosen)
+    assert data.place_of_bos(tokenizer, model_type) == evaluation.place_of_bos(tokenizer, model_type) == place
+    drawn, windows = data.windows(tokenizer, 0, model_type), evaluation.sequences(tokenizer, model_type)
+    for part in (*drawn[:2], windows):
+        assert part.shape[1] == 10
+        assert ((part == 256).sum(1) == (part[:, 0] == 256)).all()  # nowhere else
+    if place == "window":
+        assert all((part[:, 0] == 256).all() for part in (*drawn[:2], windows))
+        tokens = tiny_tokenizer()(text.content, return_tensors="pt").input_ids[0]
+        assert torch.equal(windows[:, 1:].flatten(), tokens[:198])
+        assert torch.equal(drawn.held_out[:, 1:].flatten(), tokens[182:])
+    else:
+        assert (windows == 256).sum() == (adds and place == "text")
+
+
+def test_windows_with_impossible_bos_are_refused():
+    text = Words("x" * 100)
+    with pytest.raises(UserError, match=r"data\.bos window: the tokenizer of this model has no BOS token: use text or"):
+        Calibration(text, 2, 10, bos="window").windows(Numbers(), 0)
+    with pytest.raises(
+        UserError, match=r"evaluation\.bos text contradicts evaluation\.add_special_tokens false: remove"
+    ):
+        Evaluation(text, 10, add_special_tokens=False, bos="text").sequences(Numbers())
+
+
+def test_description_of_evaluation_says_where_bos_is():
+    evaluation = Evaluation(Words("x" * 100), 10)
+    assert [evaluation.describe(place).rpartition("words")[2] for place in ("window", "text", "none")] == [
+        ", each with BOS",
+        "",
+        ", without BOS",
+    ]

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 from omniq.blocks.placement import ActivationPlacement
 from omniq.errors import UserError
-from omniq.evaluate import (
-    Perplexity,
-    evaluate_model,
-    evaluate_streamed,
-)
+from omniq.evaluate.perplexity import Perplexity, evaluate_model, evaluate_streamed
 from omniq.models.source import SourceModel
 from tests.helpers.tiny import VOCAB_SIZE, save_tiny, tiny_model
 

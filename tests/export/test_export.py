@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from omniq.errors import UserError
-from omniq.evaluate import evaluate_model
+from omniq.evaluate.perplexity import evaluate_model
 from omniq.export import Report
 from omniq.export.containers import shards
 from omniq.export.containers.target_model import target_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omniq.errors import CorruptFile
-from omniq.evaluate import evaluate_model
+from omniq.evaluate.perplexity import evaluate_model
 from omniq.export import ReopenedCheckpoint, VerificationError, find_format
 from omniq.export.containers import folder_reader, huggingface
 from omniq.grid.affine import Grid

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the fused sweeps of coordinate descent with the torch ones, and with the definition."""
+"""Sweeps of coordinate descent: one sweep from given weights, and fused sweeps compared with those of torch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from omniq.grid.affine import Grid
 from omniq.kernels.coordinate_descent import keep_codes_, sweep_
-from omniq.kernels.layer_problem import Problem, codes_of, empty_codes, objective, prepare
+from omniq.kernels.layer_problem import Problem, empty_codes, nearest, objective, prepare, to_residual_, to_values_
 from tests.helpers.synthetic_layer import fit_grid, make_layer
+
+
+def codes_of(problem: Problem, residual: Tensor) -> Tensor:
+    """Nearest codes of ``W - D``, uint8 ``[i, o]``: the codes themselves after a rounded sweep."""
+    return nearest(problem, residual, slice(None)).to(torch.uint8)
 
 
 def missed_by(problem: Problem, before: Tensor, after: Tensor, rounded: bool) -> float:
@@ -57,3 +62,30 @@ def compare_backends(
         keep_codes_(problem, fused, odd, packed, backend)  # type: ignore[arg-type]
     assert torch.equal(*kept)
     return found
+
+
+class Sweep(NamedTuple):
+    """Values and codes ``[o, i]`` after one sweep, and what ``sweep_`` says of it."""
+
+    values: Tensor
+    codes: Tensor
+    changed: Tensor
+    gain: Tensor
+
+
+def sweep(
+    target: Tensor, gram: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *,
+    rounded: bool = True, **options: Any,
+) -> Sweep:  # fmt: skip
+    """One sweep of quantized or relaxed weights ``[o, i]``."""
+    problem = prepare(target, gram, scale, zero_point, bits, **options)
+    start = values.to(problem.target.dtype).t().clone(memory_format=torch.contiguous_format)
+    residual = to_residual_(problem, start)
+    changed, gain = sweep_(problem, residual, rounded)
+    codes = codes_of(problem, residual)
+    return Sweep(to_values_(problem, residual, rounded).t(), codes.t(), changed, gain)
+
+
+def small_layer() -> tuple[Tensor, Tensor]:
+    weight, gram = make_layer(40, 72, tokens=300)
+    return weight.float(), gram.float()

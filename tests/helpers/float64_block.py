@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from omniq.models.families import family_of_type
 from omniq.transforms.equivalence import Equivalence
@@ -13,6 +14,8 @@ from omniq.transforms.transform import Transform
 from tests.helpers.tiny import HALF_TURNED, tiny_block
 
 NINE = {"hidden_size": 72, "num_attention_heads": 9}
+NEW_DECODER = {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
 BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 1 of 9": ("llama", {**NINE, "num_key_value_heads": 1}),
     "llama 3 of 9": ("llama", {**NINE, "num_key_value_heads": 3}),
@@ -27,6 +30,21 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {}),
     "gemma3": ("gemma3_text", {}),
     "opt": ("opt", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "olmoe": ("olmoe", {}),
+    "opt 350m": ("opt", {"do_layer_norm_before": False}),
+    "granite": ("granite", {}),
+    "smollm3": ("smollm3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "gpt-neox": ("gpt_neox", {}),
+    "bloom": ("bloom", {}),
+    "falcon 7b": ("falcon", {"bias": False}),
+    "falcon 11b": ("falcon", NEW_DECODER | {"num_ln_in_parallel_attn": 1}),
+    "falcon 40b": ("falcon", NEW_DECODER),
+    "falcon rw": ("falcon", FALCON_RW),
 }
 
 
@@ -39,6 +57,14 @@ class OffsetNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
+
+
+class WideSoftmax(TorchFunctionMode):
+    """Lets every softmax compute in float64; BLOOM asks for float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = {"dtype": torch.float64} if getattr(func, "__name__", "") == "softmax" else {}
+        return func(*args, **{**(kwargs or {}), **wide})
 
 
 class Float64Block:
@@ -65,7 +91,8 @@ class Float64Block:
         return torch.randn(2, 16, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
     def run(self, tensors: dict[str, Tensor], seed: int = 0) -> Tensor:
-        output = functional_call(self.block, tensors, (self.hidden(seed),), self.kwargs)
+        with WideSoftmax():
+            output = functional_call(self.block, tensors, (self.hidden(seed),), self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def change(self, equivalences: tuple[Equivalence, ...], seed: int = 0, **options: Any) -> float:

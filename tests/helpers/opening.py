@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from omniq.blocks.forward import call_block
 from omniq.errors import UserError
 from omniq.models.source import SourceModel
 
@@ -27,7 +28,7 @@ def stream(source: SourceModel, ids: Tensor, device: str = "cpu") -> Tensor:
     hidden, kwargs = source.embed(ids, device)
     for index in range(source.num_blocks):
         with torch.no_grad():
-            hidden = source.block(index, device)(hidden, **kwargs[index])
+            hidden = call_block(source.block(index, device), hidden, kwargs[index])
     return source.logits(hidden, device)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from omniq.calibration.task import BlockTask
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 
 
 class Plain:

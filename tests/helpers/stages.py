@@ -15,7 +15,10 @@ from omniq.blocks.forward import call_block
 from omniq.calibration.module import BlockModule
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import AtomicCheckpointIO, BlockLosses, Fuse, NonFiniteGuard, PassCheckpoint
+from omniq.callbacks.checkpoint import AtomicCheckpointIO, PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
 from omniq.grid.affine import Grid
 from omniq.models.families import family_of_type
 from omniq.report.stopwatch import Stopwatch

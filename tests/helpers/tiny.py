@@ -15,8 +15,10 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from omniq.models.embedding_and_head import RepeatedArguments
 from omniq.models.families import family_of_type
 from omniq.models.layout import Layout
+from tests.helpers.linear_experts import with_linear_experts
 
 # A config in which only half of the channels of each head are turned.
 HALF_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
@@ -34,6 +36,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 _ROTARY = {"intermediate_size": 128, "num_key_value_heads": 2}  # grouped-query attention: 2 query heads a KV head
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "output_router_logits": False}
 _OWN: dict[str, dict[str, Any]] = {
     "llama": _ROTARY,
     "mistral": _ROTARY | {"sliding_window": None, "head_dim": 16},
@@ -43,6 +46,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma": _ROTARY | {"head_dim": 16},
     "gemma2": _ROTARY | {"head_dim": 16, "sliding_window": 8},
     "gemma3_text": _ROTARY | {"head_dim": 16, "sliding_window": 8},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"ffn_hidden_size": 128, "bias": True},
+    "granite": _ROTARY | {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "smollm3": _ROTARY | {"num_hidden_layers": 4},  # the last of four blocks has no rotary embedding
+    "olmo2": _ROTARY,
+    "olmo3": _ROTARY | {"sliding_window": 8},
+    "gpt_neox": {"intermediate_size": 128},
+    "mixtral": _ROTARY | {"num_local_experts": 4},
+    "qwen2_moe": _ROTARY | _EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
+    "qwen3_moe": _ROTARY | _EXPERTS | {"head_dim": 16},
+    "olmoe": _ROTARY | _EXPERTS,
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 1, "dropout": 0.0},
 }
 
@@ -61,10 +75,10 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5 if "embed" not in name else noise)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5 if "embed" not in name else noise)
             else:
-                parameter.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+                parameter.copy_(0.1 * noise + (("norm" in name or "ln_" in name) and name.endswith("weight")))
     return model
 
 
@@ -98,12 +112,14 @@ def save_tiny(
 
 def tiny_block(family: str = "llama", seed: int = 0, length: int = 16, **overrides: Any) -> tuple[nn.Module, dict]:
     """The first block of a tiny model, frozen, and the keyword arguments it is called with for ``length`` tokens."""
-    model = tiny_model(family, seed, **overrides).requires_grad_(False)
+    model = with_linear_experts(tiny_model(family, seed, **overrides))
     seen: dict[str, Any] = {}
-    blocks = model.get_decoder().layers
+    described = family_of_type(family)
+    blocks = model.get_submodule(described.blocks)
     handle = blocks[0].register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(torch.arange(length)[None], use_cache=False)
     handle.remove()
+    blocks[0].register_forward_pre_hook(RepeatedArguments(described.batched), with_kwargs=True)
     return blocks[0], seen
 
 

@@ -102,3 +102,17 @@ def test_run_with_matmul_option_sets_and_restores_precision(
     assert main([*write_run(tmp_path, model=SMALL, **QUICK), "--matmul", matmul]) == 0
     assert seen == [level]
     assert older_name() == "highest"
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_matmul_precision_for_cuda_is_restored(before: str) -> None:
+    usual = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(before)
+        for precision, tf32 in (("tf32", True), ("float32", False), ("float64", False)):
+            with matmul_precision(precision, torch.device("cuda")):  # type: ignore[arg-type]
+                assert torch.backends.cuda.matmul.allow_tf32 == tf32
+            assert torch.get_float32_matmul_precision() == before
+            assert torch.backends.cuda.matmul.allow_tf32 == (before != "highest")
+    finally:
+        torch.set_float32_matmul_precision(usual)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from omniq.errors import NotByBlocks
 from omniq.models import families
 from omniq.models.checkpoint import SafetensorsCheckpoint
 from omniq.models.family import Family
@@ -66,16 +65,6 @@ def test_model_names_gpt_neox_head_under_module_name_is_found(tmp_path: Path) ->
     checkpoint = SafetensorsCheckpoint(tmp_path, SINGLE)
     model = meta_model(AutoConfig.from_pretrained(tmp_path), torch.float32, "sdpa")
     assert with_model_names(checkpoint, model) is checkpoint
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_model_names_merged_experts_are_refused_by_name(tmp_path: Path, model_type: str) -> None:
-    key = "num_local_experts" if model_type == "mixtral" else "num_experts"
-    checkpoint = save_model(tmp_path, model_type, **{key: 2, "num_experts_per_tok": 1, "num_key_value_heads": 2})
-    model = meta_model(AutoConfig.from_pretrained(tmp_path), torch.float32, "sdpa")
-    with pytest.raises(NotByBlocks, match=rf"model type '{model_type}' stores .*experts.* in another layout") as caught:
-        with_model_names(checkpoint, model)
-    assert "\n" not in str(caught.value)
 
 
 def test_model_names_parameter_stored_twice_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from omniq.cli.command import arguments_of, evaluate, export, report, verify
 from omniq.cli.lightning_run import COMMANDS
-from omniq.config.compose import compose
-from omniq.config.parse import Arguments, run_of
+from omniq.config.parse import Arguments, resolve
 from omniq.export import find_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +61,7 @@ def test_documented_commands_are_understood(path: Path) -> None:
         if name != "quantize":
             arguments_of({"evaluate": evaluate, "export": export, "verify": verify, "report": report}[name], arguments)
         else:
-            run, _ = run_of(compose(arguments.configs), arguments.options)
+            run, _ = resolve(arguments.configs, {}, arguments.options, arguments.preset)
             run.check()
             if run.export.format != "none":
                 find_format(run.export.format).codec(run.scheme).check(outliers=bool(run.stored_beside_codes))

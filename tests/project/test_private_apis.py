@@ -43,7 +43,7 @@ USED = [
     Private("torch.distributed.distributed_c10d", "_get_default_store", "omniq/distributed/collectives.py", ()),
     Private("torch.nn:Module", "_non_persistent_buffers_set", "omniq/models/meta.py", instance=True),
     Private("torch.nn:Module", "_apply", "omniq/runtime/linear.py", ("self", "fn", "recurse")),
-    Private("torch.utils._pytree", "tree_map_only", "omniq/calibration/verify_equivalences.py"),
+    Private("torch.utils._pytree", "tree_map_only", "omniq/models/verify_equivalences.py"),
     Private("transformers:PreTrainedModel", "_init_weights", "omniq/models/meta.py", ("self", "module")),
     Private("transformers:LlamaConfig", "_attn_implementation", "omniq/blocks/activation_hooks.py", instance=True),
     Private(
@@ -53,6 +53,9 @@ USED = [
         "transformers.quantizers.base:HfQuantizer", "_process_model_after_weight_loading", "omniq/runtime/quantizer.py"
     ),
     Private("transformers.quantizers.base:HfQuantizer", "_dequantize", "omniq/runtime/quantizer.py"),
+    Private("transformers:PreTrainedModel", "_supports_sdpa", "omniq/models/meta.py"),
+    Private("transformers.models.mixtral.modeling_mixtral:MixtralExperts", "_apply_gate", "omniq/models/experts.py"),
+    Private("torch:Tensor", "_version", "omniq/models/trace.py"),
     Private("lightning.fabric.cli", "_main", "omniq/cli/lightning_run.py"),
     Private("jsonargparse._common", "parsing_settings", "omniq/config/class_paths.py"),
     Private("torchmetrics:MeanMetric", "_defaults", "omniq/evaluate/perplexity.py", instance=True),

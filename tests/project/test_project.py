@@ -41,6 +41,10 @@ def test_callbacks_package_is_top_level_folder() -> None:
     assert (ROOT / "omniq" / "callbacks").readlink() == Path("../callbacks")
 
 
+def test_recipes_of_package_are_top_level_folder() -> None:
+    assert (ROOT / "omniq" / "configs").readlink() == Path("../configs")
+
+
 def test_import_of_omniq_loads_no_torch() -> None:
     loaded = run("-c", "import sys, omniq; print(*sys.modules)").split()
     assert "omniq" in loaded
@@ -118,7 +122,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     ignore = shutil.ignore_patterns("__pycache__")
-    for room in ("omniq", "callbacks"):
+    for room in ("omniq", "callbacks", "configs"):
         shutil.copytree(ROOT / room, copy / room, symlinks=True, ignore=ignore)
     run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(copy / "dist"), str(copy))
     (path,) = (copy / "dist").iterdir()
@@ -132,6 +136,11 @@ def test_wheel_holds_every_module(wheel: ZipFile) -> None:
     assert "omniq/callbacks/__init__.py" in callbacks
     assert held == modules | callbacks  # a module is missing here if its folder has no __init__.py
     assert "omniq/py.typed" in wheel.namelist()
+
+
+def test_wheel_holds_every_recipe(wheel: ZipFile) -> None:
+    held = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(".yaml")}
+    assert held == {f"omniq/{path.relative_to(ROOT)}": path.read_bytes() for path in CONFIGS}
 
 
 def test_wheel_metadata_names_version_license_and_commands(wheel: ZipFile) -> None:

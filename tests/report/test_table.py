@@ -9,9 +9,7 @@ import pytest
 from rich.console import Console
 
 from omniq.errors import UserError
-from omniq.evaluate import (
-    PerplexityResult,
-)
+from omniq.evaluate.result import PerplexityResult
 from omniq.report.table import perplexity_table, write_results
 
 

@@ -15,14 +15,19 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from omniq.calibration.task import BlockTask
-from omniq.callbacks import BlockLosses, BlockProgress, Fuse, NonFiniteGuard, PassCheckpoint, Settle
+from omniq.callbacks.checkpoint import PassCheckpoint
+from omniq.callbacks.fuse import Fuse
+from omniq.callbacks.guard import NonFiniteGuard
+from omniq.callbacks.losses import BlockLosses
+from omniq.callbacks.progress import BlockProgress
+from omniq.callbacks.settle import Settle
 from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.run.checks import check_callbacks
 from omniq.run.fit import check_finite_result
 from omniq.stages import GPTQ, LearnedRounding, OmniQuant
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.let import LET
 from tests.helpers.outlier_task import outlier_task
@@ -267,7 +272,7 @@ def test_check_callbacks_internal_callback_is_refused_by_name(kind: type[Callbac
 def test_run_with_internal_callback_in_configuration_is_refused_before_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.Fuse"}])
+    command = write_run(tmp_path, callbacks=[{"class_path": "omniq.callbacks.fuse.Fuse"}])
     capsys.readouterr()
     assert main(command) == 2
     assert capsys.readouterr().err == "omniq: callbacks: Fuse is an internal part of every fit: remove it\n"

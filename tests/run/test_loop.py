@@ -20,7 +20,7 @@ from omniq.calibration.module import BlockModule
 from omniq.cli.command import main
 from omniq.models.source import SourceModel
 from omniq.storage.block_result import BlockResult
-from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_config, write_run
+from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_config, write_run, write_text
 from tests.helpers.tiny import VOCAB_SIZE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "opt")
@@ -244,3 +244,15 @@ def test_quantize_and_load_from_python_give_model(tmp_path: Path) -> None:
     run = omniq.quantize(tmp_path / "source", config=tmp_path / "run.yaml", out=str(tmp_path / "run"))
     model = omniq.load(run)
     assert model(WINDOW).logits.shape == (1, 20, VOCAB_SIZE)
+
+
+def test_run_with_little_text_says_how_many_windows_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = write_run(tmp_path, stages=["omniq.stages.RTN"], **QUICK)
+    tokens = len(write_text(tmp_path / "text.txt", words=40).read_text())  # each byte is a token
+    assert main([*args, "--data.samples", "19"]) == 0
+    held = (tokens - 24) // 24  # one window is held out
+    assert held < 19
+    assert f"data.samples 19: the text holds {held} windows of 24 tokens, so the windows repeat parts" in caplog.text
+    caplog.clear()
+    assert main([*args, "--data.samples", str(held), "--out", str(tmp_path / "other")]) == 0
+    assert "data.samples" not in caplog.text

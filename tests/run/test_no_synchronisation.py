@@ -14,7 +14,7 @@ from omniq.calibration.captured_step import WARMUP
 from omniq.calibration.module import BlockModule
 from omniq.config.parse import parse_run
 from omniq.run import loop
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 from tests.helpers.runs import QUICK, SMALL, configuration, omniquant, write_run
 
 SAMPLES = 12

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from omniq.cli.command import main
 from omniq.storage.block_result import BlockResult
+from omniq.storage.sealed import load_tensors
 from tests.helpers.pair import Pair
 from tests.helpers.runs import SMALL, configuration, losses, omniquant, write_run
 
@@ -116,6 +117,34 @@ def test_learned_rounding_of_two_processes_equals_one(
     ours, theirs = (losses(tmp_path / name / "run/blocks/000.1.csv") for name in ("two", "one"))
     assert len(ours) == 8  # two passes of four steps
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_text_written_by_model_of_two_processes_equals_one(pair: Pair, tmp_path: Path, where: dict[str, Any]) -> None:
+    """Each process writes its share; a window does not depend on the batch that it is written in."""
+    args = prepared(tmp_path, [RTN], **where)
+    source = {"class_path": "omniq.data.SelfGenerated", "init_args": {"batch": 3}}
+    data = ["--data", str({"source": source, "samples": 8, "length": 16, "held_out": 2})]
+    alone([*args, *data], tmp_path / "one")
+    together(pair, [*args, *data], tmp_path / "two")
+    one, two = (load_tensors(tmp_path / name / "generated.safetensors")[0]["tokens"] for name in ("one", "two"))
+    assert one.shape == (10, 16)
+    assert torch.equal(one, two)
+
+
+def test_learned_rounding_held_out_loss_of_two_processes_equals_one(
+    pair: Pair, tmp_path: Path, where: dict[str, Any]
+) -> None:
+    """Each process keeps the same share of its windows from learning, and the losses on them are added."""
+    rows = {}
+    for name, batch_size in (("one", 2), ("two", 1)):
+        learned = {"epochs": 3, "shuffle": False, "batch_size": batch_size, "held_out": 0.25}
+        stages = [RTN, {"class_path": "omniq.stages.LearnedRounding", "init_args": learned}]
+        args = prepared(tmp_path / name / "settings", stages, **where)
+        _ = alone(args, tmp_path / name / "run") if name == "one" else together(pair, args, tmp_path / name / "run")
+        lines = (tmp_path / name / "run/blocks/000.1.csv").read_text().splitlines()
+        rows[name] = [float(line.split(",")[4]) for line in lines if ",held_out_loss," in line]
+    assert len(rows["one"]) == 3 + 1  # each pass, and the windows of data.held_out after the fit
+    assert rows["two"] == pytest.approx(rows["one"], rel=1e-4)
 
 
 @pytest.mark.parametrize("scheme", [{"name": "W4A4KV4", "queries": True}, {"name": "W4A4"}], ids=["all", "inputs"])

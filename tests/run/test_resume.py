@@ -10,18 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from omniq.cli.command import main
-from omniq.storage.run_dir import RunDir
-from tests.helpers.killing import Attempt, Attempts
-from tests.helpers.runs import SMALL, omniquant, outcome, write_run
+from tests.helpers.reference_run import Reference
+from tests.helpers.runs import SMALL, outcome, write_run
 
-STAGES = [omniquant(transform={"shift": False}), omniquant(schedule="cosine", shuffle=True, augmented_loss=True)]
 STEPS_PER_PASS = 3
 RANDOM_KILLS = 20
 # Every file of a run that is written beside its name; of the blocks', those of the second.
@@ -41,34 +36,6 @@ FILES = [
     ".model.partial/model.safetensors",
     "model",
 ]
-
-
-class Reference(NamedTuple):
-    """An uninterrupted run, and what makes more of them."""
-
-    folder: Path
-    args: list[str]
-    attempts: Attempts
-    first: Attempt
-    outcome: dict[str, Any]
-
-    def finish(self, out: Path, extra: tuple[str, ...] = ()) -> Attempt:
-        """Start the run again, for the last time, and compare what it leaves."""
-        last = self.attempts.run([*self.args, *extra], out)
-        assert last.status == 0, last.output
-        assert outcome(out) == self.outcome
-        assert not list(out.rglob("*partial*"))
-        return last
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    folder = tmp_path_factory.mktemp("resume")
-    args = write_run(folder, model=SMALL, stages=STAGES)
-    with Attempts(folder) as attempts:
-        first = attempts.run(args, folder / "reference")
-        assert first.status == 0, first.output
-        yield Reference(folder, args, attempts, first, outcome(folder / "reference"))
 
 
 def test_run_repeated_gives_same_files(reference: Reference, tmp_path: Path) -> None:
@@ -223,7 +190,8 @@ def test_run_interrupted_from_keyboard_continues(reference: Reference, tmp_path:
     """Ctrl-C in a fit prints one line and gives status 130; the run continues from there."""
     command = [sys.executable, "-m", "omniq", *reference.args, "--out", str(tmp_path / "run")]
     code = (
-        "import os, signal, sys; from omniq import cli; from omniq.stages.omniquant import OmniQuantModule as M\n"
+        "import os, signal, sys; from omniq import cli\n"
+        "from omniq.stages.modules.omniquant import OmniQuantModule as M\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "M.training_step = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(cli.main(sys.argv[1:]))"
@@ -250,82 +218,3 @@ def test_run_finished_has_nothing_to_do(reference: Reference) -> None:
     assert not again.steps
     assert "continuing the run" in again.output
     assert not (reference.folder / "reference/streams.safetensors").exists()
-
-
-def test_run_with_other_export_settings_is_refused(
-    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(reference.folder / "reference", out)
-    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 2
-    message = capsys.readouterr().err
-    assert "export.format was 'compressed-tensors', now 'omniq'" in message
-    assert f"omniq export --run {out} --out FOLDER --export.format omniq" in message
-    assert outcome(out) == reference.outcome
-    shutil.rmtree(out / "model")
-    assert main([*reference.args, "--out", str(out), "--export.format", "omniq"]) == 0
-    assert '"quant_method": "omniq"' in (out / "model/config.json").read_text()
-
-
-def test_run_resumed_with_moved_text_continues(reference: Reference, tmp_path: Path) -> None:
-    """The content of the text counts, not its path."""
-    shutil.copytree(reference.folder / "reference", tmp_path / "run")
-    moved = shutil.copy(reference.folder / "text.txt", tmp_path / "text.txt")
-    reference.finish(tmp_path / "run", ("--data.source.init_args.path", str(moved)))
-
-
-def test_run_resumed_with_changed_settings_is_refused(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
-    out = reference.folder / "reference"
-    changes = ["--data.samples", "2", "--seed", "9", "--scheme.name", "W2A16g16", "--trainer.precision", "bf16-mixed"]
-    assert main([*reference.args, "--out", str(out), *changes]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    for part in (
-        f"out {out} holds a run with other settings",
-        "data.samples (was 3, now 2)",
-        "seed (was 2, now 9)",
-        "scheme.name (was 'W3A16g16', now 'W2A16g16')",
-        "trainer.precision (was None, now 'bf16-mixed')",
-    ):
-        assert part in message
-    assert outcome(out) == reference.outcome
-
-
-def test_run_resumed_with_changed_text_is_refused(
-    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The file has the same name and another content."""
-    shutil.copytree(reference.folder / "reference", tmp_path / "run")
-    text = reference.folder / "text.txt"
-    original = text.read_text()
-    text.write_text(original.upper())
-    try:
-        assert main([*reference.args, "--out", str(tmp_path / "run")]) == 2
-    finally:
-        text.write_text(original)
-    assert "data digest (was " in capsys.readouterr().err
-
-
-def test_run_resumed_with_damaged_fingerprint_is_refused(
-    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "fingerprint.json").write_text('{"seed": 2')
-    assert main([*reference.args, "--out", str(out)]) == 2
-    assert f"remove {out} to start over" in capsys.readouterr().err
-
-
-def test_run_in_use_by_another_process_is_refused(reference: Reference, tmp_path: Path) -> None:
-    with RunDir(tmp_path / "run"):
-        second = reference.attempts.run(reference.args, tmp_path / "run")
-    assert second.status == 2
-    assert second.output.count("\n") == 1
-    assert f"out {tmp_path / 'run'} is in use by another omniq process" in second.output
-    reference.finish(tmp_path / "run")
-
-
-def test_run_lock_of_killed_process_is_released(reference: Reference, tmp_path: Path) -> None:
-    assert reference.attempts.run(reference.args, tmp_path / "run", aim=("after", "fingerprint.json")).killed
-    with RunDir(tmp_path / "run"):
-        pass

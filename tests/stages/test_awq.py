@@ -21,7 +21,7 @@ from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.clipping import MinMax, Searched
 from omniq.stages import AWQ, GPTQ, RTN, OmniQuant, QuantEase, SmoothQuant
-from omniq.stages.awq import log_scale_of, output_error
+from omniq.stages.modules.awq import log_scale_of, output_error
 from omniq.storage.block_result import BlockResult
 from omniq.transforms.heads import Heads
 from tests.helpers.float64_block import BLOCKS, Float64Block
@@ -210,7 +210,7 @@ def test_log_scale_of_any_sizes_is_centred_ordered_and_finite(sizes: list[float]
 
 @pytest.mark.parametrize("killed_at", [1, 4])
 def test_awq_killed_resumes_to_same_bits(killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniq.stages.awq.AWQModule.save_interval", 0.0)
+    monkeypatch.setattr("omniq.stages.modules.awq.AWQModule.save_interval", 0.0)
     whole = fitted(AWQ(candidates=6), tiny_task(Grid(3)), tmp_path / "whole").task
     with pytest.raises(RuntimeError, match="stopped by the test"):
         fit(AWQ(candidates=6).module(tiny_task(Grid(3))), tmp_path / "cut", Stop(killed_at))

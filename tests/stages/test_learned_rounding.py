@@ -19,7 +19,7 @@ from omniq.errors import UserError
 from omniq.grid.affine import Grid
 from omniq.quantizers.clipping import Searched
 from omniq.stages import RTN, LearnedRounding, QuantEase
-from omniq.stages.learned_rounding import MARGIN, LearnedRoundingModule
+from omniq.stages.modules.learned_rounding import MARGIN, LearnedRoundingModule
 from omniq.storage.block_result import BlockResult
 from tests.helpers.stages import Stop, fit, fitted, losses, tiny_task
 

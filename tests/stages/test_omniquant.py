@@ -18,7 +18,7 @@ from omniq.grid.affine import Grid
 from omniq.quantizers.clipping import LWC, MinMax, Searched
 from omniq.quantizers.search import search_range
 from omniq.stages import OmniQuant
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 from tests.helpers.plain_omniquant import Plain, Rates, assert_losses
 from tests.helpers.stages import Stop, fit, fitted, losses, on_cuda, tiny_task
 

@@ -11,7 +11,7 @@ import pytest
 from omniq.blocks.placement import Location
 from omniq.cli.command import main
 from omniq.errors import UserError
-from omniq.stages.omniquant import OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
 from omniq.storage.block_result import BlockResult
 from omniq.storage.run_dir import RunDir
 from omniq.storage.writer import Writer

@@ -21,7 +21,8 @@ from omniq.grid.scheme import Activations
 from omniq.models.layout import Layout
 from omniq.quantizers.absolute import LSQ, PACT
 from omniq.quantizers.clipping import MinMax, Searched
-from omniq.stages.omniquant import OmniQuant, OmniQuantModule
+from omniq.stages.modules.omniquant import OmniQuantModule
+from omniq.stages.omniquant import OmniQuant
 from omniq.transforms import let
 from omniq.transforms.heads import Heads
 from omniq.transforms.initial import smooth_scale
@@ -267,7 +268,8 @@ def test_let_before_killed_gptq_resumes_to_same_bits(tmp_path: Path, monkeypatch
         with pytest.raises(ZeroDivisionError):
             main(write_run(tmp_path / "parts", **sections))
     with monkeypatch.context() as patch:
-        patch.setattr("omniq.stages.omniquant.OmniQuantModule.training_step", None)  # only of block 1 is there any left
+        # Only block 1 has steps left.
+        patch.setattr("omniq.stages.modules.omniquant.OmniQuantModule.training_step", None)
         patch.setattr("omniq.calibration.gram.GramModule.finish", lambda module: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(write_run(tmp_path / "parts", **sections))

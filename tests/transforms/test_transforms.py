@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from omniq.transforms import equivalences
 from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown
 from omniq.transforms.heads import Heads
+from omniq.transforms.let import KINDS
 from omniq.transforms.linear_ref import LinearRef
 from omniq.transforms.transform import Transform
 from tests.helpers.float64_block import BLOCKS, Float64Block, float64_block, random_parameters
@@ -233,3 +235,8 @@ def test_heads_of_config_reads_counts_and_rotary() -> None:
     assert Heads.of(config) == Heads(9, 3)
     assert Heads.of(config, partial_rotary=True) == Heads(9, 3, 4)
     assert Heads.of(SimpleNamespace(hidden_size=64, num_attention_heads=4)) == Heads(4, 4)
+
+
+def test_kinds_name_every_equivalence() -> None:
+    """The settings list the kinds themselves, because they do not import torch."""
+    assert sorted(KINDS) == sorted(getattr(equivalences, name).kind for name in equivalences.__all__)

@@ -34,7 +34,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
             ``perplexity``: values by text, then by model; lower is better;
             ``blocks``: the summary of each block, numbers by name (losses, seconds);
             ``recipe``: the configuration as YAML; ``seed``; ``source_digest``: digest of the source model;
-            ``data``: origin, digest and sizes of the calibration text; ``versions``: versions of the used packages.
+            ``data``: origin, digest and sizes of the calibration text; ``bos``: where windows begin with BOS, by
+            ``calibration`` and ``evaluation``; ``versions``: versions of the used packages.
 
     Returns:
         Markdown with a YAML front matter.
@@ -122,6 +123,7 @@ def _perplexity(perplexity: Mapping[str, Mapping[str, float]]) -> str:
 def _origin(facts: Mapping[str, Any]) -> str:
     rows = [["base model digest", facts["source_digest"]]] if "source_digest" in facts else []
     rows += [[f"calibration {key}", value] for key, value in facts.get("data", {}).items()]
+    rows += [[f"BOS in {part}", place] for part, place in facts.get("bos", {}).items()]
     rows += [["seed", facts["seed"]]] if "seed" in facts else []
     rows += [[package, version] for package, version in facts.get("versions", {}).items()]
     return f"## Origin\n\n{_table(['', ''], rows)}" if rows else ""

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from omniq.errors import UserError
+from omniq.models.experts import split_experts
 from omniq.models.family import BIAS_SWITCHES
 
 
@@ -43,7 +44,7 @@ class TargetModel:
     def of(cls, config: PretrainedConfig) -> "TargetModel":
         """Build the model of a config on the meta device."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = split_experts(AutoModelForCausalLM.from_config(config))
         first = {id(tensor): name for name, tensor in model.named_parameters()}  # lists a tied parameter once
         every = model.named_parameters(remove_duplicate=False)
         tied = {name: first[id(tensor)] for name, tensor in every if name != first[id(tensor)]}

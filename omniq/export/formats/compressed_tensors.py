@@ -20,7 +20,7 @@ The scheme determines one of two layouts. ``q`` and ``z`` are omniq's codes and 
 The runtime computes ``(q - z) * s`` in the dtype of ``s``. Integers up to 255 are exact there and the product is
 rounded once, so the result equals ``QuantizedLinear.dequantize`` bit for bit as long as the model runs in this dtype.
 
-Four pitfalls, all observed in transformers 5.23:
+Five pitfalls, all observed in transformers 5.23:
 
 * Asymmetric ``pack-quantized`` files fail to load by default, because the loader expects an unpacked zero point. The
   key ``dequantize: true`` in ``config.json`` makes plain ``from_pretrained`` unpack them while loading; other readers
@@ -31,6 +31,7 @@ Four pitfalls, all observed in transformers 5.23:
   to ignore.
 * With a range for each token, an input of two dimensions gets one range for all tokens. OPT flattens samples and tokens
   before its MLP. Such a family needs fixed ranges, and is refused without them.
+* Experts are read with one symmetric grid; their zero points and the quantization of their inputs would be ignored.
 * ``format`` must also be in the group; otherwise the layout is inferred from the presence of activations.
 """
 
@@ -46,6 +47,7 @@ from omniq.export.formats.packing import pack, unpack
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
+from omniq.models.propose import pattern
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import QuantizedLinear
 
@@ -137,8 +139,10 @@ class CompressedTensors:
         Raises:
             UserError: names the scheme and the remedy.
         """
-        scheme, problem = self._scheme, ""
+        scheme, problem = self._scheme, self._problem_of_experts(layouts, grids)
         flat = next((layout for layout in layouts if layout.flat), None)
+        if problem:
+            check_scheme(scheme, _NAME, problem)
         if outliers:
             problem = (
                 "does not support the sparse outliers or quantized scales of this method: use format omniq, or a "
@@ -160,6 +164,25 @@ class CompressedTensors:
                 "weights of such a checkpoint with one grid: use format omniq, or set scheme.symmetric to true"
             )
         check_scheme(scheme, _NAME, problem)
+
+    def _problem_of_experts(self, layouts: Sequence[Layout], grids: Collection[Grid]) -> str:
+        """What transformers' reader does not support in experts, with the remedy; empty if it supports them.
+
+        It dequantizes experts while it merges them: with one symmetric grid, and without their inputs.
+        """
+        experts = [layout for layout in layouts if any(map(_is_of_expert, layout.linears))]
+        if not experts:
+            return ""
+        where = f"in experts of {experts[0].model_type}"
+        if not self._weights_only:
+            return f"does not support quantized inputs {where}: use format omniq, or a scheme with A16"
+        if not all(grid.symmetric for grid in grids):
+            return f"does not support asymmetric grids {where}: set scheme.symmetric to true, or use format omniq"
+        if len(set(grids)) > 1:
+            return f"does not support {len(set(grids))} grids {where}: use format omniq, or one grid"
+        if any(map(_is_of_expert, (name for layout in experts for name in layout.kept))):
+            return f"does not support linears in floating point {where}: use format omniq, or quantize all experts"
+        return ""
 
     def check_linear(self, name: str, linear: QuantizedLinear) -> None:
         """Refuse a linear with a part that the files cannot store, or without a part that the scheme requires.
@@ -230,6 +253,10 @@ class CompressedTensors:
             raise KeyError(name)
         weights = groups[0]["weights"]
         return Grid(weights["num_bits"], weights["group_size"] or -1, weights["symmetric"], dtype)
+
+
+def _is_of_expert(name: str) -> bool:
+    return pattern(name) != name
 
 
 def _weights(grid: Grid) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from omniq.grid.affine import Grid
 from omniq.grid.dtypes import dtype_name
 from omniq.grid.quantized_scales import QuantizedScales
 from omniq.grid.scheme import Scheme
+from omniq.models.families import is_declared
 from omniq.models.layout import Layout
 from omniq.storage.block_result import Outliers, QuantizedLinear
 
@@ -164,7 +165,7 @@ class Omniq:
         grids: Mapping[Grid, Collection[Shape]] = NO_GRIDS,
         outliers: bool = False,
     ) -> None:
-        """Refuse fixed ranges of activations, and unsupported dtypes of scales.
+        """Refuse fixed ranges, quantized attention of undeclared families, and unsupported dtypes of scales.
 
         Raises:
             UserError: names the scheme and the remedy.
@@ -173,6 +174,12 @@ class Omniq:
         if self._scheme.activations.static:
             problem = (
                 "does not support fixed ranges: set scheme.activation_range to token, or use format compressed-tensors"
+            )
+        undeclared = next((layout.model_type for layout in layouts if not is_declared(layout.model_type)), None)
+        if self._scheme.activations.attention and undeclared is not None:
+            problem = (
+                f"does not support quantized queries, keys and values of {undeclared}, a family that omniq does not "
+                "declare: use a scheme without KV bits and with queries false"
             )
         check_scheme(self._scheme, _NAME, problem)
 

@@ -81,18 +81,15 @@ def verify_checkpoint(
     """Compare an exported checkpoint with the finished blocks from which it was written.
 
     Args:
-        path: the folder.
-        source: the exported model.
-        results, scheme, format, container_bits: as for ``export_checkpoint``.
+        source, results, scheme, format, container_bits: as for ``export_checkpoint``.
         windows: int64 tokens ``[m, t]`` for the comparison of logits, on the host; None to skip this comparison.
         tolerance: largest relative error of the logits; by default that of the format (``omniq.export.registry``).
-            Measured for compressed-tensors and omniq: 0.0 on SmolLM2-135M and on the tiny models of the tests,
-            symmetric and asymmetric, with scales in float16, bfloat16 and float32.
-        opened: the checkpoint in its runtime, if the caller has opened it.
+            Measured for compressed-tensors and omniq: 0.0 on SmolLM2-135M and the models of the tests.
+        opened: the checkpoint in its runtime, if it is already open.
 
     Raises:
         VerificationError: a tensor or the logits differ; names the first tensor, or both errors of the logits.
-        CorruptFile: a file of the checkpoint is missing or damaged; names it.
+        CorruptFile: a file of the checkpoint is missing or damaged.
     """
     path, chosen = Path(path), find_format(format)
     stored = check_format(format, scheme, source=source, container_bits=container_bits)
@@ -115,14 +112,8 @@ def verify_checkpoint(
             f"{path}: its weights are correct, but its logits differ by up to {largest:.3g} (relative error "
             f"{relative:.3g}, tolerance {tolerance:.3g})"
         )
-    return replace(
-        report,
-        windows=len(windows),
-        max_error=largest,
-        relative_error=relative,
-        perplexity=perplexity,
-        lacking=opened.lacking,
-    )
+    report = replace(report, windows=len(windows), lacking=opened.lacking)
+    return replace(report, max_error=largest, relative_error=relative, perplexity=perplexity)
 
 
 def _compare_tensors(reader: Reader, source: SourceModel, results: Results, scheme: Scheme) -> tuple[Report, set[str]]:

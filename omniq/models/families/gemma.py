@@ -2,8 +2,8 @@
 """Gemma: LLaMA's block with norms that multiply by ``1 + w``.
 
 Gemma 2 and 3 also normalise the outputs of attention and MLP before the residual sum; no linear reads these norms.
-Gemma 3 also normalises every query and key head. Gemma 2 caps the logits of attention, which requires
-``model.attention: eager``. No linear gets a new bias, because it is unknown whether other runtimes use
+Gemma 3 also normalises every query and key head. Gemma 2 caps the logits of attention, so its attention is always
+eager. No linear gets a new bias, because it is unknown whether other runtimes use
 ``attention_bias`` of these families.
 """
 

@@ -5,7 +5,7 @@ from omniq.models.family import Family
 from omniq.transforms.equivalences import NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral", "qwen2", "granite", "smollm3"),
     blocks="model.layers",
     groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -17,13 +17,15 @@ class _Phi3(Family):
     def layout(self, block: nn.Module, index: int) -> Layout:
         layout, config = super().layout(block, index), config_of(block)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        q, k, mlp = layout.heads.query * size, layout.heads.key * size, config.intermediate_size
+        widths = (layout.heads.query * size, layout.heads.key * size, layout.heads.key * size)
+        query, key, value = LinearRef.split(QKV, widths)
+        _, up = LinearRef.split(GATE_UP, (config.intermediate_size,) * 2)
         equivalences = (
             NormToLinears("input_layernorm", (QKV,)),
             NormToLinears("post_attention_layernorm", (GATE_UP,)),
-            ValueToOutput(LinearRef(QKV, (q + k, q + 2 * k)), "self_attn.o_proj"),
-            QueryKey(LinearRef(QKV, (0, q)), LinearRef(QKV, (q, q + k)), rotary="half"),
-            UpToDown(LinearRef(GATE_UP, (mlp, 2 * mlp)), "mlp.down_proj"),
+            ValueToOutput(value, "self_attn.o_proj"),
+            QueryKey(query, key, rotary="half"),
+            UpToDown(up, "mlp.down_proj"),
         )
         return replace(layout, equivalences=equivalences)
 

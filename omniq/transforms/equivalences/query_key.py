@@ -32,7 +32,6 @@ class QueryKey(Equivalence):
     """
 
     kind: ClassVar[str] = "query_key"
-    measured: ClassVar[bool] = False
     query: Linear
     key: Linear
     rotary: str | None = "half"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from omniq.calibration.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.models.families import FAMILIES, family_of_type
+from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.equivalences import NormToLinears, UpToDown
 from tests.helpers.tiny import HALF_TURNED, tiny_block

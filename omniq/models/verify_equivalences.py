@@ -18,7 +18,7 @@ verified in float64, these casts are redirected to float64.
 Shapes: ``n`` samples, ``t`` tokens of a sample, ``h`` hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from omniq.models.family import config_of
 from omniq.models.layout import Layout
 from omniq.transforms.equivalence import Equivalence
 from omniq.transforms.transform import Transform
@@ -68,10 +67,11 @@ class VerifiedBlock:
         self.block, self.layout, self.dtype = block.to(dtype), layout, dtype
         self.hidden = hidden.to(dtype)
         self.kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, dict(kwargs))
-        config = config_of(block)
-        if config._attn_implementation not in ("eager", "sdpa"):  # others lack float64 and use masks of their own
-            config._attn_implementation = "sdpa"
-            self.kwargs["attention_mask"] = None
+        modules: Iterable[Any] = block.modules()
+        for config in [module.config for module in modules if hasattr(module, "config")]:
+            if config._attn_implementation not in ("eager", "sdpa"):  # others lack float64 and use masks of their own
+                config._attn_implementation = "sdpa"
+                self.kwargs["attention_mask"] = None
         self.tensors = {name: value.detach() for name, value in self.block.named_parameters()}
         self.output = self.run(self.tensors)
 
