@@ -13,6 +13,7 @@ from omniq.config.parse import parse_run
 from omniq.config.run import Run
 from omniq.errors import UserError
 from omniq.grid.scheme import Scheme
+from omniq.storage.ownership import check_entries
 
 _LIGHT = {"data": {"source": "omniq.data.Stdlib"}, "stages": [{"class_path": "omniq.stages.RTN"}]}
 RUN_AGAIN = "run its quantize command again to rewrite it"
@@ -22,11 +23,12 @@ def check_run_directory(path: Path) -> Path:
     """Return the path of a run's configuration file.
 
     Raises:
-        UserError: the path is not a run directory.
+        UserError: the path is not a run directory, or an entry of it is a link or has another wrong type.
     """
     config = path / "config.yaml"
     if not config.is_file():
         raise UserError(f"run {path} is not a run directory: it has no config.yaml; give the out of a quantize command")
+    check_entries(path)
     return config
 
 

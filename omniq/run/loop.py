@@ -30,6 +30,7 @@ from omniq.report.console import plain_console
 from omniq.report.display import Display
 from omniq.report.stopwatch import Stopwatch
 from omniq.run.checks import check_storable
+from omniq.run.companions import check_companions
 from omniq.run.export_dtype import check_export_dtype
 from omniq.run.finish import finish
 from omniq.run.fit import FitContext, check_finite_result, fit_stage
@@ -62,6 +63,7 @@ def quantize(run: Run, settings: str) -> Path:
         if plan.generated is not None:
             save_generated(folder, plan.generated)
         folder.write_json("environment.json", plan.environment)
+        check_companions(folder, plan.source)
         with Display(plan.source.num_blocks, plain_console(quiet=not folder.writes)) as display:
             if resumed:
                 display.console.print(f"continuing the run in {run.out}")

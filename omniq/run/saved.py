@@ -15,6 +15,7 @@ from omniq.models.source import SourceModel
 from omniq.report.console import plain_console
 from omniq.run.checkpoint import write_checkpoint
 from omniq.run.checks import check_reader
+from omniq.run.companions import check_companions
 from omniq.run.fingerprint import fingerprint
 from omniq.run.plan import open_model
 from omniq.storage.atomic import expand_home
@@ -48,6 +49,7 @@ def export_run(path: Path, out: Path, export: Export, model: str | None = None) 
         check_format(export.format, run.scheme, source=source, container_bits=export.container_bits)
         check_reader(export.format, run.scheme)
         _check_same(folder, fingerprint(settings) | {"model digest": source.digest()}, run)
+        check_companions(folder, source)
         write_checkpoint(source, folder, out, export, run, facts, plain_console())
 
 

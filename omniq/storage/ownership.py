@@ -19,7 +19,7 @@ FINGERPRINT = "fingerprint.json"
 GENERATED = "generated.safetensors"
 _RECORDS = (
     *(FINGERPRINT, "config.yaml", "environment.json", GENERATED, "streams.safetensors"),
-    *("perplexity.json", "summary.json", "export.json", "model_stages.json"),
+    *("companions.json", "perplexity.json", "summary.json", "export.json", "model_stages.json"),
 )
 _FOLDERS = ("blocks", "current", "tensorboard")
 _BLOCK_FILE = re.compile(r"(\d{3,}|model)\..+")  # such as 007.safetensors, 007.0.csv and model.2.last.ckpt
@@ -33,7 +33,8 @@ def check_writable(path: Path) -> None:
 
     Raises:
         UserError: the path is the working directory (which an empty ``out`` also means), a parent is a file or not
-            writable, the paths of its files would be too long, or the folder holds files but no run.
+            writable, the paths of its files would be too long, the folder holds files but no run, or an entry of the
+            run has the wrong type.
     """
     if path == Path():
         raise UserError(
@@ -54,6 +55,7 @@ def check_writable(path: Path) -> None:
     if not is_run(place):
         check_outside_runs("out", place)
     check_empty_or_run(path)
+    check_entries(path)
 
 
 def is_run(path: Path) -> bool:

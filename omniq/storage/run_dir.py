@@ -4,6 +4,7 @@
     config.yaml          the resolved configuration, sufficient to repeat the run
     fingerprint.json     settings, and digests of data and model, that must not change before a resume
     environment.json     versions and machine, for the record
+    companions.json      digests of the source model's tokenizer files and generation config
     generated.safetensors  the calibration windows, if the model wrote them (``omniq.data.SelfGenerated``)
     lock                 held by the process that works in this directory
     blocks/007.safetensors   a finished block (its presence marks the block as finished)

@@ -13,8 +13,9 @@ One file is damaged, then a command reads the folder:
     evaluate            the exported checkpoint: ``omniq evaluate``
 
 The first four must end with the result of the undamaged files or with exit status 2 and a line, the others in status 0
-or 2: a damaged model may be another valid one. A traceback, a hang, another status or another result without a word is
-a fault. When the seconds are over, the script prints what it has found so far.
+or 2: a damaged model may be another valid one. A damaged companion file of the model (tokenizer, generation config) may
+give other companion files in the checkpoint if a warning names it. A traceback, a hang, another status or another
+result without a word is a fault. When the seconds are over, the script prints what it has found so far.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PER_JOB = 20
 HANGS = 120.0  # seconds; a run takes one
 STARTS = ("finished", "finished", "midway", "midway", "source", "export", "report", "new", "evaluate")
 KINDS = ("truncate", "flip", "zero", "append", "empty", "garbage", "replace", "swap", "remove", "folder", "link")
-RESULTS = ("refused", "made again", "unchanged result", "other model", "fault")
+RESULTS = ("refused", "made again", "unchanged result", "warned", "other model", "fault")
 LISTS: dict[str, dict[str, Any]] = {  # by format
     "compressed-tensors": {"stages": [stage("QuantEase", sweeps=2), stage("LearnedRounding", epochs=2)]},
     "omniq": {
@@ -123,8 +124,11 @@ class Bench:
             return trial, trial, ["report", "--run", str(trial)]
         return source if start in ("source", "new") else trial, trial, self.command
 
-    def same(self, start: str, damaged: Path) -> bool:
-        """Whether the result is that of the undamaged files, but for a damaged file that only people read."""
+    def same(self, start: str, damaged: Path, warned: bool) -> bool:
+        """Whether the result is that of the undamaged files, but for a damaged file that only people read.
+
+        After a warning about a companion file, the checkpoint may have other companion files.
+        """
         if start == "export":
             return digests(self.folder / "result") == self.exported
         if start == "report":
@@ -133,6 +137,12 @@ class Bench:
         if damaged.suffix == ".csv":  # losses of a finished block
             found.pop(damaged.name, None)
             expected.pop(damaged.name, None)
+        if warned:
+            made = ("model/config.json", "model/model.safetensors")  # from the blocks; the other files are companions
+            found, expected = (
+                {key: value for key, value in each.items() if key in made or not key.startswith("model/")}
+                for each in (found, expected)
+            )
         return found == expected
 
     def trial(self, start: str, kind: str, draw: random.Random) -> None:
@@ -143,7 +153,7 @@ class Bench:
         damage(path, every, kind, draw)
         left, ended = look(path), self.attempt(command, out)
         name = f"{start:9} {re.sub('[0-9]{3}', 'NNN', str(path.relative_to(root)))}"
-        fault = ""
+        fault, warned = "", start == "source" and f" {path.name} (" in " ".join(ended.output.split())
         if ended.hung or "Traceback" in ended.output or ended.status not in (0, 2):
             trace = "Traceback: " if "Traceback" in ended.output else ""
             result, fault = "fault", f"{trace}status {ended.status}: {ended.output[-600:]}"
@@ -153,8 +163,10 @@ class Bench:
             result, fault = "fault", f"refused in more than a line: {ended.output[-600:]}"
         elif start in ("new", "evaluate"):
             result = "other model"
-        elif not self.same(start, path):
+        elif not self.same(start, path, warned):
             result, fault = "fault", f"another result without a word: {ended.output[-300:]}"
+        elif warned:
+            result = "warned"
         else:
             result = "made again" if look(path) != left else "unchanged result"
         said = {"fault": f"{name} {kind}: {fault}"} if fault else {}

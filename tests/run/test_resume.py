@@ -24,6 +24,7 @@ FILES = [
     "fingerprint.json",
     "config.yaml",
     "environment.json",
+    "companions.json",
     "streams.safetensors",
     "current/001.0.last.ckpt",
     "current/001.0.result.safetensors",

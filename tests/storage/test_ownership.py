@@ -2,6 +2,7 @@
 """A run writes into its own folder only, and removes nothing of the user."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ from omniq.cli.command import main
 from omniq.errors import UserError
 from omniq.storage.ownership import check_empty_or_run, check_writable
 from omniq.storage.run_dir import RunDir
-from tests.helpers.runs import QUICK, configuration, write_config
+from tests.helpers.runs import QUICK, SMALL, configuration, write_config, write_run
 
 STRANGERS = ["current/mine", "sub/.other.partial", "blocks/000.safetensors", "config.yaml", ".hidden", "model/mine"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The command line of a run that has ended, without its ``--out``, and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    args = write_run(folder, model=SMALL, stages=[{"class_path": "RTN"}])
+    assert main([*args, "--out", str(folder / "run")]) == 0
+    return args, folder / "run"
 
 
 def files(folder: Path) -> dict[Path, bytes | None]:
@@ -138,3 +148,34 @@ def test_check_writable_unusable_place_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"out .* cannot be written: no permission in {tmp_path}; choose"):
         check_writable(tmp_path / "new/run")
+
+
+@pytest.mark.parametrize("entry", ["blocks/000.safetensors", "blocks/001.safetensors", "perplexity.json", "blocks"])
+@pytest.mark.parametrize("kind", ["dangling link", "link", "wrong type"])
+def test_commands_refuse_entry_of_wrong_type_in_one_line(
+    entry: str, kind: str, finished: tuple[list[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands refuse the entry before they read the run, and leave it as it is."""
+    args, run = finished[0], tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    path = run / entry
+    folder = path.is_dir()
+    path.rename(tmp_path / "moved")
+    if kind == "wrong type":
+        path.write_text("") if folder else path.mkdir()
+    else:
+        path.symlink_to(tmp_path / ("absent" if kind == "dangling link" else "moved"))
+    what = "a link" if "link" in kind else "a file" if folder else "a folder"
+    tuning = ["--stages", f"[{{class_path: FromCheckpoint, init_args: {{path: '{run}'}}}}, {{class_path: EndToEnd}}]"]
+    for command in (
+        [*args, "--out", str(run)],
+        [*args, *tuning, "--out", str(tmp_path / "tuned")],
+        ["export", "--run", str(run), "--out", str(tmp_path / "out")],
+        ["report", "--run", str(run)],
+    ):
+        capfd.readouterr()
+        assert main(command) == 2
+        kept = "file" if not folder else "folder"
+        assert capfd.readouterr().err == f"omniq: {path} is {what}, but the run keeps a {kept} there: move it away\n"
+    assert path.is_symlink() == ("link" in kind)
+    assert not (tmp_path / "out").exists()
