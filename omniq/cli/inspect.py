@@ -20,6 +20,7 @@ from torch import Tensor
 from omniq.blocks.activation_hooks import check_attention
 from omniq.config.run import Model
 from omniq.errors import UserError
+from omniq.export import check_format
 from omniq.export.registry import FORMATS
 from omniq.grid.dtypes import dtype_name
 from omniq.grid.scheme import Scheme
@@ -28,7 +29,6 @@ from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
 from omniq.models.verify_equivalences import TOLERANCE, VerifiedBlock
 from omniq.report.console import plain_console
-from omniq.run.checks import check_format
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 SCHEMES = ("W4A16", "W8A8", "W4A4KV4")

@@ -11,10 +11,11 @@ import torch
 
 from omniq.cli import main
 from omniq.storage.run_dir import RunDir
-from tests.helpers.runs import SMALL, write_run
+from tests.helpers.runs import write_run
 from tests.helpers.tiny import save_tiny
 
-SYMMETRIC = {"name": "W4A16g16", "symmetric": True}
+SYMMETRIC = {"name": "W4A16g32", "symmetric": True}
+MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in ``run`` and its checkpoint in compressed-tensors' format."""
     folder = tmp_path_factory.mktemp("finished")
     command = write_run(
-        folder, model=SMALL, scheme=SYMMETRIC, stages=["omniq.stages.RTN"], evaluation=None,
+        folder, model=MODEL, scheme=SYMMETRIC, stages=["omniq.stages.RTN"], evaluation=None,
         export={"format": "compressed-tensors", "prompt": None},
     )  # fmt: skip
     assert main(command) == 0
@@ -98,7 +99,7 @@ def test_tune_again_continues_and_changes_no_bit(finished: Path, tmp_path: Path)
         (["--run", "{folder}", "--out", "{out}"], "is not a run directory"),
         (["--checkpoint", "{folder}", "--out", "{out}"], "give a run directory, or a folder with a quantized model"),
         (["--run", "{run}", "--out", "{out}", "--data.held_out", "0"], "data.held_out 0"),
-        (["--run", "{run}", "--out", "{out}", "--scheme.name", "W3A16g16"], "set scheme as the checkpoint has it"),
+        (["--run", "{run}", "--out", "{out}", "--scheme.name", "W3A16g32"], "set scheme as the checkpoint has it"),
         (["--run", "{run}", "--out", "{out}", "--model.path", "{other}"], "another model"),
         (["--checkpoint", "{foreign}", "--out", "{out}", "--model.path", "{other}", *data_options(Path("{folder}"))],
          "differs from the model in model.path"),
@@ -111,7 +112,7 @@ def test_tune_bad_input_gets_one_line(
     places: dict[str, Any] = {"run": finished / "run", "folder": finished, "out": tmp_path / "tuned"}
     if any("{other}" in argument for argument in arguments):
         torch.manual_seed(1)
-        save_tiny(tmp_path / "other", "llama", **SMALL)
+        save_tiny(tmp_path / "other", "llama", **MODEL)
         perturb(tmp_path / "other")
         places["other"] = tmp_path / "other"
     if "{foreign}" in arguments:

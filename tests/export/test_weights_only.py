@@ -20,6 +20,7 @@ from omniq.export.formats.auto_round import AutoRound
 from omniq.export.formats.awq import Awq
 from omniq.export.formats.codec import WrittenLinear, stored_under
 from omniq.export.formats.gptq import Gptq
+from omniq.export.formats.packing import pack
 from omniq.grid.affine import Grid
 from omniq.grid.rule import Rule
 from omniq.grid.scheme import Scheme
@@ -28,6 +29,7 @@ from omniq.storage.block_result import BlockResult, Outliers, QuantizedLinear
 from tests.helpers.exported import WINDOWS, export, opened, rounded, verify
 from tests.helpers.published_layouts import awq_weight, gptq_weight
 from tests.helpers.schemes import scheme_of
+from tests.helpers.tiny import save_tiny
 
 NAME = "model.layers.0.mlp.up_proj"
 FORMATS = {"gptq": Gptq, "awq": Awq, "auto-round": AutoRound}
@@ -112,15 +114,42 @@ def test_gptq_damaged_tensors_are_refused() -> None:
     linear = linear_on(Grid(4, 32, True), 32, 64)
     codec = Gptq(scheme_of(linear.grid))
     whole = codec.store(NAME, linear)
+    config = codec.quantization_config({NAME: WrittenLinear.of(linear)}, [])
+    grid = codec.grid_of(NAME, config, torch.float16)
     for key, value, message in [
         ("qzeros", torch.full_like(whole[f"{NAME}.qzeros"], -1), "a zero point is 16, above 15"),
         ("g_idx", whole[f"{NAME}.g_idx"].flip(0), "g_idx does not give groups of 32 inputs in order"),
         ("qzeros", whole[f"{NAME}.qzeros"][:, 1:].contiguous(), "32 codes of 4 bits take 4 words"),
     ]:
         with pytest.raises(ValueError, match=message):
-            codec.load(NAME, {**whole, f"{NAME}.{key}": value}, linear.grid)
+            codec.load(NAME, {**whole, f"{NAME}.{key}": value}, grid)
     with pytest.raises(KeyError, match="scales"):
-        codec.load(NAME, {f"{NAME}.qweight": whole[f"{NAME}.qweight"]}, linear.grid)
+        codec.load(NAME, {f"{NAME}.qweight": whole[f"{NAME}.qweight"]}, grid)
+
+
+def test_checkpoints_of_other_programs_are_read_by_their_version() -> None:
+    """GPTQModel writes symmetric models in version 2 too, and asymmetric ones in version 1; AutoRound writes both."""
+    gptq, auto_round = Gptq(Scheme("W4A16g32")), AutoRound(Scheme("W4A16g32"))
+    for symmetric in (True, False):
+        linear = linear_on(Grid(4, 32, symmetric, zero_points="nonzero"), 32, 64)
+        zero_point = linear.zero_point.clamp(min=1)
+        linear = QuantizedLinear(linear.grid, linear.codes, linear.scale, zero_point)
+        entry = {"bits": 4, "group_size": 32, "sym": symmetric}
+        for offset in (0, 1):
+            stored = gptq.store(NAME, linear) | {f"{NAME}.qzeros": pack(zero_point.t().contiguous() - offset, 4)}
+            config = entry | {"checkpoint_format": "gptq" if offset else "gptq_v2"}
+            found = gptq.load(NAME, stored, gptq.grid_of(NAME, config, torch.float16))
+            assert torch.equal(found.zero_point, zero_point)
+            config = entry | {"packing_format": "auto_round:auto_gptq" if offset else "auto_round"}
+            found = auto_round.load(NAME, stored, auto_round.grid_of(NAME, config, torch.float16))
+            assert torch.equal(found.zero_point, zero_point)
+    for codec, config in [
+        (gptq, entry | {"dynamic": {"+:.*up_proj": {"bits": 8}}}),
+        (auto_round, entry | {"packing_format": "auto_round:auto_awq"}),
+        (Awq(Scheme("W4A16g32")), {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemv"}),
+    ]:
+        with pytest.raises(KeyError):
+            codec.grid_of(NAME, config, torch.float16)
 
 
 # -- config.json ----------------------------------------------------------------------------------------------------
@@ -285,3 +314,10 @@ def test_awq_refuses_family_with_scaled_activations(source: SourceModel) -> None
     with pytest.raises(UserError, match="awq does not support bloom, where transformers expects scaled activations"):
         Awq(Scheme("W4A16g32")).check([layout])
     Gptq(Scheme("W4A16g32")).check([layout])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_check_format_refuses_experts(format: str, tmp_path: Path) -> None:
+    source = SourceModel.open(save_tiny(tmp_path / "source", "mixtral"))
+    with pytest.raises(UserError, match="does not support the experts of mixtral: use format omniq; formats that can"):
+        check_format(format, Scheme("W4A16g32"), source=source)

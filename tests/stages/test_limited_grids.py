@@ -9,6 +9,7 @@ import torch
 
 from omniq.calibration.stage import Stage
 from omniq.calibration.task import BlockTask
+from omniq.export.formats.codec import WrittenLinear
 from omniq.export.formats.gptq import Gptq
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
@@ -83,7 +84,10 @@ def test_gptq_format_uses_version_1_for_nonzero_zero_points(tmp_path: Path) -> N
     codec = Gptq(scheme)
     codec.check_linear("x", linear)
     stored = codec.store("x", linear)
-    assert torch.equal(codec.load("x", stored, linear.grid).zero_point, linear.zero_point)
+    config = codec.quantization_config({"blocks.0.x": WrittenLinear.of(linear)}, [])
+    assert config["checkpoint_format"] == "gptq"
+    found = codec.load("x", stored, codec.grid_of("x", config, torch.float16))
+    assert torch.equal(found.zero_point, linear.zero_point)
     wrong = QuantizedLinear(scheme.grid, linear.codes, linear.scale, torch.zeros_like(linear.zero_point))
     with pytest.raises(ValueError, match="x: a zero point is 0, although the scheme excludes it"):
         codec.check_linear("x", wrong)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from omniq.export.formats.codec import WrittenLinear
-from omniq.export.formats.gptq import gptq_linear, gptq_tensors
+from omniq.export.formats.gptq import gptq_linear, gptq_tensors, read_zero_points
 from omniq.export.formats.weights_only import WeightsOnly, block_list_of
 from omniq.grid.affine import Grid
 from omniq.storage.block_result import QuantizedLinear
@@ -41,7 +41,7 @@ class AutoRound(WeightsOnly):
 
     def linear(self, stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         """Invert ``tensors``."""
-        return gptq_linear(stored, grid, self._offset)
+        return gptq_linear(stored, grid)
 
     def quantization_config(self, linears: Mapping[str, WrittenLinear], ignore: Sequence[str]) -> dict[str, Any]:
         """The entry of ``config.json``, as transformers, auto-round and vLLM read it."""
@@ -61,7 +61,9 @@ class AutoRound(WeightsOnly):
     def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
         """Invert ``quantization_config`` for one linear."""
         entry = config.get("extra_config", {}).get(name, config)
-        return Grid(entry["bits"], entry["group_size"], entry["sym"], dtype)  # KeyError for a linear of 16 bits
+        zero_points = read_zero_points({"auto_round": 0, "auto_round:auto_gptq": 1}[config["packing_format"]])
+        # a linear of 16 bits has only the key ``bits``
+        return Grid(entry["bits"], entry["group_size"], entry["sym"], dtype, zero_points=zero_points)
 
     @property
     def _offset(self) -> int:

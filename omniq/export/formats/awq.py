@@ -43,9 +43,11 @@ class Awq(WeightsOnly):
     requires: tuple[str, ...] = ("gptqmodel>=7.6",)
 
     def problem_of_family(self, layouts: Sequence[Layout]) -> str:
-        """Refuse families for which transformers expects scaled activations."""
+        """Refuse also families for which transformers expects scaled activations."""
         found = next((layout.model_type for layout in layouts if layout.model_type in _SCALED_ACTIVATIONS), None)
-        return f"does not support {found}, where transformers expects scaled activations: use gptq" if found else ""
+        if found is None:
+            return super().problem_of_family(layouts)
+        return f"does not support {found}, where transformers expects scaled activations: use gptq"
 
     def tensors(self, linear: QuantizedLinear) -> dict[str, Tensor]:
         """Convert one linear to tensors by the last part of their names."""
@@ -75,7 +77,7 @@ class Awq(WeightsOnly):
 
     def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
         """Invert ``quantization_config`` for one linear."""
-        if name in (config["modules_to_not_convert"] or ()):
+        if config["version"] != "gemm" or name in (config.get("modules_to_not_convert") or ()):
             raise KeyError(name)
         return Grid(config["bits"], config["group_size"], not config["zero_point"], dtype)
 

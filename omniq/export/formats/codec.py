@@ -18,6 +18,7 @@ from omniq.grid.affine import Grid
 from omniq.grid.dtypes import SCALE_DTYPES, dtype_name
 from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
+from omniq.models.propose import pattern
 from omniq.storage.block_result import QuantizedLinear
 
 Shape = tuple[int, int]
@@ -141,6 +142,11 @@ def check_middle(name: str, linear: QuantizedLinear) -> None:
     middle = 2 ** (linear.grid.bits - 1)
     if linear.grid.symmetric and bool((linear.zero_point != middle).any()):
         raise ValueError(f"{name}: the zero point of a symmetric grid is not {middle}")
+
+
+def is_of_expert(name: str) -> bool:
+    """True for a linear of an expert, whose weights transformers merges into one parameter."""
+    return pattern(name) != name
 
 
 def stored_under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

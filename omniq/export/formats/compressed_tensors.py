@@ -42,12 +42,19 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.codec import NO_GRIDS, Shape, WrittenLinear, check_middle, check_scheme, stored_under
+from omniq.export.formats.codec import (
+    NO_GRIDS,
+    Shape,
+    WrittenLinear,
+    check_middle,
+    check_scheme,
+    is_of_expert,
+    stored_under,
+)
 from omniq.export.formats.packing import pack, unpack
 from omniq.grid.affine import Grid
 from omniq.grid.scheme import Scheme
 from omniq.models.layout import Layout
-from omniq.models.propose import pattern
 from omniq.quantizers.activations import StaticGrid
 from omniq.storage.block_result import QuantizedLinear
 
@@ -165,12 +172,12 @@ class CompressedTensors:
             )
         check_scheme(scheme, _NAME, problem)
 
-    def _problem_of_experts(self, layouts: Sequence[Layout], grids: Collection[Grid]) -> str:
+    def _problem_of_experts(self, layouts: Sequence[Layout], grids: Mapping[Grid, Collection[Shape]]) -> str:
         """What transformers' reader does not support in experts, with the remedy; empty if it supports them.
 
         It dequantizes experts while it merges them: with one symmetric grid, and without their inputs.
         """
-        experts = [layout for layout in layouts if any(map(_is_of_expert, layout.linears))]
+        experts = [layout for layout in layouts if any(map(is_of_expert, layout.linears))]
         if not experts:
             return ""
         where = f"in experts of {experts[0].model_type}"
@@ -178,9 +185,9 @@ class CompressedTensors:
             return f"does not support quantized inputs {where}: use format omniq, or a scheme with A16"
         if not all(grid.symmetric for grid in grids):
             return f"does not support asymmetric grids {where}: set scheme.symmetric to true, or use format omniq"
-        if len(set(grids)) > 1:
-            return f"does not support {len(set(grids))} grids {where}: use format omniq, or one grid"
-        if any(map(_is_of_expert, (name for layout in experts for name in layout.kept))):
+        if len(grids) > 1:
+            return f"does not support {len(grids)} grids {where}: use format omniq, or one grid"
+        if any(map(is_of_expert, (name for layout in experts for name in layout.kept))):
             return f"does not support linears in floating point {where}: use format omniq, or quantize all experts"
         return ""
 
@@ -253,10 +260,6 @@ class CompressedTensors:
             raise KeyError(name)
         weights = groups[0]["weights"]
         return Grid(weights["num_bits"], weights["group_size"] or -1, weights["symmetric"], dtype)
-
-
-def _is_of_expert(name: str) -> bool:
-    return pattern(name) != name
 
 
 def _weights(grid: Grid) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Ggml(WeightsOnly):
 
     name = "gguf"
     one_grid = False
-    requires: tuple[str, ...] = ("gguf",)
+    requires: tuple[str, ...] = ("gguf>=0.17",)
 
     def problem_of_grids(self, grids: Mapping[Grid, Collection[Shape]]) -> str:
         """The reason why no block holds these grids, as the end of a sentence; empty if blocks hold them."""

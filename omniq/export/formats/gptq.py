@@ -44,8 +44,17 @@ def gptq_tensors(linear: QuantizedLinear, offset: int) -> dict[str, Tensor]:
     }
 
 
-def gptq_linear(stored: Mapping[str, Tensor], grid: Grid, offset: int) -> QuantizedLinear:
+def read_zero_points(offset: int) -> ZeroPoints:
+    """The field of a grid that is read from a file with zero points stored as ``z - offset``."""
+    return "nonzero" if offset else "any"
+
+
+def gptq_linear(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
     """Invert ``gptq_tensors``.
+
+    Args:
+        stored: the tensors.
+        grid: the grid that ``config.json`` describes; ``read_zero_points`` tells how its zero points are stored.
 
     Raises:
         KeyError: a tensor is missing.
@@ -54,7 +63,7 @@ def gptq_linear(stored: Mapping[str, Tensor], grid: Grid, offset: int) -> Quanti
     scale = stored["scales"].t()
     packed = stored["qweight"].t()
     inputs = 32 * packed.shape[1] // grid.bits
-    zero_point = unpack(stored["qzeros"], grid.bits, scale.shape[0]) + offset
+    zero_point = unpack(stored["qzeros"], grid.bits, scale.shape[0]) + int(grid.zero_points != "any")
     if zero_point.numel() and int(zero_point.max()) > grid.max_code:
         raise ValueError(f"a zero point is {int(zero_point.max())}, above {grid.max_code}")
     return QuantizedLinear(grid, unpack(packed, grid.bits, inputs), scale, zero_point.t())
@@ -80,7 +89,7 @@ class Gptq(WeightsOnly):
 
     def linear(self, stored: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
         """Invert ``tensors``."""
-        linear = gptq_linear(stored, grid, _offset(grid))
+        linear = gptq_linear(stored, grid)
         if not torch.equal(stored["g_idx"], _group_of_inputs(linear.codes, grid)):
             raise ValueError(f"g_idx does not give groups of {grid.group_size} inputs in order")
         return linear
@@ -113,9 +122,10 @@ class Gptq(WeightsOnly):
 
     def grid_of(self, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Grid:
         """Invert ``quantization_config`` for one linear."""
-        if name not in sum(config.get("modules_in_block_to_quantize", [[name]]), []):
+        own = [key for key in config.get("dynamic", {}) if not key.startswith("-:")]
+        if own or name not in sum(config.get("modules_in_block_to_quantize") or [[name]], []):
             raise KeyError(name)
-        zero_points: ZeroPoints = "any" if config["checkpoint_format"] == "gptq_v2" else "nonzero"
+        zero_points = read_zero_points(int(config.get("checkpoint_format") != "gptq_v2"))  # older files: version 1
         return Grid(config["bits"], config["group_size"], config["sym"], dtype, zero_points=zero_points)
 
 

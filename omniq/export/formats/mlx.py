@@ -44,7 +44,7 @@ class Mlx(WeightsOnly):
     widths = (2, 3, 4, 5, 6, 8)
     group_sizes = (32, 64, 128)
     one_grid = False
-    requires: tuple[str, ...] = ("mlx-lm",)
+    requires: tuple[str, ...] = ("mlx-lm>=0.30",)
 
     def problem_of_family(self, layouts: Sequence[Layout]) -> str:
         """The reason why mlx-lm cannot open this family, as the end of a sentence; empty if it can."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omniq.errors import UserError
-from omniq.export.formats.codec import NO_GRIDS, Shape, check_middle, check_scheme, stored_under
+from omniq.export.formats.codec import NO_GRIDS, Shape, check_middle, check_scheme, is_of_expert, stored_under
 from omniq.grid.affine import Grid
 from omniq.grid.name import CONTAINER_BITS
 from omniq.grid.scheme import Scheme
@@ -67,7 +67,8 @@ class WeightsOnly(ABC):
 
     def problem_of_family(self, layouts: Sequence[Layout]) -> str:
         """The reason why a reader cannot open this family, as the end of a sentence; empty if it can."""
-        return ""
+        experts = next((layout for layout in layouts if any(map(is_of_expert, layout.linears))), None)
+        return f"does not support the experts of {experts.model_type}: use format omniq" if experts else ""
 
     def check_linear(self, name: str, linear: QuantizedLinear) -> None:
         """Refuse outliers and quantized scales, and contradictory zero points.
