@@ -30,7 +30,7 @@ from omniq.storage.atomic import expand_home
 from omniq.storage.block_result import BlockResult, QuantizedLinear
 from omniq.storage.claim import read_fingerprint
 from omniq.storage.ownership import is_run
-from omniq.storage.records import finished_blocks
+from omniq.storage.records import finished_blocks, load_record
 from omniq.storage.run_dir import RunDir
 
 
@@ -93,17 +93,25 @@ def _of_run(path: Path, source: SourceModel) -> Origin:
             f"stages: FromCheckpoint.path {path}: the run was made from another model: give the model of that run as "
             "model.path"
         )
-    if len(finished_blocks(path)) != source.num_blocks:
+    done, stages = finished_blocks(path), list(run.model_stages)
+    if len(done) != source.num_blocks or not _are_finished(path, stages):
         raise UserError(
-            f"stages: FromCheckpoint.path {path}: {len(finished_blocks(path))} of {source.num_blocks} blocks are "
-            "finished: continue that run first, by its own quantize command"
+            f"stages: FromCheckpoint.path {path}: the run is not finished ({len(done)} of {source.num_blocks} blocks): "
+            "continue it first, by its own command"
         )
-    folder, stages = RunDir(path), list(run.model_stages)
+    folder = RunDir(path)
     content: list[Any] = [recorded]
     for index in range(source.num_blocks):
         for part in ("safetensors", *(f"{stage}.safetensors" for stage in stages)):
             content.append(file_digest(folder.block_path(index, part)).hex())
     return Origin(lambda index: folder.final_block(index, stages), _digest(content))
+
+
+def _are_finished(path: Path, stages: list[int]) -> bool:
+    """Return whether a run has finished its stages of the whole model."""
+    record = path / "model_stages.json"
+    finished = load_record(record).keys() if record.exists() else set()
+    return {str(stage) for stage in stages} <= finished
 
 
 def _of_checkpoint(path: Path, scheme: Scheme, source: SourceModel) -> Origin:

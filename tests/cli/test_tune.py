@@ -89,6 +89,17 @@ def test_tune_again_continues_and_changes_no_bit(finished: Path, tmp_path: Path)
         assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_tune_of_a_run_that_stopped_in_its_last_stage_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["tune", "--run", str(finished / "run"), "--out", str(tmp_path / "a"), "--export.format", "none"]
+    assert main(first) == 0
+    (tmp_path / "a" / "model_stages.json").unlink()
+    capsys.readouterr()
+    assert main(["tune", "--run", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
+    assert "the run is not finished (2 of 2 blocks): continue it first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
