@@ -13,6 +13,7 @@
 #   make runtimes           slow: install the readers of all export formats in .venv-runtimes; open our exports with them
 #   make clean              remove the files that make and the tools have created; keep checkpoints/
 #
+#   make test JOBS=8        run tests in 8 processes instead of 2
 #   make PYTHON=python3.12  create the environment with this Python
 #   make CONSTRAINTS=       install the newest versions instead of the tested ones; for another build of torch (CUDA,
 #                           ROCm, CPU), set pip's PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
@@ -21,6 +22,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNTIMES ?= .venv-runtimes
 CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -59,7 +61,7 @@ demo: $(VENV)/.model
 	$(BIN)/omniq quantize --config configs/demo.yaml $(ARGS)
 
 test: $(VENV)/.model
-	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=10 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
