@@ -160,7 +160,7 @@ def main() -> None:
     print(f"{'format':20} {'scheme':10} {'pack s':>8} {'GB/s':>7} {'7B s':>7} {'floor s':>8} {'plain s':>8} "
           f"{'speedup':>8} {'read s':>8} {'MiB':>7}")  # fmt: skip
     rows = []
-    for name, format in sorted(FORMATS.items()):
+    for name, format in sorted((name, FORMATS[name]) for name in PLAIN):
         for wanted in SCHEMES:
             scheme = Scheme(wanted)
             try:

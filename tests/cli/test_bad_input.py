@@ -164,8 +164,7 @@ def test_quantize_without_required_sections_names_them(tmp_path: Path, capsys: p
     assert main(["quantize"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    for name in ("model.path", "data.source", "stages"):
-        assert name in message
+    assert "model.path" in message  # the presets have stages, and the text of a preset is C4
 
 
 @pytest.mark.parametrize("args", [[], ["quantise"], ["--config", "x.yaml"]])

@@ -118,7 +118,10 @@ def test_export_to_unusable_place_or_format_is_refused_before_opening_model(
     assert main([*export, str(tmp_path / "mine")]) == 2
     assert "it is not an omniq export: choose an empty" in capsys.readouterr().err
     assert main([*export, str(tmp_path / "out"), "--export.format", "none"]) == 2
-    assert "export format 'none' is not known: choose one of compressed-tensors, omniq" in capsys.readouterr().err
+    assert (
+        "export format 'none' is not known: choose one of auto-round, awq, compressed-tensors"
+        in capsys.readouterr().err
+    )
 
 
 def test_report_of_damaged_record_names_it_and_changes_nothing(

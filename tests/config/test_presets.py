@@ -34,10 +34,10 @@ def chosen(*options: str, preset: str | None = None, settings: dict[str, Any] | 
     [
         ("fast", "W4A16g128", ["QuantEase"]),
         ("balanced", "W3A16g64", ["QuantEase", "LearnedRounding"]),
-        ("best", "W2A16", ["QuantEase", "LearnedRounding"]),
+        ("best", "W2A16", ["QuantEase", "LearnedRounding", "EndToEnd"]),
         ("fast", "W8A8", ["SmoothQuant"]),
         ("balanced", "W4A4KV4", ["OmniQuant", "LearnedRounding"]),
-        ("best", "W4A16KV4", ["OmniQuant", "LearnedRounding"]),
+        ("best", "W4A16KV4", ["OmniQuant", "LearnedRounding", "EndToEnd"]),
     ],
 )
 def test_preset_chooses_stages_for_scheme(preset: str, scheme: str, stages: list[str]) -> None:
@@ -93,7 +93,7 @@ def test_preset_is_overridden_by_files_and_options(tmp_path: Path) -> None:
     more = "stages+: [{class_path: omniq.stages.QuantEase, init_args: {start: previous}}]"
     (tmp_path / "a.yaml").write_text(f"seed: 5\n{more}\ndata: {{source: Stdlib, samples: 7}}\n")
     options = ["--stages.LearnedRounding.epochs", "3", "--scheme.name", "W3A16"]
-    run, _ = resolve([tmp_path / "a.yaml"], MODEL, options, "best")
+    run, _ = resolve([tmp_path / "a.yaml"], MODEL, options, "balanced")
     quantease, rounding, last = run.stages
     assert isinstance(quantease, QuantEase)
     assert isinstance(rounding, LearnedRounding)

@@ -16,7 +16,6 @@ from omniq.export import find_format
 from omniq.export.containers.shards import ShardReader
 from omniq.export.formats.codec import stored_under
 from omniq.grid.affine import Grid
-from omniq.run.checkpoint import block_reader
 from omniq.storage.run_dir import RunDir
 from tests.helpers.published_layouts import gptq_weight
 from tests.helpers.runs import configuration, outcome, write_run
@@ -42,7 +41,7 @@ def test_run_with_two_exports_writes_both_folders(tmp_path: Path, capsys: pytest
     output = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert output.count("codes of 14 linears read back equal") == 2
     with RunDir(run) as folder:
-        expected = block_reader(folder)(1).linears["mlp.up_proj"]
+        expected = folder.read_block(1).linears["mlp.up_proj"]
     for name, format, grid in [("model", "awq", Grid(4, 32, True)), ("model-gptq", "gptq", Grid(3, 32))]:
         assert json.loads((run / name / "config.json").read_text())["omniq_format"] == format
         chosen = find_format(format)
@@ -94,7 +93,7 @@ def test_run_with_nonzero_zero_points_writes_version_1_of_gptq(tmp_path: Path) -
     assert (config["checkpoint_format"], config["sym"]) == ("gptq", False)
     group_of = [index // 32 for index in range(64)]
     with RunDir(tmp_path / "run") as folder, ShardReader(tmp_path / "run/model") as shards:
-        linear = block_reader(folder)(0).linears["mlp.up_proj"]
+        linear = folder.read_block(0).linears["mlp.up_proj"]
         tensors = stored_under("model.layers.0.mlp.up_proj", {name: shards[name] for name in shards.names})
     assert (gptq_weight(tensors, 2, 1, group_of) == linear.dequantize(torch.float64).numpy()).all()
     assert torch.equal(linear.scale.bfloat16().to(linear.scale.dtype), linear.scale)

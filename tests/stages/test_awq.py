@@ -120,7 +120,7 @@ def test_awq_folded_block_computes_same_output(label: str, tmp_path: Path) -> No
     module = fit(AWQ().module(task).double(), tmp_path)  # or scales and their reciprocals are rounded to float32
     assert relative(task.run(inputs), before) < 1e-9  # measured 2e-16
     moved = {name for name, value in task.block.named_parameters() if not torch.equal(value, weights[name])}
-    assert len(moved) >= len(task.layout.linears)
+    assert len(moved) >= len(task.layout.equivalences)
     assert (module.state_dict()["alphas"] > 0).any()
 
 
@@ -239,7 +239,8 @@ def test_awq_run_summary_has_errors_and_alphas(tmp_path: Path) -> None:
 
 def test_awq_equivalences_default_to_family(tmp_path: Path) -> None:
     assert AWQ().kinds(tiny_layout("llama")) == ["norm", "value_output", "up_down"]
-    assert AWQ().kinds(tiny_layout("opt")) == ["norm", "value_output"]
+    assert AWQ().kinds(tiny_layout("opt")) == ["norm", "value_output", "up_down"]
+    assert AWQ().kinds(tiny_layout("olmo2")) == ["value_output", "up_down"]
     task = outlier_task("llama", 4, A16)
     weights = {name: task.linear(name).weight.clone() for name in task.layout.linears}
     fitted(AWQ(equivalences=["up_down"]), task, tmp_path)
@@ -273,6 +274,8 @@ def test_awq_invalid_settings_are_refused(options: dict[str, Any], words: str) -
 def test_awq_family_without_equivalence_is_refused() -> None:
     with pytest.raises(UserError, match="stages: AWQ.equivalences: falcon has no equivalence 'norm': use a method"):
         AWQ().check_layout(Layout("falcon", (("mlp.dense",),), Heads(1, 1)))
-    with pytest.raises(UserError, match="opt has no equivalence 'up_down': choose from norm, value_output, query_key"):
-        AWQ(equivalences=["up_down"]).check_layout(tiny_layout("opt"))
+    with pytest.raises(
+        UserError, match="olmo2 has no equivalence 'norm': choose from value_output, query_key, up_down"
+    ):
+        AWQ(equivalences=["norm"]).check_layout(tiny_layout("olmo2"))
     AWQ().check_layout(tiny_layout("opt"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint with random weights and the block of a large model, to time a run on one GPU.
 
-    python benchmarks/large_shapes.py falcon-180b build/falcon-180b --blocks 2
+    python benchmarks/large_shapes falcon-180b build/falcon-180b --blocks 2
     omniq quantize --config configs/quantease-w3a16.yaml --model.path build/falcon-180b --export.format none \
         --data.samples 128 --data.length 2048 --trainer.precision bf16-mixed
 
