@@ -62,6 +62,12 @@ class BlockLosses(Callback):
         """The mean of each value over the latest pass that tracked it, over the steps written so far."""
         return {name: total / count for name, (_, total, count) in self._last.items()}
 
+    @property
+    def ends(self) -> dict[str, float]:
+        """The means of the first and of the latest pass, under names such as ``loss.first`` and ``loss.last``."""
+        passes = {"first": self.first_pass, "last": self.last_pass}
+        return {f"{name}.{when}": value for when, means in passes.items() for name, value in means.items()}
+
     def has_rows_of(self, checkpoint: Mapping[str, Any]) -> bool:
         """Return whether the file still has all rows that were written before this checkpoint."""
         length: int = checkpoint["callbacks"][self.state_key]["length"]

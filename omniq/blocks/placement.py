@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omniq.distributed.memory import free_host_memory
+from omniq.distributed.memory import free_host_memory, free_memory
 from omniq.errors import UserError
 
 Location = Literal["device", "host", "disk"]
@@ -138,10 +138,7 @@ def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 def _free_device_memory(device: torch.device) -> int:
     """Return half of the free bytes of a GPU, or 0 on a CPU. The block, its gradients and activations need the rest."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()  # returns freed memory that torch caches
-    return torch.cuda.mem_get_info(device)[0] // 2
+    return free_memory(device) // 2 if device.type == "cuda" else 0
 
 
 def _allocated(size: int, device: torch.device) -> int:

@@ -19,7 +19,7 @@ from omniq.storage.block_result import BlockResult
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What a model stage changed, without the codes that it kept.
+    """The changes of a stage of the whole model, without the codes that it kept.
 
     Args:
         changes: for each block, its relative changes by key (``omniq.calibration.tunable_block``), on the CPU.

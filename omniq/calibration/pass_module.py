@@ -24,7 +24,7 @@ from omniq.errors import UserError
 
 
 class Task(Protocol):
-    """What the callbacks of a fit use of a task."""
+    """The attributes of a task that the callbacks of a fit use."""
 
     inputs: Tensor
     notes: dict[str, Any]

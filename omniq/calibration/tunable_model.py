@@ -24,7 +24,7 @@ from omniq.calibration.model_task import ModelTask
 from omniq.calibration.settings import Memory
 from omniq.calibration.tunable_block import TunableBlock
 from omniq.distributed import collectives
-from omniq.distributed.memory import free_host_memory
+from omniq.distributed.memory import free_memory
 
 Changes = Sequence[Mapping[str, Tensor]]
 
@@ -32,24 +32,25 @@ _LOGITS = 6  # temporary tensors of CHUNK logits in the loss
 _KEPT = 28  # numbers per token and hidden unit that autograd keeps for a gated block, measured on LLaMA
 
 
-def is_streamed(task: ModelTask, batch_size: int, memory: Memory) -> bool:
+def is_streamed(task: ModelTask, codes: int, batch_size: int, memory: Memory) -> bool:
     """Return whether one block at a time is on the device, as the user asks or as the free memory permits.
 
     The estimate for all blocks and one batch counts a byte for each code, the dequantized weights, the tensors that
     autograd keeps, and the logits of one chunk.
 
+    Args:
+        task: the blocks and streams.
+        codes: number of quantized weights.
+        batch_size: samples per step.
+        memory: the wish of the user.
+
     Raises:
         UserError: ``memory`` is ``model``, and the model does not fit.
     """
-    weights = sum(linear.codes.numel() for i in range(len(task.layouts)) for linear in task.read(i).linears.values())
     size = task.inputs.element_size()
     kept = len(task.layouts) * batch_size * task.inputs.shape[1] * task.inputs.shape[2] * _KEPT * size
-    needed = weights * (1 + size) + kept + _LOGITS * 4 * CHUNK
-    if task.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(task.device)[0]
-    else:
-        free = free_host_memory()
+    needed = codes * (1 + size) + kept + _LOGITS * 4 * CHUNK
+    free = free_memory(task.device)
     if memory == "model" and not collectives.all_ranks(needed <= free):
         raise collectives.error_on_rank0(
             f"stages: EndToEnd.memory model: the whole model needs about {needed / 2**30:.1f} GiB, and "

@@ -15,6 +15,7 @@ from omniq.evaluate.result import PerplexityResult
 from omniq.report.console import plain_console
 from omniq.report.table import model_line, perplexity_table
 from omniq.storage.atomic import expand_home
+from omniq.storage.ownership import MODEL_STAGES
 from omniq.storage.records import block_path, finished_blocks, load_record, load_summary
 
 
@@ -38,8 +39,8 @@ def show_run(path: Path) -> None:
         notes = "; ".join(summary[key] for key in ("guard", "unreached", "too few tokens") if key in summary)
         table.add_row(str(index), *values, notes)
     console.print(table)
-    if (path / "model_stages.json").exists():
-        for notes in load_record(path / "model_stages.json").values():
+    if (path / MODEL_STAGES).exists():
+        for notes in load_record(path / MODEL_STAGES).values():
             console.print(model_line(notes), highlight=False)
     if (path / "perplexity.json").exists():
         measured = load_record(path / "perplexity.json")

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The free host memory of the system or of this container."""
+"""The free memory of a device, and of the system or of this container."""
 
 from pathlib import Path
 
 import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of a GPU in bytes; on a CPU, the free host memory."""
+    if device.type != "cuda":
+        return free_host_memory()
+    torch.cuda.empty_cache()  # returns freed memory that torch caches
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
 
 
 def free_host_memory(root: Path = Path("/")) -> int:

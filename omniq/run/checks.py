@@ -182,12 +182,14 @@ def check_disk_space(run: Run, source: SourceModel, grids: Mapping[str, Grid | N
     numbers = {name: prod(source.shape(f"{name}.weight")) for name in grids}
     sizes = [number * (source.dtype.itemsize if grids[name] is None else 1) for name, number in numbers.items()]
     written = sum(path.stat().st_size for path in (run.out / "blocks").glob("*.safetensors"))
-    needed = max(0, sum(sizes) - written)
+    needed, outside = max(0, sum(sizes) - written), 0
+    if run.exports:
+        outside = sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
     for export in run.exports:
         codec, plain = find_format(export.format).codec(run.scheme), 8 * run.scheme.export_dtype.itemsize
         bits = {name: codec.bits(grid) if grid else plain for name, grid in grids.items()}
         checkpoint = sum(numbers[name] * bits[name] for name in grids) // 8
-        checkpoint += sum(cast_for_export(name, tensor, run.scheme).nbytes for name, tensor in source.outside())
+        checkpoint += outside
         needed += 0 if run.folder_of(export).exists() else checkpoint
     free = shutil.disk_usage(next(place for place in (run.out, *run.out.absolute().parents) if place.exists())).free
     if free < needed:

@@ -17,6 +17,7 @@ from omniq.models.locate import public_name
 from omniq.report.table import perplexity_table
 from omniq.run.checkpoint import FULL, OURS, RTN, block_reader, check_export, settings_of, write_checkpoint
 from omniq.run.plan import Plan
+from omniq.storage.ownership import MODEL_STAGES
 from omniq.storage.run_dir import RunDir
 
 
@@ -122,5 +123,5 @@ def summary(plan: Plan, folder: RunDir) -> dict[str, Any]:
         **({"kept": kept} if kept else {}),
         "versions": dict(plan.environment),
         "blocks": blocks,
-        **({"model_stages": stages} if (stages := folder.load_record("model_stages.json")) else {}),
+        **({"model_stages": stages} if (stages := folder.load_record(MODEL_STAGES)) else {}),
     }

@@ -72,7 +72,7 @@ def fit_stage(task: BlockTask, stage: Stage, context: FitContext) -> BlockLosses
     task.result = collectives.broadcast_from_rank0(lambda: task.result)
     names = [type(each).__name__ for each in context.run.stages]
     label = name if names.count(name) == 1 else f"{name} {context.number + 1}"
-    task.notes |= {f"{label}.{key}.{when}": v for when in ("first", "last") for key, v in _pass(losses, when).items()}
+    task.notes |= {f"{label}.{name}": value for name, value in losses.ends.items()}
     if context.number + 1 < len(context.run.block_stages):
         _save_stage(task, context)
     return losses
@@ -176,10 +176,6 @@ def last_checkpoint(context: FitContext, task: Task) -> Path:
 def _tensorboard(context: FitContext, task: Task) -> TensorBoardLogger:
     version = f"{task_name(task.index)}.{context.number}"
     return TensorBoardLogger(context.folder.path, name="tensorboard", version=version)
-
-
-def _pass(losses: BlockLosses, when: str) -> dict[str, float]:
-    return losses.first_pass if when == "first" else losses.last_pass
 
 
 def _paths(task: BlockTask, context: FitContext) -> tuple[Path, Path]:

@@ -23,12 +23,11 @@ from omniq.report.stopwatch import Stopwatch
 from omniq.report.table import model_line
 from omniq.run.fit import FitContext, fit
 from omniq.run.plan import Plan
+from omniq.storage.ownership import MODEL_STAGES
 from omniq.storage.records import without_non_finite
 from omniq.storage.run_dir import RunDir
 
 log = logging.getLogger("omniq")
-
-RECORD = "model_stages.json"
 
 
 def fit_model_stage(plan: Plan, folder: RunDir, display: Display, number: int, streams: Streams | None) -> None:
@@ -50,8 +49,7 @@ def fit_model_stage(plan: Plan, folder: RunDir, display: Display, number: int, s
     losses = fit(stage.module(task), name, FitContext(plan.run, folder, display, number, clock))
     result = collectives.broadcast_from_rank0(lambda: task.result)
     assert result is not None  # the callback Fuse sets it
-    ends = {f"{key}.{when}": v for when in ("first", "last") for key, v in getattr(losses, f"{when}_pass").items()}
-    notes = without_non_finite({"stage": name, **ends, **task.notes, "seconds": round(clock.seconds, 3)})
+    notes = without_non_finite({"stage": name, **losses.ends, **task.notes, "seconds": round(clock.seconds, 3)})
     collectives.broadcast_from_rank0(lambda: save(plan, folder, task, number, result, notes))
     display.console.print(model_line(notes), highlight=False)
 
@@ -99,14 +97,14 @@ def save(plan: Plan, folder: RunDir, task: ModelTask, number: int, result: Model
         block = TunableBlock(task.block(index), before, learned, task.export_dtype)
         after = block.changed(before, {key: value.to(plan.device) for key, value in changes.items()})
         folder.save_changes(index, stages, after.changed_from(before))
-    record = folder.load_record(RECORD) or {}
-    folder.save_record(RECORD, {**record, str(number): notes})
+    record = folder.load_record(MODEL_STAGES) or {}
+    folder.save_record(MODEL_STAGES, {**record, str(number): notes})
     folder.current(None, number, "last.ckpt").unlink(missing_ok=True)
 
 
 def is_finished(plan: Plan, folder: RunDir, number: int) -> bool:
     """Return whether a stage is finished and its files are intact and belong to the codes of the blocks."""
-    record = folder.load_record(RECORD) or {}
+    record = folder.load_record(MODEL_STAGES) or {}
     if str(number) not in record:
         return False
     stages = [each for each in plan.run.model_stages if each <= number]
@@ -116,6 +114,6 @@ def is_finished(plan: Plan, folder: RunDir, number: int) -> bool:
     except CorruptFile as error:
         log.warning("%s; %s of the whole model runs again", error, type(plan.run.model_stages[number]).__name__)
         # Otherwise, a kill while the files are written again would leave files of two fits that look finished.
-        folder.save_record(RECORD, {key: notes for key, notes in record.items() if int(key) < number})
+        folder.save_record(MODEL_STAGES, {key: notes for key, notes in record.items() if int(key) < number})
         return False
     return True

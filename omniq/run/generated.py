@@ -18,7 +18,7 @@ from omniq.data.generated import SelfGenerated, draw_windows, first_tokens, text
 from omniq.data.windows import Calibration, Windows
 from omniq.distributed import collectives
 from omniq.distributed.launch import launched_processes
-from omniq.distributed.memory import free_host_memory
+from omniq.distributed.memory import free_host_memory, free_memory
 from omniq.errors import CorruptFile, UserError
 from omniq.models.locate import locate
 from omniq.models.no_progress_bars import without_bars
@@ -67,7 +67,7 @@ def check_memory(data: Calibration, source: SourceModel, device: torch.device) -
     host, gpu = free_host_memory() // launched_processes()[1], device.type == "cuda"
     needs = {"host": (source.nbytes if gpu else source.nbytes + cache, host)}  # the weights pass through the host
     if gpu:
-        needs["device"] = (source.nbytes + cache, torch.cuda.mem_get_info(device)[0])
+        needs["device"] = (source.nbytes + cache, free_memory(device))
     for place, (needed, free) in needs.items():
         if needed > free:
             raise UserError(

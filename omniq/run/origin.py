@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from omniq.blocks.grids import scheme_grids
 from omniq.config.run import Run
 from omniq.config.saved import open_run
 from omniq.errors import CorruptFile, UserError, one_line
@@ -27,10 +28,10 @@ from omniq.models.checkpoint import file_digest
 from omniq.models.source import SourceModel
 from omniq.stages import FromCheckpoint
 from omniq.storage.atomic import expand_home
-from omniq.storage.block_result import BlockResult, QuantizedLinear
+from omniq.storage.block_result import BlockResult
 from omniq.storage.claim import read_fingerprint
-from omniq.storage.ownership import is_run
-from omniq.storage.records import finished_blocks, load_record
+from omniq.storage.ownership import MODEL_STAGES, is_run
+from omniq.storage.records import finished_blocks, header_digest, load_record
 from omniq.storage.run_dir import RunDir
 
 
@@ -103,13 +104,13 @@ def _of_run(path: Path, source: SourceModel) -> Origin:
     content: list[Any] = [recorded]
     for index in range(source.num_blocks):
         for part in ("safetensors", *(f"{stage}.safetensors" for stage in stages)):
-            content.append(file_digest(folder.block_path(index, part)).hex())
+            content.append(header_digest(folder.block_path(index, part)))
     return Origin(lambda index: folder.final_block(index, stages), _digest(content))
 
 
 def _are_finished(path: Path, stages: list[int]) -> bool:
     """Return whether a run has finished its stages of the whole model."""
-    record = path / "model_stages.json"
+    record = path / MODEL_STAGES
     finished = load_record(record).keys() if record.exists() else set()
     return {str(stage) for stage in stages} <= finished
 
@@ -128,10 +129,7 @@ def _of_checkpoint(path: Path, scheme: Scheme, source: SourceModel) -> Origin:
 
     def read(index: int) -> BlockResult:
         block = source.block_name(index)
-        linears: dict[str, QuantizedLinear] = {}
-        for name in source.layout(index).linears:
-            if scheme.grid_of(f"{block}.{name}") is not None:
-                linears[name] = reader.read(f"{block}.{name}")
+        linears = {name: reader.read(f"{block}.{name}") for name in scheme_grids(source, scheme, index)}
         parameters = (name.removeprefix(".") for name, _, _ in source.structure(index))
         names = [name for name in parameters if name.removesuffix(".weight") not in linears]
         biases = [f"{name}.bias" for name in linears if f"{block}.{name}.bias" in reader.names]

@@ -19,6 +19,7 @@ from omniq.distributed import collectives
 from omniq.distributed.launch import check_launcher, launch_arguments, launched_processes, set_up_processes
 from omniq.errors import UserError, one_line
 from omniq.export import check_format, check_free
+from omniq.export.check import linear_shapes
 from omniq.grid.dtypes import dtype_name
 from omniq.models.self_test import check_streaming
 from omniq.models.source import SourceModel
@@ -29,7 +30,6 @@ from omniq.run.checks import (
     check_model,
     check_reader,
     check_text,
-    linear_names,
 )
 from omniq.run.environment import environment
 from omniq.run.equivalences import verify_equivalences
@@ -129,8 +129,8 @@ def prepare(run: Run, settings: str) -> Plan:
     collectives.broadcast_from_rank0(lambda: check_divisible(run.data.samples, run.data.held_out))
     for stage in run.stages:
         stage.check_samples(run.data.samples // collectives.world_size())
-    codes = sum(prod(source.shape(f"{name}.weight")) for name in linear_names(source) if run.scheme.grid_of(name))
     for model_stage in run.model_stages.values():
+        codes = sum(map(prod, linear_shapes(source, run.scheme).values()))
         model_stage.check_text(run.data.samples * run.data.length, codes)
     for export in run.exports:
         check_reader(export.format, run.scheme)

@@ -17,9 +17,10 @@ from omniq.storage.atomic import check_possible
 
 FINGERPRINT = "fingerprint.json"
 GENERATED = "generated.safetensors"
+MODEL_STAGES = "model_stages.json"
 _RECORDS = (
     *(FINGERPRINT, "config.yaml", "environment.json", GENERATED, "streams.safetensors"),
-    *("companions.json", "perplexity.json", "summary.json", "export.json", "model_stages.json"),
+    *("companions.json", "perplexity.json", "summary.json", "export.json", MODEL_STAGES),
 )
 _FOLDERS = ("blocks", "current", "tensorboard")
 _BLOCK_FILE = re.compile(r"(\d{3,}|model)\..+")  # such as 007.safetensors, 007.0.csv and model.2.last.ckpt

@@ -165,14 +165,14 @@ def test_model_is_streamed_if_asked_or_if_it_does_not_fit(
 ) -> None:
     tiny = tiny_model_task(tmp_path)
     for free, wanted in zip((2**40, 2**20), streamed, strict=True):
-        monkeypatch.setattr("omniq.calibration.tunable_model.free_host_memory", lambda free=free: free)
-        assert is_streamed(tiny.task, 1, memory) == wanted
+        monkeypatch.setattr("omniq.distributed.memory.free_host_memory", lambda free=free: free)
+        assert is_streamed(tiny.task, 18_432, 1, memory) == wanted
 
 
 def test_model_that_does_not_fit_is_refused_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = tiny_model_task(tmp_path)
-    monkeypatch.setattr("omniq.calibration.tunable_model.free_host_memory", lambda: 2**20)
+    monkeypatch.setattr("omniq.distributed.memory.free_host_memory", lambda: 2**20)
     with pytest.raises(
         UserError, match=r"EndToEnd.memory model: .* needs about .* GiB.*: set memory to block, or lower"
     ):
-        is_streamed(tiny.task, 1, "model")
+        is_streamed(tiny.task, 18_432, 1, "model")

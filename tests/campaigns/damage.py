@@ -74,7 +74,7 @@ def damage(path: Path, others: list[Path], kind: str, draw: random.Random) -> No
 
 
 def look(path: Path) -> str:
-    """What is at a path, to compare."""
+    """Describe the entry at a path, for a comparison."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else os.path.lexists(path) * "other"
 
 

@@ -25,7 +25,7 @@ Fact = dict[str, Any]
 
 
 class Desk:
-    """What a worker works with.
+    """The tools of a worker.
 
     Args:
         folder: of this worker alone.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What llama.cpp calls the parameters of a model, in which order it expects their rows, and how it reads the config.
+"""The names of parameters in llama.cpp, the order of their rows, and the keys of the config that it reads.
 
 llama.cpp rotates pairs of neighbouring channels where it uses the rotary embedding of LLaMA's authors, and transformers
 rotates channel ``k`` with channel ``k + d / 2``. Files of architecture ``llama`` therefore hold the rows of the query

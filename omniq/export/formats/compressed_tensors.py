@@ -173,7 +173,7 @@ class CompressedTensors:
         check_scheme(scheme, _NAME, problem)
 
     def _problem_of_experts(self, layouts: Sequence[Layout], grids: Mapping[Grid, Collection[Shape]]) -> str:
-        """What transformers' reader does not support in experts, with the remedy; empty if it supports them.
+        """The reason why transformers' reader cannot hold the experts, with the remedy; empty if it can.
 
         It dequantizes experts while it merges them: with one symmetric grid, and without their inputs.
         """

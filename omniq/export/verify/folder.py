@@ -25,7 +25,7 @@ from omniq.grid.scheme import Scheme
 
 @dataclass(frozen=True)
 class Row:
-    """What one runtime made of an export.
+    """The result of one runtime on an export.
 
     Args:
         runtime: its name.

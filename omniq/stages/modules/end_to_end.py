@@ -43,8 +43,11 @@ class EndToEndModule(GradientModule[ModelTask]):
         super().__init__(task, "cosine")
         self.settings = settings
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {"scales": {}, "vectors": {}, "codes": {}}
+        codes = 0
         for index in range(len(task.layouts)):
-            for key, shape in change_shapes(task.read(index), settings.codes).items():
+            result = task.read(index)
+            codes += sum(linear.codes.numel() for linear in result.linears.values())
+            for key, shape in change_shapes(result, settings.codes).items():
                 self.shapes[_kind(key)][f"{index}/{key}"] = shape
         self.shapes = {kind: shapes for kind, shapes in self.shapes.items() if shapes}
         for kind, shapes in self.shapes.items():
@@ -55,7 +58,7 @@ class EndToEndModule(GradientModule[ModelTask]):
             self.register_buffer(name, torch.tensor(float("inf"), dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
         self.to(task.device)
-        self.streamed = is_streamed(task, settings.batch_size, settings.memory)
+        self.streamed = is_streamed(task, codes, settings.batch_size, settings.memory)
 
     @cached_property
     def model(self) -> "ResidentModel | StreamedModel":
@@ -185,5 +188,4 @@ class EndToEndModule(GradientModule[ModelTask]):
 
 
 def _kind(key: str) -> str:
-    suffix = key.rpartition(":")[2]
-    return {"scale": "scales", "codes": "codes"}.get(suffix, "vectors") if ":" in key else "vectors"
+    return {"scale": "scales", "codes": "codes"}.get(key.partition(":")[2], "vectors")
